@@ -1,0 +1,32 @@
+"""The external data file: weights one after another, each at an aligned offset."""
+
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+import numpy.typing as npt
+from onnx import StringStringEntryProto, TensorProto, helper
+
+# A page: ONNX Runtime memory-maps each weight where it lies.
+_ALIGNMENT = 4096
+
+
+class WeightsFile:
+    """Appends arrays to a file, and gives the ONNX tensors that refer to them."""
+
+    def __init__(self, path: Path, file: BinaryIO) -> None:
+        self._path, self._file = path, file
+
+    def append(self, name: str, array: npt.NDArray[np.generic]) -> TensorProto:
+        """Writes the array and returns an initializer of that name that points at its bytes."""
+        self._file.write(bytes(-self._file.tell() % _ALIGNMENT))
+        array = np.ascontiguousarray(array)
+        place = {"location": self._path.name, "offset": str(self._file.tell()), "length": str(array.nbytes)}
+        self._file.write(array.data)
+        return TensorProto(
+            name=name,
+            dims=array.shape,
+            data_type=helper.np_dtype_to_tensor_dtype(array.dtype),
+            data_location=TensorProto.EXTERNAL,
+            external_data=[StringStringEntryProto(key=key, value=value) for key, value in place.items()],
+        )

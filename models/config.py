@@ -1,0 +1,95 @@
+"""GPT-2's architecture, as its config.json describes it."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from gpt2onnx.errors import CheckpointError
+
+ACTIVATIONS = ("gelu_new", "gelu_pytorch_tanh", "gelu_fast", "gelu", "relu", "silu", "swish", "tanh", "quick_gelu")
+
+
+@dataclass(frozen=True, kw_only=True)
+class GPT2Config:
+    """The fields of transformers' GPT2Config that change what the network computes, under its names and defaults."""
+
+    vocab_size: int = 50257
+    n_positions: int = 1024
+    n_embd: int = 768
+    n_layer: int = 12
+    n_head: int = 12
+    n_inner: int | None = None
+    activation_function: str = "gelu_new"
+    layer_norm_epsilon: float = 1e-5
+    scale_attn_weights: bool = True
+    scale_attn_by_inverse_layer_idx: bool = False
+    tie_word_embeddings: bool = True
+
+    def __post_init__(self) -> None:
+        for name in ("vocab_size", "n_positions", "n_embd", "n_layer", "n_head", "n_inner"):
+            value = getattr(self, name)
+            if name == "n_inner" and value is None:
+                continue
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise CheckpointError(f"config.json: {name} must be a positive whole number, not {value!r}")
+        for name in ("scale_attn_weights", "scale_attn_by_inverse_layer_idx", "tie_word_embeddings"):
+            if not isinstance(getattr(self, name), bool):
+                raise CheckpointError(f"config.json: {name} must be true or false, not {getattr(self, name)!r}")
+        epsilon = self.layer_norm_epsilon
+        if isinstance(epsilon, bool) or not isinstance(epsilon, int | float) or not 0 <= epsilon < 1:
+            raise CheckpointError(f"config.json: layer_norm_epsilon must be between 0 and 1, not {epsilon!r}")
+        if self.n_embd % self.n_head:
+            raise CheckpointError(f"config.json: n_embd {self.n_embd} is not divisible by n_head {self.n_head}")
+        if self.activation_function not in ACTIVATIONS:
+            raise CheckpointError(
+                f"config.json: activation_function {self.activation_function!r} is not supported"
+                f" (known: {', '.join(ACTIVATIONS)})"
+            )
+
+    @property
+    def head_size(self) -> int:
+        return self.n_embd // self.n_head
+
+    @property
+    def inner_size(self) -> int:
+        """Width of the MLP's hidden layer."""
+        return self.n_inner or 4 * self.n_embd
+
+    @classmethod
+    def from_dict(cls, raw: Mapping[str, Any]) -> "GPT2Config":
+        """Reads the dictionary of a config.json.
+
+        Raises:
+            CheckpointError: it describes another architecture, or a value can't be used.
+        """
+        model_type = raw.get("model_type", "gpt2")
+        if model_type != "gpt2":
+            raise CheckpointError(f"not a GPT-2: config.json says model_type {model_type!r}")
+        if raw.get("add_cross_attention"):
+            raise CheckpointError("config.json: add_cross_attention is not supported (an encoder would be needed)")
+        known = {field.name for field in fields(cls)}
+        return cls(**{name: value for name, value in raw.items() if name in known})
+
+    @classmethod
+    def from_file(cls, path: Path) -> "GPT2Config":
+        """Reads a config.json; raises CheckpointError as `from_dict` does, or where it can't be read."""
+        return cls.from_dict(read_json(path))
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file.
+
+    Raises:
+        CheckpointError: the file can't be read, or doesn't hold a JSON object.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise CheckpointError(f"can't read {path}: {error.strerror or error}") from error
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path} is not valid JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path} should hold a JSON object, but holds a {type(content).__name__}")
+    return content

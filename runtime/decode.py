@@ -1,0 +1,168 @@
+"""The decoding loop: which sequences take part in the next forward pass, and in which rows of the cache.
+
+Knows neither text nor onnxruntime: the network is anything with `new_cache` and `forward`. Searches
+join as soon as there is room and leave as soon as they are done, so a long job keeps its batch full.
+N new tokens of a prompt cost one pass over the prompt and N - 1 passes over one token.
+"""
+
+from collections.abc import Iterable, Iterator
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from .cache import Cache, Copy
+from .logits import Tokens
+from .sampling import Logits
+from .search import Search
+
+_POSITIONS_STEP = 64  # the cache grows by so many positions at a time
+
+
+class Network(Protocol):
+    """The forward pass; see `runtime.session.Session`."""
+
+    def new_cache(self, rows: int, positions: int) -> Cache: ...
+
+    def forward(self, cache: Cache, rows: slice, tokens: npt.NDArray[np.int64], keep: int = 1) -> Logits: ...
+
+
+class Decoder:
+    """Runs searches together, and keeps the cache for later ones whose prompts begin alike.
+
+    Args:
+        network: the forward pass.
+    """
+
+    def __init__(self, network: Network) -> None:
+        self._network = network
+        self._cache = network.new_cache(0, 0)
+        # Of each row of the cache, also of those not in use any more, the tokens that it holds.
+        self._held: list[Tokens] = []
+        # Rows in use are the first ones, without gaps: of each, its search and which of its rows it is.
+        self._slots: list[tuple[Search, int]] = []
+
+    def run(self, searches: Iterable[Search], batch_size: int = 1) -> Iterator[Search]:
+        """Decodes searches, so many at a time, and yields each of them whenever it has advanced.
+
+        A search is yielded for the last time when it is `done`. Closing the iterator ends all.
+        """
+        waiting = iter(searches)
+        active: list[Search] = []
+        try:
+            while True:
+                while len(active) < batch_size and (search := next(waiting, None)) is not None:
+                    self._prefill(search, batch_size)
+                    if not search.done:
+                        active.append(search)
+                    yield search
+                if not active:
+                    return
+                draft = active[0].draft() if len(active) == 1 else ()
+                if len(draft):
+                    self._verify(active[0], draft)
+                else:
+                    self._step(active)
+                yield from active
+                active = [search for search in active if not search.done]
+        finally:
+            self._slots.clear()
+
+    def _prefill(self, search: Search, batch_size: int) -> None:
+        """Runs the prompt through the network, once for all rows of the search."""
+        first = len(self._slots)
+        self._make_room(max(first, batch_size - 1) + search.rows, search.positions)
+        prompt = search.prompt
+        # The last token has to pass through the network in any case, for its logits.
+        shared = [common_prefix(prompt[:-1], held) for held in self._held]
+        source = int(np.argmax(shared))
+        if shared[first] < shared[source]:
+            self._cache.copy([Copy(source, first, shared[first], shared[source])])
+        self._cache.trim(first, shared[source])
+        logits = self._network.forward(self._cache, slice(first, first + 1), prompt[None, shared[source] :])[:, -1]
+        self._held[first] = prompt
+
+        rows = search.rows
+        self._slots += [(search, row) for row in range(rows)]
+        search.advance(np.broadcast_to(logits, (rows, logits.shape[-1])))
+        self._rearrange(search, [first] * search.rows)
+
+    def _step(self, active: list[Search]) -> None:
+        """Runs the last token of every row through the network, and lets each search choose the next ones."""
+        tokens = np.array([[search.tokens(row)[-1]] for search, row in self._slots])
+        logits = self._network.forward(self._cache, slice(0, len(self._slots)), tokens)[:, -1]
+        for slot, (search, row) in enumerate(self._slots):
+            self._held[slot] = search.tokens(row)
+        slots_of = {id(search): self._slots_of(search) for search in active}
+        parents_of = {id(search): search.advance(_rows(logits, slots_of[id(search)])) for search in active}
+        for search in active:
+            slots = self._slots_of(search)
+            self._rearrange(search, [slots[parent] for parent in parents_of[id(search)]])
+
+    def _verify(self, search: Search, draft: Tokens) -> None:
+        """Runs the last token and a draft of what follows through the network, and keeps what the search would have chosen."""
+        start = search.tokens(0)
+        tokens = np.append(start[-1:], draft)
+        logits = self._network.forward(self._cache, slice(0, 1), tokens[None], keep=len(tokens))[0]
+        for position in range(len(tokens)):
+            search.advance(logits[position : position + 1])
+            if search.done or position == len(draft) or search.tokens(0)[-1] != draft[position]:
+                break
+        accepted = len(start) + position
+        self._held[0] = np.append(start, draft)[:accepted]
+        self._cache.trim(0, accepted)
+        self._rearrange(search, [0] * search.rows)
+
+    def _rearrange(self, search: Search, sources: list[int]) -> None:
+        """Lets the rows of a search continue other rows of the cache, and frees those that it needs no more."""
+        slots = self._slots_of(search)
+        if search.done:
+            sources = []
+        # Rows share what they held before they last parted, so only what differs is copied.
+        copies = [
+            Copy(source, slot, common_prefix(self._held[source], self._held[slot]), len(self._held[source]))
+            for slot, source in zip(slots, sources, strict=False)
+            if source != slot
+        ]
+        self._take(copies)
+        for slot in sorted(slots[len(sources) :], reverse=True):
+            last = len(self._slots) - 1
+            if slot != last:
+                shared = common_prefix(self._held[last], self._held[slot])
+                self._take([Copy(last, slot, shared, len(self._held[last]))])
+                self._slots[slot] = self._slots[last]
+            self._slots.pop()
+
+    def _take(self, copies: list[Copy]) -> None:
+        self._cache.copy(copies)
+        held = [self._held[one.source] for one in copies]
+        for one, tokens in zip(copies, held, strict=True):
+            self._held[one.target] = tokens
+
+    def _slots_of(self, search: Search) -> list[int]:
+        """The rows of the cache that a search uses, in the order of its own rows."""
+        slots = [(row, slot) for slot, (owner, row) in enumerate(self._slots) if owner is search]
+        return [slot for _, slot in sorted(slots)]
+
+    def _make_room(self, rows: int, positions: int) -> None:
+        if rows <= self._cache.rows and positions <= self._cache.positions:
+            return
+        positions = -(-positions // _POSITIONS_STEP) * _POSITIONS_STEP
+        larger = self._network.new_cache(max(rows, self._cache.rows), max(positions, self._cache.positions))
+        larger.take_over(self._cache)
+        self._cache = larger
+        self._held += [np.zeros(0, np.int64)] * (larger.rows - len(self._held))
+
+
+def common_prefix(one: Tokens, other: Tokens) -> int:
+    """How many tokens two sequences share from the start."""
+    length = min(len(one), len(other))
+    differing = np.flatnonzero(one[:length] != other[:length])
+    return int(differing[0]) if len(differing) else length
+
+
+def _rows(logits: Logits, slots: list[int]) -> Logits:
+    """The logits of some rows, without a copy where they lie one after another."""
+    if slots == list(range(slots[0], slots[0] + len(slots))):
+        return logits[slots[0] : slots[0] + len(slots)]
+    return logits[slots]

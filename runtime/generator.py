@@ -1,0 +1,388 @@
+"""Text in, text out: the model that users hold.
+
+Prompts are encoded and checked, decoded together by the loop, and their tokens turned back into text.
+"""
+
+import math
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal, overload
+
+import numpy as np
+
+from gpt2onnx.errors import OptionError, PromptError
+
+from ..models.bundle import GENERATION_CONFIG, TOKENIZER, Bundle, read_json
+from .decode import Decoder
+from .logits import Tokens
+from .options import SAMPLING_OPTIONS, GenerationConfig
+from .sampling import log_softmax
+from .search import Continuation, Search, Stop, TokenLogprobs, start
+from .session import Session
+from .tokenizer import Tokenizer, find_stop
+
+# A text, or the ids of its tokens.
+Prompt = str | Sequence[int]
+
+_SCORED_AT_ONCE = 128  # positions whose logits are in memory together
+
+
+@dataclass(frozen=True)
+class Request:
+    """A prompt and how to continue it; `id` is the caller's own and comes back with the result."""
+
+    prompt: Prompt
+    options: GenerationConfig
+    id: Any = None
+
+
+@dataclass(frozen=True)
+class GeneratedSequence:
+    """One continuation.
+
+    Attributes:
+        text: of the new tokens, without special tokens, cut before a stop string.
+        token_ids: the new tokens, an end token included.
+        finish_reason: "stop" (end token or stop string), "length", or "context" (the window is full);
+            None where decoding was interrupted.
+        logprobs: of each new token, where they were asked for.
+    """
+
+    text: str
+    token_ids: list[int]
+    finish_reason: str | None
+    logprobs: list[TokenLogprobs] | None
+
+
+@dataclass(frozen=True)
+class Result:
+    """What became of one prompt.
+
+    Attributes:
+        prompt: its text.
+        prompt_ids: its tokens.
+        sequences: its continuations, best first where they are ranked.
+        seconds: from joining the batch to the last token.
+    """
+
+    prompt: str
+    prompt_ids: list[int]
+    sequences: list[GeneratedSequence]
+    seconds: float
+
+    @property
+    def text(self) -> str:
+        """The first continuation's text."""
+        return self.sequences[0].text
+
+    @property
+    def usage(self) -> dict[str, int]:
+        """Tokens of the prompt and of all continuations."""
+        return {
+            "prompt_tokens": len(self.prompt_ids),
+            "completion_tokens": sum(len(sequence.token_ids) for sequence in self.sequences),
+        }
+
+    def to_dict(self) -> dict[str, Any]:
+        """The result as JSON holds it."""
+        return {
+            "prompt": self.prompt,
+            "prompt_ids": self.prompt_ids,
+            "sequences": [asdict(sequence) for sequence in self.sequences],
+            "usage": self.usage,
+            "seconds": round(self.seconds, 6),
+            "energy": None,
+        }
+
+
+@dataclass(frozen=True)
+class Score:
+    """How likely the model finds a text.
+
+    Attributes:
+        token_ids: its tokens.
+        logprobs: natural log probability of each token given those before it; of all but the first.
+    """
+
+    token_ids: list[int]
+    logprobs: list[float]
+
+    @property
+    def mean_logprob(self) -> float:
+        """In nats per token."""
+        return math.fsum(self.logprobs) / len(self.logprobs)
+
+    @property
+    def perplexity(self) -> float:
+        return math.exp(-self.mean_logprob)
+
+
+class Model:
+    """A bundle, ready to generate. One thread at a time may use it.
+
+    Args:
+        folder: the bundle.
+        device: "cpu" or "auto".
+        threads: of one operator; by default as many as this process may use.
+
+    Raises:
+        BundleError: the bundle can't be used.
+        OptionError: an argument, or the bundle's generation_config.json, is out of range.
+        BackendError: ONNX Runtime can't load the graph.
+    """
+
+    def __init__(self, folder: Path, *, device: str = "cpu", threads: int | None = None) -> None:
+        self.bundle = Bundle.open(folder)
+        self.config = self.bundle.config
+        self.tokenizer = Tokenizer(folder / TOKENIZER)
+        self.generation_config = GenerationConfig.from_file_content(read_json(folder / GENERATION_CONFIG))
+        self._session = Session(self.bundle, device=device, threads=threads)
+        self._decoder = Decoder(self._session)
+
+    @overload
+    def generate(self, prompts: str, **options: Any) -> Result: ...
+    @overload
+    def generate(self, prompts: Sequence[Prompt], **options: Any) -> list[Result]: ...
+
+    def generate(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        *,
+        batch_size: int = 8,
+        max_new_tokens: int | None = None,
+        min_new_tokens: int | None = None,
+        max_length: int | None = None,
+        min_length: int | None = None,
+        do_sample: bool | None = None,
+        temperature: float | None = None,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        min_p: float | None = None,
+        typical_p: float | None = None,
+        repetition_penalty: float | None = None,
+        no_repeat_ngram_size: int | None = None,
+        bad_words_ids: Sequence[Sequence[int]] | None = None,
+        suppress_tokens: Sequence[int] | None = None,
+        num_beams: int | None = None,
+        length_penalty: float | None = None,
+        early_stopping: bool | Literal["never"] | None = None,
+        num_return_sequences: int | None = None,
+        seed: int | None = None,
+        eos_token_id: int | Sequence[int] | None = None,
+        stop: Sequence[str] | None = None,
+        logprobs: int | None = None,
+        prompt_lookup: int | None = None,
+    ) -> Result | list[Result]:
+        """Continues a prompt, or a list of prompts in batches.
+
+        Options are those of `GenerationConfig`; one that isn't given is the bundle's own. Giving one that
+        only matters to sampling, without `do_sample`, turns sampling on.
+
+        Args:
+            prompts: a text or token ids, or a list of such.
+            batch_size: prompts that are decoded together; no result depends on it.
+
+        Returns:
+            The result of the prompt, or the list of results of the list, in its order.
+
+        Raises:
+            PromptError: a prompt is empty, too long, or not in the vocabulary.
+            OptionError: an option is out of range, or options contradict each other.
+            BackendError: ONNX Runtime failed.
+        """
+        options = self.options(locals())
+        if isinstance(prompts, str) or (len(prompts) > 0 and isinstance(prompts[0], int)):
+            return next(result for _, result in self.complete([Request(prompts, options)]))  # type: ignore[arg-type]
+        requests = [Request(prompt, options, index) for index, prompt in enumerate(prompts)]  # type: ignore[arg-type]
+        results = dict(self.complete(requests, batch_size))
+        return [results[index] for index in range(len(requests))]
+
+    def stream(
+        self,
+        prompt: Prompt,
+        *,
+        max_new_tokens: int | None = None,
+        min_new_tokens: int | None = None,
+        max_length: int | None = None,
+        min_length: int | None = None,
+        do_sample: bool | None = None,
+        temperature: float | None = None,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        min_p: float | None = None,
+        typical_p: float | None = None,
+        repetition_penalty: float | None = None,
+        no_repeat_ngram_size: int | None = None,
+        bad_words_ids: Sequence[Sequence[int]] | None = None,
+        suppress_tokens: Sequence[int] | None = None,
+        seed: int | None = None,
+        eos_token_id: int | Sequence[int] | None = None,
+        stop: Sequence[str] | None = None,
+        logprobs: int | None = None,
+        prompt_lookup: int | None = None,
+    ) -> "Stream":
+        """Continues a prompt and gives its text as it grows: an iterator of pieces, with the result at its end.
+
+        Options and errors are those of `generate`; beams and several sequences can't be streamed.
+        """
+        return self.open_stream(Request(prompt, self.options(locals())))
+
+    def open_stream(self, request: Request) -> "Stream":
+        """The same for a request.
+
+        Raises:
+            PromptError: the prompt is empty, too long, or not in the vocabulary.
+            OptionError: the options ask for beams, for several sequences, or don't suit the prompt.
+        """
+        if request.options.num_beams > 1 or request.options.num_return_sequences > 1:
+            raise OptionError("only a single sequence can be streamed: not with num_beams or num_return_sequences above 1")
+        task = self._task(request)
+        text_stream = self.tokenizer.stream(request.options.stop)
+        return Stream(self, task, text_stream)
+
+    def complete(self, requests: Iterable[Request], batch_size: int = 1) -> Iterator[tuple[Any, Result]]:
+        """Decodes requests, so many at a time, and yields each one's id and result as soon as it is done.
+
+        Requests are taken from the iterable when there is room for them, so it may be endless.
+
+        Raises:
+            PromptError, OptionError: as `generate` does, when the request's turn comes.
+            BackendError: ONNX Runtime failed.
+        """
+        if batch_size < 1:
+            raise OptionError(f"batch_size must be at least 1, not {batch_size}")
+        tasks: dict[int, _Task] = {}
+
+        def searches() -> Iterator[Search]:
+            for request in requests:
+                task = self._task(request)
+                tasks[id(task.search)] = task
+                yield task.search
+
+        for search in self._decoder.run(searches(), batch_size):
+            if search.done:
+                task = tasks.pop(id(search))
+                yield task.request.id, self._result(task)
+
+    def options(self, given: Mapping[str, Any]) -> GenerationConfig:
+        """The bundle's generation options with the given ones on top; None, and names that are no options, don't count.
+
+        Raises:
+            OptionError: an option is out of range, or options contradict each other.
+        """
+        known = {name: given[name] for name in GenerationConfig.__dataclass_fields__ if given.get(name) is not None}
+        if "do_sample" not in known and known.keys() & set(SAMPLING_OPTIONS):
+            known["do_sample"] = True
+        return self.generation_config.merged(known)
+
+    def score(self, text: Prompt) -> Score:
+        """The log probability of each token of a text, given those before it.
+
+        Raises:
+            PromptError: the text has fewer than two tokens, more than the context window, or others than the vocabulary's.
+            BackendError: ONNX Runtime failed.
+        """
+        ids = self._prompt_ids(text)
+        if len(ids) < 2:
+            raise PromptError("a text of one token has nothing to score: at least two are needed")
+        cache = self._session.new_cache(1, len(ids))
+        logprobs: list[float] = []
+        for begin in range(0, len(ids) - 1, _SCORED_AT_ONCE):
+            end = min(begin + _SCORED_AT_ONCE, len(ids) - 1)
+            logits = self._session.forward(cache, slice(0, 1), ids[None, begin:end], keep=end - begin)[0]
+            following = ids[begin + 1 : end + 1]
+            logprobs += log_softmax(logits)[np.arange(end - begin), following].tolist()
+        return Score(ids.tolist(), logprobs)
+
+    def _task(self, request: Request) -> "_Task":
+        ids = self._prompt_ids(request.prompt)
+        options = request.options
+        if options.new_tokens(len(ids)) < 1:
+            raise OptionError(f"max_length {options.max_length} leaves no room after a prompt of {len(ids)} tokens")
+        for name in ("bad_words_ids", "suppress_tokens"):
+            named = np.array([token for part in getattr(options, name) or () for token in np.atleast_1d(part)], np.int64)
+            if (named >= self.config.vocab_size).any():
+                raise OptionError(f"{name} holds {named.max()}, but the vocabulary ends at {self.config.vocab_size - 1}")
+        search = start(ids, options, self.config.n_positions, self._stop(options.stop, len(ids)))
+        text = request.prompt if isinstance(request.prompt, str) else self.tokenizer.decode(ids.tolist())
+        return _Task(request, text, search, time.perf_counter())
+
+    def _prompt_ids(self, prompt: Prompt) -> Tokens:
+        ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
+        if not ids:
+            raise PromptError("the prompt is empty: give at least one token")
+        context, vocabulary = self.config.n_positions, self.config.vocab_size
+        for token in ids:
+            if isinstance(token, bool) or not isinstance(token, int | np.integer) or not 0 <= token < vocabulary:
+                raise PromptError(f"{token!r} is no token id: they are whole numbers from 0 to {vocabulary - 1}")
+        if len(ids) > context:
+            raise PromptError(f"the prompt has {len(ids)} tokens, the context window {context}: shorten the prompt")
+        return np.array(ids, np.int64)
+
+    def _stop(self, strings: Sequence[str], prompt_length: int) -> Stop | None:
+        if not strings:
+            return None
+        # A token is at least one byte, so no stop string can begin further back.
+        reach = max(len(string.encode("utf-8", "replace")) for string in strings)
+
+        def stop(tokens: Tokens) -> bool:
+            tail = tokens[max(prompt_length, len(tokens) - reach) :]
+            return find_stop(self.tokenizer.decode(tail.tolist()), strings) is not None
+
+        return stop
+
+    def _result(self, task: "_Task") -> Result:
+        search, options = task.search, task.request.options
+        seconds = time.perf_counter() - task.started
+        sequences = [
+            self._sequence(continuation, len(search.prompt), options) for continuation in search.continuations()
+        ]
+        return Result(task.text, search.prompt.tolist(), sequences, seconds)
+
+    def _sequence(self, continuation: Continuation, prompt_length: int, options: GenerationConfig) -> GeneratedSequence:
+        new = continuation.tokens[prompt_length:].tolist()
+        text = self.tokenizer.decode(new)
+        logprobs = None if options.logprobs is None else continuation.logprobs
+        return GeneratedSequence(text[: find_stop(text, options.stop)], new, continuation.finish_reason, logprobs)
+
+
+@dataclass(frozen=True)
+class _Task:
+    """A request under way."""
+
+    request: Request
+    text: str
+    search: Search
+    started: float
+
+
+class Stream(Iterator[str]):
+    """Pieces of a text that is being generated; made by `Model.stream`.
+
+    Decoding goes on only while pieces are asked for. Left early, it keeps what there is.
+    """
+
+    def __init__(self, model: Model, task: _Task, text: Any) -> None:
+        self._model, self._task, self._text = model, task, text
+        self._pieces = self._run()
+
+    def __next__(self) -> str:
+        return next(self._pieces)
+
+    @property
+    def result(self) -> Result:
+        """The result as far as decoding has come."""
+        return self._model._result(self._task)
+
+    def _run(self) -> Iterator[str]:
+        sent = len(self._task.search.prompt)
+        for search in self._model._decoder.run([self._task.search]):
+            tokens = search.continuations()[0].tokens
+            for token in tokens[sent:].tolist():
+                if piece := self._text.push(token):
+                    yield piece
+            sent = len(tokens)
+        if piece := self._text.finish():
+            yield piece

@@ -1,0 +1,172 @@
+"""Generation options: names, defaults and meaning of transformers' GenerationConfig, validated once."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any, Literal
+
+from gpt2onnx.errors import OptionError
+
+DEFAULT_NEW_TOKENS = 64
+# Giving one of these without saying do_sample means sampling.
+SAMPLING_OPTIONS = ("temperature", "top_k", "top_p", "min_p", "typical_p", "seed")
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerationConfig:
+    """How to continue a prompt.
+
+    Attributes:
+        max_new_tokens: at most so many new tokens; wins over max_length. 64 where neither is given.
+        min_new_tokens: no end token before so many new tokens.
+        max_length: at most so many tokens, prompt included.
+        min_length: no end token before so many tokens, prompt included.
+        do_sample: draw the next token instead of taking the likeliest.
+        temperature: divides the logits before sampling; above 0.
+        top_k: sample among the k likeliest; 0 for all.
+        top_p: sample among the likeliest whose probabilities add up to p.
+        min_p: sample among those at least p times as likely as the likeliest.
+        typical_p: sample among the tokens of most typical surprise whose probabilities add up to p.
+        repetition_penalty: above 1 makes tokens seen before less likely.
+        no_repeat_ngram_size: no n-gram of this size is written twice; 0 for no limit.
+        bad_words_ids: token sequences that are never completed.
+        suppress_tokens: tokens that are never chosen.
+        num_beams: width of the beam search; 1 for none.
+        length_penalty: exponent of the length that divides a finished beam's score.
+        early_stopping: when a beam search ends; True as soon as there are num_beams candidates, False
+            when a better one is unlikely, "never" when there can be no better one.
+        num_return_sequences: continuations of each prompt.
+        seed: of the random draws, modulo 2**32; fresh ones where None.
+        eos_token_id: token or tokens that end a sequence.
+        stop: strings that end a sequence; the text is cut before them.
+        logprobs: also return the log probability of each token and of so many likeliest ones.
+        prompt_lookup: length of drafts copied from earlier text and verified in one pass; 0 for none.
+    """
+
+    max_new_tokens: int | None = None
+    min_new_tokens: int | None = None
+    max_length: int | None = None
+    min_length: int = 0
+    do_sample: bool = False
+    temperature: float = 1.0
+    top_k: int = 50
+    top_p: float = 1.0
+    min_p: float | None = None
+    typical_p: float = 1.0
+    repetition_penalty: float = 1.0
+    no_repeat_ngram_size: int = 0
+    bad_words_ids: Sequence[Sequence[int]] | None = None
+    suppress_tokens: Sequence[int] | None = None
+    num_beams: int = 1
+    length_penalty: float = 1.0
+    early_stopping: bool | Literal["never"] = False
+    num_return_sequences: int = 1
+    seed: int | None = None
+    eos_token_id: int | Sequence[int] | None = None
+    stop: Sequence[str] = ()
+    logprobs: int | None = None
+    prompt_lookup: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("max_new_tokens", "max_length", "num_beams", "num_return_sequences"):
+            self._whole(name, least=1)
+        for name in ("min_new_tokens", "min_length", "top_k", "no_repeat_ngram_size", "logprobs", "prompt_lookup"):
+            self._whole(name, least=0)
+        self._whole("seed", least=0)
+        self._between("temperature", 0, math.inf, "a number above 0 (for greedy decoding, don't sample)", above=True)
+        self._between("repetition_penalty", 0, math.inf, "a number above 0", above=True)
+        self._between("top_p", 0, 1, "between 0 and 1")
+        self._between("min_p", 0, 1, "between 0 and 1")
+        self._between("typical_p", 0, 1, "above 0 and at most 1", above=True)
+        self._between("length_penalty", -math.inf, math.inf, "a finite number")
+        if not isinstance(self.do_sample, bool):
+            raise OptionError(f"do_sample must be true or false, not {self.do_sample!r}")
+        if self.early_stopping not in (True, False, "never") or isinstance(self.early_stopping, int | float) and not isinstance(self.early_stopping, bool):
+            raise OptionError(f"early_stopping must be true, false or 'never', not {self.early_stopping!r}")
+        self._token_ids("eos_token_id", self.eos_token_ids)
+        self._token_ids("suppress_tokens", self.suppress_tokens or ())
+        self._check_bad_words()
+        if isinstance(self.stop, str) or not all(isinstance(text, str) and text for text in self.stop):
+            raise OptionError(f"stop must be a list of strings that aren't empty, not {self.stop!r}")
+        self._check_together()
+
+    @property
+    def eos_token_ids(self) -> tuple[int, ...]:
+        """The end tokens, however many."""
+        ids = self.eos_token_id
+        if ids is None:
+            return ()
+        return tuple(ids) if isinstance(ids, Sequence) else (ids,)
+
+    def new_tokens(self, prompt_length: int) -> int:
+        """How many tokens may be generated after a prompt of so many; below 1 where max_length is reached already."""
+        if self.max_new_tokens is not None:
+            return self.max_new_tokens
+        if self.max_length is not None:
+            return self.max_length - prompt_length
+        return DEFAULT_NEW_TOKENS
+
+    def merged(self, options: Mapping[str, Any]) -> "GenerationConfig":
+        """These options with others on top, by name; None counts as not given.
+
+        Raises:
+            OptionError: an unknown name, a value out of range, or a contradiction.
+        """
+        given = {name: value for name, value in options.items() if value is not None}
+        unknown = given.keys() - {field.name for field in fields(self)}
+        if unknown:
+            raise OptionError(f"unknown generation option {min(unknown)!r}")
+        if "max_length" in given and "max_new_tokens" not in given:
+            given["max_new_tokens"] = None
+        return replace(self, **given)
+
+    @classmethod
+    def from_file_content(cls, content: Mapping[str, Any]) -> "GenerationConfig":
+        """The options of a generation_config.json; fields that aren't options here are passed over.
+
+        Raises:
+            OptionError: a value is out of range.
+        """
+        known = {field.name for field in fields(cls)}
+        return cls().merged({name: value for name, value in content.items() if name in known})
+
+    def _whole(self, name: str, least: int) -> None:
+        value = getattr(self, name)
+        if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < least):
+            raise OptionError(f"{name} must be a whole number from {least}, not {value!r}")
+
+    def _between(self, name: str, low: float, high: float, wanted: str, *, above: bool = False) -> None:
+        value = getattr(self, name)
+        if value is None:
+            return
+        number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+        if not number or not low <= value <= high or (above and value == low):
+            raise OptionError(f"{name} must be {wanted}, not {value!r}")
+
+    def _token_ids(self, name: str, ids: object) -> None:
+        whole = isinstance(ids, Sequence) and not isinstance(ids, str)
+        if not whole or any(isinstance(i, bool) or not isinstance(i, int) or i < 0 for i in ids):  # type: ignore[attr-defined]
+            raise OptionError(f"{name} must hold token ids (whole numbers from 0), not {ids!r}")
+
+    def _check_bad_words(self) -> None:
+        words = self.bad_words_ids
+        if words is None:
+            return
+        if isinstance(words, str) or not isinstance(words, Sequence) or not words:
+            raise OptionError(f"bad_words_ids must be a list of lists of token ids, not {words!r}")
+        for word in words:
+            self._token_ids("bad_words_ids", word)
+            if not word:
+                raise OptionError("bad_words_ids must not hold an empty list")
+
+    def _check_together(self) -> None:
+        if self.num_return_sequences > self.num_beams and self.num_beams > 1:
+            raise OptionError(
+                f"num_return_sequences {self.num_return_sequences} is more than num_beams {self.num_beams} gives"
+            )
+        if self.num_return_sequences > 1 and self.num_beams == 1 and not self.do_sample:
+            raise OptionError("num_return_sequences above 1 needs sampling or beams: greedy decoding has one result")
+        if self.prompt_lookup and (self.num_beams > 1 or self.num_return_sequences > 1):
+            raise OptionError("prompt_lookup works on one sequence: not with num_beams or num_return_sequences above 1")
+        if self.logprobs is not None and self.num_beams > 1:
+            raise OptionError("logprobs are of single sequences: not with num_beams above 1")

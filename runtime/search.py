@@ -1,0 +1,312 @@
+"""Strategies: the logits of a prompt's rows in, their next tokens out.
+
+Knows neither text, cache nor onnxruntime. A search carries on one sequence a row; after each forward
+pass `advance` lengthens them and says which row of the last pass each row of the next one continues.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import numpy as np
+
+from .logits import Tokens, process, processors
+from .options import GenerationConfig
+from .sampling import Generator, Logits, largest, log_softmax
+
+# Whether a sequence ends with the tokens it has now; the search's own end tokens and lengths aside.
+Stop = Callable[[Tokens], bool]
+
+_NEVER = np.float32(-1e9)  # transformers' score for what must not be chosen
+
+
+@dataclass(frozen=True)
+class TokenLogprobs:
+    """Log probabilities of one generated token.
+
+    Attributes:
+        token_id: the token that was chosen.
+        logprob: its log probability as the network gave it.
+        processed_logprob: the same after all processors, which is what the choice was made from.
+        top: the likeliest tokens as the network gave them, with their log probabilities, best first.
+    """
+
+    token_id: int
+    logprob: float
+    processed_logprob: float
+    top: list[tuple[int, float]]
+
+
+@dataclass
+class Continuation:
+    """One continuation of a prompt.
+
+    Attributes:
+        tokens: prompt and new tokens, int64 [length].
+        finish_reason: "stop" (end token or stop string), "length" or "context"; None while it goes on.
+        logprobs: of each new token, where they were asked for.
+    """
+
+    tokens: Tokens
+    finish_reason: str | None = None
+    logprobs: list[TokenLogprobs] = field(default_factory=list)
+
+
+class Search(Protocol):
+    """One prompt's way through the network."""
+
+    prompt: Tokens
+    rows: int
+    """Sequences in the next forward pass; the first one is over the prompt alone, once for all of them."""
+    positions: int
+    """Positions that a row may come to need in the cache."""
+
+    @property
+    def done(self) -> bool: ...
+
+    def tokens(self, row: int) -> Tokens:
+        """The row's sequence; its last token is the one that the next forward pass takes."""
+
+    def draft(self) -> Tokens:
+        """Tokens that may well follow, to be verified in one forward pass; none where the search can't use them."""
+
+    def advance(self, logits: Logits) -> list[int]:
+        """Lengthens the sequences, given the logits [rows, vocabulary] after each row's last token.
+
+        Returns:
+            For each row of the next pass, the row of this pass that it continues.
+        """
+
+    def continuations(self) -> list[Continuation]:
+        """The results, best first where they are ranked; unfinished ones as far as they are."""
+
+
+class _Limits:
+    """When a sequence ends: an end token, a stop string, its length, or the context window."""
+
+    def __init__(self, prompt: Tokens, options: GenerationConfig, context: int, stop: Stop | None) -> None:
+        wanted = len(prompt) + options.new_tokens(len(prompt))
+        # The last token needs no position of its own: it is chosen from the logits of the one before.
+        self.max_length = min(wanted, context + 1)
+        self._full_reason = "length" if wanted <= context + 1 else "context"
+        self._ends = frozenset(options.eos_token_ids)
+        self._stop = stop
+
+    def reason(self, tokens: Tokens) -> str | None:
+        """The finish reason of a sequence, or None where it goes on."""
+        if int(tokens[-1]) in self._ends or (self._stop is not None and self._stop(tokens)):
+            return "stop"
+        return self._full_reason if len(tokens) >= self.max_length else None
+
+
+class Sampling:
+    """Greedy decoding and sampling, of one or several continuations that share a stream of random numbers.
+
+    Args:
+        prompt: int64 [length].
+        options: the strategy.
+        context: positions the network has.
+        stop: a further reason to end a sequence.
+    """
+
+    def __init__(self, prompt: Tokens, options: GenerationConfig, context: int, stop: Stop | None = None) -> None:
+        self.prompt = prompt
+        self._options = options
+        self._limits = _Limits(prompt, options, context, stop)
+        self._processors = processors(options, len(prompt))
+        self._generator = Generator(options.seed) if options.do_sample else None
+        count = options.num_return_sequences
+        self._buffer = np.zeros((count, max(self._limits.max_length, len(prompt))), np.int64)
+        self._buffer[:, : len(prompt)] = prompt
+        self._lengths = [len(prompt)] * count
+        self._results = [Continuation(self._buffer[index, : len(prompt)]) for index in range(count)]
+        self._active = list(range(count))
+        self.positions = self._buffer.shape[1] - 1
+
+    @property
+    def rows(self) -> int:
+        return len(self._active)
+
+    @property
+    def done(self) -> bool:
+        return not self._active
+
+    def tokens(self, row: int) -> Tokens:
+        return self._results[self._active[row]].tokens
+
+    def draft(self) -> Tokens:
+        wanted = min(self._options.prompt_lookup, self._limits.max_length - len(self._results[0].tokens) - 1)
+        return lookup(self._results[0].tokens, wanted) if wanted > 0 and self.rows == 1 else self.prompt[:0]
+
+    def advance(self, logits: Logits) -> list[int]:
+        row_of = {index: row for row, index in enumerate(self._active)}
+        for index, result in enumerate(self._results):
+            row = row_of.get(index)
+            if row is not None:
+                self._extend(index, result, logits[row])
+            elif self._generator is not None:
+                # transformers draws for finished sequences too, which moves the shared stream.
+                self._generator.skip(logits.shape[-1])
+        # The last row takes the place of one that has finished, so that few rows move.
+        rows = list(range(len(self._active)))
+        for row in reversed(rows.copy()):
+            if self._results[self._active[row]].finish_reason is not None:
+                self._active[row], rows[row] = self._active[-1], rows[-1]
+                self._active.pop()
+                rows.pop()
+        return rows
+
+    def continuations(self) -> list[Continuation]:
+        return self._results
+
+    def _extend(self, index: int, result: Continuation, logits: Logits) -> None:
+        scores = process(self._processors, result.tokens, logits)
+        if self._generator is None:
+            token = int(scores.argmax())
+        else:
+            token = int(self._generator.multinomial(scores)[0])
+        if self._options.logprobs is not None:
+            result.logprobs.append(_logprobs(token, logits, scores, self._options.logprobs))
+        length = self._lengths[index]
+        self._buffer[index, length] = token
+        self._lengths[index] = length + 1
+        result.tokens = self._buffer[index, : length + 1]
+        result.finish_reason = self._limits.reason(result.tokens)
+
+
+@dataclass(frozen=True)
+class _Hypothesis:
+    score: np.float32
+    tokens: Tokens
+    finished: bool
+
+
+class BeamSearch:
+    """Beam search and beam sampling, as transformers' `GenerationMixin._beam_search` defines them.
+
+    Args:
+        prompt: int64 [length].
+        options: the strategy; num_beams at least 2.
+        context: positions the network has.
+        stop: a further reason to end a sequence.
+    """
+
+    def __init__(self, prompt: Tokens, options: GenerationConfig, context: int, stop: Stop | None = None) -> None:
+        self.prompt = prompt
+        self.rows = options.num_beams
+        self._options = options
+        self._limits = _Limits(prompt, options, context, stop)
+        self._processors = processors(options, len(prompt))
+        self._generator = Generator(options.seed) if options.do_sample else None
+        # Enough candidates that num_beams go on even if all better ones end.
+        self._candidates = max(2, 1 + len(options.eos_token_ids)) * self.rows
+        self._running = [prompt] * self.rows
+        # All rows are still the same: only the first may be continued.
+        self._scores = np.full(self.rows, _NEVER, np.float32)
+        self._scores[0] = 0
+        self._best = [_Hypothesis(_NEVER, prompt, finished=False)] * self.rows
+        self._improvable = True
+        self._done = False
+        self.positions = max(self._limits.max_length, len(prompt)) - 1
+
+    @property
+    def done(self) -> bool:
+        return self._done
+
+    def tokens(self, row: int) -> Tokens:
+        return self._running[row]
+
+    def draft(self) -> Tokens:
+        return self.prompt[:0]
+
+    def advance(self, logits: Logits) -> list[int]:
+        log_probs = log_softmax(logits)
+        scores = np.stack(
+            [process(self._processors, tokens, row) for tokens, row in zip(self._running, log_probs, strict=True)]
+        )
+        scores += self._scores[:, None]
+        flat = scores.reshape(-1)
+        if self._generator is None:
+            chosen = largest(flat, self._candidates)
+        else:
+            chosen = self._generator.multinomial(flat, self._candidates)
+        beams, tokens = np.divmod(chosen, logits.shape[-1])
+        sequences = [np.append(self._running[beam], token) for beam, token in zip(beams, tokens, strict=True)]
+        ended = np.array([self._limits.reason(sequence) is not None for sequence in sequences])
+
+        # Those that ended don't go on; what goes on is chosen after they were told apart.
+        running_scores = flat[chosen] + ended.astype(np.float32) * _NEVER
+        going_on = largest(running_scores, self.rows)
+        self._update_best(flat[chosen], sequences, ended)
+        self._running = [sequences[candidate] for candidate in going_on]
+        self._scores = running_scores[going_on]
+        self._update_done(all_ended=bool(ended.all()))
+        return [int(beams[candidate]) for candidate in going_on]
+
+    def continuations(self) -> list[Continuation]:
+        best = self._best[: self._options.num_return_sequences]
+        return [Continuation(one.tokens, self._limits.reason(one.tokens) if one.finished else None) for one in best]
+
+    def _update_best(self, log_probs: Logits, sequences: list[Tokens], ended: np.ndarray[tuple[int], np.dtype[np.bool_]]) -> None:
+        """Lets candidates that ended among the first num_beams take the place of worse ones."""
+        new_tokens = len(sequences[0]) - len(self.prompt)
+        scores = log_probs / np.float32(new_tokens**self._options.length_penalty)
+        full = all(one.finished for one in self._best) and self._options.early_stopping is True
+        eligible = ended & (np.arange(len(ended)) < self.rows)
+        for excluded in (np.full(len(ended), full), np.full(len(ended), not self._improvable), ~eligible):
+            scores = scores + excluded.astype(np.float32) * _NEVER
+        candidates = self._best + [
+            _Hypothesis(score, sequence, finished=bool(flag))
+            for score, sequence, flag in zip(scores, sequences, eligible, strict=True)
+        ]
+        ranking = largest(np.array([one.score for one in candidates], np.float32), self.rows)
+        self._best = [candidates[index] for index in ranking]
+
+    def _update_done(self, *, all_ended: bool) -> None:
+        options = self._options
+        finished = [one.finished for one in self._best]
+        new_tokens = len(self._running[0]) - len(self.prompt)
+        if options.early_stopping == "never" and options.length_penalty > 0:
+            new_tokens = self._limits.max_length - len(self.prompt)
+        best_possible = self._scores[0] / np.float32(new_tokens**options.length_penalty)
+        worst = min(one.score for one in self._best)
+        self._improvable = self._improvable and any(
+            best_possible > (worst if done else _NEVER) for done in finished
+        )
+        full = all(finished) and options.early_stopping is True
+        self._done = all_ended or full or not self._improvable
+
+
+def start(prompt: Tokens, options: GenerationConfig, context: int, stop: Stop | None = None) -> Search:
+    """The search that the options ask for."""
+    strategy = BeamSearch if options.num_beams > 1 else Sampling
+    return strategy(prompt, options, context, stop)
+
+
+def lookup(tokens: Tokens, count: int, longest: int = 3) -> Tokens:
+    """Guesses what follows: what followed the latest earlier place with the same last few tokens.
+
+    Args:
+        tokens: the sequence so far, int64 [length].
+        count: at most so many guesses.
+        longest: how many last tokens to look for; fewer where they don't stand anywhere else.
+
+    Returns:
+        The guesses, int64; none where the last token stands nowhere else.
+    """
+    for size in range(min(longest, len(tokens) - 1), 0, -1):
+        starts = np.arange(len(tokens) - size)
+        for offset in range(size):
+            starts = starts[tokens[starts + offset] == tokens[len(tokens) - size + offset]]
+        if len(starts):
+            following = int(starts[-1]) + size
+            return tokens[following : following + count]
+    return tokens[:0]
+
+
+def _logprobs(token: int, logits: Logits, scores: Logits, count: int) -> TokenLogprobs:
+    raw = log_softmax(logits)
+    best = largest(logits, count) if count else np.zeros(0, np.int64)
+    return TokenLogprobs(
+        token, float(raw[token]), float(log_softmax(scores)[token]), [(int(i), float(raw[i])) for i in best]
+    )
