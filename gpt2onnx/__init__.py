@@ -1,1 +1,39 @@
-"""GPT-2 on any machine, without PyTorch."""
+"""GPT-2 on any machine, without PyTorch: export a checkpoint to ONNX once, then generate with NumPy.
+
+    import gpt2onnx
+
+    gpt2onnx.export("gpt2", "gpt2-int8", dtype="int8")
+    model = gpt2onnx.load("gpt2-int8")
+    print(model.generate("Once upon a time", do_sample=True, top_p=0.9, seed=1).text)
+
+Names are loaded when they are first used, so importing the package costs nothing.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    # Below this folder only in the installed package, where mypy checks it.
+    from .exporter.export import export as export  # pyright: ignore[reportMissingImports]
+    from .loading import load as load
+    from .runtime.generator import Model as Model  # pyright: ignore[reportMissingImports]
+    from .runtime.generator import Result as Result  # pyright: ignore[reportMissingImports]
+    from .runtime.options import GenerationConfig as GenerationConfig  # pyright: ignore[reportMissingImports]
+
+_HOME = {
+    "export": "exporter.export",
+    "load": "loading",
+    "Model": "runtime.generator",
+    "Result": "runtime.generator",
+    "GenerationConfig": "runtime.options",
+}
+
+__all__ = ["GenerationConfig", "Model", "Result", "export", "load"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(f".{_HOME[name]}", __name__), name)
+    globals()[name] = value
+    return value

@@ -12,7 +12,7 @@ from typing import Any, Literal, overload
 
 import numpy as np
 
-from gpt2onnx.errors import OptionError, PromptError
+from gpt2onnx.errors import Gpt2OnnxError, OptionError, PromptError
 
 from ..models.bundle import GENERATION_CONFIG, TOKENIZER, Bundle, read_json
 from .decode import Decoder
@@ -95,6 +95,9 @@ class Result:
             "seconds": round(self.seconds, 6),
             "energy": None,
         }
+
+
+Outcome = Result | Gpt2OnnxError
 
 
 @dataclass(frozen=True)
@@ -194,10 +197,8 @@ class Model:
         """
         options = self.options(locals())
         if isinstance(prompts, str) or (len(prompts) > 0 and isinstance(prompts[0], int)):
-            return next(result for _, result in self.complete([Request(prompts, options)]))  # type: ignore[arg-type]
-        requests = [Request(prompt, options, index) for index, prompt in enumerate(prompts)]  # type: ignore[arg-type]
-        results = dict(self.complete(requests, batch_size))
-        return [results[index] for index in range(len(requests))]
+            return self._all([Request(prompts, options)], 1)[0]  # type: ignore[arg-type]
+        return self._all([Request(prompt, options) for prompt in prompts], batch_size)  # type: ignore[arg-type]
 
     def stream(
         self,
@@ -242,29 +243,38 @@ class Model:
         text_stream = self.tokenizer.stream(request.options.stop)
         return Stream(self, task, text_stream)
 
-    def complete(self, requests: Iterable[Request], batch_size: int = 1) -> Iterator[tuple[Any, Result]]:
-        """Decodes requests, so many at a time, and yields each one's id and result as soon as it is done.
+    def complete(self, requests: Iterable[Request], batch_size: int = 1) -> Iterator[tuple[Request, Outcome]]:
+        """Decodes requests, so many at a time, and yields each one with its result as soon as it is done.
 
-        Requests are taken from the iterable when there is room for them, so it may be endless.
+        Requests are taken from the iterable when there is room for them, so it may be endless. One that
+        can't be carried out yields its error and disturbs no other.
 
         Raises:
-            PromptError, OptionError: as `generate` does, when the request's turn comes.
+            OptionError: batch_size is below 1.
             BackendError: ONNX Runtime failed.
         """
         if batch_size < 1:
             raise OptionError(f"batch_size must be at least 1, not {batch_size}")
         tasks: dict[int, _Task] = {}
+        refused: list[tuple[Request, Outcome]] = []
 
         def searches() -> Iterator[Search]:
             for request in requests:
-                task = self._task(request)
-                tasks[id(task.search)] = task
-                yield task.search
+                try:
+                    task = self._task(request)
+                except (PromptError, OptionError) as error:
+                    refused.append((request, error))
+                else:
+                    tasks[id(task.search)] = task
+                    yield task.search
 
         for search in self._decoder.run(searches(), batch_size):
+            while refused:
+                yield refused.pop(0)
             if search.done:
                 task = tasks.pop(id(search))
-                yield task.request.id, self._result(task)
+                yield task.request, self._result(task)
+        yield from refused
 
     def options(self, given: Mapping[str, Any]) -> GenerationConfig:
         """The bundle's generation options with the given ones on top; None, and names that are no options, don't count.
@@ -295,6 +305,14 @@ class Model:
             following = ids[begin + 1 : end + 1]
             logprobs += log_softmax(logits)[np.arange(end - begin), following].tolist()
         return Score(ids.tolist(), logprobs)
+
+    def _all(self, requests: list[Request], batch_size: int) -> list[Result]:
+        results: dict[int, Result] = {}
+        for request, outcome in self.complete(requests, batch_size):
+            if isinstance(outcome, Gpt2OnnxError):
+                raise outcome
+            results[id(request)] = outcome
+        return [results[id(request)] for request in requests]
 
     def _task(self, request: Request) -> "_Task":
         ids = self._prompt_ids(request.prompt)

@@ -1,0 +1,180 @@
+"""gpt2onnx generate"""
+
+import json
+import sys
+import time
+from contextlib import ExitStack
+from pathlib import Path
+from typing import IO, Any
+
+import click
+
+from gpt2onnx.errors import OutputError, PromptError
+
+from ..runtime import jobs
+from ..runtime.generator import Model, Request, Result
+from . import console
+from .generation_options import TokenIds, generation_options
+
+
+@click.command("generate")
+@click.argument("prompt", required=False)
+@click.option("-m", "--model", default="tales", show_default=True, help="A bundle, or a source that is exported once into the cache.")
+@click.option("--prompt-ids", type=TokenIds(), help="The prompt as token ids, such as 1,2,3.")
+@click.option("--input", "input_file", type=click.Path(path_type=Path), help="Requests, one JSON object a line.")
+@click.option("--output", "output_file", type=click.Path(path_type=Path), help="With --input: where the results go (default: standard output).")
+@click.option("--resume", is_flag=True, help="With --output: go on where an interrupted job stopped.")
+@click.option("--batch-size", type=click.IntRange(min=1), default=8, show_default=True, help="With --input: requests decoded together.")
+@click.option("--device", default="cpu", show_default=True, help="cpu or auto.")
+@click.option("--threads", type=click.IntRange(min=1), help="Threads of one operator (default: the cores of this process).")
+@click.option("--stream/--no-stream", default=None, help="Print the text as it grows (default: wherever that is possible).")
+@click.option("--echo/--no-echo", default=None, help="Print the prompt before the text (default: on a terminal).")
+@click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
+@generation_options
+@console.verbosity
+def command(
+    prompt: str | None, model: str, prompt_ids: list[int] | None, input_file: Path | None, output_file: Path | None,
+    resume: bool, batch_size: int, device: str, threads: int | None, stream: bool | None, echo: bool | None,
+    as_json: bool, quiet: bool, **given: Any,
+) -> None:  # fmt: skip
+    """Continue PROMPT, or standard input where there is none.
+
+    Options that aren't given are those of the model's generation_config.json. Giving a sampling option
+    (temperature, top-k, top-p, min-p, typical-p, seed) turns sampling on.
+
+    \b
+    Examples:
+      gpt2onnx generate "Once upon a time"
+      gpt2onnx generate "Once upon a time" --temperature 0.8 --seed 1 --max-new-tokens 100
+      gpt2onnx generate --input requests.jsonl --output results.jsonl --resume
+    """
+    if input_file is None and (output_file is not None or resume):
+        raise click.UsageError("--output and --resume go with --input")
+    if resume and output_file is None:
+        raise click.UsageError("--resume goes with --output")
+    if input_file is not None and (prompt is not None or prompt_ids is not None):
+        raise click.UsageError("--input takes the place of a prompt")
+    if prompt is not None and prompt_ids is not None:
+        raise click.UsageError("give a prompt or --prompt-ids, not both")
+    if stream and as_json:
+        raise click.UsageError("--stream and --json exclude each other")
+    given["stop"] = list(given["stop"]) or None
+
+    if input_file is not None:
+        _run_job(_load(model, device, threads), input_file, output_file, resume, batch_size, quiet, given)
+        return
+    text_or_ids = prompt if prompt is not None else prompt_ids if prompt_ids is not None else _standard_input()
+    loaded = _load(model, device, threads)
+    request = Request(text_or_ids, loaded.options(given))
+    started = time.perf_counter()
+    if as_json:
+        result = _interruptible(loaded, request)
+        click.echo(json.dumps(result.to_dict(), ensure_ascii=False))
+    else:
+        result = _print_text(loaded, request, stream, sys.stdout.isatty() if echo is None else echo)
+    if console.is_chatty(quiet=quiet):
+        seconds = time.perf_counter() - started
+        tokens = result.usage["completion_tokens"]
+        click.echo(f"{tokens} tokens in {seconds:.2f} s ({tokens / seconds:,.0f} tokens/s)", err=True)
+
+
+def _load(model: str, device: str, threads: int | None) -> Model:
+    from gpt2onnx.loading import load
+
+    return load(model, device=device, threads=threads)
+
+
+def _standard_input() -> str:
+    if sys.stdin.isatty():
+        raise click.UsageError("give a prompt, --prompt-ids, --input, or text on standard input")
+    # The newline that ends the last line belongs to the file, not to the prompt.
+    return sys.stdin.buffer.read().decode("utf-8", "replace").removesuffix("\n")
+
+
+def _can_stream(request: Request) -> bool:
+    return request.options.num_beams == 1 and request.options.num_return_sequences == 1
+
+
+def _interruptible(model: Model, request: Request) -> Result:
+    """The result; after Ctrl-C what there is of it, where decoding goes token by token."""
+    if not _can_stream(request):
+        return _complete(model, request)
+    stream = model.open_stream(request)
+    try:
+        for _ in stream:
+            pass
+    except KeyboardInterrupt:
+        pass
+    return stream.result
+
+
+def _complete(model: Model, request: Request) -> Result:
+    (_, outcome), = model.complete([request])
+    if isinstance(outcome, Result):
+        return outcome
+    raise outcome
+
+
+def _print_text(model: Model, request: Request, stream: bool | None, echo: bool) -> Result:
+    """Prints the continuation as it grows or, where that is impossible or not wanted, at once."""
+    if stream or (stream is None and _can_stream(request)):
+        pieces = model.open_stream(request)
+        if echo:
+            click.echo(pieces.result.prompt, nl=False)
+        try:
+            for piece in pieces:
+                click.echo(piece, nl=False)
+        except KeyboardInterrupt:
+            pass
+        click.echo()
+        return pieces.result
+    result = _complete(model, request)
+    prompt = result.prompt if echo else ""
+    click.echo("\n---\n".join(prompt + sequence.text for sequence in result.sequences))
+    return result
+
+
+def _run_job(
+    model: Model, input_file: Path, output_file: Path | None, resume: bool, batch_size: int, quiet: bool, given: dict[str, Any]
+) -> None:  # fmt: skip
+    """Carries out a file of requests; each result is written as soon as those before it are."""
+    # In a file, sampling is asked for by name only.
+    options = model.generation_config.merged(given)
+    with ExitStack() as stack:
+        try:
+            lines: IO[str] = stack.enter_context(input_file.open(encoding="utf-8", errors="replace"))
+        except OSError as error:
+            raise PromptError(f"can't read {input_file}: {error.strerror}") from error
+        try:
+            output = _open_output(output_file, lines if resume else None)
+            if output_file is not None:
+                stack.enter_context(output)
+            advance = stack.enter_context(console.line_progress(input_file.name, quiet=quiet))
+            for record in jobs.run(model, lines, options, batch_size):
+                output.write(json.dumps(record, ensure_ascii=False) + "\n")
+                output.flush()
+                advance(1, record.get("usage", {}).get("completion_tokens", 0))
+        except OSError as error:
+            if isinstance(error, BrokenPipeError):
+                raise
+            raise OutputError(f"can't write {output_file or 'standard output'}: {error.strerror}") from error
+
+
+def _open_output(path: Path | None, done: IO[str] | None) -> IO[str]:
+    """Opens the output; to resume, behind its last whole line, with as many requests skipped in the input `done`."""
+    if path is None:
+        return sys.stdout
+    if done is None or not path.exists():
+        return path.open("w", encoding="utf-8")
+    requests = filter(str.strip, iter(done.readline, ""))
+    end = 0
+    with path.open("r+b") as output:
+        for line in output:
+            if not line.endswith(b"\n"):
+                break
+            request = next(requests, None)
+            if request is None or jobs.identity(request) != jobs.identity(line.decode("utf-8", "replace")):
+                raise OutputError(f"{path} holds results of other requests: choose another output, or leave out --resume")
+            end += len(line)
+        output.truncate(end)
+    return path.open("a", encoding="utf-8")

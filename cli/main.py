@@ -1,0 +1,78 @@
+"""The group of commands: finds them, and turns errors into one line and an exit code.
+
+Exit codes: 0 done, 1 an error of gpt2onnx's error tree, 2 wrong usage, 130 interrupted.
+"""
+
+import importlib
+import logging
+import os
+import sys
+
+import click
+
+from gpt2onnx.errors import Gpt2OnnxError
+
+# Each command's module is imported only when it runs, so that none waits for another's imports.
+COMMANDS = {
+    "export": "Export a GPT-2 checkpoint to an ONNX bundle.",
+    "generate": "Continue a prompt, or a file of prompts.",
+}
+
+
+class _Commands(click.Group):
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in COMMANDS:
+            return None
+        module = importlib.import_module(f".{cmd_name}", __package__)
+        command: click.Command = module.command
+        return command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Commands"):
+            formatter.write_dl(list(COMMANDS.items()))
+
+
+@click.command(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="gpt2onnx")
+def commands() -> None:
+    """GPT-2 on any machine, without PyTorch.
+
+    \b
+    Example:
+      gpt2onnx generate "Once upon a time"
+    """
+
+
+def main() -> None:
+    """Runs the command line and exits."""
+    try:
+        result = commands.main(prog_name="gpt2onnx", standalone_mode=False)
+        # What --help and the like return is an exit code, too.
+        sys.exit(result if isinstance(result, int) else 0)
+    except click.UsageError as error:
+        help_hint = f" (see '{error.ctx.command_path} --help')" if error.ctx else ""
+        _fail(f"{' '.join(error.format_message().split())}{help_hint}", 2)
+    except click.ClickException as error:
+        _fail(error.format_message(), error.exit_code)
+    except Gpt2OnnxError as error:
+        _fail(str(error), 1)
+    except (KeyboardInterrupt, click.Abort):
+        _fail("interrupted", 130)
+    except BrokenPipeError:
+        # Whoever read the output has left; Python would complain once more when it closes stdout.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+
+
+def _fail(message: str, code: int) -> None:
+    """One line, whatever the message."""
+    click.echo(f"gpt2onnx: {' '.join(message.split())}", err=True)
+    sys.exit(code)
+
+
+def set_up_logging(*, verbose: bool) -> None:
+    """Log lines to stderr: warnings, or with `verbose` everything."""
+    logging.basicConfig(level=logging.DEBUG if verbose else logging.WARNING, format="%(name)s: %(message)s")

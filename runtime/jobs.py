@@ -1,0 +1,98 @@
+"""Jobs: one JSON request a line in, one JSON result a line out, in the same order.
+
+A request is {"id": …, "prompt": "…"} or {"id": …, "prompt_ids": […]} plus generation options. A line
+that can't be carried out becomes {"id": …, "error": "…"} and stops nothing.
+"""
+
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
+from typing import Any
+
+from gpt2onnx.errors import Gpt2OnnxError, OptionError, PromptError
+
+from .generator import Model, Outcome, Request
+from .options import GenerationConfig
+
+Record = dict[str, Any]
+
+
+def run(model: Model, lines: Iterable[str], options: GenerationConfig, batch_size: int = 1) -> Iterator[Record]:
+    """Carries out request lines, so many at a time.
+
+    Args:
+        model: generates.
+        lines: one JSON object each; taken only as there is room for them. Empty ones are passed over.
+        options: what holds where a line says nothing else.
+        batch_size: requests that are decoded together; no result depends on it.
+
+    Yields:
+        A record for each line, in the order of the lines.
+
+    Raises:
+        OptionError: batch_size is below 1.
+        BackendError: ONNX Runtime failed.
+    """
+    # Requests that ended before an earlier one wait here; there can't be more than the batch
+    # finishes while its longest sequence lasts.
+    finished: dict[int, Record] = {}
+    count = 0
+    due = 0
+
+    def requests() -> Iterator[Request]:
+        nonlocal count
+        for line in filter(str.strip, lines):
+            index, count = count, count + 1
+            try:
+                yield replace(parse(line, options), id=(index, identity(line)))
+            except (PromptError, OptionError) as error:
+                finished[index] = {"id": identity(line), "error": str(error)}
+
+    def ready() -> Iterator[Record]:
+        nonlocal due
+        while due in finished:
+            yield finished.pop(due)
+            due += 1
+
+    for request, outcome in model.complete(requests(), batch_size):
+        index, name = request.id
+        finished[index] = {"id": name} | _fields(outcome)
+        yield from ready()
+    yield from ready()
+
+
+def parse(line: str, options: GenerationConfig) -> Request:
+    """A request line.
+
+    Raises:
+        PromptError: the line is no JSON object, or has not exactly one of prompt and prompt_ids.
+        OptionError: an option is unknown, out of range, or contradicts another.
+    """
+    content = _load(line)
+    if not isinstance(content, dict):
+        raise PromptError('the line is not a JSON object such as {"id": 1, "prompt": "Once upon a time"}')
+    given: Mapping[str, Any] = {name: value for name, value in content.items() if name not in ("id", "prompt", "prompt_ids")}
+    prompts = [content[name] for name in ("prompt", "prompt_ids") if content.get(name) is not None]
+    if len(prompts) != 1:
+        raise PromptError("the request needs a prompt or prompt_ids, and not both")
+    wanted = str if content.get("prompt") is not None else list
+    if not isinstance(prompts[0], wanted):
+        raise PromptError(f"{'prompt must be a text' if wanted is str else 'prompt_ids must be a list of token ids'}")
+    return Request(prompts[0], options.merged(given))
+
+
+def identity(line: str) -> Any:
+    """The id of a request or result line; None where it has none."""
+    content = _load(line)
+    return content.get("id") if isinstance(content, dict) else None
+
+
+def _load(line: str) -> Any:
+    try:
+        return json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+
+
+def _fields(outcome: Outcome) -> Record:
+    return {"error": str(outcome)} if isinstance(outcome, Gpt2OnnxError) else outcome.to_dict()
