@@ -17,7 +17,9 @@ def verbosity(command: Callable[..., Any]) -> Callable[..., Any]:
         set_up_logging(verbose=value)
 
     command = click.option("-q", "--quiet", is_flag=True, help="No progress, no summary.")(command)
-    return click.option("-v", "--verbose", is_flag=True, expose_value=False, callback=log, help="Log what is done.")(command)
+    return click.option("-v", "--verbose", is_flag=True, expose_value=False, callback=log, help="Log what is done.")(
+        command
+    )
 
 
 def is_chatty(*, quiet: bool) -> bool:

@@ -12,14 +12,32 @@ from . import console
 @click.command("export")
 @click.argument("source")
 @click.argument("bundle", type=click.Path(path_type=Path))
-@click.option("--dtype", type=click.Choice(["fp32", "fp16", "int8", "int4"]), default="fp32", show_default=True, help="Precision of the weights.")
+@click.option(
+    "--dtype",
+    type=click.Choice(["fp32", "fp16", "int8", "int4"]),
+    default="fp32",
+    show_default=True,
+    help="Precision of the weights.",
+)
 @click.option("--pure", is_flag=True, help="With int4: the token embedding and output head in 4 bits too, not in 8.")
-@click.option("--block-size", type=int, help="With int8 or int4: weights that share a scale (16 to 256, a power of two).")
+@click.option(
+    "--block-size", type=int, help="With int8 or int4: weights that share a scale (16 to 256, a power of two)."
+)
 @click.option("--revision", help="Branch, tag or commit of a Hugging Face id.")
 @click.option("--force", is_flag=True, help="Replace an existing bundle.")
 @click.option("--json", "as_json", is_flag=True, help="Print the manifest as JSON.")
 @console.verbosity
-def command(source: str, bundle: Path, dtype: str, pure: bool, block_size: int | None, revision: str | None, force: bool, as_json: bool, quiet: bool) -> None:
+def command(
+    source: str,
+    bundle: Path,
+    dtype: str,
+    pure: bool,
+    block_size: int | None,
+    revision: str | None,
+    force: bool,
+    as_json: bool,
+    quiet: bool,
+) -> None:
     """Export SOURCE to the folder BUNDLE.
 
     SOURCE is the embedded model `tales`, a checkpoint folder, or a Hugging Face id.
@@ -33,7 +51,14 @@ def command(source: str, bundle: Path, dtype: str, pure: bool, block_size: int |
 
     with console.byte_progress(f"Exporting {source}", quiet=quiet) as progress:
         made = export(
-            source, bundle, dtype=dtype, pure=pure, block_size=block_size, revision=revision, force=force, progress=progress
+            source,
+            bundle,
+            dtype=dtype,
+            pure=pure,
+            block_size=block_size,
+            revision=revision,
+            force=force,
+            progress=progress,
         )
     if as_json:
         click.echo(json.dumps(asdict(made.manifest), indent=2))

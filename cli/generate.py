@@ -19,15 +19,36 @@ from .generation_options import TokenIds, generation_options
 
 @click.command("generate")
 @click.argument("prompt", required=False)
-@click.option("-m", "--model", default="tales", show_default=True, help="A bundle, or a source that is exported once into the cache.")
+@click.option(
+    "-m",
+    "--model",
+    default="tales",
+    show_default=True,
+    help="A bundle, or a source that is exported once into the cache.",
+)
 @click.option("--prompt-ids", type=TokenIds(), help="The prompt as token ids, such as 1,2,3.")
 @click.option("--input", "input_file", type=click.Path(path_type=Path), help="Requests, one JSON object a line.")
-@click.option("--output", "output_file", type=click.Path(path_type=Path), help="With --input: where the results go (default: standard output).")
+@click.option(
+    "--output",
+    "output_file",
+    type=click.Path(path_type=Path),
+    help="With --input: where the results go (default: standard output).",
+)
 @click.option("--resume", is_flag=True, help="With --output: go on where an interrupted job stopped.")
-@click.option("--batch-size", type=click.IntRange(min=1), default=8, show_default=True, help="With --input: requests decoded together.")
+@click.option(
+    "--batch-size",
+    type=click.IntRange(min=1),
+    default=8,
+    show_default=True,
+    help="With --input: requests decoded together.",
+)
 @click.option("--device", default="cpu", show_default=True, help="cpu or auto.")
-@click.option("--threads", type=click.IntRange(min=1), help="Threads of one operator (default: the cores of this process).")
-@click.option("--stream/--no-stream", default=None, help="Print the text as it grows (default: wherever that is possible).")
+@click.option(
+    "--threads", type=click.IntRange(min=1), help="Threads of one operator (default: the cores of this process)."
+)
+@click.option(
+    "--stream/--no-stream", default=None, help="Print the text as it grows (default: wherever that is possible)."
+)
 @click.option("--echo/--no-echo", default=None, help="Print the prompt before the text (default: on a terminal).")
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 @generation_options
@@ -109,7 +130,7 @@ def _interruptible(model: Model, request: Request) -> Result:
 
 
 def _complete(model: Model, request: Request) -> Result:
-    (_, outcome), = model.complete([request])
+    ((_, outcome),) = model.complete([request])
     if isinstance(outcome, Result):
         return outcome
     raise outcome
@@ -174,7 +195,9 @@ def _open_output(path: Path | None, done: IO[str] | None) -> IO[str]:
                 break
             request = next(requests, None)
             if request is None or jobs.identity(request) != jobs.identity(line.decode("utf-8", "replace")):
-                raise OutputError(f"{path} holds results of other requests: choose another output, or leave out --resume")
+                raise OutputError(
+                    f"{path} holds results of other requests: choose another output, or leave out --resume"
+                )
             end += len(line)
         output.truncate(end)
     return path.open("a", encoding="utf-8")

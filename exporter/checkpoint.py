@@ -158,7 +158,9 @@ def _download(repository: str, revision: str | None) -> Path:
         from huggingface_hub import snapshot_download
         from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
     except ImportError as error:
-        raise MissingExtraError(f"Fetching {repository!r} from the Hugging Face hub", "huggingface_hub", "export") from error
+        raise MissingExtraError(
+            f"Fetching {repository!r} from the Hugging Face hub", "huggingface_hub", "export"
+        ) from error
     hint = f"no checkpoint {repository!r}: not a local folder, not an embedded model"
     try:
         return Path(snapshot_download(repository, revision=revision, allow_patterns=_HUB_PATTERNS))

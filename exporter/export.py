@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from gpt2onnx.errors import CheckpointError, MissingExtraError, OptionError, OutputError
+from gpt2onnx.errors import MissingExtraError, OptionError, OutputError
 
 from ..models import bundle, contract
 from ..models.bundle import Bundle, Manifest
@@ -84,7 +84,9 @@ def export(
     precision = _precision(checkpoint.config, dtype, pure=pure, block_size=block_size)
     with _replacing(target, force=force) as folder:
         _write_configuration(checkpoint, precision, folder)
-        write_tokenizer(checkpoint.folder, {**checkpoint.raw_config, "vocab_size": checkpoint.config.vocab_size}, folder)
+        write_tokenizer(
+            checkpoint.folder, {**checkpoint.raw_config, "vocab_size": checkpoint.config.vocab_size}, folder
+        )
         _write_graph(checkpoint, precision, folder, progress)
         Manifest(
             gpt2onnx=version("gpt2onnx"),

@@ -8,14 +8,15 @@ Operators: https://github.com/microsoft/onnxruntime/blob/main/docs/ContribOperat
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from onnx import ModelProto, TensorProto, helper, numpy_helper
+from onnx import ModelProto, NodeProto, TensorProto, ValueInfoProto, helper, numpy_helper
 
 from ..models import contract
 from ..models.config import GPT2Config
-from .quantize import QuantizedMatrix, quantize
+from .quantize import quantize
 from .weights import WeightsFile
 
 MICROSOFT = "com.microsoft"
@@ -48,16 +49,37 @@ class Precision:
         return int(helper.np_dtype_to_tensor_dtype(np.dtype(self.floats)))
 
 
+@dataclass(frozen=True)
+class _StoredMatrix:
+    """A quantised matrix [rows, width] in the external data, by the names of its parts."""
+
+    data: str
+    scales: str
+    rows: int
+    width: int
+    bits: int
+    block_size: int
+
+
 @dataclass
 class _Graph:
     """Nodes and initializers under construction; each method appends and returns value names."""
 
     precision: Precision
     weights: WeightsFile
-    nodes: list[object] = field(default_factory=list)
+    nodes: list[NodeProto] = field(default_factory=list)
     initializers: list[TensorProto] = field(default_factory=list)
 
-    def op(self, kind: str, inputs: Sequence[str], name: str, *, domain: str = "", outputs: Sequence[str] = (), **attributes: object) -> str:
+    def op(
+        self,
+        kind: str,
+        inputs: Sequence[str],
+        name: str,
+        *,
+        domain: str = "",
+        outputs: Sequence[str] = (),
+        **attributes: Any,
+    ) -> str:
         """Appends a node; its first output is called as the node is, unless `outputs` says otherwise."""
         outputs = outputs or (name,)
         self.nodes.append(helper.make_node(kind, list(inputs), list(outputs), name=name, domain=domain, **attributes))
@@ -82,24 +104,28 @@ class _Graph:
             product = self.op("MatMul", [x, self.vector(f"{name}.weight", weight)], f"{name}.matmul")
             return self.op("Add", [product, self.vector(f"{name}.bias", bias)], name)
         matrix = self.quantized(name, weight.T, self.precision.matrix_bits)
-        return self.matmul_quantized(x, name, matrix, len(weight.T), self.vector(f"{name}.bias", bias))
+        return self.matmul_quantized(x, matrix, f"{name}.matmul", self.vector(f"{name}.bias", bias))
 
-    def quantized(self, name: str, matrix: npt.NDArray[np.float32], bits: int) -> QuantizedMatrix:
-        """Quantises [out, in] and stores its `.data` and `.scales`."""
+    def quantized(self, name: str, matrix: npt.NDArray[np.float32], bits: int) -> _StoredMatrix:
+        """Quantises [out, in] and stores it."""
         assert self.precision.block_size is not None
         result = quantize(matrix, bits, self.precision.block_size)
-        self.weight(f"{name}.data", result.data)
-        self.weight(f"{name}.scales", result.scales.astype(self.precision.floats))
-        return result
+        data = self.weight(f"{name}.data", result.data)
+        scales = self.weight(f"{name}.scales", result.scales.astype(self.precision.floats))
+        rows, width = matrix.shape
+        return _StoredMatrix(data, scales, rows, width, bits, result.block_size)
 
-    def matmul_quantized(self, x: str, name: str, matrix: QuantizedMatrix, out: int, bias: str = "") -> str:
-        inputs = [x, f"{name}.data", f"{name}.scales", "", "", bias]
+    def matmul_quantized(self, x: str, matrix: _StoredMatrix, name: str, bias: str = "") -> str:
+        """x @ matrix.T + bias."""
+        inputs = [x, matrix.data, matrix.scales, "", "", bias] if bias else [x, matrix.data, matrix.scales]
         return self.op(
-            "MatMulNBits", inputs if bias else inputs[:3], f"{name}.product", domain=MICROSOFT,
-            K=matrix.width, N=out, bits=matrix.bits, block_size=matrix.block_size, accuracy_level=4,
+            "MatMulNBits", inputs, name, domain=MICROSOFT,
+            K=matrix.width, N=matrix.rows, bits=matrix.bits, block_size=matrix.block_size, accuracy_level=4,
         )  # fmt: skip
 
-    def add_and_normalize(self, x: str, residual: str, name: str, weight: str, bias: str, epsilon: float) -> tuple[str, str]:
+    def add_and_normalize(
+        self, x: str, residual: str, name: str, weight: str, bias: str, epsilon: float
+    ) -> tuple[str, str]:
         """Layer norm of x + residual, and that sum."""
         total = f"{name}.sum"
         normalized = self.op(
@@ -149,9 +175,7 @@ def build(config: GPT2Config, tensor: Tensor, *, tied: bool, precision: Precisio
     def linear(x: str, name: str) -> str:
         return graph.linear(x, name, tensor(f"{name}.weight"), tensor(f"{name}.bias"))
 
-    x = graph.op(
-        "LayerNormalization", [residual, *norm_weights("h.0.ln_1")], "h.0.ln_1", axis=-1, epsilon=epsilon
-    )
+    x = graph.op("LayerNormalization", [residual, *norm_weights("h.0.ln_1")], "h.0.ln_1", axis=-1, epsilon=epsilon)
     for layer in range(config.n_layer):
         block = f"h.{layer}"
         qkv = linear(x, f"{block}.attn.c_attn")
@@ -183,7 +207,7 @@ def _attention_scale(config: GPT2Config, layer: int) -> float:
     return scale / (layer + 1) if config.scale_attn_by_inverse_layer_idx else scale
 
 
-def _embedding(graph: _Graph, config: GPT2Config, tensor: Tensor, *, tied: bool) -> tuple[str, QuantizedMatrix | str]:
+def _embedding(graph: _Graph, config: GPT2Config, tensor: Tensor, *, tied: bool) -> tuple[str, _StoredMatrix | str]:
     """The token embeddings of the input, and the output head: a stored float matrix's name, or a quantised matrix."""
     bits = graph.precision.embedding_bits
     if bits is None:
@@ -191,20 +215,22 @@ def _embedding(graph: _Graph, config: GPT2Config, tensor: Tensor, *, tied: bool)
         embedded = graph.op("Gather", [table, contract.INPUT_IDS], "wte", axis=0)
         return embedded, table if tied else graph.vector("lm_head.weight", tensor("lm_head.weight"))
     matrix = graph.quantized("wte", tensor("wte.weight"), bits)
-    rows, _, _ = matrix.data.shape
     # MatMulNBits wants [out, blocks, bytes], GatherBlockQuantized [out, bytes]: one stored array serves both.
-    flat = graph.op("Reshape", ["wte.data", graph.constant("flat", np.array([rows, -1], np.int64))], "wte.flat")
+    flat = graph.op("Reshape", [matrix.data, graph.constant("flat", np.array([matrix.rows, -1], np.int64))], "wte.flat")
     embedded = graph.op(
-        "GatherBlockQuantized", [flat, contract.INPUT_IDS, "wte.scales"], "wte.gather", domain=MICROSOFT,
+        "GatherBlockQuantized", [flat, contract.INPUT_IDS, matrix.scales], "wte.gather", domain=MICROSOFT,
         bits=bits, block_size=matrix.block_size, gather_axis=0, quantize_axis=1,
     )  # fmt: skip
     if config.n_embd % matrix.block_size:
-        limits = [graph.constant(f"width.{side}", np.array([value], np.int64)) for side, value in (("start", 0), ("end", config.n_embd), ("axis", 2))]
+        limits = [
+            graph.constant(f"width.{side}", np.array([value], np.int64))
+            for side, value in (("start", 0), ("end", config.n_embd), ("axis", 2))
+        ]
         embedded = graph.op("Slice", [embedded, *limits], "wte.unpadded")
     return embedded, matrix if tied else graph.quantized("lm_head", tensor("lm_head.weight"), bits)
 
 
-def _head(graph: _Graph, config: GPT2Config, x: str, head: QuantizedMatrix | str) -> None:
+def _head(graph: _Graph, config: GPT2Config, x: str, head: _StoredMatrix | str) -> None:
     """Appends the output head and the cast of its logits to float32."""
     if isinstance(head, str):
         # Gemm multiplies by the transposed table without copying it, but takes two dimensions only.
@@ -215,8 +241,7 @@ def _head(graph: _Graph, config: GPT2Config, x: str, head: QuantizedMatrix | str
         shape = graph.op("Concat", [batch, vocabulary], "head.shape", axis=0)
         logits = graph.op("Reshape", [product, shape], "head.logits")
     else:
-        name = "wte" if "lm_head.data" not in {initializer.name for initializer in graph.initializers} else "lm_head"
-        logits = graph.matmul_quantized(x, name, head, config.vocab_size)
+        logits = graph.matmul_quantized(x, head, "head.matmul")
     graph.op("Cast", [logits], contract.LOGITS, to=TensorProto.FLOAT)
 
 
@@ -242,7 +267,7 @@ def _model(graph: _Graph, config: GPT2Config) -> ModelProto:
     batch, past, total = "batch_size", "past_sequence_length", "total_sequence_length"
     cache_type = graph.precision.onnx_type
 
-    def value(name: str, kind: int, *shape: str | int) -> object:
+    def value(name: str, kind: int, *shape: str | int) -> ValueInfoProto:
         return helper.make_tensor_value_info(name, kind, list(shape))
 
     inputs = [
@@ -252,10 +277,9 @@ def _model(graph: _Graph, config: GPT2Config) -> ModelProto:
     ]
     outputs = [value(contract.LOGITS, TensorProto.FLOAT, batch, "kept_sequence_length", config.vocab_size)]
     for layer in range(config.n_layer):
-        for name in contract.past_names(layer):
+        for name, filled in zip(contract.past_names(layer), contract.present_names(layer), strict=True):
             inputs.append(value(name, cache_type, batch, config.n_head, past, config.head_size))
-        for name in contract.present_names(layer):
-            outputs.append(value(name, cache_type, batch, config.n_head, total, config.head_size))
+            outputs.append(value(filled, cache_type, batch, config.n_head, total, config.head_size))
     # An input that also has an initializer is optional; required inputs come first.
     inputs.append(value(contract.LOGITS_TO_KEEP, TensorProto.INT64, 1))
     proto = helper.make_graph(graph.nodes, "gpt2", inputs, outputs, graph.initializers)

@@ -61,9 +61,7 @@ def dequantize(quantized: QuantizedMatrix) -> npt.NDArray[np.float32]:
     return matrix.reshape(len(matrix), -1)[:, : quantized.width]
 
 
-def _fit(
-    blocks: npt.NDArray[np.float32], bits: int
-) -> tuple[npt.NDArray[np.int8], npt.NDArray[np.float32]]:
+def _fit(blocks: npt.NDArray[np.float32], bits: int) -> tuple[npt.NDArray[np.int8], npt.NDArray[np.float32]]:
     """Signed values and scales for blocks [rows, blocks, block_size]."""
     low, high = -(1 << (bits - 1)), (1 << (bits - 1)) - 1
     # The extreme weight of a block takes the longer, negative side of the range, whatever its own sign.
@@ -88,5 +86,5 @@ def _fit(
 def _pack(values: npt.NDArray[np.int8], bits: int) -> npt.NDArray[np.uint8]:
     unsigned = (values.astype(np.int16) + (1 << (bits - 1))).astype(np.uint8)
     if bits == 4:
-        return unsigned[..., ::2] | unsigned[..., 1::2] << 4
+        return (unsigned[..., ::2] | unsigned[..., 1::2] << 4).astype(np.uint8)
     return unsigned

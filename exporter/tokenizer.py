@@ -37,7 +37,7 @@ def write_tokenizer(checkpoint: Path, config: Mapping[str, Any], target: Path) -
         raise CheckpointError(f"{checkpoint} has no tokenizer: neither {TOKENIZER} nor vocab.json with merges.txt")
     try:
         size = Tokenizer.from_file(str(target / TOKENIZER)).get_vocab_size(with_added_tokens=True)
-    except Exception as error:  # noqa: BLE001  # tokenizers raises no narrower type
+    except Exception as error:  # tokenizers raises no narrower type
         raise CheckpointError(f"{checkpoint / TOKENIZER} can't be read: {error}") from error
     if size > config["vocab_size"]:
         raise CheckpointError(
@@ -64,9 +64,10 @@ def byte_level_bpe(vocab: Path, merges: Path) -> Tokenizer:
     ids = read_json(vocab)
     try:
         lines = merges.read_text(encoding="utf-8").splitlines()
-        pairs = [tuple(line.split(" ")) for line in lines if line and not line.startswith("#version")]
+        merged = (line.split(" ") for line in lines if line and not line.startswith("#version"))
+        pairs = [(left, right) for left, right in merged]
         tokenizer = Tokenizer(models.BPE(vocab=ids, merges=pairs))
-    except Exception as error:  # noqa: BLE001  # tokenizers raises no narrower type
+    except Exception as error:  # tokenizers raises no narrower type
         raise CheckpointError(f"{vocab} and {merges.name} don't make a tokenizer: {error}") from error
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()

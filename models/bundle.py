@@ -1,10 +1,10 @@
 """The bundle: a folder in the Hugging Face convention, with a manifest of its own.
 
-    config.json  generation_config.json  tokenizer.json  tokenizer_config.json
-    genai_config.json       what onnxruntime-genai reads
-    gpt2onnx.json           the manifest: origin, precision, size and sha256 of every other file
-    onnx/model.onnx         the graph
-    onnx/model.onnx_data    its weights, memory-mapped by ONNX Runtime
+config.json  generation_config.json  tokenizer.json  tokenizer_config.json
+genai_config.json       what onnxruntime-genai reads
+gpt2onnx.json           the manifest: origin, precision, size and sha256 of every other file
+onnx/model.onnx         the graph
+onnx/model.onnx_data    its weights, memory-mapped by ONNX Runtime
 """
 
 import hashlib

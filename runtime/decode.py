@@ -58,8 +58,8 @@ class Decoder:
                     yield search
                 if not active:
                     return
-                draft = active[0].draft() if len(active) == 1 else ()
-                if len(draft):
+                # Several tokens after a past go through the network for one sequence at a time only.
+                if len(active) == 1 and len(draft := active[0].draft()):
                     self._verify(active[0], draft)
                 else:
                     self._step(active)
@@ -104,11 +104,12 @@ class Decoder:
         start = search.tokens(0)
         tokens = np.append(start[-1:], draft)
         logits = self._network.forward(self._cache, slice(0, 1), tokens[None], keep=len(tokens))[0]
-        for position in range(len(tokens)):
-            search.advance(logits[position : position + 1])
-            if search.done or position == len(draft) or search.tokens(0)[-1] != draft[position]:
+        accepted = len(start)
+        for guess in [*draft.tolist(), None]:
+            search.advance(logits[accepted - len(start)][None])
+            if search.done or search.tokens(0)[-1] != guess:
                 break
-        accepted = len(start) + position
+            accepted += 1
         self._held[0] = np.append(start, draft)[:accepted]
         self._cache.trim(0, accepted)
         self._rearrange(search, [0] * search.rows)

@@ -8,7 +8,7 @@ import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal, overload
+from typing import Any, Literal, cast
 
 import numpy as np
 
@@ -144,11 +144,6 @@ class Model:
         self._session = Session(self.bundle, device=device, threads=threads)
         self._decoder = Decoder(self._session)
 
-    @overload
-    def generate(self, prompts: str, **options: Any) -> Result: ...
-    @overload
-    def generate(self, prompts: Sequence[Prompt], **options: Any) -> list[Result]: ...
-
     def generate(
         self,
         prompts: Prompt | Sequence[Prompt],
@@ -177,7 +172,7 @@ class Model:
         stop: Sequence[str] | None = None,
         logprobs: int | None = None,
         prompt_lookup: int | None = None,
-    ) -> Result | list[Result]:
+    ) -> Any:  # a Result or a list of them: no signature can tell a text from a sequence of texts
         """Continues a prompt, or a list of prompts in batches.
 
         Options are those of `GenerationConfig`; one that isn't given is the bundle's own. Giving one that
@@ -196,9 +191,9 @@ class Model:
             BackendError: ONNX Runtime failed.
         """
         options = self.options(locals())
-        if isinstance(prompts, str) or (len(prompts) > 0 and isinstance(prompts[0], int)):
-            return self._all([Request(prompts, options)], 1)[0]  # type: ignore[arg-type]
-        return self._all([Request(prompt, options) for prompt in prompts], batch_size)  # type: ignore[arg-type]
+        if isinstance(prompts, str) or (len(prompts) > 0 and isinstance(prompts[0], int | np.integer)):
+            return self._all([Request(cast("Prompt", prompts), options)], 1)[0]
+        return self._all([Request(cast("Prompt", prompt), options) for prompt in prompts], batch_size)
 
     def stream(
         self,
@@ -238,7 +233,9 @@ class Model:
             OptionError: the options ask for beams, for several sequences, or don't suit the prompt.
         """
         if request.options.num_beams > 1 or request.options.num_return_sequences > 1:
-            raise OptionError("only a single sequence can be streamed: not with num_beams or num_return_sequences above 1")
+            raise OptionError(
+                "only a single sequence can be streamed: not with num_beams or num_return_sequences above 1"
+            )
         task = self._task(request)
         text_stream = self.tokenizer.stream(request.options.stop)
         return Stream(self, task, text_stream)
@@ -320,9 +317,13 @@ class Model:
         if options.new_tokens(len(ids)) < 1:
             raise OptionError(f"max_length {options.max_length} leaves no room after a prompt of {len(ids)} tokens")
         for name in ("bad_words_ids", "suppress_tokens"):
-            named = np.array([token for part in getattr(options, name) or () for token in np.atleast_1d(part)], np.int64)
+            named = np.array(
+                [token for part in getattr(options, name) or () for token in np.atleast_1d(part)], np.int64
+            )
             if (named >= self.config.vocab_size).any():
-                raise OptionError(f"{name} holds {named.max()}, but the vocabulary ends at {self.config.vocab_size - 1}")
+                raise OptionError(
+                    f"{name} holds {named.max()}, but the vocabulary ends at {self.config.vocab_size - 1}"
+                )
         search = start(ids, options, self.config.n_positions, self._stop(options.stop, len(ids)))
         text = request.prompt if isinstance(request.prompt, str) else self.tokenizer.decode(ids.tolist())
         return _Task(request, text, search, time.perf_counter())

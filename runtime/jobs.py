@@ -71,7 +71,9 @@ def parse(line: str, options: GenerationConfig) -> Request:
     content = _load(line)
     if not isinstance(content, dict):
         raise PromptError('the line is not a JSON object such as {"id": 1, "prompt": "Once upon a time"}')
-    given: Mapping[str, Any] = {name: value for name, value in content.items() if name not in ("id", "prompt", "prompt_ids")}
+    given: Mapping[str, Any] = {
+        name: value for name, value in content.items() if name not in ("id", "prompt", "prompt_ids")
+    }
     prompts = [content[name] for name in ("prompt", "prompt_ids") if content.get(name) is not None]
     if len(prompts) != 1:
         raise PromptError("the request needs a prompt or prompt_ids, and not both")

@@ -81,7 +81,7 @@ class GenerationConfig:
         self._between("length_penalty", -math.inf, math.inf, "a finite number")
         if not isinstance(self.do_sample, bool):
             raise OptionError(f"do_sample must be true or false, not {self.do_sample!r}")
-        if self.early_stopping not in (True, False, "never") or isinstance(self.early_stopping, int | float) and not isinstance(self.early_stopping, bool):
+        if not isinstance(self.early_stopping, bool) and self.early_stopping != "never":
             raise OptionError(f"early_stopping must be true, false or 'never', not {self.early_stopping!r}")
         self._token_ids("eos_token_id", self.eos_token_ids)
         self._token_ids("suppress_tokens", self.suppress_tokens or ())

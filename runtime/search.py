@@ -56,19 +56,24 @@ class Search(Protocol):
     """One prompt's way through the network."""
 
     prompt: Tokens
-    rows: int
-    """Sequences in the next forward pass; the first one is over the prompt alone, once for all of them."""
     positions: int
     """Positions that a row may come to need in the cache."""
+
+    @property
+    def rows(self) -> int:
+        """Sequences in the next forward pass; the first pass is over the prompt alone, once for all of them."""
+        ...
 
     @property
     def done(self) -> bool: ...
 
     def tokens(self, row: int) -> Tokens:
         """The row's sequence; its last token is the one that the next forward pass takes."""
+        ...
 
     def draft(self) -> Tokens:
         """Tokens that may well follow, to be verified in one forward pass; none where the search can't use them."""
+        ...
 
     def advance(self, logits: Logits) -> list[int]:
         """Lengthens the sequences, given the logits [rows, vocabulary] after each row's last token.
@@ -76,9 +81,11 @@ class Search(Protocol):
         Returns:
             For each row of the next pass, the row of this pass that it continues.
         """
+        ...
 
     def continuations(self) -> list[Continuation]:
         """The results, best first where they are ranked; unfinished ones as far as they are."""
+        ...
 
 
 class _Limits:
@@ -161,10 +168,7 @@ class Sampling:
 
     def _extend(self, index: int, result: Continuation, logits: Logits) -> None:
         scores = process(self._processors, result.tokens, logits)
-        if self._generator is None:
-            token = int(scores.argmax())
-        else:
-            token = int(self._generator.multinomial(scores)[0])
+        token = int(scores.argmax() if self._generator is None else self._generator.multinomial(scores)[0])
         if self._options.logprobs is not None:
             result.logprobs.append(_logprobs(token, logits, scores, self._options.logprobs))
         length = self._lengths[index]
@@ -235,7 +239,7 @@ class BeamSearch:
         ended = np.array([self._limits.reason(sequence) is not None for sequence in sequences])
 
         # Those that ended don't go on; what goes on is chosen after they were told apart.
-        running_scores = flat[chosen] + ended.astype(np.float32) * _NEVER
+        running_scores = np.where(ended, flat[chosen] + _NEVER, flat[chosen])
         going_on = largest(running_scores, self.rows)
         self._update_best(flat[chosen], sequences, ended)
         self._running = [sequences[candidate] for candidate in going_on]
@@ -247,7 +251,9 @@ class BeamSearch:
         best = self._best[: self._options.num_return_sequences]
         return [Continuation(one.tokens, self._limits.reason(one.tokens) if one.finished else None) for one in best]
 
-    def _update_best(self, log_probs: Logits, sequences: list[Tokens], ended: np.ndarray[tuple[int], np.dtype[np.bool_]]) -> None:
+    def _update_best(
+        self, log_probs: Logits, sequences: list[Tokens], ended: np.ndarray[tuple[int], np.dtype[np.bool_]]
+    ) -> None:
         """Lets candidates that ended among the first num_beams take the place of worse ones."""
         new_tokens = len(sequences[0]) - len(self.prompt)
         scores = log_probs / np.float32(new_tokens**self._options.length_penalty)
@@ -270,9 +276,7 @@ class BeamSearch:
             new_tokens = self._limits.max_length - len(self.prompt)
         best_possible = self._scores[0] / np.float32(new_tokens**options.length_penalty)
         worst = min(one.score for one in self._best)
-        self._improvable = self._improvable and any(
-            best_possible > (worst if done else _NEVER) for done in finished
-        )
+        self._improvable = self._improvable and any(best_possible > (worst if done else _NEVER) for done in finished)
         full = all(finished) and options.early_stopping is True
         self._done = all_ended or full or not self._improvable
 

@@ -61,9 +61,7 @@ class Session:
         options.log_severity_level = _WARNINGS_OFF
         options.intra_op_num_threads = threads or available_cores()
         try:
-            self._session = ort.InferenceSession(
-                bundle.folder / GRAPH, options, providers=["CPUExecutionProvider"]
-            )
+            self._session = ort.InferenceSession(bundle.folder / GRAPH, options, providers=["CPUExecutionProvider"])
         except Exception as error:
             raise BackendError(f"ONNX Runtime can't load {bundle.folder / GRAPH}: {_one_line(error)}") from error
 
@@ -72,7 +70,9 @@ class Session:
         config = self.config
         return Cache((config.n_layer, 2, rows, config.n_head, positions, config.head_size), self.dtype)
 
-    def forward(self, cache: Cache, rows: slice, tokens: npt.NDArray[np.int64], keep: int = 1) -> npt.NDArray[np.float32]:
+    def forward(
+        self, cache: Cache, rows: slice, tokens: npt.NDArray[np.int64], keep: int = 1
+    ) -> npt.NDArray[np.float32]:
         """Runs the next tokens of each row through the network, and takes them into the cache.
 
         Args:

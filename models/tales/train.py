@@ -145,6 +145,7 @@ def save(tokenizer: Tokenizer, weights: dict[str, torch.Tensor], config: GPT2Con
 
 
 def main() -> None:
+    """Runs the training from the command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--corpus", type=Path, required=True, help="folder with stories-train.txt, stories-valid.txt")
     parser.add_argument("--work", type=Path, required=True, help="folder for the resumable state and the log")
@@ -182,7 +183,9 @@ def main() -> None:
         for optim, saved in zip(optims, state["optimizers"], strict=True):
             optim.load_state_dict(saved)
         first, best = state["step"], state["best"]
-    print(f"{model.num_parameters():,} parameters, {len(train_stream):,} training tokens, from step {first}", flush=True)
+    print(
+        f"{model.num_parameters():,} parameters, {len(train_stream):,} training tokens, from step {first}", flush=True
+    )
 
     log = (args.work / "log.jsonl").open("a")
     started, running = time.monotonic(), []
