@@ -9,6 +9,7 @@ onnx/model.onnx_data    its weights, memory-mapped by ONNX Runtime
 
 import hashlib
 import json
+import os
 from dataclasses import asdict, dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -50,6 +51,7 @@ class Manifest:
         block_size: weights that share a scale; None where nothing is quantised.
         files: every file but the manifest, by its path inside the bundle.
         parity: the parity report against PyTorch, where one was made.
+        quality: what the precision costs against fp32, where it was measured; see `exporter.quality`.
     """
 
     gpt2onnx: str
@@ -60,6 +62,7 @@ class Manifest:
     block_size: int | None
     files: dict[str, FileRecord]
     parity: dict[str, Any] | None = None
+    quality: dict[str, Any] | None = None
     format_version: int = FORMAT_VERSION
 
     def write(self, folder: Path) -> None:
@@ -131,10 +134,29 @@ class Bundle:
             raise BundleError(str(error)) from error
         return cls(folder, manifest, config)
 
+    def verify(self) -> None:
+        """Compares every file's sha256 with the manifest, and looks for files that it doesn't list.
+
+        Raises:
+            BundleError: a file has other content, can't be read, or isn't in the manifest.
+        """
+        try:
+            found = describe_files(self.folder)
+        except OSError as error:
+            raise BundleError(f"can't read {error.filename}: {error.strerror}") from error
+        for name, record in self.manifest.files.items():
+            if found.pop(name, None) != record:
+                raise BundleError(f"{self.folder / name} is not what the manifest says: export the bundle again")
+        if found:
+            raise BundleError(
+                f"{self.folder / min(found)} is not in the manifest: remove it, or export the bundle again"
+            )
+
 
 def is_bundle(folder: Path) -> bool:
     """Whether the folder holds a manifest of gpt2onnx."""
-    return (folder / MANIFEST).is_file()
+    # Unlike pathlib, os.path takes a name too long, or a folder that may not be searched, for one that isn't there.
+    return os.path.isfile(folder / MANIFEST)  # noqa: PTH113
 
 
 def describe_files(folder: Path) -> dict[str, FileRecord]:

@@ -8,7 +8,27 @@ from typing import Any
 
 from gpt2onnx.errors import CheckpointError
 
-ACTIVATIONS = ("gelu_new", "gelu_pytorch_tanh", "gelu_fast", "gelu", "relu", "silu", "swish", "tanh", "quick_gelu")
+# Names of transformers' ACT2FN. It also has prelu and xielu, which bring weights of their own.
+ACTIVATIONS = (
+    "gelu", "gelu_10", "gelu_accurate", "gelu_fast", "gelu_new", "gelu_python", "gelu_python_tanh",
+    "gelu_pytorch_tanh", "hardswish", "laplace", "leaky_relu", "linear", "mish", "quick_gelu", "relu", "relu2",
+    "relu6", "sigmoid", "silu", "sqrtsoftplus", "swish", "tanh",
+)  # fmt: skip
+# transformers reads these general names too.
+_ALIASES = {
+    "hidden_size": "n_embd",
+    "max_position_embeddings": "n_positions",
+    "num_attention_heads": "n_head",
+    "num_hidden_layers": "n_layer",
+}
+# Networks that differ though they say "gpt2": a silent export would compute something else.
+_FOREIGN = {
+    "add_cross_attention": "an encoder would be needed",
+    "is_encoder_decoder": "an encoder would be needed",
+    "multi_query": "it is of gpt_bigcode",
+    "pruned_heads": "its layers have unequal heads",
+    "quantization_config": "the weights are already quantised: export the original",
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,7 +59,7 @@ class GPT2Config:
                 raise CheckpointError(f"config.json: {name} must be true or false, not {getattr(self, name)!r}")
         epsilon = self.layer_norm_epsilon
         if isinstance(epsilon, bool) or not isinstance(epsilon, int | float) or not 0 <= epsilon < 1:
-            raise CheckpointError(f"config.json: layer_norm_epsilon must be between 0 and 1, not {epsilon!r}")
+            raise CheckpointError(f"config.json: layer_norm_epsilon must be at least 0 and below 1, not {epsilon!r}")
         if self.n_embd % self.n_head:
             raise CheckpointError(f"config.json: n_embd {self.n_embd} is not divisible by n_head {self.n_head}")
         if self.activation_function not in ACTIVATIONS:
@@ -67,10 +87,12 @@ class GPT2Config:
         model_type = raw.get("model_type", "gpt2")
         if model_type != "gpt2":
             raise CheckpointError(f"not a GPT-2: config.json says model_type {model_type!r}")
-        if raw.get("add_cross_attention"):
-            raise CheckpointError("config.json: add_cross_attention is not supported (an encoder would be needed)")
+        for name, reason in _FOREIGN.items():
+            if raw.get(name):
+                raise CheckpointError(f"config.json: {name} is not supported ({reason})")
         known = {field.name for field in fields(cls)}
-        return cls(**{name: value for name, value in raw.items() if name in known})
+        general = {_ALIASES[name]: value for name, value in raw.items() if name in _ALIASES}
+        return cls(**general | {name: value for name, value in raw.items() if name in known})
 
     @classmethod
     def from_file(cls, path: Path) -> "GPT2Config":

@@ -1,6 +1,6 @@
 """Trains `tales`, the GPT-2 that ships with gpt2onnx, from plain text files.
 
-    python models/tales/train.py --corpus DIR --work /tmp/tales --out models/tales
+    python models/tales/training/train.py --corpus DIR --work /tmp/tales --out models/tales
 
 `DIR` holds stories-train.txt and stories-valid.txt: documents that end in a line `<|endoftext|>`.
 The run is seeded, and resumable: started again with the same `--work` it goes on from its last

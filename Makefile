@@ -1,0 +1,50 @@
+# Two commands: `make demo` shows the thing working, `make test` proves it. Both make their own environment.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+
+.PHONY: demo test lint types unit docs clean
+
+demo: $(VENV)/installed-demo
+	$(BIN)/gpt2onnx export tales build/tales --dtype int8 --force
+	$(BIN)/gpt2onnx generate "Once upon a time" -m build/tales --echo --max-new-tokens 160 --temperature 0.7 --top-p 0.9 --seed 4
+	@# Export the default model too, so that the first `gpt2onnx generate` of your own starts at once.
+	@$(BIN)/gpt2onnx generate "Once" --max-new-tokens 1 --quiet >build/first.txt
+	@echo "Now yours: $(BIN)/gpt2onnx generate \"Once upon a time\""
+
+test: lint types unit
+
+lint: $(VENV)/installed-dev
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/pyright
+	$(BIN)/cog --check docs/cli.md
+
+# The installed package is checked from another folder, which also proves that it is whole.
+types: $(VENV)/installed-dev
+	rm -rf build/site
+	$(BIN)/pip install --quiet --no-deps --target build/site .
+	cd build/site && ../../$(BIN)/mypy --config-file ../../pyproject.toml --strict -p gpt2onnx
+	cd build/site && PYTHONPATH=. ../../$(BIN)/lint-imports --config ../../pyproject.toml --no-cache
+
+unit: $(VENV)/installed-dev
+	$(BIN)/pytest
+
+# Writes docs/cli.md anew from the commands themselves.
+docs: $(VENV)/installed-dev
+	$(BIN)/cog -r docs/cli.md
+
+$(VENV)/bin/python:
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --upgrade pip
+
+$(VENV)/installed-demo: $(VENV)/bin/python pyproject.toml
+	$(BIN)/pip install --quiet --editable '.[cpu,export]'
+	touch $@
+
+$(VENV)/installed-dev: $(VENV)/bin/python pyproject.toml
+	$(BIN)/pip install --quiet --editable '.[dev]'
+	touch $@
+
+clean:
+	rm -rf $(VENV) build

@@ -1,0 +1,62 @@
+"""gpt2onnx parity"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import click
+
+from . import console
+
+
+@click.command("parity")
+@click.argument("bundle", type=click.Path(path_type=Path))
+@click.argument("source")
+@click.option("--revision", help="Branch, tag or commit of a Hugging Face id.")
+@click.option(
+    "--suite", type=click.Choice(["quick", "full"]), default="quick", show_default=True, help="How many token cases."
+)
+@click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
+@console.verbosity
+@click.pass_context
+def command(
+    ctx: click.Context, bundle: Path, source: str, revision: str | None, suite: str, as_json: bool, quiet: bool
+) -> None:
+    """Compare BUNDLE with SOURCE run by PyTorch: logits, and tokens of every strategy.
+
+    Needs the extra `optimum` (torch and transformers). Exit code 1 when a check fails.
+
+    \b
+    Example:
+      gpt2onnx parity ./tales tales --suite full
+    """
+    from ..exporter.checkpoint import Checkpoint
+    from ..exporter.parity import check
+
+    report = check(bundle, Checkpoint.open(source, revision), suite)
+    if as_json:
+        click.echo(json.dumps(report, indent=2))
+    elif not quiet:
+        click.echo(table(report))
+    ctx.exit(0 if report["passed"] else 1)
+
+
+def table(report: dict[str, Any]) -> str:
+    """The report for a person."""
+    lines = [f"against {report['reference']}"]
+    for name in ("whole", "cached", "ragged"):
+        figures = report[name]
+        lines.append(
+            f"  logits, {name:8} {figures['positions']:5} positions   largest difference {figures['max_abs']:.2e}"
+            f"   KL {figures['kl']:.2e}   same top token {figures['top1_agreement']:.2%}   {_verdict(figures)}"
+        )
+    tokens = report["tokens"]
+    lines.append(f"  tokens   {tokens['cases']} cases, {tokens['equal']} equal   {_verdict(tokens)}")
+    lines += [f"  {note}" for note in tokens["notes"]]
+    if tokens["first_difference"]:
+        lines.append(f"  first difference: {json.dumps(tokens['first_difference'])}")
+    return "\n".join(lines)
+
+
+def _verdict(figures: dict[str, Any]) -> str:
+    return "ok" if figures["passed"] else "FAILED"

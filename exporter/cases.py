@@ -1,0 +1,142 @@
+"""Generation requests on which a bundle is compared with transformers: data only, for any vocabulary.
+
+The options are transformers' own names and values, except `seed`, which stands for torch.manual_seed
+right before generating. Each case is to give the very tokens of `transformers.generate` in float32.
+"""
+
+import random
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+Options = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Case:
+    """One prompt and how to continue it."""
+
+    name: str
+    prompt_ids: list[int]
+    options: Options
+
+
+STRATEGIES: dict[str, Options] = {
+    "greedy": {},
+    "sampling": {"do_sample": True},
+    "3 samples": {"do_sample": True, "num_return_sequences": 3},
+    "2 beams": {"num_beams": 2},
+    "3 beams, early": {"num_beams": 3, "early_stopping": True, "num_return_sequences": 2},
+    "4 beams, never": {"num_beams": 4, "early_stopping": "never", "length_penalty": 2.0},
+    "5 beams, length 0": {"num_beams": 5, "length_penalty": 0.0, "num_return_sequences": 5},
+    "6 beams, length -1": {"num_beams": 6, "length_penalty": -1.0, "early_stopping": "never"},
+    "4 beams, length 0.5": {"num_beams": 4, "length_penalty": 0.5, "num_return_sequences": 4},
+    "2 beams sampled": {"do_sample": True, "num_beams": 2, "num_return_sequences": 2},
+    "4 beams sampled": {"do_sample": True, "num_beams": 4, "early_stopping": True},
+    "6 beams sampled": {"do_sample": True, "num_beams": 6, "num_return_sequences": 6, "length_penalty": -0.5},
+}  # fmt: skip
+
+# Options that shape the distribution. Those that only matter to sampling change nothing elsewhere, which is a case, too.
+PROCESSORS: dict[str, Options] = {
+    "plain": {},
+    "repetition penalty": {"repetition_penalty": 1.3},
+    "repetition reward": {"repetition_penalty": 0.8},
+    "no 1-grams": {"no_repeat_ngram_size": 1},
+    "no 2-grams": {"no_repeat_ngram_size": 2},
+    "no 4-grams": {"no_repeat_ngram_size": 4},
+    "bad words": {"bad_words_ids": [[3], [5, 7], [11, 2, 4], [9, 9]]},
+    "suppressed": {"suppress_tokens": [0, 1, 2, 3, 20, 21]},
+    "cool": {"temperature": 0.6},
+    "hot": {"temperature": 1.7},
+    "top-k 2": {"top_k": 2},
+    "all tokens": {"top_k": 0},
+    "top-p": {"top_k": 0, "top_p": 0.9},
+    "top-p low": {"top_p": 0.2},
+    "min-p": {"min_p": 0.1},
+    "min-p 1": {"min_p": 1.0},
+    "typical-p": {"top_k": 0, "typical_p": 0.8},
+    "typical-p low": {"typical_p": 0.1},
+    "all together": {
+        "repetition_penalty": 1.2, "no_repeat_ngram_size": 3, "bad_words_ids": [[4], [6, 8]], "suppress_tokens": [1, 2],
+        "temperature": 0.9, "top_k": 40, "top_p": 0.95, "min_p": 0.01, "typical_p": 0.95,
+    },
+}  # fmt: skip
+
+
+def cases(vocab_size: int, n_positions: int, suite: Literal["quick", "full"] = "full") -> list[Case]:
+    """The cases for a model of this size.
+
+    Args:
+        vocab_size: at least 30.
+        n_positions: at least 40.
+        suite: "quick" for a selection that takes seconds, "full" for all.
+    """
+    wide = [
+        _case(f"{strategy}, {processor}", number, vocab_size, n_positions, STRATEGIES[strategy] | PROCESSORS[processor])
+        for number, (strategy, processor) in enumerate((s, p) for s in STRATEGIES for p in PROCESSORS)
+    ]
+    if suite == "quick":
+        wide = wide[::11]
+    return wide + _edges(vocab_size, n_positions)
+
+
+def _case(name: str, number: int, vocab_size: int, n_positions: int, options: Options) -> Case:
+    """A case whose lengths, end tokens, seed and prompt follow from its number."""
+    rng = random.Random(number)
+    prompt = [rng.randrange(vocab_size) for _ in range(rng.choice((1, 3, 8, 15)))]
+    room = min(n_positions - len(prompt), 24)
+    lengths: list[Options] = [
+        {"max_new_tokens": room},
+        {"max_length": len(prompt) + room},
+        {"max_new_tokens": room, "min_new_tokens": room // 2},
+        {"max_new_tokens": room, "min_length": len(prompt) + room // 3},
+    ]
+    few, many = rng.sample(range(vocab_size), 3), rng.sample(range(vocab_size), vocab_size // 10)
+    ends: list[Options] = [{}, {"eos_token_id": few}, {"eos_token_id": many}, {"eos_token_id": few[0]}, {"eos_token_id": many}]
+    # Said in any case: an option that only matters to sampling would turn it on.
+    chosen = {"do_sample": False} | dict(options) | dict(rng.choice(lengths)) | dict(rng.choice(ends))
+    if chosen["do_sample"]:
+        chosen["seed"] = rng.randrange(2**33)
+    return Case(name, prompt, chosen)
+
+
+def _edges(vocab_size: int, n_positions: int) -> list[Case]:
+    """Where a comparison of whole strategies would rarely come."""
+    rng = random.Random(vocab_size)
+
+    def prompt(length: int) -> list[int]:
+        return [rng.randrange(vocab_size) for _ in range(length)]
+
+    half = list(range(0, vocab_size, 2))
+    repeated = prompt(4) * 3
+    edges: dict[str, tuple[list[int], Options]] = {
+        "one token": (prompt(5), {"max_new_tokens": 1}),
+        "one sampled token": (prompt(5), {"max_new_tokens": 1, "do_sample": True, "num_return_sequences": 4, "seed": 1}),
+        "one token, beams": (prompt(5), {"max_new_tokens": 1, "num_beams": 5, "num_return_sequences": 5}),
+        "up to the last position": (prompt(n_positions - 6), {"max_length": n_positions}),
+        "up to the last position, beams": (prompt(n_positions - 6), {"max_length": n_positions, "num_beams": 3}),
+        "every other token ends": (prompt(4), {"max_new_tokens": 12, "eos_token_id": half}),
+        "every other token ends, sampling": (
+            prompt(4), {"max_new_tokens": 12, "eos_token_id": half, "do_sample": True, "num_return_sequences": 6, "seed": 2},
+        ),
+        "every other token ends, beams": (prompt(4), {"max_new_tokens": 12, "eos_token_id": half, "num_beams": 3}),
+        "nearly all tokens end, beams": (
+            prompt(4), {"max_new_tokens": 12, "eos_token_id": list(range(vocab_size - 3)), "num_beams": 2},
+        ),
+        "no end token can come": (
+            prompt(4), {"max_new_tokens": 16, "eos_token_id": half, "suppress_tokens": half, "num_beams": 3},
+        ),
+        "end token outside the vocabulary": (
+            prompt(4), {"max_new_tokens": 8, "min_new_tokens": 4, "eos_token_id": [vocab_size + 5, 1], "num_beams": 2},
+        ),
+        "repeated prompt": (repeated, {"max_new_tokens": 16, "repetition_penalty": 1.5, "num_beams": 4}),
+        "repeated prompt, no 3-grams": (repeated, {"max_new_tokens": 16, "no_repeat_ngram_size": 3, "num_beams": 4}),
+    }  # fmt: skip
+    # With fewer tokens left than candidates wanted, beam sampling draws impossible ones in an order of their own.
+    for beams, k, length in ((3, 1, 2), (4, 2, 2), (6, 1, 4), (5, 3, 8), (6, 2, 3)):
+        edges[f"{beams} beams sampled from {k} tokens"] = (
+            prompt(3),
+            {"max_new_tokens": length, "do_sample": True, "num_beams": beams, "top_k": k, "seed": beams,
+             "num_return_sequences": beams},
+        )  # fmt: skip
+    return [Case(name, tokens, options) for name, (tokens, options) in edges.items()]
