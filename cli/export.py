@@ -1,12 +1,14 @@
 """gpt2onnx export"""
 
 import json
+import signal
 from dataclasses import asdict
 from pathlib import Path
 
 import click
 
 from . import console
+from . import parity as parity_report
 
 
 @click.command("export")
@@ -21,18 +23,40 @@ from . import console
 )
 @click.option("--pure", is_flag=True, help="With int4: the token embedding and output head in 4 bits too, not in 8.")
 @click.option(
+    "--graph",
+    type=click.Choice(["fused", "portable"]),
+    default="fused",
+    show_default=True,
+    help="portable: optimum's graph of standard operators, for execution providers without ONNX Runtime's own.",
+)
+@click.option(
     "--block-size", type=int, help="With int8 or int4: weights that share a scale (16 to 256, a power of two)."
+)
+@click.option(
+    "--quality/--no-quality",
+    default=None,
+    help="With int8 or int4: compare with fp32 and note it in the manifest (by default up to 200 million weights).",
+)
+@click.option(
+    "--parity/--no-parity",
+    default=None,
+    help="Compare with PyTorch and note it in the manifest (by default up to 200 million weights, where it is installed).",
 )
 @click.option("--revision", help="Branch, tag or commit of a Hugging Face id.")
 @click.option("--force", is_flag=True, help="Replace an existing bundle.")
 @click.option("--json", "as_json", is_flag=True, help="Print the manifest as JSON.")
 @console.verbosity
+@click.pass_context
 def command(
+    ctx: click.Context,
     source: str,
     bundle: Path,
     dtype: str,
     pure: bool,
+    graph: str,
     block_size: int | None,
+    quality: bool | None,
+    parity: bool | None,
     revision: str | None,
     force: bool,
     as_json: bool,
@@ -40,7 +64,8 @@ def command(
 ) -> None:
     """Export SOURCE to the folder BUNDLE.
 
-    SOURCE is the embedded model `tales`, a checkpoint folder, or a Hugging Face id.
+    SOURCE is the embedded model `tales`, a checkpoint folder or file, or a Hugging Face id. Exit code 1
+    when the comparison with PyTorch fails.
 
     \b
     Examples:
@@ -49,13 +74,18 @@ def command(
     """
     from ..exporter.export import export
 
+    # A polite kill removes the unfinished bundle, too, as Ctrl-C does.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     with console.byte_progress(f"Exporting {source}", quiet=quiet) as progress:
         made = export(
             source,
             bundle,
             dtype=dtype,
             pure=pure,
+            graph=graph,
             block_size=block_size,
+            quality=quality,
+            parity=parity,
             revision=revision,
             force=force,
             progress=progress,
@@ -65,3 +95,6 @@ def command(
     else:
         size = sum(record.size for record in made.manifest.files.values())
         click.echo(f"{bundle}: {source} in {dtype}, {size / 1e6:,.1f} MB")
+        if made.manifest.parity is not None and not quiet:
+            click.echo(parity_report.table(made.manifest.parity))
+    ctx.exit(0 if made.manifest.parity is None or made.manifest.parity["passed"] else 1)

@@ -1,6 +1,5 @@
 """gpt2onnx generate"""
 
-import json
 import sys
 import time
 from contextlib import ExitStack
@@ -14,7 +13,7 @@ from gpt2onnx.errors import OutputError, PromptError
 from ..runtime import jobs
 from ..runtime.generator import Model, Request, Result
 from . import console
-from .generation_options import TokenIds, generation_options
+from .generation_options import generation_options, token_ids
 
 
 @click.command("generate")
@@ -26,7 +25,7 @@ from .generation_options import TokenIds, generation_options
     show_default=True,
     help="A bundle, or a source that is exported once into the cache.",
 )
-@click.option("--prompt-ids", type=TokenIds(), help="The prompt as token ids, such as 1,2,3.")
+@click.option("--prompt-ids", type=token_ids, help="The prompt as token ids, such as 1,2,3.")
 @click.option("--input", "input_file", type=click.Path(path_type=Path), help="Requests, one JSON object a line.")
 @click.option(
     "--output",
@@ -90,7 +89,7 @@ def command(
     started = time.perf_counter()
     if as_json:
         result = _interruptible(loaded, request)
-        click.echo(json.dumps(result.to_dict(), ensure_ascii=False))
+        click.echo(jobs.to_line(result.to_dict()))
     else:
         result = _print_text(loaded, request, stream, sys.stdout.isatty() if echo is None else echo)
     if console.is_chatty(quiet=quiet):
@@ -161,24 +160,28 @@ def _run_job(
     """Carries out a file of requests; each result is written as soon as those before it are."""
     # In a file, sampling is asked for by name only.
     options = model.generation_config.merged(given)
-    with ExitStack() as stack:
-        try:
-            lines: IO[str] = stack.enter_context(input_file.open(encoding="utf-8", errors="replace"))
-        except OSError as error:
-            raise PromptError(f"can't read {input_file}: {error.strerror}") from error
-        try:
+    try:
+        lines: IO[str] = input_file.open(encoding="utf-8", errors="replace")
+    except OSError as error:
+        raise PromptError(f"can't read {input_file}: {error.strerror}") from error
+    # Closing what can't be written fails once more, so the files are closed inside.
+    try:
+        with ExitStack() as stack:
+            stack.enter_context(lines)
+            if output_file is not None and output_file.exists() and output_file.samefile(input_file):
+                raise OutputError(f"{output_file} is the input, too: choose another output")
             output = _open_output(output_file, lines if resume else None)
             if output_file is not None:
                 stack.enter_context(output)
             advance = stack.enter_context(console.line_progress(input_file.name, quiet=quiet))
             for record in jobs.run(model, lines, options, batch_size):
-                output.write(json.dumps(record, ensure_ascii=False) + "\n")
+                output.write(jobs.to_line(record) + "\n")
                 output.flush()
                 advance(1, record.get("usage", {}).get("completion_tokens", 0))
-        except OSError as error:
-            if isinstance(error, BrokenPipeError):
-                raise
-            raise OutputError(f"can't write {output_file or 'standard output'}: {error.strerror}") from error
+    except OSError as error:
+        if isinstance(error, BrokenPipeError):
+            raise
+        raise OutputError(f"can't write {output_file or 'standard output'}: {error.strerror}") from error
 
 
 def _open_output(path: Path | None, done: IO[str] | None) -> IO[str]:

@@ -7,46 +7,31 @@ from typing import Any
 import click
 
 
-class TokenIds(click.ParamType):
-    """Whole numbers, separated by commas."""
-
-    name = "ids"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> list[int]:
-        if isinstance(value, list):
-            return value
-        try:
-            return [int(part) for part in str(value).split(",")]
-        except ValueError:
-            self.fail(f"{value!r} is not a list of token ids such as 1,2,3", param, ctx)
+def token_ids(text: str) -> list[int]:
+    """Reads whole numbers, separated by commas."""
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError as error:
+        raise click.BadParameter(f"{text!r} is not a list of token ids such as 1,2,3") from error
 
 
-class ListOfTokenIds(click.ParamType):
-    """JSON: a list of lists of whole numbers."""
-
-    name = "json"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> list[list[int]]:
-        if isinstance(value, list):
-            return value
-        try:
-            content = json.loads(value)
-        except (ValueError, RecursionError):
-            content = None
-        if not isinstance(content, list) or not all(isinstance(word, list) for word in content):
-            self.fail(f"{value!r} is not a list of lists of token ids such as [[1,2],[3]]", param, ctx)
-        return content
+def lists_of_token_ids(text: str) -> list[list[int]]:
+    """Reads a list of lists of whole numbers, as JSON."""
+    try:
+        content = json.loads(text)
+    except (ValueError, RecursionError):
+        content = None
+    if not isinstance(content, list) or not all(isinstance(word, list) for word in content):
+        raise click.BadParameter(f"{text!r} is not a list of lists of token ids such as [[1,2],[3]]")
+    return content
 
 
-class EarlyStopping(click.Choice[str]):
-    """true, false or never."""
-
-    def __init__(self) -> None:
-        super().__init__(["true", "false", "never"])
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        chosen = super().convert(value, param, ctx)
-        return {"true": True, "false": False}.get(chosen, chosen)
+def early_stopping(text: str) -> bool | str:
+    """Reads true, false or never."""
+    choices: dict[str, bool | str] = {"true": True, "false": False, "never": "never"}
+    if text not in choices:
+        raise click.BadParameter(f"{text!r} is not one of true, false, never")
+    return choices[text]
 
 
 _OPTIONS: list[tuple[str, Any, str]] = [
@@ -62,14 +47,14 @@ _OPTIONS: list[tuple[str, Any, str]] = [
     ("--typical-p", float, "Sample among the most typical tokens whose probabilities add up to p."),
     ("--repetition-penalty", float, "Above 1 makes tokens seen before less likely."),
     ("--no-repeat-ngram-size", int, "Write no n-gram of this size twice."),
-    ("--bad-words-ids", ListOfTokenIds(), "Token sequences that are never completed, such as [[1,2],[3]]."),
-    ("--suppress-tokens", TokenIds(), "Tokens that are never chosen, such as 1,2,3."),
+    ("--bad-words-ids", lists_of_token_ids, "Token sequences that are never completed, such as [[1,2],[3]]."),
+    ("--suppress-tokens", token_ids, "Tokens that are never chosen, such as 1,2,3."),
     ("--num-beams", int, "Width of the beam search."),
     ("--length-penalty", float, "Exponent of the length that divides a beam's score."),
-    ("--early-stopping", EarlyStopping(), "When a beam search ends."),
+    ("--early-stopping", early_stopping, "When a beam search ends."),
     ("--num-return-sequences", int, "Continuations of each prompt."),
     ("--seed", int, "Seed of the random draws."),
-    ("--eos-token-id", TokenIds(), "Token or tokens that end a sequence."),
+    ("--eos-token-id", token_ids, "Token or tokens that end a sequence."),
     ("--stop", str, "String that ends a sequence; may be given more than once."),
     ("--logprobs", int, "With --json: log probability of each token and of the N likeliest."),
     ("--prompt-lookup", int, "Length of drafts copied from earlier text and verified in one pass."),

@@ -16,6 +16,8 @@ from gpt2onnx.errors import Gpt2OnnxError
 COMMANDS = {
     "export": "Export a GPT-2 checkpoint to an ONNX bundle.",
     "generate": "Continue a prompt, or a file of prompts.",
+    "parity": "Compare a bundle with PyTorch.",
+    "verify": "Check a bundle's files and graph.",
 }
 
 

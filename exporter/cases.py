@@ -5,11 +5,10 @@ right before generating. Each case is to give the very tokens of `transformers.g
 """
 
 import random
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-Options = Mapping[str, Any]
+Options = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -91,10 +90,16 @@ def _case(name: str, number: int, vocab_size: int, n_positions: int, options: Op
         {"max_new_tokens": room, "min_new_tokens": room // 2},
         {"max_new_tokens": room, "min_length": len(prompt) + room // 3},
     ]
-    few, many = rng.sample(range(vocab_size), 3), rng.sample(range(vocab_size), vocab_size // 10)
-    ends: list[Options] = [{}, {"eos_token_id": few}, {"eos_token_id": many}, {"eos_token_id": few[0]}, {"eos_token_id": many}]
+    few, many = rng.sample(range(vocab_size), 3), rng.sample(range(vocab_size), min(vocab_size // 10, 20))
+    ends: list[Options] = [
+        {},
+        {"eos_token_id": few},
+        {"eos_token_id": many},
+        {"eos_token_id": few[0]},
+        {"eos_token_id": many},
+    ]
     # Said in any case: an option that only matters to sampling would turn it on.
-    chosen = {"do_sample": False} | dict(options) | dict(rng.choice(lengths)) | dict(rng.choice(ends))
+    chosen: dict[str, Any] = {"do_sample": False} | options | rng.choice(lengths) | rng.choice(ends)
     if chosen["do_sample"]:
         chosen["seed"] = rng.randrange(2**33)
     return Case(name, prompt, chosen)
@@ -107,7 +112,7 @@ def _edges(vocab_size: int, n_positions: int) -> list[Case]:
     def prompt(length: int) -> list[int]:
         return [rng.randrange(vocab_size) for _ in range(length)]
 
-    half = list(range(0, vocab_size, 2))
+    many = rng.sample(range(vocab_size), min(vocab_size // 2, 200))
     repeated = prompt(4) * 3
     edges: dict[str, tuple[list[int], Options]] = {
         "one token": (prompt(5), {"max_new_tokens": 1}),
@@ -115,16 +120,16 @@ def _edges(vocab_size: int, n_positions: int) -> list[Case]:
         "one token, beams": (prompt(5), {"max_new_tokens": 1, "num_beams": 5, "num_return_sequences": 5}),
         "up to the last position": (prompt(n_positions - 6), {"max_length": n_positions}),
         "up to the last position, beams": (prompt(n_positions - 6), {"max_length": n_positions, "num_beams": 3}),
-        "every other token ends": (prompt(4), {"max_new_tokens": 12, "eos_token_id": half}),
-        "every other token ends, sampling": (
-            prompt(4), {"max_new_tokens": 12, "eos_token_id": half, "do_sample": True, "num_return_sequences": 6, "seed": 2},
+        "many tokens end": (prompt(4), {"max_new_tokens": 12, "eos_token_id": many}),
+        "many tokens end, sampling": (
+            prompt(4), {"max_new_tokens": 12, "eos_token_id": many, "do_sample": True, "num_return_sequences": 6, "seed": 2},
         ),
-        "every other token ends, beams": (prompt(4), {"max_new_tokens": 12, "eos_token_id": half, "num_beams": 3}),
-        "nearly all tokens end, beams": (
-            prompt(4), {"max_new_tokens": 12, "eos_token_id": list(range(vocab_size - 3)), "num_beams": 2},
+        "many tokens end, beams": (prompt(4), {"max_new_tokens": 12, "eos_token_id": many, "num_beams": 3}),
+        "most tokens end, beams": (
+            prompt(4), {"max_new_tokens": 12, "eos_token_id": list(range(min(vocab_size - 3, 200))), "num_beams": 2},
         ),
         "no end token can come": (
-            prompt(4), {"max_new_tokens": 16, "eos_token_id": half, "suppress_tokens": half, "num_beams": 3},
+            prompt(4), {"max_new_tokens": 16, "eos_token_id": many, "suppress_tokens": many, "num_beams": 3},
         ),
         "end token outside the vocabulary": (
             prompt(4), {"max_new_tokens": 8, "min_new_tokens": 4, "eos_token_id": [vocab_size + 5, 1], "num_beams": 2},

@@ -1,13 +1,12 @@
 """Any supported checkpoint, as named arrays that are read one at a time.
 
-Knows file formats and nothing of graphs. Weights are named as in transformers' GPT2LMHeadModel,
-without its `transformer.` prefix: `wte.weight`, `h.0.attn.c_attn.weight`, `ln_f.bias`, `lm_head.weight`.
+Weights are named as in transformers' GPT2LMHeadModel, without its `transformer.` prefix: `wte.weight`,
+`h.0.attn.c_attn.weight`, `ln_f.bias`, `lm_head.weight`. Knows nothing of graphs.
 """
 
 import hashlib
-import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,99 +15,92 @@ import numpy.typing as npt
 
 from gpt2onnx.errors import CheckpointError, MissingExtraError
 
-from ..models import tales
 from ..models.bundle import CONFIG, sha256_of
 from ..models.config import GPT2Config, read_json
 
 try:
-    import ml_dtypes  # noqa: F401  # registers bfloat16, which NumPy lacks
-    from safetensors import SafetensorError, safe_open
+    from .formats import open_weights
+    from .hub import find
+    from .layouts import Weight, arrange
 except ImportError as error:
     raise MissingExtraError("Exporting a checkpoint", error.name or "safetensors", "export") from error
-
-WEIGHTS = "model.safetensors"
-WEIGHTS_INDEX = "model.safetensors.index.json"
-# What to fetch from the hub: the weights in one format, and the small files beside them.
-_HUB_PATTERNS = ["*.json", "merges.txt", "model*.safetensors"]
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A GPT-2 checkpoint in the Hugging Face layout.
+    """A GPT-2 checkpoint.
 
     Attributes:
         name: the source as the user named it.
-        folder: where its files are.
+        folder: where its files are: configuration, tokenizer, weights.
         config: its architecture.
-        raw_config: its config.json as it stands.
+        raw_config: its config.json as it stands, or one made up from what the weights show; where the weights
+            contradict its tie_word_embeddings, they are believed.
+        tied: whether the output head is the token embedding.
     """
 
     name: str
     folder: Path
     config: GPT2Config
     raw_config: Mapping[str, Any]
-    _shard_of: Mapping[str, tuple[Path, str]]
+    tied: bool
+    _weights: Mapping[str, Weight]
 
     @classmethod
     def open(cls, source: str, revision: str | None = None) -> "Checkpoint":
         """Finds a source and reads its configuration and tensor names, but no weights yet.
 
         Args:
-            source: the embedded name `tales`, a checkpoint folder, or a Hugging Face id.
+            source: the embedded name `tales`, a checkpoint folder, one checkpoint file, or a Hugging Face id.
             revision: branch, tag or commit of a Hugging Face id.
 
         Raises:
             CheckpointError: it can't be found or read, or isn't a GPT-2 that can be exported.
             MissingExtraError: a Hugging Face id was given, and huggingface_hub isn't installed.
         """
-        folder = _find(source, revision)
-        if not (folder / CONFIG).is_file():
-            raise CheckpointError(f"{folder} is not a checkpoint folder: it has no {CONFIG}")
-        raw_config = read_json(folder / CONFIG)
+        path = find(source, revision)
+        folder = path.parent if path.is_file() else path
+        given = read_json(folder / CONFIG) if (folder / CONFIG).is_file() else None
+        if given is not None and "model_type" in given:
+            GPT2Config.from_dict(given)  # another architecture is a plainer reason to stop than its weights' names
+        saved = open_weights(path)
+        raw_config, weights = arrange(saved.arrays, saved.settings, given, saved.path)
         config = GPT2Config.from_dict(raw_config)
-        checkpoint = cls(source, folder, config, raw_config, _tensor_locations(folder))
-        checkpoint._check_shapes()
-        return checkpoint
-
-    @property
-    def tied(self) -> bool:
-        """Whether the output head is the token embedding."""
-        return self.config.tie_word_embeddings or "lm_head.weight" not in self._shard_of
+        tied = _is_tied(config, weights, saved.path)
+        if tied != config.tie_word_embeddings:
+            raw_config, config = raw_config | {"tie_word_embeddings": tied}, replace(config, tie_word_embeddings=tied)
+        for name, expected in expected_shapes(config, tied=tied).items():
+            if name not in weights:
+                raise CheckpointError(f"{saved.path}: the weights lack tensor {name} (shape {list(expected)})")
+            weights[name].check(expected)
+        return cls(source, folder, config, raw_config, tied, weights)
 
     def tensor(self, name: str) -> npt.NDArray[np.float32]:
-        """One weight in float32, in the checkpoint's shape.
+        """One weight in float32, in the checkpoint's shape; matrices are [in, out].
 
         Raises:
-            CheckpointError: the file is damaged or the tensor holds no floating-point numbers.
+            CheckpointError: the file is damaged.
         """
-        path, stored_name = self._shard_of[name]
-        try:
-            with safe_open(path, framework="np") as file:
-                tensor = file.get_tensor(stored_name)
-        except (SafetensorError, OSError) as error:
-            raise CheckpointError(f"{path}: can't read tensor {name}: {error}") from error
-        if tensor.dtype not in (np.float32, np.float16, np.float64) and tensor.dtype.name != "bfloat16":
-            raise CheckpointError(f"{path}: tensor {name} holds {tensor.dtype}, not floating-point numbers")
-        return np.ascontiguousarray(tensor, dtype=np.float32)
+        return self._weights[name].read()
 
     def sha256(self) -> str:
         """One hash over the weight files, in the order of their names."""
         digest = hashlib.sha256()
-        for path in sorted({path for path, _ in self._shard_of.values()}):
+        for path in sorted({part.path for weight in self._weights.values() for part in weight.parts}):
             digest.update(bytes.fromhex(sha256_of(path)))
         return digest.hexdigest()
 
-    def _check_shapes(self) -> None:
-        for name, expected in expected_shapes(self.config, tied=self.tied).items():
-            if name not in self._shard_of:
-                raise CheckpointError(f"{self.folder}: the weights lack tensor {name} (shape {list(expected)})")
-            path, stored_name = self._shard_of[name]
-            with safe_open(path, framework="np") as file:
-                found = tuple(file.get_slice(stored_name).get_shape())
-            if found != expected:
-                raise CheckpointError(
-                    f"{path}: tensor {name} has shape {list(found)}, config.json asks for {list(expected)}"
-                )
+
+def _is_tied(config: GPT2Config, weights: Mapping[str, Weight], path: Path) -> bool:
+    """Whether the head is the token embedding: as transformers 5 decides it, a head that differs is kept."""
+    head = weights.get("lm_head.weight")
+    if head is not None:
+        return head.equals(weights["wte.weight"])
+    if not config.tie_word_embeddings:
+        raise CheckpointError(
+            f"{path}: the weights lack tensor lm_head.weight, and config.json says tie_word_embeddings false"
+        )
+    return True
 
 
 def expected_shapes(config: GPT2Config, *, tied: bool) -> dict[str, tuple[int, ...]]:
@@ -138,60 +130,3 @@ def expected_shapes(config: GPT2Config, *, tied: bool) -> dict[str, tuple[int, .
     if not tied:
         shapes["lm_head.weight"] = (config.vocab_size, width)
     return shapes
-
-
-def _find(source: str, revision: str | None) -> Path:
-    if source == "tales":
-        return tales.FOLDER
-    folder = Path(source)
-    if folder.is_dir():
-        return folder
-    # A hub id is `name` or `owner/name`; anything else can only have been meant as a path.
-    if folder.exists() or folder.is_absolute() or source.startswith((".", "~")) or source.count("/") > 1 or not source:
-        raise CheckpointError(f"no checkpoint folder at {source!r}")
-    return _download(source, revision)
-
-
-def _download(repository: str, revision: str | None) -> Path:
-    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
-    try:
-        from huggingface_hub import snapshot_download
-        from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-    except ImportError as error:
-        raise MissingExtraError(
-            f"Fetching {repository!r} from the Hugging Face hub", "huggingface_hub", "export"
-        ) from error
-    hint = f"no checkpoint {repository!r}: not a local folder, not an embedded model"
-    try:
-        return Path(snapshot_download(repository, revision=revision, allow_patterns=_HUB_PATTERNS))
-    except HFValidationError as error:
-        raise CheckpointError(f"{hint}, and not a valid Hugging Face id") from error
-    except LocalEntryNotFoundError as error:
-        raise CheckpointError(f"{hint}, and the Hugging Face hub can't be reached nor is it in its cache") from error
-    except HfHubHTTPError as error:
-        status = error.response.status_code if error.response is not None else "no answer"
-        raise CheckpointError(f"{hint}, and the Hugging Face hub answered {status} for it") from error
-    except OSError as error:
-        raise CheckpointError(f"{hint}, and fetching it from the Hugging Face hub failed: {error}") from error
-
-
-def _tensor_locations(folder: Path) -> dict[str, tuple[Path, str]]:
-    """Which file holds which tensor, and under what name."""
-    if (folder / WEIGHTS).is_file():
-        shards = [folder / WEIGHTS]
-    elif (folder / WEIGHTS_INDEX).is_file():
-        weight_map = read_json(folder / WEIGHTS_INDEX).get("weight_map")
-        if not isinstance(weight_map, dict) or not all(isinstance(shard, str) for shard in weight_map.values()):
-            raise CheckpointError(f"{folder / WEIGHTS_INDEX} has no weight_map")
-        shards = [folder / Path(shard).name for shard in sorted(set(weight_map.values()))]
-    else:
-        raise CheckpointError(f"{folder} has no weights: neither {WEIGHTS} nor {WEIGHTS_INDEX}")
-    locations = {}
-    for shard in shards:
-        try:
-            with safe_open(shard, framework="np") as file:
-                for stored_name in file.keys():  # noqa: SIM118  # a method, not a dictionary's
-                    locations[stored_name.removeprefix("transformer.")] = (shard, stored_name)
-        except (SafetensorError, OSError) as error:
-            raise CheckpointError(f"{shard} is not a readable safetensors file: {error}") from error
-    return locations

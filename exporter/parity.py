@@ -172,7 +172,7 @@ def _reference(checkpoint: Checkpoint) -> "GPT2LMHeadModel":
     from transformers import GPT2LMHeadModel
 
     weights = [*checkpoint.folder.glob("model*.safetensors"), *checkpoint.folder.glob("pytorch_model*.bin")]
-    if (checkpoint.folder / CONFIG).is_file() and weights:
+    if (checkpoint.folder / CONFIG).is_file() and weights and not Path(checkpoint.name).is_file():
         return GPT2LMHeadModel.from_pretrained(checkpoint.folder, dtype=torch.float32).eval()
     model = GPT2LMHeadModel(ReferenceConfig(**checkpoint.raw_config)).eval()
     tensors = {

@@ -64,11 +64,14 @@ def cache_folder() -> Path:
 
 
 def _cache_name(source: str) -> str:
-    """A folder name for a source, and for the state it is in where it is a folder."""
-    folder = tales.FOLDER if source == "tales" else Path(source)
+    """A folder name for a source and, where that lies on this machine, for the state it is in."""
+    place = os.fspath(tales.FOLDER) if source == "tales" else os.path.abspath(source)  # noqa: PTH100
     state = [f"format {bundle.FORMAT_VERSION}", source]
-    if folder.is_dir():
-        state.append(str(folder.resolve()))
+    # os.path where pathlib would raise for a name that is too long.
+    if os.path.exists(place):  # noqa: PTH110
+        # One checkpoint file is read together with what lies beside it.
+        folder = Path(place) if os.path.isdir(place) else Path(place).parent  # noqa: PTH112
+        state.append(place)
         for path in sorted(folder.iterdir()):
             facts = path.stat()
             state.append(f"{path.name} {facts.st_size} {facts.st_mtime_ns}")

@@ -55,10 +55,10 @@ class Cache:
 
     def advance(self, rows: slice, count: int) -> npt.NDArray[np.int64]:
         """Takes the next `count` positions of each row into use and returns them, int64 [rows, count]."""
-        lengths = self.lengths[rows]
-        positions: npt.NDArray[np.int64] = lengths[:, None] + np.arange(count)
-        self.mask[np.arange(rows.start, rows.stop)[:, None], positions] = 1
-        self.lengths[rows] = lengths + count
+        positions: npt.NDArray[np.int64] = self.lengths[rows, None] + np.arange(count)
+        for row, length in enumerate(self.lengths[rows].tolist(), rows.start):
+            self.mask[row, length : length + count] = 1
+        self.lengths[rows] += count
         return positions
 
     def trim(self, row: int, length: int) -> None:

@@ -6,6 +6,7 @@ N new tokens of a prompt cost one pass over the prompt and N - 1 passes over one
 """
 
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
@@ -27,6 +28,14 @@ class Network(Protocol):
     def forward(self, cache: Cache, rows: slice, tokens: npt.NDArray[np.int64], keep: int = 1) -> Logits: ...
 
 
+@dataclass
+class _Running:
+    """A search under way, and the rows of the cache that its own rows use, in their order."""
+
+    search: Search
+    slots: list[int]
+
+
 class Decoder:
     """Runs searches together, and keeps the cache for later ones whose prompts begin alike.
 
@@ -39,38 +48,48 @@ class Decoder:
         self._cache = network.new_cache(0, 0)
         # Of each row of the cache, also of those not in use any more, the tokens that it holds.
         self._held: list[Tokens] = []
-        # Rows in use are the first ones, without gaps: of each, its search and which of its rows it is.
-        self._slots: list[tuple[Search, int]] = []
+        # Whose each row in use is; those are the first ones, without gaps.
+        self._owners: list[_Running] = []
+        self._busy = False
 
-    def run(self, searches: Iterable[Search], batch_size: int = 1) -> Iterator[Search]:
+    def run(self, searches: Iterable[Search | None], batch_size: int = 1) -> Iterator[Search | None]:
         """Decodes searches, so many at a time, and yields each of them whenever it has advanced.
 
-        A search is yielded for the last time when it is `done`. Closing the iterator ends all.
+        A search is yielded for the last time when it is `done`. A None among them is yielded at once.
+        Closing the iterator ends all.
         """
-        waiting = iter(searches)
-        active: list[Search] = []
+        # A run that is still open, such as a stream left for a while, keeps its rows; this one gets others.
+        decoder = Decoder(self._network) if self._busy else self
+        decoder._busy = True
         try:
-            while True:
-                while len(active) < batch_size and (search := next(waiting, None)) is not None:
-                    self._prefill(search, batch_size)
-                    if not search.done:
-                        active.append(search)
-                    yield search
-                if not active:
-                    return
-                # Several tokens after a past go through the network for one sequence at a time only.
-                if len(active) == 1 and len(draft := active[0].draft()):
-                    self._verify(active[0], draft)
-                else:
-                    self._step(active)
-                yield from active
-                active = [search for search in active if not search.done]
+            yield from decoder._run(iter(searches), batch_size)
         finally:
-            self._slots.clear()
+            decoder._owners.clear()
+            decoder._busy = False
 
-    def _prefill(self, search: Search, batch_size: int) -> None:
+    def _run(self, waiting: Iterator[Search | None], batch_size: int) -> Iterator[Search | None]:
+        active: list[_Running] = []
+        while True:
+            for search in _while_room(waiting, active, batch_size):
+                if search is not None:
+                    running = self._prefill(search, batch_size)
+                    if not search.done:
+                        active.append(running)
+                yield search
+            if not active:
+                return
+            # Several tokens after a past go through the network for one sequence at a time only.
+            if len(active) == 1 and len(draft := active[0].search.draft()):
+                self._verify(active[0], draft)
+            else:
+                self._step(active)
+            for running in active:
+                yield running.search
+            active = [running for running in active if not running.search.done]
+
+    def _prefill(self, search: Search, batch_size: int) -> _Running:
         """Runs the prompt through the network, once for all rows of the search."""
-        first = len(self._slots)
+        first = len(self._owners)
         self._make_room(max(first, batch_size - 1) + search.rows, search.positions)
         prompt = search.prompt
         # The last token has to pass through the network in any case, for its logits.
@@ -82,25 +101,27 @@ class Decoder:
         logits = self._network.forward(self._cache, slice(first, first + 1), prompt[None, shared[source] :])[:, -1]
         self._held[first] = prompt
 
-        rows = search.rows
-        self._slots += [(search, row) for row in range(rows)]
-        search.advance(np.broadcast_to(logits, (rows, logits.shape[-1])))
-        self._rearrange(search, [first] * search.rows)
+        running = _Running(search, list(range(first, first + search.rows)))
+        self._owners += [running] * search.rows
+        search.advance(np.broadcast_to(logits, (search.rows, logits.shape[-1])))
+        self._rearrange(running, [first] * search.rows)
+        return running
 
-    def _step(self, active: list[Search]) -> None:
+    def _step(self, active: list[_Running]) -> None:
         """Runs the last token of every row through the network, and lets each search choose the next ones."""
-        tokens = np.array([[search.tokens(row)[-1]] for search, row in self._slots])
-        logits = self._network.forward(self._cache, slice(0, len(self._slots)), tokens)[:, -1]
-        for slot, (search, row) in enumerate(self._slots):
-            self._held[slot] = search.tokens(row)
-        slots_of = {id(search): self._slots_of(search) for search in active}
-        parents_of = {id(search): search.advance(_rows(logits, slots_of[id(search)])) for search in active}
-        for search in active:
-            slots = self._slots_of(search)
-            self._rearrange(search, [slots[parent] for parent in parents_of[id(search)]])
+        tokens = np.empty((len(self._owners), 1), np.int64)
+        for running in active:
+            for row, slot in enumerate(running.slots):
+                self._held[slot] = running.search.tokens(row)
+                tokens[slot] = self._held[slot][-1]
+        logits = self._network.forward(self._cache, slice(0, len(self._owners)), tokens)[:, -1]
+        parents = [running.search.advance(_rows(logits, running.slots)) for running in active]
+        for running, rows in zip(active, parents, strict=True):
+            self._rearrange(running, [running.slots[row] for row in rows])
 
-    def _verify(self, search: Search, draft: Tokens) -> None:
+    def _verify(self, running: _Running, draft: Tokens) -> None:
         """Runs the last token and a draft of what follows through the network, and keeps what the search would have chosen."""
+        search = running.search
         start = search.tokens(0)
         tokens = np.append(start[-1:], draft)
         logits = self._network.forward(self._cache, slice(0, 1), tokens[None], keep=len(tokens))[0]
@@ -112,13 +133,15 @@ class Decoder:
             accepted += 1
         self._held[0] = np.append(start, draft)[:accepted]
         self._cache.trim(0, accepted)
-        self._rearrange(search, [0] * search.rows)
+        self._rearrange(running, running.slots)
 
-    def _rearrange(self, search: Search, sources: list[int]) -> None:
+    def _rearrange(self, running: _Running, sources: list[int]) -> None:
         """Lets the rows of a search continue other rows of the cache, and frees those that it needs no more."""
-        slots = self._slots_of(search)
-        if search.done:
+        slots = running.slots
+        if running.search.done:
             sources = []
+        elif sources == slots:
+            return
         # Rows share what they held before they last parted, so only what differs is copied.
         copies = [
             Copy(source, slot, common_prefix(self._held[source], self._held[slot]), len(self._held[source]))
@@ -126,24 +149,21 @@ class Decoder:
             if source != slot
         ]
         self._take(copies)
-        for slot in sorted(slots[len(sources) :], reverse=True):
-            last = len(self._slots) - 1
+        running.slots, freed = slots[: len(sources)], slots[len(sources) :]
+        for slot in sorted(freed, reverse=True):
+            last = len(self._owners) - 1
             if slot != last:
                 shared = common_prefix(self._held[last], self._held[slot])
                 self._take([Copy(last, slot, shared, len(self._held[last]))])
-                self._slots[slot] = self._slots[last]
-            self._slots.pop()
+                owner = self._owners[slot] = self._owners[last]
+                owner.slots[owner.slots.index(last)] = slot
+            self._owners.pop()
 
     def _take(self, copies: list[Copy]) -> None:
         self._cache.copy(copies)
         held = [self._held[one.source] for one in copies]
         for one, tokens in zip(copies, held, strict=True):
             self._held[one.target] = tokens
-
-    def _slots_of(self, search: Search) -> list[int]:
-        """The rows of the cache that a search uses, in the order of its own rows."""
-        slots = [(row, slot) for slot, (owner, row) in enumerate(self._slots) if owner is search]
-        return [slot for _, slot in sorted(slots)]
 
     def _make_room(self, rows: int, positions: int) -> None:
         if rows <= self._cache.rows and positions <= self._cache.positions:
@@ -153,6 +173,14 @@ class Decoder:
         larger.take_over(self._cache)
         self._cache = larger
         self._held += [np.zeros(0, np.int64)] * (larger.rows - len(self._held))
+
+
+def _while_room(waiting: Iterator[Search | None], active: list[_Running], batch_size: int) -> Iterator[Search | None]:
+    while len(active) < batch_size:
+        try:
+            yield next(waiting)
+        except StopIteration:
+            return
 
 
 def common_prefix(one: Tokens, other: Tokens) -> int:

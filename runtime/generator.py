@@ -14,7 +14,8 @@ import numpy as np
 
 from gpt2onnx.errors import Gpt2OnnxError, OptionError, PromptError
 
-from ..models.bundle import GENERATION_CONFIG, TOKENIZER, Bundle, read_json
+from ..models.bundle import GENERATION_CONFIG, TOKENIZER, Bundle
+from ..models.config import read_json
 from .decode import Decoder
 from .logits import Tokens
 from .options import SAMPLING_OPTIONS, GenerationConfig
@@ -31,11 +32,19 @@ _SCORED_AT_ONCE = 128  # positions whose logits are in memory together
 
 @dataclass(frozen=True)
 class Request:
-    """A prompt and how to continue it; `id` is the caller's own and comes back with the result."""
+    """A prompt and how to continue it.
+
+    Attributes:
+        prompt: a text, or token ids.
+        options: how to continue it.
+        id: the caller's own; comes back with the result.
+        error: why it can't be carried out, where that is known already; becomes its outcome.
+    """
 
     prompt: Prompt
     options: GenerationConfig
     id: Any = None
+    error: Gpt2OnnxError | None = None
 
 
 @dataclass(frozen=True)
@@ -90,7 +99,7 @@ class Result:
         return {
             "prompt": self.prompt,
             "prompt_ids": self.prompt_ids,
-            "sequences": [asdict(sequence) for sequence in self.sequences],
+            "sequences": [_json(asdict(sequence)) for sequence in self.sequences],
             "usage": self.usage,
             "seconds": round(self.seconds, 6),
             "energy": None,
@@ -169,7 +178,7 @@ class Model:
         num_return_sequences: int | None = None,
         seed: int | None = None,
         eos_token_id: int | Sequence[int] | None = None,
-        stop: Sequence[str] | None = None,
+        stop: str | Sequence[str] | None = None,
         logprobs: int | None = None,
         prompt_lookup: int | None = None,
     ) -> Any:  # a Result or a list of them: no signature can tell a text from a sequence of texts
@@ -215,7 +224,7 @@ class Model:
         suppress_tokens: Sequence[int] | None = None,
         seed: int | None = None,
         eos_token_id: int | Sequence[int] | None = None,
-        stop: Sequence[str] | None = None,
+        stop: str | Sequence[str] | None = None,
         logprobs: int | None = None,
         prompt_lookup: int | None = None,
     ) -> "Stream":
@@ -237,7 +246,7 @@ class Model:
                 "only a single sequence can be streamed: not with num_beams or num_return_sequences above 1"
             )
         task = self._task(request)
-        text_stream = self.tokenizer.stream(request.options.stop)
+        text_stream = self.tokenizer.stream(request.options.stop_strings)
         return Stream(self, task, text_stream)
 
     def complete(self, requests: Iterable[Request], batch_size: int = 1) -> Iterator[tuple[Request, Outcome]]:
@@ -255,23 +264,23 @@ class Model:
         tasks: dict[int, _Task] = {}
         refused: list[tuple[Request, Outcome]] = []
 
-        def searches() -> Iterator[Search]:
+        def searches() -> Iterator[Search | None]:
             for request in requests:
                 try:
                     task = self._task(request)
                 except (PromptError, OptionError) as error:
                     refused.append((request, error))
+                    yield None
                 else:
                     tasks[id(task.search)] = task
                     yield task.search
 
         for search in self._decoder.run(searches(), batch_size):
-            while refused:
-                yield refused.pop(0)
-            if search.done:
+            if search is None:
+                yield refused.pop()
+            elif search.done:
                 task = tasks.pop(id(search))
                 yield task.request, self._result(task)
-        yield from refused
 
     def options(self, given: Mapping[str, Any]) -> GenerationConfig:
         """The bundle's generation options with the given ones on top; None, and names that are no options, don't count.
@@ -312,19 +321,16 @@ class Model:
         return [results[id(request)] for request in requests]
 
     def _task(self, request: Request) -> "_Task":
+        if request.error is not None:
+            raise request.error
         ids = self._prompt_ids(request.prompt)
         options = request.options
         if options.new_tokens(len(ids)) < 1:
             raise OptionError(f"max_length {options.max_length} leaves no room after a prompt of {len(ids)} tokens")
-        for name in ("bad_words_ids", "suppress_tokens"):
-            named = np.array(
-                [token for part in getattr(options, name) or () for token in np.atleast_1d(part)], np.int64
-            )
-            if (named >= self.config.vocab_size).any():
-                raise OptionError(
-                    f"{name} holds {named.max()}, but the vocabulary ends at {self.config.vocab_size - 1}"
-                )
-        search = start(ids, options, self.config.n_positions, self._stop(options.stop, len(ids)))
+        worst = max((token for word in options.bad_words_ids or () for token in word), default=0)
+        if worst >= self.config.vocab_size:
+            raise OptionError(f"bad_words_ids holds {worst}, but the vocabulary ends at {self.config.vocab_size - 1}")
+        search = start(ids, options, self.config.n_positions, self._stop(options.stop_strings, len(ids)))
         text = request.prompt if isinstance(request.prompt, str) else self.tokenizer.decode(ids.tolist())
         return _Task(request, text, search, time.perf_counter())
 
@@ -364,7 +370,9 @@ class Model:
         new = continuation.tokens[prompt_length:].tolist()
         text = self.tokenizer.decode(new)
         logprobs = None if options.logprobs is None else continuation.logprobs
-        return GeneratedSequence(text[: find_stop(text, options.stop)], new, continuation.finish_reason, logprobs)
+        return GeneratedSequence(
+            text[: find_stop(text, options.stop_strings)], new, continuation.finish_reason, logprobs
+        )
 
 
 @dataclass(frozen=True)
@@ -397,11 +405,20 @@ class Stream(Iterator[str]):
 
     def _run(self) -> Iterator[str]:
         sent = len(self._task.search.prompt)
-        for search in self._model._decoder.run([self._task.search]):
-            tokens = search.continuations()[0].tokens
+        for _ in self._model._decoder.run([self._task.search]):
+            tokens = self._task.search.continuations()[0].tokens
             for token in tokens[sent:].tolist():
                 if piece := self._text.push(token):
                     yield piece
             sent = len(tokens)
         if piece := self._text.finish():
             yield piece
+
+
+def _json(value: Any) -> Any:
+    """A value as JSON can hold it: what isn't a finite number becomes null."""
+    if isinstance(value, dict):
+        return {name: _json(part) for name, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [_json(part) for part in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

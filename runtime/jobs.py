@@ -44,9 +44,10 @@ def run(model: Model, lines: Iterable[str], options: GenerationConfig, batch_siz
         for line in filter(str.strip, lines):
             index, count = count, count + 1
             try:
-                yield replace(parse(line, options), id=(index, identity(line)))
+                request = parse(line, options)
             except (PromptError, OptionError) as error:
-                finished[index] = {"id": identity(line), "error": str(error)}
+                request = Request("", options, error=error)
+            yield replace(request, id=(index, identity(line)))
 
     def ready() -> Iterator[Record]:
         nonlocal due
@@ -58,7 +59,6 @@ def run(model: Model, lines: Iterable[str], options: GenerationConfig, batch_siz
         index, name = request.id
         finished[index] = {"id": name} | _fields(outcome)
         yield from ready()
-    yield from ready()
 
 
 def parse(line: str, options: GenerationConfig) -> Request:
@@ -89,11 +89,25 @@ def identity(line: str) -> Any:
     return content.get("id") if isinstance(content, dict) else None
 
 
+def to_line(record: Record) -> str:
+    """A record as JSON in one line."""
+    text = json.dumps(record, ensure_ascii=False, allow_nan=False)
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:  # half of a surrogate pair, which only an escape can write
+        text = json.dumps(record, allow_nan=False)
+    return text
+
+
 def _load(line: str) -> Any:
     try:
-        return json.loads(line)
+        return json.loads(line, parse_constant=_no_number)
     except (ValueError, RecursionError):
         return None
+
+
+def _no_number(name: str) -> float:
+    raise ValueError(f"{name} is not JSON")
 
 
 def _fields(outcome: Outcome) -> Record:

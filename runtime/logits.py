@@ -12,10 +12,14 @@ import numpy as np
 import numpy.typing as npt
 
 from .options import GenerationConfig
-from .sampling import Logits, largest, log_softmax
+from .sampling import Logits, log_softmax, softmax
+from .topk import ascending, kth_largest, largest
 
 Tokens = npt.NDArray[np.int64]
 Processor = Callable[[Tokens, Logits], Logits]
+
+_FEW = 512  # entries sorted at first where only the best are needed
+_SAFELY = 1.0001  # far more than rounding changes a sum of probabilities
 
 
 def processors(options: GenerationConfig, prompt_length: int) -> list[Processor]:
@@ -78,10 +82,10 @@ def no_repeat_ngram(size: int) -> Processor:
         if len(tokens) < size:
             return scores
         # Where the last size - 1 tokens stood before, what followed them is forbidden.
-        starts = np.arange(len(tokens) - size + 1)
-        for offset in range(size - 1):
-            starts = starts[tokens[starts + offset] == tokens[len(tokens) - size + 1 + offset]]
-        return _without(scores, tokens[starts + size - 1])
+        ends = np.arange(len(tokens)) if size == 1 else np.flatnonzero(tokens[size - 2 : -1] == tokens[-1]) + size - 1
+        for offset in range(2, size):
+            ends = ends[tokens[ends - offset] == tokens[-offset]]
+        return _without(scores, tokens[ends])
 
     return processor
 
@@ -141,8 +145,7 @@ def top_k(k: int, keep: int = 1) -> Processor:
     def processor(tokens: Tokens, scores: Logits) -> Logits:
         if k >= len(scores):
             return scores
-        threshold = np.partition(scores, len(scores) - k)[len(scores) - k]
-        return np.where(scores < threshold, np.float32(-np.inf), scores)
+        return _only(scores, np.flatnonzero(scores >= kth_largest(scores, k)))
 
     return processor
 
@@ -152,12 +155,22 @@ def top_p(p: float, keep: int = 1) -> Processor:
     dropped_mass = np.float32(1 - p)
 
     def processor(tokens: Tokens, scores: Logits) -> Logits:
-        # Forbidden tokens add nothing to the sums, so only the others need sorting.
-        candidates = np.flatnonzero(scores > -np.inf)
-        order = candidates[np.argsort(scores[candidates], kind="stable")]
-        dropped = _cumulative(scores[order]) <= dropped_mass
+        if scores.max() == -np.inf:
+            return scores
+        possible = scores[scores > -np.inf]
+        probabilities = softmax(possible)
+        # Tokens this unlikely stay within the limit even all together, so only the others need sorting.
+        likely = probabilities > dropped_mass / (2 * len(possible))
+        if np.count_nonzero(likely) < keep:
+            likely[:] = True
+        unlikely_mass = float(probabilities[~likely].sum(dtype=np.float64))
+        dropped = _cumulative(np.sort(probabilities[likely]), unlikely_mass) <= dropped_mass
         dropped[-keep:] = False
-        return _without(scores, order[dropped])
+        first = np.count_nonzero(dropped)
+        ranked = np.sort(possible[likely])
+        if first > 0 and ranked[first - 1] == ranked[first]:
+            return _only(scores, ascending(scores)[first - len(ranked) :])
+        return _only(scores, np.flatnonzero(scores >= ranked[first]))
 
     return processor
 
@@ -167,10 +180,12 @@ def min_p(p: float, keep: int = 1) -> Processor:
     share = np.float32(p)
 
     def processor(tokens: Tokens, scores: Logits) -> Logits:
-        probabilities = np.exp(log_softmax(scores))
-        dropped = probabilities < share * probabilities.max()
-        dropped[largest(probabilities, keep)] = False
-        return np.where(dropped, np.float32(-np.inf), scores)
+        if scores.max() == -np.inf:
+            return scores
+        probabilities = softmax(scores)
+        kept = np.flatnonzero(probabilities >= share * probabilities.max())
+        # The likeliest is among them in any case.
+        return _only(scores, kept if keep == 1 else np.union1d(kept, largest(probabilities, keep)))
 
     return processor
 
@@ -180,30 +195,52 @@ def typical_p(mass: float, keep: int = 1) -> Processor:
     limit = np.float32(mass)
 
     def processor(tokens: Tokens, scores: Logits) -> Logits:
-        log_probabilities = log_softmax(scores)
-        candidates = np.flatnonzero(scores > -np.inf)
-        logs = log_probabilities[candidates]
-        entropy = -(logs * np.exp(logs)).sum()
+        if scores.max() == -np.inf:
+            return scores
+        logs = log_softmax(scores)
+        probabilities = softmax(scores)
+        possible = logs[scores > -np.inf]
+        entropy = -(possible * np.exp(possible)).sum()
         distance = np.abs(-logs - entropy)
-        order = np.argsort(distance, kind="stable")
-        within = int((_cumulative(scores[candidates[order]]) < limit).sum())
-        threshold = distance[order[min(within, len(order) - 1)]]
-        dropped = distance[order] > threshold
-        dropped[:keep] = False
-        return _without(scores, candidates[order[dropped]])
+        nearest = _nearest(distance, probabilities, mass, keep)
+        order = nearest[np.argsort(distance[nearest])]
+        within = int((_cumulative(probabilities[order]) < limit).sum())
+        kept = distance[order] <= distance[order[min(within, len(order) - 1)]]
+        kept[:keep] = True
+        last = int(kept.sum())
+        if last < len(order) and distance[order[last - 1]] == distance[order[last]]:
+            order = ascending(distance)
+        return _only(scores, order[:last])
 
     return processor
 
 
-def _without(scores: Logits, forbidden: Tokens) -> Logits:
-    result = scores.copy()
-    # An end token may lie outside the vocabulary, where nothing has to be forbidden.
-    result[forbidden[forbidden < len(scores)]] = -np.inf
+def _nearest(distance: Logits, probabilities: Logits, mass: float, keep: int) -> Tokens:
+    """Entries of the least distance that certainly hold a probability mass, so that not all need sorting."""
+    count = max(_FEW, keep)
+    while count < len(distance):
+        near = np.flatnonzero(distance <= np.partition(distance, count)[count])
+        if probabilities[near].sum(dtype=np.float64) > mass * _SAFELY:
+            return near
+        count *= 8
+    return np.arange(len(distance))
+
+
+def _only(scores: Logits, kept: Tokens) -> Logits:
+    result = np.full_like(scores, -np.inf)
+    result[kept] = scores[kept]
     return result
 
 
-def _cumulative(scores: Logits) -> Logits:
-    """Running sums of the probabilities, added up in double precision as PyTorch does."""
-    probabilities = np.exp(scores - scores.max())
-    probabilities /= probabilities.sum()
-    return probabilities.cumsum(dtype=np.float64).astype(np.float32)
+def _without(scores: Logits, forbidden: Tokens) -> Logits:
+    result = scores.copy()
+    # Some ids may lie outside the vocabulary, where nothing has to be forbidden.
+    result[forbidden[(forbidden >= 0) & (forbidden < len(scores))]] = -np.inf
+    return result
+
+
+def _cumulative(probabilities: Logits, before: float = 0.0) -> Logits:
+    """Running sums, added up in double precision as PyTorch does, from a sum of `before` on."""
+    sums = probabilities.cumsum(dtype=np.float64)
+    sums += before
+    return sums.astype(np.float32)

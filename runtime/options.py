@@ -8,6 +8,10 @@ from typing import Any, Literal
 from gpt2onnx.errors import OptionError
 
 DEFAULT_NEW_TOKENS = 64
+MOST_SEQUENCES = 1000  # of one prompt at a time; each has a row of the cache
+# float32 holds logits multiplied or divided by numbers in this range.
+_SMALLEST, _LARGEST = 1e-30, 1e30
+_TOKEN_IDS_END = 2**31
 # Giving one of these without saying do_sample means sampling.
 SAMPLING_OPTIONS = ("temperature", "top_k", "top_p", "min_p", "typical_p", "seed")
 
@@ -38,7 +42,7 @@ class GenerationConfig:
         num_return_sequences: continuations of each prompt.
         seed: of the random draws, modulo 2**32; fresh ones where None.
         eos_token_id: token or tokens that end a sequence.
-        stop: strings that end a sequence; the text is cut before them.
+        stop: string or strings that end a sequence; the text is cut before them.
         logprobs: also return the log probability of each token and of so many likeliest ones.
         prompt_lookup: length of drafts copied from earlier text and verified in one pass; 0 for none.
     """
@@ -63,31 +67,38 @@ class GenerationConfig:
     num_return_sequences: int = 1
     seed: int | None = None
     eos_token_id: int | Sequence[int] | None = None
-    stop: Sequence[str] = ()
+    stop: str | Sequence[str] = ()
     logprobs: int | None = None
     prompt_lookup: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("max_new_tokens", "max_length", "num_beams", "num_return_sequences"):
+        for name in ("max_new_tokens", "max_length"):
             self._whole(name, least=1)
+        for name in ("num_beams", "num_return_sequences"):
+            self._whole(name, least=1, most=MOST_SEQUENCES)
         for name in ("min_new_tokens", "min_length", "top_k", "no_repeat_ngram_size", "logprobs", "prompt_lookup"):
             self._whole(name, least=0)
         self._whole("seed", least=0)
-        self._between("temperature", 0, math.inf, "a number above 0 (for greedy decoding, don't sample)", above=True)
-        self._between("repetition_penalty", 0, math.inf, "a number above 0", above=True)
+        wanted = f"a number from {_SMALLEST:g} to {_LARGEST:g}"
+        self._between("temperature", _SMALLEST, _LARGEST, f"{wanted} (for greedy decoding, don't sample)")
+        self._between("repetition_penalty", _SMALLEST, _LARGEST, wanted)
         self._between("top_p", 0, 1, "between 0 and 1")
         self._between("min_p", 0, 1, "between 0 and 1")
         self._between("typical_p", 0, 1, "above 0 and at most 1", above=True)
-        self._between("length_penalty", -math.inf, math.inf, "a finite number")
+        self._between("length_penalty", -_LARGEST, _LARGEST, f"a number from {-_LARGEST:g} to {_LARGEST:g}")
         if not isinstance(self.do_sample, bool):
-            raise OptionError(f"do_sample must be true or false, not {self.do_sample!r}")
+            raise OptionError(f"do_sample must be true or false, not {_short(self.do_sample)}")
         if not isinstance(self.early_stopping, bool) and self.early_stopping != "never":
-            raise OptionError(f"early_stopping must be true, false or 'never', not {self.early_stopping!r}")
-        self._token_ids("eos_token_id", self.eos_token_ids)
-        self._token_ids("suppress_tokens", self.suppress_tokens or ())
+            raise OptionError(f"early_stopping must be true, false or 'never', not {_short(self.early_stopping)}")
+        # transformers takes -1 for an end token that never comes.
+        self._token_ids("eos_token_id", self.eos_token_ids, least=-1)
+        self._token_ids("suppress_tokens", () if self.suppress_tokens is None else self.suppress_tokens)
         self._check_bad_words()
-        if isinstance(self.stop, str) or not all(isinstance(text, str) and text for text in self.stop):
-            raise OptionError(f"stop must be a list of strings that aren't empty, not {self.stop!r}")
+        texts = isinstance(self.stop, Sequence) and all(isinstance(text, str) and text for text in self.stop)
+        if not texts or self.stop == "":
+            raise OptionError(
+                f"stop must be a string or a list of strings, none of them empty, not {_short(self.stop)}"
+            )
         self._check_together()
 
     @property
@@ -97,6 +108,11 @@ class GenerationConfig:
         if ids is None:
             return ()
         return tuple(ids) if isinstance(ids, Sequence) else (ids,)
+
+    @property
+    def stop_strings(self) -> tuple[str, ...]:
+        """The stop strings, however many."""
+        return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
 
     def new_tokens(self, prompt_length: int) -> int:
         """How many tokens may be generated after a prompt of so many; below 1 where max_length is reached already."""
@@ -130,30 +146,32 @@ class GenerationConfig:
         known = {field.name for field in fields(cls)}
         return cls().merged({name: value for name, value in content.items() if name in known})
 
-    def _whole(self, name: str, least: int) -> None:
+    def _whole(self, name: str, least: int, most: float = math.inf) -> None:
         value = getattr(self, name)
-        if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < least):
-            raise OptionError(f"{name} must be a whole number from {least}, not {value!r}")
+        if value is not None and (isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most):
+            limit = "" if most == math.inf else f" to {most}"
+            raise OptionError(f"{name} must be a whole number from {least}{limit}, not {_short(value)}")
 
     def _between(self, name: str, low: float, high: float, wanted: str, *, above: bool = False) -> None:
         value = getattr(self, name)
         if value is None:
             return
-        number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+        number = isinstance(value, int | float) and not isinstance(value, bool)
         if not number or not low <= value <= high or (above and value == low):
-            raise OptionError(f"{name} must be {wanted}, not {value!r}")
+            raise OptionError(f"{name} must be {wanted}, not {_short(value)}")
 
-    def _token_ids(self, name: str, ids: object) -> None:
-        whole = isinstance(ids, Sequence) and not isinstance(ids, str)
-        if not whole or any(isinstance(i, bool) or not isinstance(i, int) or i < 0 for i in ids):  # type: ignore[attr-defined]
-            raise OptionError(f"{name} must hold token ids (whole numbers from 0), not {ids!r}")
+    def _token_ids(self, name: str, ids: object, least: int = 0) -> None:
+        if not isinstance(ids, Sequence) or not all(
+            isinstance(i, int) and not isinstance(i, bool) and least <= i < _TOKEN_IDS_END for i in ids
+        ):
+            raise OptionError(f"{name} must hold token ids (whole numbers from {least}), not {_short(ids)}")
 
     def _check_bad_words(self) -> None:
         words = self.bad_words_ids
         if words is None:
             return
         if isinstance(words, str) or not isinstance(words, Sequence) or not words:
-            raise OptionError(f"bad_words_ids must be a list of lists of token ids, not {words!r}")
+            raise OptionError(f"bad_words_ids must be a list of lists of token ids, not {_short(words)}")
         for word in words:
             self._token_ids("bad_words_ids", word)
             if not word:
@@ -170,3 +188,10 @@ class GenerationConfig:
             raise OptionError("prompt_lookup works on one sequence: not with num_beams or num_return_sequences above 1")
         if self.logprobs is not None and self.num_beams > 1:
             raise OptionError("logprobs are of single sequences: not with num_beams above 1")
+
+
+def _short(value: object) -> str:
+    """A value as an error message shows it."""
+    # Python refuses to write out integers of thousands of digits.
+    text = repr(value) if not isinstance(value, int) or abs(value) < 10**50 else "a number of more than 50 digits"
+    return text if len(text) <= 80 else f"{text[:80]}…"

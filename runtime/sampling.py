@@ -7,19 +7,27 @@ without replacement). Each q takes two 32-bit words, the higher one first; the l
 Source: ATen/native/Distributions.cpp, ATen/core/DistributionsHelper.h and CPUGeneratorImpl.cpp.
 """
 
+from typing import Any, cast
+
 import numpy as np
 import numpy.typing as npt
+
+from .topk import largest
 
 Logits = npt.NDArray[np.float32]
 
 _LOW_53_BITS = np.uint64(2**53 - 1)
+_ROUNDING = 0.9999  # wider than float32 rounds
 
 
 class Generator:
     """The stream of random numbers of one prompt."""
 
     def __init__(self, seed: int | None) -> None:
-        self._state = np.random.RandomState(None if seed is None else seed % 2**32)
+        words = np.random.MT19937()
+        if seed is not None:
+            words.state = cast("Any", np.random.RandomState(seed % 2**32).get_state(legacy=False))
+        self._draws = np.random.Generator(words)
 
     def multinomial(self, scores: Logits, count: int = 1) -> npt.NDArray[np.int64]:
         """Draws entries without replacement.
@@ -31,35 +39,56 @@ class Generator:
         Returns:
             Indices, int64 [count], in the order in which they were drawn.
         """
-        words = self._state.randint(0, 2**32, size=(len(scores), 2), dtype=np.uint32)
+        words = self._words(len(scores))
         candidates = np.flatnonzero(scores > -np.inf)
-        survivors = scores[candidates]
-        probabilities = np.exp(survivors - survivors.max())
-        probabilities /= probabilities.sum()
-        high, low = words[candidates].astype(np.uint64).T
-        uniform = ((high << np.uint64(32) | low) & _LOW_53_BITS) * 2.0**-53
-        exponential = (-np.log1p(-uniform)).astype(np.float32)
+        if not len(candidates):  # transformers fails here; as greedy decoding does, go on with the first
+            return largest(scores, count)
+        probabilities = softmax(scores[candidates])
+        uniform = (words[candidates] & _LOW_53_BITS).astype(np.float64) * 2.0**-53
         with np.errstate(divide="ignore"):
-            race = probabilities / exponential
-        if count == 1:
-            return candidates[race.argmax(keepdims=True)]
-        return candidates[largest(race, count)]
+            if count == 1:
+                return candidates[[_winner(probabilities, uniform)]]
+            race = _race(probabilities, uniform)
+        if np.count_nonzero(race) >= count:
+            return candidates[largest(race, count)]
+        # Too few entries are possible, so impossible ones are drawn as well.
+        whole_race = np.zeros(len(scores), np.float32)
+        whole_race[candidates] = race
+        return largest(whole_race, count)
 
     def skip(self, entries: int) -> None:
         """Moves on as if one entry of so many had been drawn."""
-        self._state.randint(0, 2**32, size=(entries, 2), dtype=np.uint32)
+        self._words(entries)
+
+    def _words(self, entries: int) -> npt.NDArray[np.uint64]:
+        """Two 32-bit draws for each entry, the first one in the upper half."""
+        return self._draws.integers(0, 2**64, size=entries, dtype=np.uint64)
 
 
-def largest(values: Logits, count: int) -> npt.NDArray[np.int64]:
-    """Indices of the `count` largest values, the largest first; of equal ones the first."""
-    count = min(count, len(values))
-    threshold = np.partition(values, len(values) - count)[len(values) - count]
-    candidates = np.flatnonzero(values >= threshold)
-    return candidates[np.argsort(-values[candidates], kind="stable")[:count]]
+def _race(probabilities: Logits, uniform: npt.NDArray[np.float64]) -> Logits:
+    """p / q of each entry."""
+    exponential: Logits = (-np.log1p(-uniform)).astype(np.float32)
+    return probabilities / exponential
+
+
+def _winner(probabilities: Logits, uniform: npt.NDArray[np.float64]) -> int:
+    """The entry of the largest p / q, with few logarithms taken: as q is at least u, p / u bounds p / q from above."""
+    bound = probabilities / uniform
+    leader = int(bound.argmax())
+    won = _race(probabilities[leader : leader + 1], uniform[leader : leader + 1])[0]
+    rivals = np.flatnonzero(bound >= won * _ROUNDING)
+    return int(rivals[_race(probabilities[rivals], uniform[rivals]).argmax()])
 
 
 def log_softmax(scores: Logits) -> Logits:
     """Log probabilities along the last axis, float32."""
-    shifted = scores - scores.max(-1, keepdims=True)
-    result: Logits = shifted - np.log(np.exp(shifted).sum(-1, keepdims=True))
+    result: Logits = scores - scores.max(-1, keepdims=True)
+    result -= np.log(np.exp(result).sum(-1, keepdims=True))
     return result
+
+
+def softmax(scores: Logits) -> Logits:
+    """Probabilities, float32 [entries]."""
+    probabilities: Logits = np.exp(scores - scores.max())
+    probabilities /= probabilities.sum()
+    return probabilities

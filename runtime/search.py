@@ -12,7 +12,8 @@ import numpy as np
 
 from .logits import Tokens, process, processors
 from .options import GenerationConfig
-from .sampling import Generator, Logits, largest, log_softmax
+from .sampling import Generator, Logits, log_softmax
+from .topk import largest
 
 # Whether a sequence ends with the tokens it has now; the search's own end tokens and lengths aside.
 Stop = Callable[[Tokens], bool]
@@ -224,10 +225,9 @@ class BeamSearch:
         return self.prompt[:0]
 
     def advance(self, logits: Logits) -> list[int]:
-        log_probs = log_softmax(logits)
-        scores = np.stack(
-            [process(self._processors, tokens, row) for tokens, row in zip(self._running, log_probs, strict=True)]
-        )
+        scores = log_softmax(logits)
+        for row, tokens in enumerate(self._running if self._processors else ()):
+            scores[row] = process(self._processors, tokens, scores[row])
         scores += self._scores[:, None]
         flat = scores.reshape(-1)
         if self._generator is None:
@@ -256,7 +256,7 @@ class BeamSearch:
     ) -> None:
         """Lets candidates that ended among the first num_beams take the place of worse ones."""
         new_tokens = len(sequences[0]) - len(self.prompt)
-        scores = log_probs / np.float32(new_tokens**self._options.length_penalty)
+        scores = log_probs / _power(new_tokens, self._options.length_penalty)
         full = all(one.finished for one in self._best) and self._options.early_stopping is True
         eligible = ended & (np.arange(len(ended)) < self.rows)
         for excluded in (np.full(len(ended), full), np.full(len(ended), not self._improvable), ~eligible):
@@ -274,7 +274,7 @@ class BeamSearch:
         new_tokens = len(self._running[0]) - len(self.prompt)
         if options.early_stopping == "never" and options.length_penalty > 0:
             new_tokens = self._limits.max_length - len(self.prompt)
-        best_possible = self._scores[0] / np.float32(new_tokens**options.length_penalty)
+        best_possible = self._scores[0] / _power(new_tokens, options.length_penalty)
         worst = min(one.score for one in self._best)
         self._improvable = self._improvable and any(best_possible > (worst if done else _NEVER) for done in finished)
         full = all(finished) and options.early_stopping is True
@@ -308,9 +308,15 @@ def lookup(tokens: Tokens, count: int, longest: int = 3) -> Tokens:
     return tokens[:0]
 
 
+def _power(length: int, exponent: float) -> np.float32:
+    """What divides the score of so many new tokens; infinite or 0 where float32 can't hold it."""
+    with np.errstate(over="ignore", under="ignore"):
+        return np.float32(np.float64(length) ** exponent)
+
+
 def _logprobs(token: int, logits: Logits, scores: Logits, count: int) -> TokenLogprobs:
     raw = log_softmax(logits)
     best = largest(logits, count) if count else np.zeros(0, np.int64)
-    return TokenLogprobs(
-        token, float(raw[token]), float(log_softmax(scores)[token]), [(int(i), float(raw[i])) for i in best]
-    )
+    with np.errstate(invalid="ignore"):  # where no token was possible at all
+        processed = log_softmax(scores)
+    return TokenLogprobs(token, float(raw[token]), float(processed[token]), [(int(i), float(raw[i])) for i in best])

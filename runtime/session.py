@@ -23,6 +23,8 @@ except ImportError as error:
 _WARNINGS_OFF = 3  # onnxruntime's severity "error"
 # Buffers of a forward pass over more tokens than this belong to one prompt and aren't kept.
 _KEPT_SEQUENCE = 16
+# What one core reads in the time that it takes to share an operator's work with another.
+_BYTES_PER_THREAD = 8e6
 
 
 @dataclass(frozen=True)
@@ -43,7 +45,7 @@ class Session:
     Args:
         bundle: the bundle to load.
         device: "cpu".
-        threads: of one operator; by default as many as this process may use.
+        threads: of one operator; by default as many as this process may use, fewer for very small models.
 
     Raises:
         OptionError: `threads` is below 1, or the device is unknown.
@@ -56,14 +58,16 @@ class Session:
         if device not in ("cpu", "auto"):
             raise OptionError(f"device must be cpu or auto, not {device!r}")
         self.config = bundle.config
+        self._in_place = bundle.manifest.graph != "portable"
         self.dtype = np.dtype(np.float16 if bundle.manifest.dtype == "fp16" else np.float32)
         options = ort.SessionOptions()
         options.log_severity_level = _WARNINGS_OFF
-        options.intra_op_num_threads = threads or available_cores()
+        options.intra_op_num_threads = threads or _suitable_threads(bundle)
         try:
             self._session = ort.InferenceSession(bundle.folder / GRAPH, options, providers=["CPUExecutionProvider"])
         except Exception as error:
             raise BackendError(f"ONNX Runtime can't load {bundle.folder / GRAPH}: {_one_line(error)}") from error
+        self._inputs = [each.name for each in self._session.get_inputs()]
 
     def new_cache(self, rows: int, positions: int) -> Cache:
         """An empty cache for so many sequences of so many tokens."""
@@ -87,6 +91,8 @@ class Session:
         Raises:
             BackendError: ONNX Runtime failed.
         """
+        if not self._in_place:
+            return self._forward_copying(cache, rows, tokens, keep)
         binding = self._binding(cache, rows, tokens.shape[1], keep)
         binding.input_ids[:] = tokens
         binding.position_ids[:] = cache.advance(rows, tokens.shape[1])
@@ -95,6 +101,38 @@ class Session:
         except Exception as error:
             raise BackendError(f"ONNX Runtime failed: {_one_line(error)}") from error
         return binding.logits
+
+    def _forward_copying(
+        self, cache: Cache, rows: slice, tokens: npt.NDArray[np.int64], keep: int
+    ) -> npt.NDArray[np.float32]:
+        """As `forward`, on a graph that returns keys and values in arrays of its own, past and new ones.
+
+        It appends behind the longest row's past; what lies between a shorter row's past and that is masked.
+        """
+        count, lengths = tokens.shape[1], cache.lengths[rows].copy()
+        past = int(lengths.max(initial=0))
+        ones = np.ones((len(tokens), count), np.int64)
+        inputs = {
+            contract.INPUT_IDS: tokens,
+            contract.ATTENTION_MASK: np.concatenate([cache.mask[rows, :past], ones], axis=1),
+            contract.POSITION_IDS: cache.advance(rows, count),
+        }
+        names = [contract.LOGITS]
+        for layer in range(self.config.n_layer):
+            for part, name in enumerate(contract.past_names(layer)):
+                inputs[name] = cache.data[layer, part, rows, :, :past]
+            names += contract.present_names(layer)
+        try:
+            outputs = self._session.run(names, {name: inputs[name] for name in self._inputs})
+        except Exception as error:
+            raise BackendError(f"ONNX Runtime failed: {_one_line(error)}") from error
+        logits: npt.NDArray[np.float32]
+        logits, *present = (np.asarray(each) for each in outputs)
+        for index, array in enumerate(present):
+            layer, part = divmod(index, 2)
+            for row, length in enumerate(lengths):
+                cache.data[layer, part, rows.start + row, :, length : length + count] = array[row, :, past:]
+        return logits[:, -keep:]
 
     def _binding(self, cache: Cache, rows: slice, count: int, keep: int) -> _Binding:
         key = (rows.start, rows.stop, count, keep)
@@ -137,6 +175,12 @@ class Session:
 def available_cores() -> int:
     """Cores that this process may run on."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _suitable_threads(bundle: Bundle) -> int:
+    """All cores, but none for less than so many bytes of weights: threads also wait for one another."""
+    weights = sum(record.size for name, record in bundle.manifest.files.items() if name.startswith("onnx/"))
+    return max(1, min(available_cores(), round(weights / _BYTES_PER_THREAD)))
 
 
 def _one_line(error: Exception) -> str:

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 from conftest import CommandLine
-from gpt2onnx.models.bundle import MANIFEST, Bundle
 
 from gpt2onnx.errors import BundleError
+from gpt2onnx.models.bundle import MANIFEST, Bundle
 
 
 @pytest.fixture

@@ -6,11 +6,11 @@ from pathlib import Path
 
 import numpy as np
 from conftest import CommandLine, MakeCheckpoint
-from gpt2onnx.exporter.checkpoint import Checkpoint
-from gpt2onnx.exporter.parity import check
 from safetensors.numpy import load_file, save_file
 
 import gpt2onnx
+from gpt2onnx.exporter.checkpoint import Checkpoint
+from gpt2onnx.exporter.parity import check
 
 
 def test_fp32_bundle_of_tales_passes(tales_bundle: Path) -> None:

@@ -1,0 +1,151 @@
+"""Arrays that lie in checkpoint files and are read when they are asked for. Knows no network."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import ml_dtypes
+import numpy as np
+import numpy.typing as npt
+from safetensors import SafetensorError, safe_open
+
+from gpt2onnx.errors import CheckpointError
+
+FLOATS = ("float32", "float16", "bfloat16", "float64")
+_SAFETENSORS_TYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+
+
+class StoredArray(Protocol):
+    """An array in a file.
+
+    Attributes:
+        path: the file.
+        name: what the file calls it.
+        shape: its shape in the file.
+        dtype: type of its numbers, in NumPy's words, or in the file's where NumPy has none.
+    """
+
+    @property
+    def path(self) -> Path: ...
+    @property
+    def name(self) -> str: ...
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+    @property
+    def dtype(self) -> str: ...
+
+    def read(self) -> npt.NDArray[np.generic]:
+        """The numbers as they are stored.
+
+        Raises:
+            CheckpointError: the file is damaged, or has gone.
+        """
+        ...
+
+    def same_bytes(self, other: "StoredArray") -> bool:
+        """Whether it is known without reading that both are the same numbers of the same file."""
+        ...
+
+
+@dataclass(frozen=True)
+class SafetensorsArray:
+    """An array in a safetensors file."""
+
+    path: Path
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+
+    def read(self) -> npt.NDArray[np.generic]:
+        try:
+            with safe_open(self.path, framework="np") as file:
+                array: npt.NDArray[np.generic] = file.get_tensor(self.name)
+        except (SafetensorError, OSError) as error:
+            raise CheckpointError(f"{self.path}: can't read tensor {self.name}: {error}") from error
+        return array
+
+    def same_bytes(self, other: StoredArray) -> bool:
+        return False
+
+
+@dataclass(frozen=True)
+class StridedArray:
+    """An array in a file of raw little-endian numbers: PyTorch's storages, and views of them.
+
+    Attributes:
+        offset: of its first number in the file, in bytes.
+        strides: per axis, in numbers.
+    """
+
+    path: Path
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    offset: int
+    strides: tuple[int, ...]
+
+    def read(self) -> npt.NDArray[np.generic]:
+        number: npt.DTypeLike = ml_dtypes.bfloat16 if self.dtype == "bfloat16" else self.dtype
+        size = np.dtype(number).itemsize
+        # Only the stretch between the first and the last number; a storage can be far larger than a view of it.
+        count = extent(self.shape, self.strides)
+        try:
+            raw = np.fromfile(self.path, np.uint8, count * size, offset=self.offset)
+        except OSError as error:
+            raise CheckpointError(f"{self.path}: can't read tensor {self.name}: {error.strerror or error}") from error
+        if len(raw) != count * size:
+            raise CheckpointError(f"{self.path} ends inside tensor {self.name}: fetch or save it again")
+        steps = tuple(stride * size for stride in self.strides)
+        return np.lib.stride_tricks.as_strided(raw.view(number), self.shape, steps)
+
+    def same_bytes(self, other: StoredArray) -> bool:
+        return isinstance(other, StridedArray) and (
+            (self.path, self.offset, self.shape, self.strides, self.dtype)
+            == (other.path, other.offset, other.shape, other.strides, other.dtype)
+        )
+
+
+@dataclass(frozen=True)
+class ConstantArray:
+    """One number all over: stands for a bias or a scale that a network was built without."""
+
+    path: Path
+    name: str
+    shape: tuple[int, ...]
+    value: float
+    dtype: str = "float32"
+
+    def read(self) -> npt.NDArray[np.generic]:
+        return np.full(self.shape, self.value, np.float32)
+
+    def same_bytes(self, other: StoredArray) -> bool:
+        return self == other
+
+
+def extent(shape: tuple[int, ...], strides: tuple[int, ...]) -> int:
+    """How many numbers lie from an array's first to its last; none of the strides may be negative."""
+    if 0 in shape:
+        return 0
+    return 1 + sum((length - 1) * stride for length, stride in zip(shape, strides, strict=True))
+
+
+def open_safetensors(path: Path) -> dict[str, StoredArray]:
+    """The arrays of a safetensors file by name.
+
+    Raises:
+        CheckpointError: the file is missing, damaged or truncated.
+    """
+    if not path.is_file():
+        raise CheckpointError(f"{path} is missing: fetch or save the checkpoint again")
+    arrays: dict[str, StoredArray] = {}
+    try:
+        with safe_open(path, framework="np") as file:
+            for name in file.keys():  # noqa: SIM118  # a method, not a dictionary's
+                view = file.get_slice(name)
+                stored = str(view.get_dtype())
+                arrays[name] = SafetensorsArray(
+                    path, name, tuple(view.get_shape()), _SAFETENSORS_TYPES.get(stored, stored)
+                )
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{path} is not a whole safetensors file: {error}") from error
+    return arrays

@@ -1,0 +1,195 @@
+"""Operators as they are appended to a graph under construction: linear layers in any precision, activations.
+
+Knows ONNX and the precisions, nothing of GPT-2's architecture.
+Operators: https://github.com/microsoft/onnxruntime/blob/main/docs/ContribOperators.md
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from onnx import NodeProto, TensorProto, helper, numpy_helper
+
+from .quantize import quantize
+from .weights import WeightsFile
+
+MICROSOFT = "com.microsoft"
+
+
+@dataclass(frozen=True)
+class Precision:
+    """How weights are stored.
+
+    Attributes:
+        name: as the user asks for it.
+        floats: type of activations, biases, norms and whatever isn't quantised.
+        matrix_bits: bits of the blocks' matrices; None keeps them in `floats`.
+        embedding_bits: bits of token embedding and output head; None keeps them in `floats`.
+        block_size: weights of the blocks' matrices that share a scale.
+        embedding_block_size: weights of token embedding and output head that share a scale.
+    """
+
+    name: str
+    floats: type[np.float32] | type[np.float16] = np.float32
+    matrix_bits: int | None = None
+    embedding_bits: int | None = None
+    block_size: int | None = None
+    embedding_block_size: int | None = None
+
+    @property
+    def onnx_type(self) -> int:
+        return int(helper.np_dtype_to_tensor_dtype(np.dtype(self.floats)))
+
+
+@dataclass(frozen=True)
+class StoredMatrix:
+    """A quantised matrix [rows, width] in the external data, by the names of its parts."""
+
+    data: str
+    scales: str
+    rows: int
+    width: int
+    bits: int
+    block_size: int
+
+
+@dataclass
+class Graph:
+    """Nodes and initializers under construction; each method appends and returns value names."""
+
+    precision: Precision
+    weights: WeightsFile
+    nodes: list[NodeProto] = field(default_factory=list)
+    initializers: list[TensorProto] = field(default_factory=list)
+
+    def op(
+        self,
+        kind: str,
+        inputs: Sequence[str],
+        name: str,
+        *,
+        domain: str = "",
+        outputs: Sequence[str] = (),
+        **attributes: Any,
+    ) -> str:
+        """Appends a node; its first output is called as the node is, unless `outputs` says otherwise."""
+        outputs = outputs or (name,)
+        self.nodes.append(helper.make_node(kind, list(inputs), list(outputs), name=name, domain=domain, **attributes))
+        return outputs[0]
+
+    def constant(self, name: str, array: npt.NDArray[np.generic]) -> str:
+        """A small value kept inside the graph file."""
+        self.initializers.append(numpy_helper.from_array(array, name))
+        return name
+
+    def weight(self, name: str, array: npt.NDArray[np.generic]) -> str:
+        """A weight kept in the external data."""
+        self.initializers.append(self.weights.append(name, array))
+        return name
+
+    def vector(self, name: str, array: npt.NDArray[np.float32]) -> str:
+        return self.weight(name, array.astype(self.precision.floats, copy=False))
+
+    def linear(self, x: str, name: str, weight: npt.NDArray[np.float32], bias: npt.NDArray[np.float32]) -> str:
+        """x @ weight + bias, with weight [in, out] as GPT-2's Conv1D stores it."""
+        if self.precision.matrix_bits is None:
+            product = self.op("MatMul", [x, self.vector(f"{name}.weight", weight)], f"{name}.matmul")
+            return self.op("Add", [product, self.vector(f"{name}.bias", bias)], name)
+        assert self.precision.block_size is not None
+        matrix = self.quantized(name, weight.T, self.precision.matrix_bits, self.precision.block_size)
+        return self.matmul_quantized(x, matrix, f"{name}.matmul", self.vector(f"{name}.bias", bias))
+
+    def quantized(self, name: str, matrix: npt.NDArray[np.float32], bits: int, block_size: int) -> StoredMatrix:
+        """Quantises [out, in] and stores it."""
+        result = quantize(matrix, bits, block_size)
+        data = self.weight(f"{name}.data", result.data)
+        scales = self.weight(f"{name}.scales", result.scales.astype(self.precision.floats))
+        rows, width = matrix.shape
+        return StoredMatrix(data, scales, rows, width, bits, result.block_size)
+
+    def reshape(self, x: str, name: str, *shape: int) -> str:
+        """Reshape; 0 keeps a dimension, one -1 takes what is left."""
+        return self.op("Reshape", [x, self.constant(f"{name}.shape", np.array(shape, np.int64))], name)
+
+    def pad_end(self, x: str, name: str, count: int) -> str:
+        """So many zeros more along the last axis of four."""
+        pads = self.constant(f"{name}.pads", np.array([0] * 7 + [count], np.int64))
+        return self.op("Pad", [x, pads], name)
+
+    def first(self, x: str, name: str, count: int) -> str:
+        """The first entries along the last axis."""
+        limits = [
+            self.constant(f"{name}.{side}", np.array([value], np.int64))
+            for side, value in (("start", 0), ("end", count), ("axis", -1))
+        ]
+        return self.op("Slice", [x, *limits], name)
+
+    def matmul_quantized(self, x: str, matrix: StoredMatrix, name: str, bias: str = "") -> str:
+        """x @ matrix.T + bias."""
+        inputs = [x, matrix.data, matrix.scales, "", "", bias] if bias else [x, matrix.data, matrix.scales]
+        return self.op(
+            "MatMulNBits", inputs, name, domain=MICROSOFT,
+            K=matrix.width, N=matrix.rows, bits=matrix.bits, block_size=matrix.block_size, accuracy_level=4,
+        )  # fmt: skip
+
+    def add_and_normalize(
+        self, x: str, residual: str, name: str, weight: str, bias: str, epsilon: float
+    ) -> tuple[str, str]:
+        """Layer norm of x + residual, and that sum."""
+        total = f"{name}.sum"
+        normalized = self.op(
+            "SkipLayerNormalization", [x, residual, weight, bias], name, domain=MICROSOFT,
+            outputs=[name, "", "", total], epsilon=epsilon,
+        )  # fmt: skip
+        return normalized, total
+
+
+def activation(graph: Graph, function: str, x: str, name: str) -> str:
+    """The MLP's activation; formulas as in transformers' ACT2FN."""
+
+    def number(suffix: str, value: float) -> str:
+        return graph.constant(f"{name}.{suffix}", np.array(value, graph.precision.floats))
+
+    match function:
+        case "gelu_new" | "gelu_pytorch_tanh" | "gelu_python_tanh" | "gelu_fast" | "gelu_accurate":
+            return graph.op("FastGelu", [x], name, domain=MICROSOFT)
+        case "gelu" | "gelu_python":
+            return graph.op("Gelu", [x], name, approximate="none")
+        case "gelu_10":
+            whole = graph.op("Gelu", [x], f"{name}.gelu", approximate="none")
+            return graph.op("Clip", [whole, number("low", -10), number("high", 10)], name)
+        case "quick_gelu":
+            return graph.op("QuickGelu", [x], name, domain=MICROSOFT, alpha=1.702)
+        case "silu" | "swish":
+            return graph.op("Mul", [x, graph.op("Sigmoid", [x], f"{name}.gate")], name)
+        case "mish":
+            gate = graph.op("Tanh", [graph.op("Softplus", [x], f"{name}.softplus")], f"{name}.gate")
+            return graph.op("Mul", [x, gate], name)
+        case "relu":
+            return graph.op("Relu", [x], name)
+        case "relu2":
+            positive = graph.op("Relu", [x], f"{name}.relu")
+            return graph.op("Mul", [positive, positive], name)
+        case "relu6":
+            return graph.op("Clip", [x, number("low", 0), number("high", 6)], name)
+        case "leaky_relu":
+            return graph.op("LeakyRelu", [x], name, alpha=0.01)
+        case "hardswish":
+            return graph.op("HardSwish", [x], name)
+        case "tanh":
+            return graph.op("Tanh", [x], name)
+        case "sigmoid":
+            return graph.op("Sigmoid", [x], name)
+        case "sqrtsoftplus":
+            return graph.op("Sqrt", [graph.op("Softplus", [x], f"{name}.softplus")], name)
+        case "laplace":  # half of 1 + erf((x - mean) / (deviation * sqrt 2))
+            centred = graph.op("Sub", [x, number("mean", 0.707107)], f"{name}.centred")
+            scaled = graph.op("Div", [centred, number("spread", 0.282095 * math.sqrt(2))], f"{name}.scaled")
+            raised = graph.op("Add", [graph.op("Erf", [scaled], f"{name}.erf"), number("one", 1)], f"{name}.raised")
+            return graph.op("Mul", [raised, number("half", 0.5)], name)
+        case "linear":
+            return x
+    raise AssertionError(f"{function} passed GPT2Config but has no operator here")

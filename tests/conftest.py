@@ -1,0 +1,180 @@
+"""What tests share: models to test with, and transformers as the judge of them.
+
+Tests take the fixtures by name, and import the plain functions: `from conftest import reference_tokens`.
+"""
+
+import io
+import os
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+# Read when huggingface_hub is imported, so it is set before transformers is.
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+import pytest
+import tokenizers
+import torch
+import transformers
+from tokenizers import decoders, models, pre_tokenizers
+
+import gpt2onnx
+from gpt2onnx.cli.main import main
+from gpt2onnx.models.tales import FOLDER
+
+END_OF_TEXT = "<|endoftext|>"
+ALL_BYTES_AND_END = 257  # entries of a byte-level vocabulary without merges
+
+MakeCheckpoint = Callable[..., Path]
+
+
+@dataclass(frozen=True)
+class Finished:
+    """What a command left behind."""
+
+    code: int
+    out: str
+    err: str
+
+
+CommandLine = Callable[..., Finished]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _own_environment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """One thread for PyTorch, and a cache that no other program has written to."""
+    transformers.utils.logging.disable_progress_bar()
+    torch.set_num_threads(1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("GPT2ONNX_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
+@pytest.fixture(scope="session")
+def tales_checkpoint() -> Path:
+    """The embedded checkpoint's folder."""
+    return FOLDER
+
+
+@pytest.fixture(scope="session")
+def tales_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The embedded model, exported in fp32."""
+    return gpt2onnx.export("tales", tmp_path_factory.mktemp("tales") / "fp32").folder
+
+
+@pytest.fixture(scope="session")
+def tales_int8_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The embedded model, exported in int8."""
+    return gpt2onnx.export("tales", tmp_path_factory.mktemp("tales") / "int8", dtype="int8").folder
+
+
+@pytest.fixture(scope="session")
+def tales_model(tales_bundle: Path) -> gpt2onnx.Model:
+    """The embedded model in fp32, loaded."""
+    return gpt2onnx.load(tales_bundle, threads=1)
+
+
+@pytest.fixture(scope="session")
+def tales_reference() -> transformers.GPT2LMHeadModel:
+    """The embedded model in transformers, float32."""
+    return load_reference(FOLDER)
+
+
+@pytest.fixture(scope="session")
+def make_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> MakeCheckpoint:
+    """Writes a small random GPT-2 checkpoint with a byte-level tokenizer and returns its folder.
+
+    Takes fields of transformers' GPT2Config, and `weights_seed`. All tensors are random, biases and norms
+    too, so that none can be left out unnoticed; the weights are so large that the likeliest tokens lie far apart.
+    """
+
+    def make(*, weights_seed: int = 0, **config_overrides: Any) -> Path:
+        small = {"vocab_size": ALL_BYTES_AND_END, "n_positions": 64, "n_embd": 32, "n_layer": 2, "n_head": 4}
+        settings = small | {"initializer_range": 0.3} | config_overrides
+        end = min(settings["vocab_size"], ALL_BYTES_AND_END) - 1
+        settings = {"bos_token_id": end, "eos_token_id": end, "pad_token_id": None} | settings
+        config = transformers.GPT2Config(**settings)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(weights_seed)
+            model = transformers.GPT2LMHeadModel(config)
+            with torch.no_grad():
+                for parameter in model.parameters():
+                    if parameter.ndim == 1:
+                        parameter += 0.1 * torch.randn_like(parameter)
+        folder = tmp_path_factory.mktemp("checkpoint")
+        model.save_pretrained(folder)
+        byte_tokenizer(config.vocab_size).save(str(folder / "tokenizer.json"))
+        return folder
+
+    return make
+
+
+@pytest.fixture
+def command_line(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> CommandLine:
+    """Runs the command line in this process: command_line("generate", "Once", stdin="")."""
+
+    def run(*arguments: object, stdin: str = "") -> Finished:
+        monkeypatch.setattr(sys, "argv", ["gpt2onnx", *map(str, arguments)])
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin.encode())))
+        capfd.readouterr()
+        with pytest.raises(SystemExit) as exit_:
+            main()
+        out, err = capfd.readouterr()
+        return Finished(int(exit_.value.code or 0), out, err)
+
+    return run
+
+
+def byte_tokenizer(vocab_size: int) -> tokenizers.Tokenizer:
+    """A byte-level tokenizer without merges: a token for each byte, printable ones first, as far as there is room,
+    and the end of text after them."""
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocab = {letter: index for index, letter in enumerate(letters[: vocab_size - 1])}
+    tokenizer = tokenizers.Tokenizer(models.BPE(vocab=vocab, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens([tokenizers.AddedToken(END_OF_TEXT, special=True, normalized=False)])
+    return tokenizer
+
+
+def load_reference(folder: Path) -> transformers.GPT2LMHeadModel:
+    """A checkpoint in transformers, float32, without dropout."""
+    return transformers.GPT2LMHeadModel.from_pretrained(folder, dtype=torch.float32).eval()
+
+
+def reference_tokens(
+    reference: transformers.GPT2LMHeadModel, prompt_ids: Sequence[int], seed: int | None = None, **options: Any
+) -> list[list[int]]:
+    """The new tokens of each sequence that transformers.generate returns for one prompt, up to their end token.
+
+    Args:
+        reference: from `load_reference` or `tales_reference`.
+        prompt_ids: tokens of the prompt.
+        seed: for torch.manual_seed, right before generating.
+        options: for `generate`.
+    """
+    prompt = torch.tensor([list(prompt_ids)])
+    ends = options.get("eos_token_id", reference.generation_config.eos_token_id)
+    ends = [ends] if isinstance(ends, int) else list(ends or [])
+    with torch.no_grad(), torch.random.fork_rng(devices=[]):
+        if seed is not None:
+            torch.manual_seed(seed)
+        padding = {"pad_token_id": ends[0]} if ends else {}
+        output = reference.generate(prompt, attention_mask=torch.ones_like(prompt), **padding | options)
+    sequences = [row[len(prompt_ids) :].tolist() for row in output]
+    return [_up_to_end(tokens, ends) for tokens in sequences]
+
+
+def _up_to_end(tokens: list[int], ends: Sequence[int]) -> list[int]:
+    """Without the padding that follows an end token."""
+    first = next((index for index, token in enumerate(tokens) if token in ends), len(tokens))
+    return tokens[: first + 1]
+
+
+def assert_same_tokens(actual: Sequence[int], expected: Sequence[int], label: object = "") -> None:
+    """Fails with the first token that differs."""
+    for index, (one, other) in enumerate(zip(actual, expected, strict=False)):
+        assert one == other, f"{label}: token {index} is {one}, expected {other}"
+    assert len(actual) == len(expected), f"{label}: {len(actual)} tokens, expected {len(expected)}"

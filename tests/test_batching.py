@@ -1,0 +1,255 @@
+"""Batches, prefix reuse, speculation and the cache, on a network whose logits follow from what the cache holds.
+
+The keys in the fake cache are the very tokens, and each logit is a hash of all of them: a row that
+reads a wrong, stale or moved position gets other tokens.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import gpt2onnx
+from gpt2onnx.runtime.cache import Cache, Copy
+from gpt2onnx.runtime.decode import Decoder
+from gpt2onnx.runtime.generator import Request
+from gpt2onnx.runtime.options import GenerationConfig
+from gpt2onnx.runtime.search import Search, start
+
+VOCABULARY = 13
+CONTEXT = 40
+
+
+class HashingNetwork:
+    """Logits from the row's tokens as they stand in the cache; counts forwarded tokens as (rows, tokens in each)."""
+
+    def __init__(self, repetitive: bool = False) -> None:
+        self.passes: list[tuple[int, int]] = []
+        self.repetitive = repetitive
+
+    def new_cache(self, rows: int, positions: int) -> Cache:
+        cache = Cache((1, 2, rows, 1, positions, 1), np.float64)
+        cache.data[:] = -7.0  # what nobody should read
+        return cache
+
+    def forward(self, cache: Cache, rows: slice, tokens: np.ndarray, keep: int = 1) -> np.ndarray:
+        assert tokens.shape[0] == rows.stop - rows.start
+        assert tokens.shape[1] == 1 or tokens.shape[0] == 1
+        self.passes.append(tokens.shape)
+        positions = cache.advance(rows, tokens.shape[1])
+        logits = np.empty((*tokens.shape, VOCABULARY), np.float32)
+        for index, row in enumerate(range(rows.start, rows.stop)):
+            cache.data[0, 0, row, 0, positions[index], 0] = tokens[index]
+            assert cache.mask[row].sum() == cache.lengths[row] == positions[index, -1] + 1
+            assert cache.mask[row, : cache.lengths[row]].all()
+            for column, position in enumerate(positions[index]):
+                logits[index, column] = self.logits(cache.data[0, 0, row, 0, : position + 1, 0].astype(int).tolist())
+        return logits[:, -keep:]
+
+    def logits(self, history: Sequence[int]) -> np.ndarray:
+        seen = tuple(history[-2:]) if self.repetitive else tuple(history)
+        return np.random.default_rng([token + 100 for token in seen]).normal(0, 2, VOCABULARY).astype(np.float32)
+
+
+def results(searches: Sequence[Search]) -> list[list[tuple[list[int], str | None]]]:
+    return [[(one.tokens.tolist(), one.finish_reason) for one in search.continuations()] for search in searches]
+
+
+def run(
+    network: HashingNetwork, requests: Sequence[tuple[list[int], dict[str, Any]]], batch_size: int, decoder: Decoder | None = None
+) -> list[list[tuple[list[int], str | None]]]:  # fmt: skip
+    searches = [start(np.array(prompt), GenerationConfig(**options), CONTEXT) for prompt, options in requests]
+    decoder = decoder or Decoder(network)
+    finished = [search for search in decoder.run(searches, batch_size) if search is not None and search.done]
+    assert {id(search) for search in finished} == {id(search) for search in searches}
+    return results(searches)
+
+
+PROMPTS = st.lists(st.integers(0, VOCABULARY - 1), min_size=1, max_size=8)
+STRATEGIES = st.one_of(
+    st.just({}),
+    st.fixed_dictionaries({"do_sample": st.just(True), "seed": st.integers(0, 99), "num_return_sequences": st.integers(1, 3)}),
+    st.fixed_dictionaries({"num_beams": st.integers(2, 5), "early_stopping": st.sampled_from([True, False, "never"])}),
+    st.fixed_dictionaries({"num_beams": st.integers(2, 3), "do_sample": st.just(True), "seed": st.integers(0, 99)}),
+)  # fmt: skip
+REQUESTS = st.tuples(
+    PROMPTS,
+    st.builds(
+        lambda strategy, length, ends: strategy | {"max_new_tokens": length, "eos_token_id": ends},
+        STRATEGIES,
+        st.integers(1, 12),
+        st.sampled_from([-1, 3, [1, 5], [0, 2, 4, 6]]),
+    ),
+)
+
+
+@settings(deadline=None, max_examples=120)
+@given(requests=st.lists(REQUESTS, min_size=1, max_size=8), batch_size=st.integers(1, 5))
+def test_batched_is_alone(requests: list[tuple[list[int], dict[str, Any]]], batch_size: int) -> None:
+    together = run(HashingNetwork(), requests, batch_size)
+    alone = [run(HashingNetwork(), [request], 1)[0] for request in requests]
+    for index, (one, other) in enumerate(zip(together, alone, strict=True)):
+        assert one == other, f"request {index}: {requests[index]}"
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    rounds=st.lists(st.lists(REQUESTS, min_size=1, max_size=3), min_size=1, max_size=5), batch_size=st.integers(1, 3)
+)
+def test_used_cache_is_as_good_as_fresh(rounds: list[Any], batch_size: int) -> None:
+    network = HashingNetwork()
+    decoder = Decoder(network)
+    for requests in rounds:
+        assert run(network, requests, batch_size, decoder) == run(HashingNetwork(), requests, 1)
+
+
+@settings(deadline=None, max_examples=100)
+@given(
+    prompt=PROMPTS, draft=st.integers(1, 8), length=st.integers(1, 25), end=st.sampled_from([-1, 3]),
+    sampling=st.sampled_from([{}, {"do_sample": True, "seed": 5, "top_k": 2}, {"do_sample": True, "seed": 6}]),
+)  # fmt: skip
+def test_speculated_is_plain(prompt: list[int], draft: int, length: int, end: int, sampling: dict[str, Any]) -> None:
+    options = {"max_new_tokens": length, "eos_token_id": end} | sampling
+    plain, speculating = HashingNetwork(repetitive=True), HashingNetwork(repetitive=True)
+    expected = run(plain, [(prompt, options)], 1)
+    assert run(speculating, [(prompt, options | {"prompt_lookup": draft})], 1) == expected
+    assert len(speculating.passes) <= len(plain.passes)
+
+
+def test_speculation_saves_passes() -> None:
+    prompt = [1, 2, 3, 4, 5, 6] * 3
+    for sampling in ({}, {"do_sample": True, "temperature": 0.2, "seed": 1}):
+        plain, speculating = HashingNetwork(repetitive=True), HashingNetwork(repetitive=True)
+        run(plain, [(prompt, {"max_new_tokens": 22} | sampling)], 1)
+        run(speculating, [(prompt, {"max_new_tokens": 22, "prompt_lookup": 4} | sampling)], 1)
+        assert len(plain.passes) == 22
+        assert len(speculating.passes) < 22, sampling
+
+
+@pytest.mark.parametrize("length", [1, 2, 10])
+def test_passes(length: int) -> None:
+    prompt = [1, 2, 3, 4, 5]
+    for options, rows in (({}, 1), ({"do_sample": True, "seed": 1}, 1), ({"num_beams": 6}, 6), ({"num_beams": 3}, 3)):
+        network = HashingNetwork()
+        run(network, [(prompt, options | {"max_new_tokens": length})], 1)
+        assert network.passes == [(1, 5)] + [(rows, 1)] * (length - 1)
+
+
+def test_batch_stays_full() -> None:
+    """Rows that finish give their place to the next prompt at once."""
+    lengths = [3, 9, 4, 5, 2, 7, 6]
+    network = HashingNetwork()
+    run(network, [([index], {"max_new_tokens": length}) for index, length in enumerate(lengths)], 3)
+    steps = [rows for rows, count in network.passes if count == 1][3:]  # after the first three prefills
+    assert sum(rows * count for rows, count in network.passes) == sum(lengths)
+    assert max(steps) == 3
+
+
+def test_shared_beginning_is_prefilled_once() -> None:
+    beginning = [1, 2, 3, 4, 5, 6]
+    network = HashingNetwork()
+    run(network, [([*beginning, last], {"max_new_tokens": 4}) for last in range(4)], 4)
+    assert [shape for shape in network.passes if shape[0] == 1] == [(1, 7), (1, 1), (1, 1), (1, 1)]
+
+
+def test_session_prefills_only_what_is_new() -> None:
+    network = HashingNetwork()
+    decoder = Decoder(network)
+    text = [1, 2, 3]
+    for added in ([7, 8], [9], [4, 5, 6]):
+        for strategy in ({}, {"do_sample": True, "seed": 2}):
+            network.passes.clear()
+            (((tokens, _),),) = run(network, [(text, {"max_new_tokens": 5} | strategy)], 1, decoder)
+        network.passes.clear()
+        run(network, [(tokens + added, {"max_new_tokens": 1})], 1, decoder)
+        # The last generated token wasn't forwarded, as nothing followed it.
+        assert network.passes == [(1, len(added) + 1)]
+        text = tokens + added
+
+
+def test_abandoned_run_leaves_nothing_behind() -> None:
+    network = HashingNetwork()
+    decoder = Decoder(network)
+    requests = [([1, 2], {"max_new_tokens": 9, "num_beams": 3}), ([3], {"max_new_tokens": 9})]
+    for steps in range(1, 8):
+        searches = [start(np.array(prompt), GenerationConfig(**options), CONTEXT) for prompt, options in requests]
+        running = decoder.run(searches, 2)
+        for _ in range(steps):
+            next(running)
+        inside = run(network, requests, 2, decoder)  # while the other is still open
+        running.close()
+        assert inside == run(network, requests, 2, decoder) == run(HashingNetwork(), requests, 1)
+
+
+@settings(deadline=None, max_examples=100)
+@given(data=st.data())
+def test_cache_against_lists(data: st.DataObject) -> None:
+    """Every operation of the cache, against a model that keeps each row's list of tokens."""
+    rows, positions = 4, 12
+    cache = Cache((2, 2, rows, 1, positions, 1))
+    lists: list[list[int]] = [[] for _ in range(rows)]
+    for _ in range(data.draw(st.integers(1, 15))):
+        match data.draw(st.sampled_from(["advance", "trim", "copy", "grow"])):
+            case "advance":
+                first = data.draw(st.integers(0, rows - 1))
+                last = data.draw(st.integers(first + 1, rows))
+                count = data.draw(st.integers(1, 3))
+                if max(len(one) for one in lists[first:last]) + count > positions:
+                    continue
+                at = cache.advance(slice(first, last), count)
+                for row, places in zip(range(first, last), at, strict=True):
+                    new = data.draw(st.lists(st.integers(1, 9), min_size=count, max_size=count))
+                    assert places.tolist() == list(range(len(lists[row]), len(lists[row]) + count))
+                    cache.data[:, :, row, 0, places[0] : places[-1] + 1, 0] = np.array(new)
+                    lists[row] += new
+            case "trim":
+                row = data.draw(st.integers(0, rows - 1))
+                length = data.draw(st.integers(0, len(lists[row])))
+                cache.trim(row, length)
+                del lists[row][length:]
+            case "copy":
+                sources = data.draw(st.lists(st.integers(0, rows - 1), min_size=rows, max_size=rows))
+                copies = []
+                for target, source in enumerate(sources):
+                    shared = 0
+                    while shared < min(len(lists[source]), len(lists[target])) and lists[source][shared] == lists[target][shared]:  # fmt: skip
+                        shared += 1
+                    copies.append(Copy(source, target, data.draw(st.integers(0, shared)), len(lists[source])))
+                cache.copy([one for one in copies if one.source != one.target])
+                lists = [lists[source].copy() for source in sources]
+            case "grow":
+                positions += 2
+                larger = Cache((2, 2, rows, 1, positions, 1))
+                larger.take_over(cache)
+                cache = larger
+        for row, expected in enumerate(lists):
+            assert cache.lengths[row] == len(expected)
+            assert cache.mask[row].tolist() == [1] * len(expected) + [0] * (positions - len(expected))
+            for layer in range(2):
+                for part in range(2):
+                    assert cache.data[layer, part, row, 0, : len(expected), 0].tolist() == expected
+
+
+MIXED: list[dict[str, Any]] = [
+    {}, {"num_beams": 4, "num_return_sequences": 2}, {"do_sample": True, "seed": 3, "temperature": 0.9},
+    {"do_sample": True, "seed": 4, "num_return_sequences": 3}, {"num_beams": 3, "do_sample": True, "seed": 5},
+    {"no_repeat_ngram_size": 2, "repetition_penalty": 1.3}, {"prompt_lookup": 4}, {"stop": ["."]},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 3, 5])
+def test_mixed_strategies_on_tales(tales_model: gpt2onnx.Model, batch_size: int) -> None:
+    texts = ["Once upon a time", "The", "One day, a little girl went to the park with her", "Once upon a time there"]
+    requests = [
+        Request(
+            texts[index % 4], tales_model.options({"max_new_tokens": 4 + 3 * (index % 5)} | MIXED[index % 8]), index
+        )
+        for index in range(12)
+    ]
+    together = {request.id: outcome for request, outcome in tales_model.complete(requests, batch_size)}
+    for request in requests:
+        ((_, alone),) = gpt2onnx.load(tales_model.bundle.folder, threads=1).complete([request])
+        assert together[request.id].sequences == alone.sequences, request

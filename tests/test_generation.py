@@ -1,0 +1,170 @@
+"""Whole generations against transformers.generate, token for token."""
+
+import numpy as np
+import pytest
+import torch
+from conftest import MakeCheckpoint, assert_same_tokens, load_reference, reference_tokens
+
+import gpt2onnx
+from gpt2onnx.exporter.cases import Case, cases
+from gpt2onnx.runtime.sampling import Generator
+from gpt2onnx.runtime.topk import ascending, largest
+
+CHECKPOINTS = {
+    "97 tokens, tied": {"vocab_size": 97, "n_layer": 2, "weights_seed": 0},
+    "130 tokens, untied": {"vocab_size": 130, "n_layer": 3, "tie_word_embeddings": False, "weights_seed": 1},
+    "257 tokens, one layer": {"vocab_size": 257, "n_layer": 1, "weights_seed": 2},
+    "500 tokens, untied": {"vocab_size": 500, "n_layer": 2, "n_head": 2, "tie_word_embeddings": False, "weights_seed": 3},
+    "300 tokens, 48 positions": {"vocab_size": 300, "n_layer": 2, "n_positions": 48, "weights_seed": 4},
+}  # fmt: skip
+PARTS = 3  # tests that a checkpoint's cases are dealt out to
+
+
+def assert_case(model: gpt2onnx.Model, reference: object, case: Case) -> None:
+    result = model.generate(case.prompt_ids, **case.options)
+    expected = reference_tokens(reference, case.prompt_ids, **case.options)
+    assert len(result.sequences) == len(expected), case.name
+    for index, (sequence, tokens) in enumerate(zip(result.sequences, expected, strict=True)):
+        assert_same_tokens(sequence.token_ids, tokens, f"{case.name}, sequence {index}, {case.options}")
+
+
+@pytest.fixture(scope="module", params=CHECKPOINTS)
+def pair(request, make_checkpoint: MakeCheckpoint, tmp_path_factory):
+    folder = make_checkpoint(**CHECKPOINTS[request.param])
+    bundle = gpt2onnx.export(folder, tmp_path_factory.mktemp("bundle") / "fp32").folder
+    return gpt2onnx.load(bundle, threads=1), load_reference(folder)
+
+
+@pytest.mark.parametrize("part", range(PARTS))
+def test_random_checkpoints(pair, part: int) -> None:
+    model, reference = pair
+    everything = cases(model.config.vocab_size, model.config.n_positions, "full")
+    assert len(everything) > 200
+    # Each checkpoint takes other cases, so that together they cover most; `gpt2onnx parity` runs them all.
+    for case in everything[part + PARTS * (model.config.vocab_size % 4) :: 4 * PARTS]:
+        assert_case(model, reference, case)
+
+
+def test_tales(tales_model: gpt2onnx.Model, tales_reference) -> None:
+    selected = cases(tales_model.config.vocab_size, 80, "quick")
+    for case in selected:
+        assert_case(tales_model, tales_reference, case)
+
+
+def test_cases_vary() -> None:
+    """The cases meet what they are for."""
+    for case_list in (cases(97, 64), cases(8192, 512)):
+        options = [case.options for case in case_list]
+        assert {one.get("num_beams", 1) for one in options} >= {1, 2, 3, 4, 5, 6}
+        assert {one.get("early_stopping", False) for one in options} == {True, False, "never"}
+        assert any(one.get("length_penalty", 1) < 0 for one in options)
+        assert any(len(one["eos_token_id"]) > 3 for one in options if isinstance(one.get("eos_token_id"), list))
+        assert len({case.name for case in case_list}) == len(case_list)
+
+
+def test_context_window_ends_a_sequence(pair) -> None:
+    """The last token needs no position: a prompt that fills the window still gets one."""
+    model, reference = pair
+    n = model.config.n_positions
+    prompt = [index % 90 for index in range(n)]
+    for strategy in ({}, {"do_sample": True, "seed": 3}, {"num_beams": 3}, {"prompt_lookup": 5}):
+        options = {"eos_token_id": 96, "suppress_tokens": [96]} | strategy
+        whole = model.generate(prompt, max_new_tokens=50, **options).sequences[0]
+        assert (whole.finish_reason, len(whole.token_ids)) == ("context", 1)
+        near = model.generate(prompt[: n - 4], max_new_tokens=50, **options).sequences[0]
+        assert (near.finish_reason, len(near.token_ids)) == ("context", 5)
+        exact = model.generate(prompt[: n - 4], max_new_tokens=5, **options).sequences[0]
+        assert exact.finish_reason == "length"
+        assert exact.token_ids == near.token_ids
+    (expected,) = reference_tokens(reference, prompt, max_new_tokens=1)
+    assert model.generate(prompt, max_new_tokens=1).sequences[0].token_ids == expected
+
+
+def test_finish_reasons(pair) -> None:
+    model, _ = pair
+    prompt = [1, 2, 3]
+    plain = model.generate(prompt, max_new_tokens=8, eos_token_id=-1).sequences[0]
+    assert (plain.finish_reason, len(plain.token_ids)) == ("length", 8)
+    end = plain.token_ids[3]
+    stopped = model.generate(prompt, max_new_tokens=8, eos_token_id=end).sequences[0]
+    first = plain.token_ids.index(end)
+    assert (stopped.finish_reason, stopped.token_ids) == ("stop", plain.token_ids[: first + 1])
+
+
+def test_top_k_50_is_the_default(pair) -> None:
+    model, _ = pair
+    for seed in range(3):
+        default = model.generate([5], seed=seed, max_new_tokens=20, temperature=3.0).sequences[0]
+        assert default == model.generate([5], seed=seed, max_new_tokens=20, temperature=3.0, top_k=50).sequences[0]
+
+
+def test_seed_counts_modulo_2_to_the_32(pair) -> None:
+    model, reference = pair
+    for seed in (0, 2**32 - 1, 2**32, 2**40 + 77):
+        ours = model.generate([5, 6], seed=seed, max_new_tokens=10).sequences[0].token_ids
+        assert_same_tokens(ours, reference_tokens(reference, [5, 6], seed, do_sample=True, max_new_tokens=10)[0], seed)
+
+
+@pytest.mark.parametrize("size", [7, 300, 50257])
+@pytest.mark.parametrize("count", [1, 6])
+def test_multinomial_draws_as_torch_does(size: int, count: int) -> None:
+    rng = np.random.default_rng(size)
+    for seed in range(12):
+        scores = rng.normal(0, 3, size).astype(np.float32)
+        scores[rng.random(size) < rng.choice([0.0, 0.5, 0.9])] = -np.inf
+        scores[3] = 1.0
+        torch.manual_seed(seed)
+        ours = Generator(seed)
+        for _ in range(3):
+            probabilities = torch.from_numpy(scores).softmax(-1)
+            expected = torch.multinomial(probabilities, count).tolist()
+            assert ours.multinomial(scores, count).tolist() == expected
+
+
+def test_order_of_ties_is_torchs() -> None:
+    rng = np.random.default_rng(1)
+    for size in (1, 2, 3, 8, 16, 17, 40, 130, 582, 3000):
+        for kinds in (1, 2, 5, size):
+            values = rng.integers(0, kinds, size).astype(np.float32)
+            values[rng.random(size) < 0.2] = -np.inf
+            assert ascending(values).tolist() == torch.from_numpy(values).sort().indices.tolist()
+            for count in {1, 2, 7, 20, size} & set(range(size + 1)):
+                assert largest(values, count).tolist() == torch.from_numpy(values).topk(count).indices.tolist()
+
+
+def test_nothing_possible_is_no_crash(pair) -> None:
+    """Where transformers fails, because every token is forbidden, decoding goes on somehow."""
+    model, _ = pair
+    everything = list(range(model.config.vocab_size))
+    everywhere = {"do_sample": True, "seed": 0, "top_p": 0.5, "min_p": 0.5, "typical_p": 0.5}
+    for strategy in ({}, {"do_sample": True, "seed": 0}, everywhere, {"num_beams": 2}, everywhere | {"num_beams": 2}):
+        result = model.generate([1], max_new_tokens=3, suppress_tokens=everything, **strategy)
+        assert len(result.sequences) == 1
+
+
+def test_score_agrees_with_transformers(pair) -> None:
+    model, reference = pair
+    ids = list(np.random.default_rng(0).integers(0, 90, 40))
+    score = model.score(ids)
+    with torch.no_grad():
+        logprobs = reference(torch.tensor([ids])).logits[0, :-1].log_softmax(-1)
+    expected = logprobs[range(39), ids[1:]].numpy()
+    np.testing.assert_allclose(score.logprobs, expected, atol=2e-4)
+
+
+def test_logprobs(pair) -> None:
+    model, reference = pair
+    prompt = [4, 5, 6]
+    sequence = model.generate(prompt, max_new_tokens=10, logprobs=4, temperature=0.7, top_k=5, seed=1).sequences[0]
+    assert sequence.logprobs is not None
+    assert [one.token_id for one in sequence.logprobs] == sequence.token_ids
+    with torch.no_grad():
+        logits = reference(torch.tensor([prompt + sequence.token_ids])).logits[0, len(prompt) - 1 : -1]
+    for one, row in zip(sequence.logprobs, logits, strict=True):
+        raw = row.log_softmax(-1)
+        processed = (row / 0.7).topk(5).values.log_softmax(-1)
+        best = raw.topk(4)
+        assert one.logprob == pytest.approx(float(raw[one.token_id]), abs=2e-4)
+        assert min(abs(one.processed_logprob - float(value)) for value in processed) < 2e-4
+        assert [token for token, _ in one.top] == best.indices.tolist()
+        np.testing.assert_allclose([value for _, value in one.top], best.values, atol=2e-4)

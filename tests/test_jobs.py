@@ -1,0 +1,148 @@
+"""Request files: one result a line, in order, whatever the lines hold and however often the job is cut off."""
+
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import gpt2onnx
+from gpt2onnx.runtime import jobs
+
+GOOD = '{"id": "good", "prompt": "Once upon a time", "max_new_tokens": 2}'
+BAD = {
+    "no JSON": '{"id": 1, "prompt": "Once',
+    "a list": '["Once upon a time"]',
+    "a number": "5",
+    "no prompt": '{"id": 1}',
+    "empty prompt": '{"prompt": ""}',
+    "empty ids": '{"prompt_ids": []}',
+    "both": '{"prompt": "a", "prompt_ids": [1]}',
+    "prompt of a wrong type": '{"prompt": 5}',
+    "ids of a wrong type": '{"prompt_ids": "abc"}',
+    "half a token": '{"prompt_ids": [1, 2.5]}',
+    "no token": '{"prompt_ids": [true]}',
+    "token outside": '{"prompt_ids": [99999]}',
+    "huge token": '{"prompt_ids": [' + "9" * 40 + "]}",
+    "negative token": '{"prompt_ids": [-1]}',
+    "too long": json.dumps({"prompt_ids": [1] * 600}),
+    "unknown option": '{"prompt": "a", "top_q": 1}',
+    "option of a wrong type": '{"prompt": "a", "num_beams": "4"}',
+    "contradiction": '{"prompt": "a", "num_beams": 2, "num_return_sequences": 3}',
+    "NaN": '{"prompt": "a", "temperature": NaN}',
+    "infinity": '{"prompt": "a", "length_penalty": -Infinity}',
+    "too large for a float": '{"prompt": "a", "temperature": 1e999}',
+    "huge number": '{"prompt": "a", "num_beams": ' + "9" * 30 + "}",
+    "thousands of digits": '{"prompt": "a", "top_k": ' + "9" * 6000 + "}",
+    "deep nesting": '{"a":' * 50_000,
+    "deep list": "[" * 100_000,
+    "bad word outside": '{"prompt": "a", "bad_words_ids": [[99999]]}',
+    "no room": '{"prompt_ids": [1, 2, 3], "max_length": 3}',
+    "streamed nothing": '{"prompt": "a", "stop": [""]}',
+}
+
+
+def run(model: gpt2onnx.Model, lines: list[str], batch_size: int = 3, **options: Any) -> list[dict[str, Any]]:
+    records = list(jobs.run(model, lines, model.generation_config.merged(options), batch_size))
+    for record in records:
+        json.loads(jobs.to_line(record), parse_constant=pytest.fail)
+        assert "\n" not in jobs.to_line(record)
+    return records
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_line_stops_nothing(tales_model: gpt2onnx.Model, name: str) -> None:
+    first, bad, last = run(tales_model, [GOOD, BAD[name], GOOD], 2)
+    assert set(bad) == {"id", "error"}
+    assert bad["error"]
+    assert "\n" not in bad["error"]
+    assert len(bad["error"]) < 300
+    assert first["sequences"] == last["sequences"] != []
+
+
+def test_order_and_ids(tales_model: gpt2onnx.Model) -> None:
+    ids: list[Any] = ["a", 1, None, {"x": [1]}, "a", True, 2.5, "\ud800"]
+    lines = [
+        json.dumps({"id": name, "prompt": "The cat" if index % 3 else "", "max_new_tokens": 1 + 5 * (index % 2)})
+        for index, name in enumerate(ids)
+    ]
+    lines[3:3] = ["", "   "]  # passed over
+    for batch_size in (1, 3, 8):
+        records = run(tales_model, lines, batch_size)
+        assert [record["id"] for record in records] == ids
+        assert [index for index, record in enumerate(records) if "error" in record] == [0, 3, 6]
+
+
+def test_options_of_a_line(tales_model: gpt2onnx.Model) -> None:
+    requests: list[dict[str, Any]] = [
+        {"stop": ["."]}, {"stop": "."}, {"logprobs": 3}, {"do_sample": True, "seed": 7}, {"num_beams": 3, "early_stopping": "never"},
+        {"temperature": 0.5, "top_k": 3},  # no sampling without do_sample
+        {"eos_token_id": [262, 13], "min_new_tokens": 3}, {"bad_words_ids": [[262], [13, 14]], "suppress_tokens": [5]},
+    ]  # fmt: skip
+    lines = [json.dumps({"prompt": "Once upon a time", "max_new_tokens": 12} | one) for one in requests]
+    for request, record in zip(requests, run(tales_model, lines), strict=True):
+        expected = tales_model.generate("Once upon a time", max_new_tokens=12, **{"do_sample": False} | request)
+        assert record["sequences"] == expected.to_dict()["sequences"], request
+        assert record["prompt_ids"] == expected.prompt_ids
+        assert record["usage"] == expected.usage
+
+
+def test_lines_are_read_as_there_is_room(tales_model: gpt2onnx.Model) -> None:
+    read = 0
+
+    def lines() -> Iterator[str]:
+        nonlocal read
+        for index in range(10_000):
+            read += 1
+            yield "{" if index % 3 == 0 else GOOD
+
+    batch_size = 4
+    for done, _ in enumerate(jobs.run(tales_model, lines(), tales_model.generation_config, batch_size), 1):
+        # Those in the batch, with the bad ones between them, and those that wait for an earlier one.
+        assert read - done <= 3 * batch_size
+        if done == 60:
+            break
+
+
+def test_impossible_log_probability_is_null(tales_model: gpt2onnx.Model) -> None:
+    everything = list(range(8192))
+    line = json.dumps({"prompt": "a", "suppress_tokens": everything, "max_new_tokens": 1, "logprobs": 1})
+    ((record),) = run(tales_model, [line])
+    assert json.loads(jobs.to_line(record))["sequences"][0]["logprobs"][0]["processed_logprob"] is None
+
+
+def test_killed_and_resumed(tales_bundle: Path, tales_model: gpt2onnx.Model, tmp_path: Path) -> None:
+    lines = [
+        json.dumps({"id": index, "prompt": f"Number {index}", "max_new_tokens": 30, "do_sample": True, "seed": index})
+        if index % 7 else f'{{"id": {index}, "prompt": '
+        for index in range(120)
+    ]  # fmt: skip
+    requests, results = tmp_path / "requests.jsonl", tmp_path / "results.jsonl"
+    requests.write_text("\n".join(lines) + "\n")
+    command = [
+        sys.executable, "-m", "gpt2onnx", "generate", "-m", str(tales_bundle), "--threads", "1", "--batch-size", "4",
+        "--input", str(requests), "--output", str(results), "--resume",
+    ]  # fmt: skip
+    kills = 0
+    for wanted in (10, 50):
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        deadline = time.monotonic() + 60
+        while process.poll() is None and time.monotonic() < deadline:
+            if results.exists() and results.read_bytes().count(b"\n") >= wanted:
+                break
+            time.sleep(0.005)
+        process.kill()
+        process.wait()
+        kills += results.read_bytes().count(b"\n") < len(lines)
+        with results.open("ab") as file:
+            file.write(b'{"id": 3, "prom')  # what a write cut off in the middle leaves
+    assert kills == 2, "the job was done before it could be killed"
+    assert subprocess.run(command, capture_output=True, check=False).returncode == 0
+    records = [json.loads(line) for line in results.read_text().splitlines()]
+    expected = run(tales_model, lines, 4)
+    assert [record["id"] for record in records] == [record["id"] for record in expected]
+    assert [record.get("sequences") for record in records] == [record.get("sequences") for record in expected]

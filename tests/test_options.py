@@ -1,0 +1,143 @@
+"""Generation options: defaults, merging, generation_config.json, and what is refused."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import transformers
+from conftest import MakeCheckpoint, assert_same_tokens, load_reference, reference_tokens
+
+import gpt2onnx
+from gpt2onnx.errors import OptionError
+from gpt2onnx.runtime.options import GenerationConfig
+
+PROMPT = [40, 41, 42]
+
+
+def test_defaults_are_those_of_transformers() -> None:
+    theirs = transformers.GenerationConfig._get_default_generation_params()
+    ours = GenerationConfig()
+    shared = [name for name in GenerationConfig.__dataclass_fields__ if name in theirs and name != "max_length"]
+    assert len(shared) >= 12
+    assert {name: getattr(ours, name) for name in shared} == {name: theirs[name] for name in shared}
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"max_new_tokens": 0},
+        {"max_new_tokens": 2.0},
+        {"max_new_tokens": True},
+        {"max_length": -1},
+        {"min_length": -1},
+        {"num_beams": 0},
+        {"num_beams": 10**9},
+        {"num_return_sequences": 10**9, "do_sample": True},
+        {"temperature": 0},
+        {"temperature": 0.0},
+        {"temperature": -1.0},
+        {"temperature": 1e-320},
+        {"temperature": float("nan")},
+        {"temperature": float("inf")},
+        {"temperature": "hot"},
+        {"repetition_penalty": 0.0},
+        {"repetition_penalty": 1e300},
+        {"top_k": -1},
+        {"top_k": 5.5},
+        {"top_p": 1.1},
+        {"top_p": -0.1},
+        {"min_p": 2},
+        {"typical_p": 0.0},
+        {"length_penalty": float("inf")},
+        {"length_penalty": float("nan")},
+        {"early_stopping": "always"},
+        {"early_stopping": 1.5},
+        {"do_sample": "yes"},
+        {"do_sample": 1},
+        {"seed": -1},
+        {"seed": 1.5},
+        {"eos_token_id": "x"},
+        {"eos_token_id": 1.5},
+        {"eos_token_id": [1, None]},
+        {"eos_token_id": 10**30},
+        {"suppress_tokens": 5},
+        {"suppress_tokens": [-1]},
+        {"suppress_tokens": {"a": 1}},
+        {"bad_words_ids": []},
+        {"bad_words_ids": [[]]},
+        {"bad_words_ids": [5]},
+        {"bad_words_ids": [[10**30]]},
+        {"stop": 5},
+        {"stop": ""},
+        {"stop": [""]},
+        {"stop": [5]},
+        {"logprobs": -1},
+        {"num_return_sequences": 2},
+        {"num_return_sequences": 3, "num_beams": 2},
+        {"prompt_lookup": 3, "num_beams": 2},
+        {"logprobs": 1, "num_beams": 2},
+        {"seed": 10**5000, "top_k": -(10**5000)},
+    ],
+)
+def test_refused(options: dict[str, Any]) -> None:
+    with pytest.raises(OptionError) as failure:
+        GenerationConfig(**options)
+    message = str(failure.value)
+    assert "\n" not in message
+    assert any(name in message for name in options)
+
+
+def test_unknown_name() -> None:
+    with pytest.raises(OptionError, match="top_q"):
+        GenerationConfig().merged({"top_q": 1})
+
+
+def test_merged_lengths() -> None:
+    base = GenerationConfig(max_new_tokens=5)
+    assert base.merged({"max_length": 9}).new_tokens(4) == 5
+    assert base.merged({"max_length": 20}).new_tokens(4) == 16
+    assert base.merged({"max_length": 20, "max_new_tokens": 3}).new_tokens(4) == 3
+    assert base.merged({"max_new_tokens": None}).new_tokens(4) == 5
+    assert GenerationConfig().new_tokens(1000) == 64
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        {},
+        {"do_sample": True},
+        {"do_sample": True, "temperature": None, "top_k": None, "top_p": None, "typical_p": None},
+        {"do_sample": True, "top_k": 3, "temperature": 1.5},
+        {"do_sample": True, "top_k": 0, "top_p": 0.5, "min_p": 0.02},
+        {"do_sample": False, "temperature": 0.3, "top_k": 2},
+        {"eos_token_id": [50, 60, 70, 80, 90], "repetition_penalty": 1.4},
+        {"eos_token_id": -1},
+        {"num_beams": 3, "length_penalty": 0.1, "early_stopping": True, "eos_token_id": list(range(0, 250, 5))},
+        {"num_beams": None, "num_return_sequences": None, "min_length": None, "repetition_penalty": None},
+        {"max_length": 14},
+        {"max_length": 30, "max_new_tokens": 4},
+        {"suppress_tokens": list(range(50)), "bad_words_ids": [[60], [70, 71]], "no_repeat_ngram_size": 2},
+        {"transformers_version": "4.30.0", "_from_model_config": True, "renormalize_logits": False, "unheard_of": 1},
+    ],
+)  # fmt: skip
+def test_generation_config_file_counts_as_in_transformers(
+    content: dict[str, Any], make_checkpoint: MakeCheckpoint, tmp_path: Path
+) -> None:
+    folder = make_checkpoint(weights_seed=3)
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": 256, "pad_token_id": 256} | content))
+    bundle = gpt2onnx.export(folder, tmp_path / "bundle").folder
+    length = {} if "max_length" in content or "max_new_tokens" in content else {"max_new_tokens": 12}
+    for seed in range(2):
+        model = gpt2onnx.load(bundle, threads=1)
+        do_sample = bool(content.get("do_sample"))
+        result = model.generate(PROMPT, seed=seed, do_sample=do_sample, **length)
+        (expected,) = reference_tokens(load_reference(folder), PROMPT, seed, **length)
+        assert_same_tokens(result.sequences[0].token_ids, expected, content)
+
+
+def test_sampling_options_turn_sampling_on(tales_model: gpt2onnx.Model) -> None:
+    for given in ({"temperature": 0.5}, {"top_k": 3}, {"top_p": 0.5}, {"min_p": 0.1}, {"typical_p": 0.5}, {"seed": 0}):
+        assert tales_model.options(given).do_sample
+        assert not tales_model.options(given | {"do_sample": False}).do_sample
+    assert not tales_model.options({"repetition_penalty": 1.1, "num_beams": 2}).do_sample

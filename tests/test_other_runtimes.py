@@ -1,0 +1,103 @@
+"""The same exported folder, as it is, in other runtimes: the same tokens as in ours."""
+
+from pathlib import Path
+from typing import Any
+
+import peers
+import pytest
+from conftest import MakeCheckpoint, assert_same_tokens, load_reference, reference_tokens
+
+import gpt2onnx
+
+TOKENS = 20
+PROMPT = "Once upon a time"
+
+OPTIMUM = """
+import json, sys, torch
+from optimum.onnxruntime import ORTModelForCausalLM
+from transformers import AutoTokenizer
+folder, prompts, count = sys.argv[1], json.loads(sys.argv[2]), int(sys.argv[3])
+model, tokenizer, found = ORTModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder), []
+for prompt in prompts:
+    inputs = tokenizer(prompt, return_tensors="pt")
+    output = model.generate(**inputs, max_new_tokens=count, do_sample=False)
+    found.append(output[0, inputs["input_ids"].shape[1]:].tolist())
+print(json.dumps(found))
+"""
+
+GENAI = """
+import json, sys
+import onnxruntime_genai as genai
+folder, prompts, count = sys.argv[1], json.loads(sys.argv[2]), int(sys.argv[3])
+model = genai.Model(folder)
+tokenizer, found = genai.Tokenizer(model), []
+for prompt in prompts:
+    ids = tokenizer.encode(prompt)
+    parameters = genai.GeneratorParams(model)
+    parameters.set_search_options(max_length=len(ids) + count, do_sample=False)
+    generator = genai.Generator(model, parameters)
+    generator.append_tokens(ids)
+    while not generator.is_done():
+        generator.generate_next_token()
+    found.append([int(token) for token in generator.get_sequence(0)][len(ids):])
+print(json.dumps(found))
+"""
+
+TRANSFORMERS_JS = """
+import { AutoModelForCausalLM, AutoTokenizer, env } from "@huggingface/transformers";
+env.allowRemoteModels = false;
+const [folder, prompts, count] = process.argv.slice(2);
+const tokenizer = await AutoTokenizer.from_pretrained(folder);
+const model = await AutoModelForCausalLM.from_pretrained(folder, { dtype: "fp32", device: "cpu" });
+const found = [];
+for (const prompt of JSON.parse(prompts)) {
+  const inputs = tokenizer(prompt);
+  const output = await model.generate({ ...inputs, max_new_tokens: Number(count), do_sample: false });
+  found.push(Array.from(output.data, Number).slice(inputs.input_ids.dims[1]));
+}
+console.log(JSON.stringify(found));
+"""
+
+PROMPTS = [PROMPT, "The fox said:", "A"]
+PEERS = {
+    "optimum": lambda *arguments: peers.run_python(OPTIMUM, *arguments),
+    "onnxruntime-genai": lambda *arguments: peers.run_python(GENAI, *arguments),
+    "transformers.js": lambda *arguments: peers.run_node(TRANSFORMERS_JS, *arguments),
+}
+
+
+def json_list(prompts: list[str]) -> str:
+    return "[" + ", ".join(f'"{prompt}"' for prompt in prompts) + "]"
+
+
+@pytest.fixture(scope="module")
+def bundles(tmp_path_factory: pytest.TempPathFactory, make_checkpoint: MakeCheckpoint) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("bundles")
+    odd: dict[str, Any] = {"n_embd": 60, "n_head": 5, "tie_word_embeddings": False}
+    sources: dict[str, tuple[Any, dict[str, Any]]] = {
+        "fp32": ("tales", {}),
+        "int8": ("tales", {"dtype": "int8", "quality": False}),
+        "int4": ("tales", {"dtype": "int4", "quality": False}),
+        "heads of 12": (make_checkpoint(**odd), {}),
+    }
+    return {
+        name: gpt2onnx.export(source, folder / name, **options).folder for name, (source, options) in sources.items()
+    }
+
+
+@pytest.mark.parametrize("precision", ["fp32", "int8", "int4", "heads of 12"])
+@pytest.mark.parametrize("peer", PEERS)
+def test_same_greedy_tokens(peer: str, precision: str, bundles: dict[str, Path]) -> None:
+    found = PEERS[peer](bundles[precision], json_list(PROMPTS), TOKENS)
+    ours = gpt2onnx.load(bundles[precision], threads=1).generate(PROMPTS, max_new_tokens=TOKENS, do_sample=False)
+    for prompt, tokens, result in zip(PROMPTS, found, ours, strict=True):
+        assert_same_tokens(tokens, result.sequences[0].token_ids, f"{peer}, {precision}, {prompt!r}")
+
+
+def test_what_the_peers_are_compared_with_is_right(bundles: dict[str, Path], tales_checkpoint: Path) -> None:
+    model = gpt2onnx.load(bundles["fp32"], threads=1)
+    reference = load_reference(tales_checkpoint)
+    for prompt in PROMPTS:
+        expected = reference_tokens(reference, model.tokenizer.encode(prompt), do_sample=False, max_new_tokens=TOKENS)
+        found = model.generate(prompt, max_new_tokens=TOKENS, do_sample=False).sequences[0].token_ids
+        assert_same_tokens(found, expected[0], prompt)

@@ -1,0 +1,157 @@
+"""Every processor against the transformers class of the same job, alone and composed."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers.generation import logits_process as reference
+
+from gpt2onnx.runtime import logits as ours
+from gpt2onnx.runtime.options import GenerationConfig
+
+SIZE = 60
+INF = float("inf")
+
+
+def hand_made() -> dict[str, np.ndarray]:
+    rng = np.random.default_rng(0)
+    plain = rng.normal(0, 3, SIZE)
+    one = np.full(SIZE, -INF)
+    one[17] = 0.5
+    two = one.copy()
+    two[40] = 0.5
+    few = np.where(rng.random(SIZE) < 0.9, -INF, plain)
+    few[[3, 5]] = 2.0, 1.0
+    peak = np.zeros(SIZE)
+    peak[30] = 40.0
+    return {
+        "plain": plain,
+        "flat": plain * 0.05,
+        "ties": np.round(plain),
+        "many ties": np.sign(plain),
+        "all equal": np.full(SIZE, 1.25),
+        "zeros": np.zeros(SIZE),
+        "one survivor": one,
+        "two equal survivors": two,
+        "many -inf": few,
+        "peak": peak,
+        "huge": plain * 1e4,
+    }
+
+
+LOGITS = {name: values.astype(np.float32) for name, values in hand_made().items()} | {
+    f"random {seed}": np.random.default_rng(seed).normal(0, scale, 1500).astype(np.float32)
+    for seed, scale in enumerate((0.5, 1, 2, 4, 8))
+}
+PROMPTS = ([7], [3, 5, 3], [1, 2, 3, 1, 2, 3, 1, 2], list(range(12)) * 2)
+
+PAIRS: dict[str, tuple[Callable[[], ours.Processor], Callable[[], Any]]] = {}
+
+
+def pair(name: str, mine: Callable[[], ours.Processor], theirs: Callable[[], Any]) -> None:
+    PAIRS[name] = mine, theirs
+
+
+for penalty in (0.5, 1.3, 7.0):
+    pair(f"repetition penalty {penalty}", lambda p=penalty: ours.repetition_penalty(p), lambda p=penalty: reference.RepetitionPenaltyLogitsProcessor(p))  # fmt: skip
+for size in (1, 2, 3, 5, 9, 40):
+    pair(f"no {size}-grams", lambda n=size: ours.no_repeat_ngram(n), lambda n=size: reference.NoRepeatNGramLogitsProcessor(n))  # fmt: skip
+WORDS = [[4], [9], [3, 6], [5, 3, 8], [2, 3, 1, 2, 9], [1, 1], list(range(30))]
+for ends in ([9], [4, 9], [1000], []):
+    pair(f"bad words, ends {ends}", lambda e=ends: ours.bad_words(WORDS, e), lambda e=ends: reference.NoBadWordsLogitsProcessor(WORDS, torch.tensor(e)))  # fmt: skip
+for length, ends in ((0, [9]), (5, [9]), (50, [3, 9]), (50, [9, 100_000]), (3, [0])):
+    pair(f"min length {length}, ends {ends}", lambda n=length, e=ends: ours.min_length(n, e), lambda n=length, e=ends: reference.MinLengthLogitsProcessor(n, e))  # fmt: skip
+for tokens in ([0], [3, 17, 30, 59], list(range(SIZE)), [2, 100_000]):
+    pair(f"suppress {len(tokens)}, {tokens[-1]}", lambda t=tokens: ours.suppress(t), lambda t=tokens: reference.SuppressTokensLogitsProcessor(t))  # fmt: skip
+for value in (0.01, 0.7, 1.9, 300.0):
+    pair(f"temperature {value}", lambda t=value: ours.temperature(t), lambda t=value: reference.TemperatureLogitsWarper(t))  # fmt: skip
+for keep in (1, 2, 3):
+    for k in (1, 2, 5, 59, 60, 61, 10_000):
+        pair(f"top-k {k}, at least {keep}", lambda k=k, m=keep: ours.top_k(k, m), lambda k=k, m=keep: reference.TopKLogitsWarper(k, min_tokens_to_keep=m))  # fmt: skip
+    for p in (0.0, 1e-6, 0.1, 0.5, 0.9, 0.999, 1.0):
+        pair(f"top-p {p}, at least {keep}", lambda p=p, m=keep: ours.top_p(p, m), lambda p=p, m=keep: reference.TopPLogitsWarper(p, min_tokens_to_keep=m))  # fmt: skip
+        pair(f"min-p {p}, at least {keep}", lambda p=p, m=keep: ours.min_p(p, m), lambda p=p, m=keep: reference.MinPLogitsWarper(p, min_tokens_to_keep=m))  # fmt: skip
+    for p in (1e-6, 0.1, 0.5, 0.9, 0.999):
+        pair(f"typical-p {p}, at least {keep}", lambda p=p, m=keep: ours.typical_p(p, m), lambda p=p, m=keep: reference.TypicalLogitsWarper(p, min_tokens_to_keep=m))  # fmt: skip
+
+
+def assert_same(actual: np.ndarray, expected: np.ndarray, label: str) -> None:
+    """Exact equality, infinities included: each processor does the same float32 arithmetic as its counterpart."""
+    differing = np.flatnonzero(actual != expected)
+    if len(differing):
+        first = int(differing[0])
+        raise AssertionError(
+            f"{label}: {len(differing)} of {len(actual)} differ, first at {first}: {actual[first]} not {expected[first]}"
+        )
+
+
+def apply_reference(processor: Any, tokens: Sequence[int], scores: np.ndarray) -> np.ndarray:
+    return processor(torch.tensor([list(tokens)]), torch.from_numpy(scores.copy())[None])[0].numpy()
+
+
+@pytest.mark.parametrize("name", PAIRS)
+def test_equals_transformers(name: str) -> None:
+    make_mine, make_theirs = PAIRS[name]
+    for label, scores in LOGITS.items():
+        mine, theirs = make_mine(), make_theirs()  # anew, as transformers' bad words remember the vocabulary
+        for prompt in PROMPTS:
+            untouched = scores.copy()
+            actual = mine(np.array(prompt), scores)
+            assert_same(scores, untouched, f"{name} wrote to its argument")
+            assert actual.dtype == np.float32
+            expected = apply_reference(theirs, prompt, scores)
+            assert_same(actual, expected, f"{name} on {label} after {prompt}")
+
+
+def composed(options: dict[str, Any]) -> reference.LogitsProcessorList:
+    """transformers' own chain for these options."""
+    from transformers import GenerationConfig as Config
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    model = GPT2LMHeadModel(GPT2Config(vocab_size=SIZE, n_positions=8, n_embd=8, n_layer=1, n_head=1))
+    config = Config(**options)
+    config._eos_token_tensor = torch.tensor(options["eos_token_id"])
+    return model._get_logits_processor(config, input_ids_seq_length=3, device="cpu")
+
+
+OPTIONS = st.fixed_dictionaries(
+    {"do_sample": st.booleans(), "eos_token_id": st.lists(st.integers(0, SIZE - 1), min_size=1, max_size=3, unique=True)},
+    optional={
+        "num_beams": st.integers(1, 3),
+        "repetition_penalty": st.sampled_from([0.7, 1.2, 3.0]),
+        "no_repeat_ngram_size": st.integers(1, 4),
+        "bad_words_ids": st.lists(st.lists(st.integers(0, 9), min_size=1, max_size=3), min_size=1, max_size=4),
+        "min_length": st.integers(1, 20),
+        "min_new_tokens": st.integers(1, 10),
+        "suppress_tokens": st.lists(st.integers(0, SIZE - 1), min_size=1, max_size=30),
+        "temperature": st.sampled_from([0.3, 0.9, 2.5]),
+        "top_k": st.sampled_from([0, 1, 7, 30, 100]),
+        "top_p": st.sampled_from([0.0, 0.3, 0.8, 1.0]),
+        "min_p": st.sampled_from([0.0, 0.05, 0.5, 1.0]),
+        "typical_p": st.sampled_from([0.2, 0.9, 1.0]),
+    },
+)  # fmt: skip
+
+
+@settings(deadline=None, max_examples=150)
+@given(
+    options=OPTIONS,
+    scores=st.sampled_from([name for name, values in LOGITS.items() if len(values) == SIZE and name != "one survivor"]),
+    tokens=st.lists(st.integers(0, 9), min_size=3, max_size=12),
+)
+def test_composed_as_transformers_does(options: dict[str, Any], scores: str, tokens: list[int]) -> None:
+    chain = ours.processors(GenerationConfig(**options), 3)
+    expected = LOGITS[scores]
+    theirs = composed(options | {"top_k": options.get("top_k", 50)})
+    # Compared after each one, as later ones may find nothing but -inf, and transformers NaN.
+    assert len(chain) == len(theirs), f"transformers has {[type(one).__name__ for one in theirs]}"
+    for index, (mine, their) in enumerate(zip(chain, theirs, strict=True)):
+        if (expected == -INF).all():
+            return
+        actual = mine(np.array(tokens), expected)
+        expected = apply_reference(their, tokens, expected)
+        assert_same(actual, expected, f"{type(their).__name__}, number {index}")
