@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint types unit docs clean
+.PHONY: demo test lint types unit peers docs clean
 
 demo: $(VENV)/installed-demo
 	$(BIN)/gpt2onnx export tales build/tales --dtype int8 --force
@@ -29,6 +29,10 @@ types: $(VENV)/installed-dev
 
 unit: $(VENV)/installed-dev
 	$(BIN)/pytest
+
+# The bundle in optimum, onnxruntime-genai and transformers.js: needs Node and the npm registry, too.
+peers: $(VENV)/installed-dev
+	GPT2ONNX_PEERS=build/peers $(BIN)/pytest tests/test_other_runtimes.py tests/test_portable.py
 
 # Writes docs/cli.md anew from the commands themselves.
 docs: $(VENV)/installed-dev

@@ -53,7 +53,7 @@ def table(report: dict[str, Any]) -> str:
     tokens = report["tokens"]
     lines.append(f"  tokens   {tokens['cases']} cases, {tokens['equal']} equal   {_verdict(tokens)}")
     lines += [f"  {note}" for note in tokens["notes"]]
-    if tokens["first_difference"]:
+    if not tokens["passed"]:
         lines.append(f"  first difference: {json.dumps(tokens['first_difference'])}")
     return "\n".join(lines)
 

@@ -4,10 +4,10 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, replace
 from importlib.metadata import version
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -127,17 +127,13 @@ def export(
             files=bundle.describe_files(folder),
         )
         small = _weights_in(checkpoint) <= _CHECKED_WEIGHTS
-        if quality is None:
-            quality = small and dtype in ("int8", "int4") and _installed("onnxruntime")
-        if quality:
-            manifest = replace(manifest, quality=_quality(checkpoint, manifest, folder))
+        if quality or (quality is None and small and dtype in ("int8", "int4")):
+            with _unless_missing(quality):
+                manifest = replace(manifest, quality=_quality(checkpoint, manifest, folder))
         manifest.write(folder)
-        if parity is None:
-            parity = small and _installed("onnxruntime", "torch", "transformers")
-        if parity:
-            from .parity import check
-
-            replace(manifest, parity=check(folder, checkpoint)).write(folder)
+        if parity or (parity is None and small):
+            with _unless_missing(parity):
+                replace(manifest, parity=_parity(checkpoint, folder)).write(folder)
     return Bundle.open(target)
 
 
@@ -211,8 +207,20 @@ def _write_graph(checkpoint: Checkpoint, precision: Precision, folder: Path, pro
     (folder / bundle.GRAPH).write_bytes(model.SerializeToString())
 
 
-def _installed(*packages: str) -> bool:
-    return all(find_spec(package) is not None for package in packages)
+@contextmanager
+def _unless_missing(wanted: bool | None) -> Iterator[None]:
+    """Leaves a check out where its packages aren't installed, unless it was asked for."""
+    try:
+        yield
+    except MissingExtraError:
+        if wanted:
+            raise
+
+
+def _parity(checkpoint: Checkpoint, folder: Path) -> dict[str, Any]:
+    from .parity import check
+
+    return check(folder, checkpoint)
 
 
 def _weights_in(checkpoint: Checkpoint) -> int:

@@ -171,10 +171,12 @@ def _reference(checkpoint: Checkpoint) -> "GPT2LMHeadModel":
     from transformers import GPT2Config as ReferenceConfig
     from transformers import GPT2LMHeadModel
 
+    # transformers 4's other attention implementations leave out scale_attn_by_inverse_layer_idx.
+    attention = {"attn_implementation": "eager"}
     weights = [*checkpoint.folder.glob("model*.safetensors"), *checkpoint.folder.glob("pytorch_model*.bin")]
     if (checkpoint.folder / CONFIG).is_file() and weights and not Path(checkpoint.name).is_file():
-        return GPT2LMHeadModel.from_pretrained(checkpoint.folder, dtype=torch.float32).eval()
-    model = GPT2LMHeadModel(ReferenceConfig(**checkpoint.raw_config)).eval()
+        return GPT2LMHeadModel.from_pretrained(checkpoint.folder, dtype=torch.float32, **attention).eval()
+    model = GPT2LMHeadModel(ReferenceConfig(**dict(checkpoint.raw_config) | attention)).eval()
     tensors = {
         name if name.startswith("lm_head") else f"transformer.{name}": torch.from_numpy(checkpoint.tensor(name))
         for name in expected_shapes(checkpoint.config, tied=checkpoint.tied)

@@ -1,5 +1,6 @@
 """Generation options: names, defaults and meaning of transformers' GenerationConfig, validated once."""
 
+import logging
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
@@ -14,6 +15,27 @@ _SMALLEST, _LARGEST = 1e-30, 1e30
 _TOKEN_IDS_END = 2**31
 # Giving one of these without saying do_sample means sampling.
 SAMPLING_OPTIONS = ("temperature", "top_k", "top_p", "min_p", "typical_p", "seed")
+
+# What else in transformers' GenerationConfig changes tokens, with the value that changes none.
+_NOT_SUPPORTED = {
+    "begin_suppress_tokens": None,
+    "diversity_penalty": 0.0,
+    "encoder_no_repeat_ngram_size": 0,
+    "encoder_repetition_penalty": 1.0,
+    "epsilon_cutoff": 0.0,
+    "eta_cutoff": 0.0,
+    "exponential_decay_length_penalty": None,
+    "forced_bos_token_id": None,
+    "forced_eos_token_id": None,
+    "guidance_scale": 1.0,
+    "penalty_alpha": 0.0,
+    "renormalize_logits": False,
+    "sequence_bias": None,
+    "top_h": None,
+    "watermarking_config": None,
+}
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -138,13 +160,17 @@ class GenerationConfig:
 
     @classmethod
     def from_file_content(cls, content: Mapping[str, Any]) -> "GenerationConfig":
-        """The options of a generation_config.json; fields that aren't options here are passed over.
+        """The options of a generation_config.json; a warning is logged for what transformers would apply and this can't.
 
         Raises:
             OptionError: a value is out of range.
         """
+        for name, neutral in _NOT_SUPPORTED.items():
+            if content.get(name) not in (None, neutral):
+                _log.warning("generation_config.json asks for %s, which gpt2onnx doesn't apply", name)
         known = {field.name for field in fields(cls)}
-        return cls().merged({name: value for name, value in content.items() if name in known})
+        given = {name: value for name, value in content.items() if name in known}
+        return cls().merged({"stop": content.get("stop_strings")} | given)
 
     def _whole(self, name: str, least: int, most: float = math.inf) -> None:
         value = getattr(self, name)

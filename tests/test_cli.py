@@ -25,7 +25,7 @@ def without_seconds(line: str) -> dict[str, Any]:
 
 
 def test_export_then_generate(command_line: CommandLine, tmp_path: Path, tales_model: gpt2onnx.Model) -> None:
-    done = command_line("export", "tales", tmp_path / "new" / "bundle")
+    done = command_line("export", "tales", tmp_path / "new" / "bundle", "--no-parity")
     assert (done.code, done.err) == (0, "")
     assert done.out.count("\n") == 1
     assert "28." in done.out
@@ -35,7 +35,9 @@ def test_export_then_generate(command_line: CommandLine, tmp_path: Path, tales_m
 
 
 def test_export_json_is_the_manifest(command_line: CommandLine, tmp_path: Path) -> None:
-    done = command_line("export", "tales", tmp_path / "bundle", "--dtype", "int8", "--block-size", 32, "--json")
+    done = command_line(
+        "export", "tales", tmp_path / "bundle", "--dtype", "int8", "--block-size", 32, "--json", "--no-parity"
+    )
     manifest = json.loads(done.out)
     assert manifest == json.loads((tmp_path / "bundle" / MANIFEST).read_text("utf-8"))
     assert (manifest["dtype"], manifest["block_size"], manifest["source"]) == ("int8", 32, "tales")
@@ -43,10 +45,10 @@ def test_export_json_is_the_manifest(command_line: CommandLine, tmp_path: Path) 
 
 
 def test_export_replaces_a_bundle_only_by_force(command_line: CommandLine, tmp_path: Path) -> None:
-    assert command_line("export", "tales", tmp_path / "bundle", "--dtype", "int8").code == 0
+    assert command_line("export", "tales", tmp_path / "bundle", "--dtype", "int8", "--no-parity").code == 0
     assert command_line("export", "tales", tmp_path / "bundle").code == 1
     assert Bundle.open(tmp_path / "bundle").manifest.dtype == "int8"
-    assert command_line("export", "tales", tmp_path / "bundle", "--force").code == 0
+    assert command_line("export", "tales", tmp_path / "bundle", "--force", "--no-parity").code == 0
     assert Bundle.open(tmp_path / "bundle").manifest.dtype == "fp32"
     assert [path.name for path in tmp_path.iterdir()] == ["bundle"]
 

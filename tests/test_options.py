@@ -141,3 +141,23 @@ def test_sampling_options_turn_sampling_on(tales_model: gpt2onnx.Model) -> None:
         assert tales_model.options(given).do_sample
         assert not tales_model.options(given | {"do_sample": False}).do_sample
     assert not tales_model.options({"repetition_penalty": 1.1, "num_beams": 2}).do_sample
+
+
+def test_what_a_checkpoint_asks_for_and_cannot_have_is_logged(caplog: pytest.LogCaptureFixture) -> None:
+    """Options that transformers would apply are never passed over in silence; neutral values of them are no news."""
+    GenerationConfig.from_file_content({"forced_eos_token_id": None, "guidance_scale": 1.0, "use_cache": True})
+    assert not caplog.records
+    GenerationConfig.from_file_content({"forced_eos_token_id": 5, "epsilon_cutoff": 0.1})
+    assert [
+        word
+        for record in caplog.records
+        for word in ("epsilon_cutoff", "forced_eos_token_id")
+        if word in record.message
+    ] == [
+        "epsilon_cutoff",
+        "forced_eos_token_id",
+    ]
+
+
+def test_stop_strings_of_a_checkpoint_hold() -> None:
+    assert GenerationConfig.from_file_content({"stop_strings": ["END"]}).stop_strings == ("END",)

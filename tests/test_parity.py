@@ -43,3 +43,13 @@ def test_changed_weight_is_found(make_checkpoint: MakeCheckpoint, tmp_path: Path
     assert not report["whole"]["passed"]
     assert report["tokens"]["equal"] < report["tokens"]["cases"]
     assert report["tokens"]["first_difference"]["position"] >= 0
+
+
+def test_export_puts_the_report_into_the_manifest(tmp_path: Path, command_line: CommandLine) -> None:
+    """By default where PyTorch is installed, as it is here."""
+    done = command_line("export", "tales", tmp_path / "bundle", "--json")
+    assert done.code == 0, done.err
+    parity = json.loads(done.out)["parity"]
+    assert parity["passed"]
+    assert parity["tokens"]["equal"] == parity["tokens"]["cases"] > 0
+    assert json.loads(command_line("verify", tmp_path / "bundle", "--json").out)["parity"] is True
