@@ -128,9 +128,11 @@ def optimizers(model: GPT2LMHeadModel) -> list[torch.optim.Optimizer]:
 
 def save(tokenizer: Tokenizer, weights: dict[str, torch.Tensor], config: GPT2Config, out: Path) -> None:
     """Writes the checkpoint in the Hugging Face layout, float16."""
+    config.use_cache = True
     model = GPT2LMHeadModel(config)
     model.load_state_dict(weights)
     model.half().save_pretrained(out)
+    (out / "model.safetensors").chmod(0o644)
     tokenizer.save(str(out / "tokenizer.json"))
     tokenizer_config = {
         "add_prefix_space": False,
