@@ -22,7 +22,7 @@ lint: $(VENV)/installed-dev
 
 # The installed package is checked from another folder, which also proves that it is whole.
 types: $(VENV)/installed-dev
-	rm -rf build/site
+	rm -rf build/site build/lib
 	$(BIN)/pip install --quiet --no-deps --target build/site .
 	cd build/site && ../../$(BIN)/mypy --config-file ../../pyproject.toml --strict -p gpt2onnx
 	cd build/site && PYTHONPATH=. ../../$(BIN)/lint-imports --config ../../pyproject.toml --no-cache
@@ -43,7 +43,7 @@ $(VENV)/bin/python:
 	$(BIN)/pip install --quiet --upgrade pip
 
 $(VENV)/installed-demo: $(VENV)/bin/python pyproject.toml
-	$(BIN)/pip install --quiet --editable '.[cpu,export]'
+	$(BIN)/pip install --quiet '.[cpu,export]'
 	touch $@
 
 $(VENV)/installed-dev: $(VENV)/bin/python pyproject.toml
