@@ -17,7 +17,7 @@ test: lint types unit
 lint: $(VENV)/installed-dev
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
-	$(BIN)/pyright
+	$(BIN)/pyright --pythonpath $(BIN)/python
 	$(BIN)/cog --check docs/cli.md
 
 # The installed package is checked from another folder, which also proves that it is whole.
