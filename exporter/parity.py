@@ -172,7 +172,7 @@ def _reference(checkpoint: Checkpoint) -> "GPT2LMHeadModel":
     from transformers import GPT2LMHeadModel
 
     # transformers 4's other attention implementations leave out scale_attn_by_inverse_layer_idx.
-    attention = {"attn_implementation": "eager"}
+    attention: dict[str, Any] = {"attn_implementation": "eager"}
     weights = [*checkpoint.folder.glob("model*.safetensors"), *checkpoint.folder.glob("pytorch_model*.bin")]
     if (checkpoint.folder / CONFIG).is_file() and weights and not Path(checkpoint.name).is_file():
         return GPT2LMHeadModel.from_pretrained(checkpoint.folder, dtype=torch.float32, **attention).eval()
