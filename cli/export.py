@@ -46,9 +46,7 @@ from . import parity as parity_report
 @click.option("--force", is_flag=True, help="Replace an existing bundle.")
 @click.option("--json", "as_json", is_flag=True, help="Print the manifest as JSON.")
 @console.verbosity
-@click.pass_context
 def command(
-    ctx: click.Context,
     source: str,
     bundle: Path,
     dtype: str,
@@ -64,8 +62,8 @@ def command(
 ) -> None:
     """Export SOURCE to the folder BUNDLE.
 
-    SOURCE is the embedded model `tales`, a checkpoint folder or file, or a Hugging Face id. Exit code 1
-    when the comparison with PyTorch fails.
+    SOURCE is the embedded model `tales`, a checkpoint folder or file, or a Hugging Face id. A bundle
+    that doesn't pass the comparison with PyTorch is kept: its manifest says so.
 
     \b
     Examples:
@@ -97,4 +95,3 @@ def command(
         click.echo(f"{bundle}: {source} in {dtype}, {size / 1e6:,.1f} MB")
         if made.manifest.parity is not None and not quiet:
             click.echo(parity_report.table(made.manifest.parity))
-    ctx.exit(0 if made.manifest.parity is None or made.manifest.parity["passed"] else 1)

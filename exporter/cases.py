@@ -11,6 +11,9 @@ from typing import Any, Literal
 Options = dict[str, Any]
 
 
+MIN_VOCAB_SIZE, MIN_POSITIONS = 30, 40  # of a model that the cases fit
+
+
 @dataclass(frozen=True)
 class Case:
     """One prompt and how to continue it."""
@@ -66,8 +69,8 @@ def cases(vocab_size: int, n_positions: int, suite: Literal["quick", "full"] = "
     """The cases for a model of this size.
 
     Args:
-        vocab_size: at least 30.
-        n_positions: at least 40.
+        vocab_size: at least MIN_VOCAB_SIZE.
+        n_positions: at least MIN_POSITIONS.
         suite: "quick" for a selection that takes seconds, "full" for all.
     """
     wide = [

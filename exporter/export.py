@@ -1,6 +1,7 @@
 """Orchestrates an export: checkpoint in, bundle out, complete or not at all."""
 
 import json
+import logging
 import math
 import os
 import shutil
@@ -14,7 +15,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from gpt2onnx.errors import MissingExtraError, OptionError, OutputError
+from gpt2onnx.errors import CheckpointError, MissingExtraError, OptionError, OutputError
 
 from ..models import bundle, contract
 from ..models.bundle import Bundle, Manifest
@@ -40,6 +41,8 @@ _BLOCK_SIZE = {8: 128, 4: 32}
 _EMBEDDING_BLOCK_SIZE = 128
 # Above this many weights, checks take much longer than the export, so they have to be asked for.
 _CHECKED_WEIGHTS = 200_000_000
+
+_log = logging.getLogger(__name__)
 
 Progress = Callable[[int, int], None]
 
@@ -209,12 +212,13 @@ def _write_graph(checkpoint: Checkpoint, precision: Precision, folder: Path, pro
 
 @contextmanager
 def _unless_missing(wanted: bool | None) -> Iterator[None]:
-    """Leaves a check out where its packages aren't installed, unless it was asked for."""
+    """Leaves a check out where its packages aren't installed or can't load the checkpoint, unless it was asked for."""
     try:
         yield
-    except MissingExtraError:
+    except (CheckpointError, MissingExtraError) as error:
         if wanted:
             raise
+        _log.info("a check was left out: %s", error)
 
 
 def _parity(checkpoint: Checkpoint, folder: Path) -> dict[str, Any]:

@@ -5,6 +5,7 @@ Tests take the fixtures by name, and import the plain functions: `from conftest 
 
 import io
 import os
+import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -125,6 +126,11 @@ def command_line(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[s
         return Finished(int(exit_.value.code or 0), out, err)
 
     return run
+
+
+def heed_interrupts() -> None:
+    """For a Popen's preexec_fn: what runs in a shell's background inherits that Ctrl-C is ignored."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def byte_tokenizer(vocab_size: int) -> tokenizers.Tokenizer:

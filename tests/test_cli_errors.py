@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from conftest import CommandLine, Finished, MakeCheckpoint
+from conftest import CommandLine, Finished, MakeCheckpoint, heed_interrupts
 
 import gpt2onnx
 from gpt2onnx.models.bundle import MANIFEST, WEIGHTS
@@ -158,7 +158,9 @@ def test_an_interrupted_export_leaves_nothing(place: Path, make_checkpoint: Make
     folder = make_checkpoint(n_embd=512, n_layer=12)
     before = snapshot(place)
     command = [sys.executable, "-m", "gpt2onnx", "export", str(folder), "bundle", "--dtype", "int4"]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=heed_interrupts
+    ) as process:
         deadline = time.monotonic() + 60
         while not list(place.rglob("*.onnx_data")) and time.monotonic() < deadline:
             time.sleep(0.01)

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import MakeCheckpoint
+from conftest import MakeCheckpoint, heed_interrupts
 
 import gpt2onnx
 from gpt2onnx.errors import CheckpointError, OutputError
@@ -41,7 +41,9 @@ def content(folder: Path) -> dict[str, bytes]:
 
 def start_slow_export(checkpoint: Path, target: Path) -> subprocess.Popen[str]:
     command = [sys.executable, "-c", SLOW_EXPORT, str(checkpoint), str(target), "--force"]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=heed_interrupts
+    )
     assert process.stdout is not None
     assert process.stdout.readline() == "started\n"
     return process
