@@ -43,7 +43,9 @@ from .generation_options import generation_options, token_ids
 )
 @click.option("--device", default="cpu", show_default=True, help="cpu or auto.")
 @click.option(
-    "--threads", type=click.IntRange(min=1), help="Threads of one operator (default: the cores of this process)."
+    "--threads",
+    type=click.IntRange(min=1),
+    help="Threads of one operator (default: the cores of this process, fewer for very small models).",
 )
 @click.option(
     "--stream/--no-stream", default=None, help="Print the text as it grows (default: wherever that is possible)."

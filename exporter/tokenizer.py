@@ -85,24 +85,17 @@ def write_tokenizer(checkpoint: Path, config: Mapping[str, Any], target: Path) -
         (target / _SETTINGS).write_text(json.dumps(minimal, indent=2) + "\n", encoding="utf-8")
 
 
-def byte_level_bpe(vocab: Path, merges: Path) -> Tokenizer:
-    """GPT-2's tokenizer from its original two files.
+def _byte_level_bpe(vocab: Path, merges: Path, *, add_prefix_space: bool) -> Tokenizer:
+    """GPT-2's tokenizer from its original two files, without special tokens.
 
     Args:
         vocab: JSON object from token to id (vocab.json, or OpenAI's encoder.json).
         merges: one merge a line (merges.txt, or OpenAI's vocab.bpe).
+        add_prefix_space: encode a text's first word as if it stood after a space.
 
     Raises:
         CheckpointError: a file can't be read or doesn't hold such a vocabulary.
     """
-    tokenizer = _plain_byte_level_bpe(vocab, merges, add_prefix_space=False)
-    if tokenizer.token_to_id(END_OF_TEXT) is not None:
-        tokenizer.add_special_tokens([AddedToken(END_OF_TEXT, special=True, normalized=False)])
-    return tokenizer
-
-
-def _plain_byte_level_bpe(vocab: Path, merges: Path, *, add_prefix_space: bool) -> Tokenizer:
-    """As `byte_level_bpe`, without special tokens; a prefix space makes a text's first word like any other."""
     ids = read_json(vocab)
     try:
         lines = merges.read_text(encoding="utf-8").split("\n")
@@ -181,7 +174,7 @@ class _TokenizerFiles:
 
     def from_byte_level_bpe(self, vocab: str, merges: str) -> Tokenizer:
         prefix_space = bool(self.settings.get("add_prefix_space", False))
-        tokenizer = _plain_byte_level_bpe(self.folder / vocab, self.folder / merges, add_prefix_space=prefix_space)
+        tokenizer = _byte_level_bpe(self.folder / vocab, self.folder / merges, add_prefix_space=prefix_space)
         self._add_tokens(tokenizer)
         before, after = (
             self.special.get(name) if self.settings.get(f"add_{name}") else None for name in ("bos_token", "eos_token")

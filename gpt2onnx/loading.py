@@ -23,7 +23,7 @@ def load(model: str | os.PathLike[str] = "tales", *, device: str = "cpu", thread
         model: a bundle folder; or any source that `export` takes, which is then exported once, in fp32,
             into the user's cache (the folder that GPT2ONNX_CACHE names, or else the platform's).
         device: "cpu" or "auto".
-        threads: of one operator; by default as many as this process may use.
+        threads: of one operator; by default as many as this process may use, fewer for very small models.
 
     Raises:
         BundleError, CheckpointError: the model can't be found or used.

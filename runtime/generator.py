@@ -137,7 +137,7 @@ class Model:
     Args:
         folder: the bundle.
         device: "cpu" or "auto".
-        threads: of one operator; by default as many as this process may use.
+        threads: of one operator; by default as many as this process may use, fewer for very small models.
 
     Raises:
         BundleError: the bundle can't be used.
@@ -150,8 +150,8 @@ class Model:
         self.config = self.bundle.config
         self.tokenizer = Tokenizer(folder / TOKENIZER)
         self.generation_config = GenerationConfig.from_file_content(read_json(folder / GENERATION_CONFIG))
-        self._session = Session(self.bundle, device=device, threads=threads)
-        self._decoder = Decoder(self._session)
+        self.session = Session(self.bundle, device=device, threads=threads)
+        self._decoder = Decoder(self.session)
 
     def generate(
         self,
@@ -303,11 +303,11 @@ class Model:
         ids = self._prompt_ids(text)
         if len(ids) < 2:
             raise PromptError("a text of one token has nothing to score: at least two are needed")
-        cache = self._session.new_cache(1, len(ids))
+        cache = self.session.new_cache(1, len(ids))
         logprobs: list[float] = []
         for begin in range(0, len(ids) - 1, _SCORED_AT_ONCE):
             end = min(begin + _SCORED_AT_ONCE, len(ids) - 1)
-            logits = self._session.forward(cache, slice(0, 1), ids[None, begin:end], keep=end - begin)[0]
+            logits = self.session.forward(cache, slice(0, 1), ids[None, begin:end], keep=end - begin)[0]
             following = ids[begin + 1 : end + 1]
             logprobs += log_softmax(logits)[np.arange(end - begin), following].tolist()
         return Score(ids.tolist(), logprobs)

