@@ -14,17 +14,12 @@ from ..runtime import jobs
 from ..runtime.generator import Model, Request, Result
 from . import console
 from .generation_options import generation_options, token_ids
+from .model_options import device_options, load, model_option
 
 
 @click.command("generate")
 @click.argument("prompt", required=False)
-@click.option(
-    "-m",
-    "--model",
-    default="tales",
-    show_default=True,
-    help="A bundle, or a source that is exported once into the cache.",
-)
+@model_option
 @click.option("--prompt-ids", type=token_ids, help="The prompt as token ids, such as 1,2,3.")
 @click.option("--input", "input_file", type=click.Path(path_type=Path), help="Requests, one JSON object a line.")
 @click.option(
@@ -41,12 +36,7 @@ from .generation_options import generation_options, token_ids
     show_default=True,
     help="With --input: requests decoded together.",
 )
-@click.option("--device", default="cpu", show_default=True, help="cpu or auto.")
-@click.option(
-    "--threads",
-    type=click.IntRange(min=1),
-    help="Threads of one operator (default: the cores of this process, fewer for very small models).",
-)
+@device_options
 @click.option(
     "--stream/--no-stream", default=None, help="Print the text as it grows (default: wherever that is possible)."
 )
@@ -83,10 +73,10 @@ def command(
     given["stop"] = list(given["stop"]) or None
 
     if input_file is not None:
-        _run_job(_load(model, device, threads), input_file, output_file, resume, batch_size, quiet, given)
+        _run_job(load(model, device, threads), input_file, output_file, resume, batch_size, quiet, given)
         return
     text_or_ids = prompt if prompt is not None else prompt_ids if prompt_ids is not None else _standard_input()
-    loaded = _load(model, device, threads)
+    loaded = load(model, device, threads)
     request = Request(text_or_ids, loaded.options(given))
     started = time.perf_counter()
     if as_json:
@@ -98,12 +88,6 @@ def command(
         seconds = time.perf_counter() - started
         tokens = result.usage["completion_tokens"]
         click.echo(f"{tokens} tokens in {seconds:.2f} s ({tokens / seconds:,.0f} tokens/s)", err=True)
-
-
-def _load(model: str, device: str, threads: int | None) -> Model:
-    from gpt2onnx.loading import load
-
-    return load(model, device=device, threads=threads)
 
 
 def _standard_input() -> str:

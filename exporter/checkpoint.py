@@ -17,6 +17,7 @@ from gpt2onnx.errors import CheckpointError, MissingExtraError
 
 from ..models.bundle import CONFIG, sha256_of
 from ..models.config import GPT2Config, read_json
+from ..models.shapes import weight_shapes
 
 try:
     from .formats import open_weights
@@ -69,7 +70,7 @@ class Checkpoint:
         tied = _is_tied(config, weights, saved.path)
         if tied != config.tie_word_embeddings:
             raw_config, config = raw_config | {"tie_word_embeddings": tied}, replace(config, tie_word_embeddings=tied)
-        for name, expected in expected_shapes(config, tied=tied).items():
+        for name, expected in weight_shapes(config, tied=tied).items():
             if name not in weights:
                 raise CheckpointError(f"{saved.path}: the weights lack tensor {name} (shape {list(expected)})")
             weights[name].check(expected)
@@ -101,32 +102,3 @@ def _is_tied(config: GPT2Config, weights: Mapping[str, Weight], path: Path) -> b
             f"{path}: the weights lack tensor lm_head.weight, and config.json says tie_word_embeddings false"
         )
     return True
-
-
-def expected_shapes(config: GPT2Config, *, tied: bool) -> dict[str, tuple[int, ...]]:
-    """Name and shape of every weight that the configuration asks for; matrices are [in, out] as in Conv1D."""
-    width, inner = config.n_embd, config.inner_size
-    shapes: dict[str, tuple[int, ...]] = {
-        "wte.weight": (config.vocab_size, width),
-        "wpe.weight": (config.n_positions, width),
-    }
-    for layer in range(config.n_layer):
-        block: dict[str, tuple[int, ...]] = {
-            "ln_1.weight": (width,),
-            "ln_1.bias": (width,),
-            "attn.c_attn.weight": (width, 3 * width),
-            "attn.c_attn.bias": (3 * width,),
-            "attn.c_proj.weight": (width, width),
-            "attn.c_proj.bias": (width,),
-            "ln_2.weight": (width,),
-            "ln_2.bias": (width,),
-            "mlp.c_fc.weight": (width, inner),
-            "mlp.c_fc.bias": (inner,),
-            "mlp.c_proj.weight": (inner, width),
-            "mlp.c_proj.bias": (width,),
-        }
-        shapes |= {f"h.{layer}.{name}": shape for name, shape in block.items()}
-    shapes |= {"ln_f.weight": (width,), "ln_f.bias": (width,)}
-    if not tied:
-        shapes["lm_head.weight"] = (config.vocab_size, width)
-    return shapes

@@ -20,9 +20,10 @@ from gpt2onnx.errors import CheckpointError, MissingExtraError, OptionError, Out
 from ..models import bundle, contract
 from ..models.bundle import Bundle, Manifest
 from ..models.config import GPT2Config, read_json
+from ..models.shapes import weight_shapes
 
 try:
-    from .checkpoint import Checkpoint, expected_shapes
+    from .checkpoint import Checkpoint
     from .graph import build
     from .operators import Precision
     from .weights import WeightsFile
@@ -228,7 +229,7 @@ def _parity(checkpoint: Checkpoint, folder: Path) -> dict[str, Any]:
 
 
 def _weights_in(checkpoint: Checkpoint) -> int:
-    shapes = expected_shapes(checkpoint.config, tied=checkpoint.tied)
+    shapes = weight_shapes(checkpoint.config, tied=checkpoint.tied)
     return sum(math.prod(shape) for shape in shapes.values())
 
 

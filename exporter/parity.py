@@ -17,13 +17,14 @@ from gpt2onnx.errors import CheckpointError, Gpt2OnnxError, MissingExtraError
 
 from ..models.bundle import CONFIG
 from ..models.config import GPT2Config
+from ..models.shapes import weight_shapes
 from ..runtime.generator import Model, Request
 from ..runtime.logits import Tokens
 from ..runtime.options import GenerationConfig
 from ..runtime.sampling import Generator
 from ..runtime.session import Session
 from .cases import MIN_POSITIONS, MIN_VOCAB_SIZE, Case, cases
-from .checkpoint import Checkpoint, expected_shapes
+from .checkpoint import Checkpoint
 
 if TYPE_CHECKING:
     from transformers import GPT2LMHeadModel
@@ -192,7 +193,7 @@ def _load_reference(checkpoint: Checkpoint, attention: dict[str, Any]) -> "GPT2L
     model = GPT2LMHeadModel(ReferenceConfig(**dict(checkpoint.raw_config) | attention)).eval()
     tensors = {
         name if name.startswith("lm_head") else f"transformer.{name}": torch.from_numpy(checkpoint.tensor(name))
-        for name in expected_shapes(checkpoint.config, tied=checkpoint.tied)
+        for name in weight_shapes(checkpoint.config, tied=checkpoint.tied)
     }
     model.load_state_dict(tensors, strict=False)
     model.tie_weights()

@@ -17,7 +17,8 @@ import onnx
 from gpt2onnx.errors import BackendError, MissingExtraError
 
 from ..models import bundle
-from .checkpoint import Checkpoint, expected_shapes
+from ..models.shapes import weight_shapes
+from .checkpoint import Checkpoint
 
 if TYPE_CHECKING:
     from transformers import GPT2LMHeadModel  # noqa: TID251
@@ -67,7 +68,7 @@ def _in_pytorch(checkpoint: Checkpoint) -> "GPT2LMHeadModel":
     # The other attentions of transformers 4 leave out scale_attn_by_inverse_layer_idx and scale_attn_weights.
     config._attn_implementation = "eager"
     model = GPT2LMHeadModel(config).eval()
-    names = expected_shapes(checkpoint.config, tied=checkpoint.tied)
+    names = weight_shapes(checkpoint.config, tied=checkpoint.tied)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             stored = name.removeprefix("transformer.")

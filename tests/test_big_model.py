@@ -14,8 +14,8 @@ import pytest
 from conftest import byte_tokenizer
 
 import gpt2onnx
-from gpt2onnx.exporter.checkpoint import expected_shapes
 from gpt2onnx.models.config import GPT2Config
+from gpt2onnx.models.shapes import weight_shapes
 
 pytestmark = pytest.mark.slow
 
@@ -57,7 +57,7 @@ def xl_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     folder = tmp_path_factory.mktemp("xl")
     (folder / "config.json").write_text(json.dumps(XL))
     byte_tokenizer(257).save(str(folder / "tokenizer.json"))
-    shapes = expected_shapes(GPT2Config.from_dict(XL), tied=True)
+    shapes = weight_shapes(GPT2Config.from_dict(XL), tied=True)
     random = np.random.default_rng(0).standard_normal(1 << 22).astype(np.float32) * 0.02
     shard_of = {}
     for index in range(SHARDS):

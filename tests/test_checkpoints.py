@@ -22,8 +22,9 @@ from safetensors.torch import load_file, save_file
 import gpt2onnx
 from gpt2onnx.errors import CheckpointError
 from gpt2onnx.exporter.arrays import StridedArray
-from gpt2onnx.exporter.checkpoint import Checkpoint, expected_shapes
+from gpt2onnx.exporter.checkpoint import Checkpoint
 from gpt2onnx.exporter.pickles import read_checkpoint_file
+from gpt2onnx.models.shapes import weight_shapes
 
 State = dict[str, torch.Tensor]
 
@@ -53,7 +54,7 @@ def edit_config(folder: Path, **changes: Any) -> None:
 
 def assert_reads(opened: Checkpoint, state: State) -> None:
     """Every weight of the checkpoint is the tensor of that name in `state`, in float32."""
-    for name, shape in expected_shapes(opened.config, tied=opened.tied).items():
+    for name, shape in weight_shapes(opened.config, tied=opened.tied).items():
         found = opened.tensor(name)
         stored = state.get(f"transformer.{name}", state.get(name))
         assert stored is not None, name
@@ -200,7 +201,7 @@ def assert_computes(opened: Checkpoint, model: torch.nn.Module) -> None:
     """transformers' GPT-2 with the checkpoint's weights gives the model's logits."""
     config = transformers.GPT2Config(**dict(opened.raw_config) | {"tie_word_embeddings": opened.tied})
     reference = transformers.GPT2LMHeadModel(config).eval()
-    names = expected_shapes(opened.config, tied=opened.tied)
+    names = weight_shapes(opened.config, tied=opened.tied)
     weights = {
         name if name == "lm_head.weight" else f"transformer.{name}": torch.from_numpy(opened.tensor(name))
         for name in names
