@@ -13,7 +13,7 @@ from . import console
 @click.option("--json", "as_json", is_flag=True, help="Print the findings as JSON.")
 @console.verbosity
 def command(bundle: Path, as_json: bool, quiet: bool) -> None:
-    """Check BUNDLE: every file's size and hash, and that its graph loads.
+    """Check BUNDLE: every byte of its files, and that graph, configuration and tokenizer belong together.
 
     Exit code 1 when anything is wrong.
 
@@ -21,16 +21,18 @@ def command(bundle: Path, as_json: bool, quiet: bool) -> None:
     Example:
       gpt2onnx verify ./tales
     """
-    from ..models.bundle import Bundle
+    from ..models.bundle import TOKENIZER, Bundle
     from ..runtime.session import Session
+    from ..runtime.tokenizer import Tokenizer
 
     opened = Bundle.open(bundle)
     opened.verify()
+    Tokenizer(bundle / TOKENIZER).check(opened.config.vocab_size, thorough=True)
     Session(opened)
     manifest = opened.manifest
     size = sum(record.size for record in manifest.files.values())
     if as_json:
-        parity = None if manifest.parity is None else manifest.parity["passed"]
+        parity = None if manifest.parity is None else manifest.parity.get("passed")
         facts = {"bundle": str(bundle), "files": len(manifest.files), "bytes": size, "parity": parity, "ok": True}
         click.echo(json.dumps(facts))
     elif not quiet:
@@ -38,5 +40,5 @@ def command(bundle: Path, as_json: bool, quiet: bool) -> None:
             f"{bundle}: {len(manifest.files)} files, {size / 1e6:,.1f} MB, as the manifest says; the graph loads"
         )
         if manifest.parity is not None:
-            passed = "passed" if manifest.parity["passed"] else "FAILED"
-            click.echo(f"parity with {manifest.parity['reference']}: {passed}")
+            passed = "passed" if manifest.parity.get("passed") else "FAILED"
+            click.echo(f"parity with {manifest.parity.get('reference')}: {passed}")

@@ -12,6 +12,7 @@ from safetensors import SafetensorError, safe_open
 from gpt2onnx.errors import CheckpointError
 
 FLOATS = ("float32", "float16", "bfloat16", "float64")
+_MOST_HEADER = 16 * 2**20  # bytes, some 100 for each tensor
 _SAFETENSORS_TYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
 
@@ -139,6 +140,11 @@ def open_safetensors(path: Path) -> dict[str, StoredArray]:
         raise CheckpointError(f"{path} is missing: fetch or save the checkpoint again")
     arrays: dict[str, StoredArray] = {}
     try:
+        with path.open("rb") as start:
+            if int.from_bytes(start.read(8), "little") > _MOST_HEADER:
+                raise CheckpointError(
+                    f"{path} is not a safetensors file, or one with a list of tensors beyond all measure"
+                )
         with safe_open(path, framework="np") as file:
             for name in file.keys():  # noqa: SIM118  # a method, not a dictionary's
                 view = file.get_slice(name)

@@ -10,12 +10,13 @@ from gpt2onnx.errors import CheckpointError
 from ..models.config import read_json
 from .arrays import StoredArray, StridedArray, open_safetensors
 from .pickles import read_checkpoint_file
+from .unpickle import Record
 
-SUFFIXES = (".safetensors", ".bin", ".pt", ".pth")
+SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt")
 # In the order of preference: safetensors is whole or not at all, and has nothing but arrays in it.
 _NAMES = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
-# What transformers' Trainer leaves beside the weights.
-_NO_WEIGHTS = ("training_args.bin", "optimizer.pt", "scheduler.pt", "rng_state.pth", "optimizer.bin", "scheduler.bin")
+# How the names of what transformers' Trainer and accelerate leave beside the weights begin.
+_NO_WEIGHTS = ("training_args", "optimizer", "scheduler", "scaler", "rng_state", "random_states")
 _STATE_DICTS = ("model_state_dict", "state_dict", "model")
 
 
@@ -53,7 +54,7 @@ def _weights_of(folder: Path) -> Path:
     others = [
         path
         for path in sorted(folder.iterdir())
-        if path.suffix in SUFFIXES and path.name not in _NO_WEIGHTS and path.is_file()
+        if path.suffix in SUFFIXES and not path.name.startswith(_NO_WEIGHTS) and path.is_file()
     ]
     if len(others) == 1:
         return others[0]
@@ -87,11 +88,13 @@ def _open_file(path: Path) -> SavedWeights:
     content = read_checkpoint_file(path)
     if not isinstance(content, dict):
         raise CheckpointError(f"{path} holds a {type(content).__name__}, not a state dict")
+    # build-nanogpt saves its settings as an object.
+    others = {key: value.fields if isinstance(value, Record) else value for key, value in content.items()}
     for name in _STATE_DICTS:
         if arrays := _arrays(content.get(name)):
-            return SavedWeights(path, arrays, {key: value for key, value in content.items() if key != name})
+            return SavedWeights(path, arrays, {key: value for key, value in others.items() if key != name})
     return SavedWeights(
-        path, _arrays(content), {key: value for key, value in content.items() if isinstance(value, dict)}
+        path, _arrays(content), {key: value for key, value in others.items() if isinstance(value, dict)}
     )
 
 

@@ -38,10 +38,29 @@ def find(source: str, revision: str | None) -> Path:
         if path.suffix not in SUFFIXES:
             raise CheckpointError(f"{source} is not a checkpoint folder, nor a {', '.join(SUFFIXES)} file")
         return path
-    # A hub id is `name` or `owner/name`; anything else can only have been meant as a path.
-    if path.is_absolute() or source.startswith((".", "~")) or source.count("/") > 1 or not source:
+    if not _may_be_an_id(source):
         raise CheckpointError(f"no checkpoint folder or file at {source!r}")
     return _download(source, revision)
+
+
+def find_config(source: str) -> Path | None:
+    """The config.json of a source, fetched without the weights; None where it has none of its own.
+
+    Raises:
+        CheckpointError, MissingExtraError: as for `find`.
+    """
+    if source != "tales" and not os.path.exists(source) and _may_be_an_id(source):  # noqa: PTH110
+        folder = _fetch(source, None, [CONFIG])
+    else:
+        folder = find(source, None)
+    path = (folder.parent if folder.is_file() else folder) / CONFIG
+    return path if path.is_file() else None
+
+
+def _may_be_an_id(source: str) -> bool:
+    """A hub id is `name` or `owner/name`; anything else can only have been meant as a path."""
+    path = Path(source)
+    return not (path.is_absolute() or source.startswith((".", "~")) or source.count("/") > 1 or not source)
 
 
 def _download(repository: str, revision: str | None) -> Path:

@@ -3,14 +3,12 @@
 A file is a pickle, in which tensors refer to storages, and the storages' raw numbers: since PyTorch 1.6 as
 members of a zip archive (data.pkl, data/0, data/1 …), before that one after another behind the pickle.
 The format: https://github.com/pytorch/pytorch/blob/main/torch/serialization.py
-
-A pickle is a program that may call any function that it can name, so here it can name nearly none.
 """
 
-import pickle
+import io
+import math
 import struct
 import zipfile
-from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,9 +18,14 @@ import numpy as np
 
 from gpt2onnx.errors import CheckpointError
 
+from ..models.messages import shown
+from . import unpickle
 from .arrays import StoredArray, StridedArray, extent
+from .unpickle import MOST_BYTES, Call, PickleError, Readable, Record, RecordType
+from .zips import check_directory
 
 _ZIP_START = b"PK\x03\x04"
+_MOST_AXES = 32  # the most that every NumPy has
 _LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
 _ITEM_SIZE = {"bfloat16": 2}  # the one type that NumPy lacks
 _STORAGE_TYPES = {
@@ -105,8 +108,24 @@ def read_checkpoint_file(path: Path) -> Any:
     return _located(content, path, stretches)
 
 
+def read_plain_pickle(path: Path) -> Any:
+    """The content of a pickle of plain containers, numbers and texts.
+
+    Raises:
+        CheckpointError: the file can't be read, is damaged, or asks for anything else.
+    """
+    try:
+        with path.open("rb") as file:
+            return _Names(path).load(file)
+    except CheckpointError:
+        raise
+    except Exception as error:  # a damaged pickle can fail in any way
+        raise CheckpointError(f"can't read {path}: {' '.join(str(error).split())}") from error
+
+
 def _read_zip(path: Path, file: BinaryIO) -> tuple[Any, _Stretches]:
     """The unpickled content, and where the storages are."""
+    check_directory(path, file)
     with zipfile.ZipFile(file) as archive:
         members = {member.filename: member for member in archive.infolist()}
         root = next((name.removesuffix("data.pkl") for name in members if name.split("/")[1:] == ["data.pkl"]), None)
@@ -114,7 +133,9 @@ def _read_zip(path: Path, file: BinaryIO) -> tuple[Any, _Stretches]:
             raise CheckpointError(f"{path} is a zip archive, but not one that torch.save wrote")
         if f"{root}constants.pkl" in members:
             raise CheckpointError(f"{path} is a TorchScript program: save the model's state_dict() instead")
-        if (order := members.get(f"{root}byteorder")) is not None and archive.read(order) != b"little":
+        if (order := members.get(f"{root}byteorder")) is not None and (
+            order.file_size > len(b"little") or archive.read(order) != b"little"
+        ):
             raise CheckpointError(f"{path} was saved on a big-endian machine, which isn't supported: save it again")
         stretches = {}
         for name, member in members.items():
@@ -125,7 +146,8 @@ def _read_zip(path: Path, file: BinaryIO) -> tuple[Any, _Stretches]:
             begin = _data_offset(path, file, member)
             stretches[name.removeprefix(f"{root}data/")] = begin, begin + member.file_size
         with archive.open(f"{root}data.pkl") as stream:
-            return _Unpickler(path, stream).load(), stretches
+            # What is larger would be refused for its length on the way.
+            return _Names(path).load(io.BytesIO(stream.read(MOST_BYTES))), stretches
 
 
 def _data_offset(path: Path, file: BinaryIO, member: zipfile.ZipInfo) -> int:
@@ -143,15 +165,15 @@ def _read_legacy(path: Path, file: BinaryIO) -> tuple[Any, _Stretches]:
     if file.read(1) != b"\x80":
         raise CheckpointError(f"{path} is not a file that torch.save wrote")
     file.seek(0)
-    if _Unpickler(path, file).load() != _LEGACY_MAGIC:
+    if _Names(path).load(file) != _LEGACY_MAGIC:
         raise CheckpointError(f"{path} is a pickle, but not one that torch.save wrote")
-    _Unpickler(path, file).load()  # the protocol's version
-    system = _Unpickler(path, file).load()
+    _Names(path).load(file)  # the protocol's version
+    system = _Names(path).load(file)
     if not isinstance(system, dict) or not system.get("little_endian", True):
         raise CheckpointError(f"{path} was saved on a big-endian machine, which isn't supported: save it again")
     sizes: dict[str, int] = {}
-    content = _Unpickler(path, file, sizes).load()
-    keys = _Unpickler(path, file).load()
+    content = _Names(path, sizes).load(file)
+    keys = _Names(path).load(file)
     stretches = {}
     for key in keys if isinstance(keys, list) else []:
         count = file.read(8)
@@ -163,31 +185,35 @@ def _read_legacy(path: Path, file: BinaryIO) -> tuple[Any, _Stretches]:
     return content, stretches
 
 
-class _Unpickler(pickle.Unpickler):
-    """Builds tensors and plain containers, and refuses the rest by name.
+class _Names:
+    """What a checkpoint's pickles may name: tensors, plain containers, and classes of the script that wrote them.
 
     Args:
-        item_sizes: filled with the bytes of one number of each storage that the pickle refers to.
+        path: what errors name.
+        item_sizes: filled with the bytes of one number of each storage that a pickle refers to.
     """
 
-    def __init__(self, path: Path, file: Any, item_sizes: dict[str, int] | None = None) -> None:
-        super().__init__(file)
+    def __init__(self, path: Path, item_sizes: dict[str, int] | None = None) -> None:
         self._path, self._item_sizes = path, item_sizes
 
-    def find_class(self, module_name: str, global_name: str, /) -> Any:
-        if module_name in ("torch", "torch.storage") and global_name in _STORAGE_TYPES:
-            return _StorageType(_STORAGE_TYPES[global_name])
+    def load(self, file: Readable) -> Any:
+        return unpickle.load(file, self._find, self._refer)
+
+    def _find(self, module_name: str, name: str) -> object:
+        if module_name in ("torch", "torch.storage") and name in _STORAGE_TYPES:
+            return _StorageType(_STORAGE_TYPES[name])
         # Pickles that PyTorch writes call this module by its name in Python 2.
         module = "builtins" if module_name == "__builtin__" else module_name
-        allowed = _ALLOWED.get((module, global_name))
-        if allowed is None:
-            raise CheckpointError(
-                f"{self._path} was refused: {module}.{global_name} is no tensor and no plain container, and might run"
-                " code; save the model's state_dict() alone"
-            )
-        return allowed
+        if (module, name) in _ALLOWED:
+            return _ALLOWED[module, name]
+        if module == "__main__":
+            return RecordType(name)
+        raise CheckpointError(
+            f"{self._path} was refused: {shown(f'{module}.{name}')[1:-1]} is no tensor and no plain container, and"
+            " might run code; save the model's state_dict() alone"
+        )
 
-    def persistent_load(self, pid: Any) -> _Storage:
+    def _refer(self, pid: Any) -> _Storage:
         match pid:
             case ("storage", _StorageType() as kind, str() as key, str(), int() as length, *views):
                 if self._item_sizes is not None:
@@ -210,24 +236,38 @@ def _rebuild_parameter(data: object, *_: object) -> object:
     return data
 
 
-_ALLOWED: Mapping[tuple[str, str], Callable[..., Any]] = {
-    ("torch._utils", "_rebuild_tensor"): _rebuild_tensor,
-    ("torch._utils", "_rebuild_tensor_v2"): _rebuild_tensor,
-    ("torch._utils", "_rebuild_parameter"): _rebuild_parameter,
-    ("torch._utils", "_rebuild_parameter_with_state"): _rebuild_parameter,
-    ("torch", "Size"): tuple,
-    ("collections", "OrderedDict"): OrderedDict,
-    ("builtins", "set"): set,
+def _container(kind: Callable[..., Any]) -> Call:
+    """An empty container, or one of a list's items."""
+
+    def make(*items: Any) -> Any:
+        if not items:
+            return kind()
+        if len(items) == 1 and isinstance(items[0], list | tuple):
+            return kind(items[0])
+        raise PickleError("a container is made of what is no list")
+
+    return Call(make)
+
+
+_ALLOWED: Mapping[tuple[str, str], Call] = {
+    ("torch._utils", "_rebuild_tensor"): Call(_rebuild_tensor),
+    ("torch._utils", "_rebuild_tensor_v2"): Call(_rebuild_tensor),
+    ("torch._utils", "_rebuild_parameter"): Call(_rebuild_parameter),
+    ("torch._utils", "_rebuild_parameter_with_state"): Call(_rebuild_parameter),
+    ("torch", "Size"): _container(tuple),
+    ("collections", "OrderedDict"): _container(unpickle.mapping),
+    ("builtins", "set"): _container(unpickle.plain_set),
 }
 
 
 def _located(content: Any, path: Path, stretches: _Stretches, depth: int = 0) -> Any:
-    """The same content with arrays for tensors, as deep as weights can be; the rest stays as it is."""
+    """The same content with arrays for tensors, as deep as weights can be, and mappings for records."""
+    if isinstance(content, Record):
+        return content.fields
     if not isinstance(content, dict):
         return content
     located = {}
-    # An ordered dictionary's own `items` may be hidden by an attribute that the pickle gave it.
-    for name, value in dict.items(content):
+    for name, value in content.items():
         if isinstance(value, _Tensor):
             located[name] = _array(str(name), value, path, stretches)
         else:
@@ -237,7 +277,6 @@ def _located(content: Any, path: Path, stretches: _Stretches, depth: int = 0) ->
 
 def _array(name: str, tensor: _Tensor, path: Path, stretches: _Stretches) -> StoredArray:
     """A tensor's place in the file, once it is proven to lie inside its storage."""
-    # Checked only here, because a pickle can still change what it has built.
     match tensor:
         case _Tensor(
             _Storage(str() as key, _StorageType(str() as dtype), int(), int() as first), offset, shape, strides
@@ -245,12 +284,15 @@ def _array(name: str, tensor: _Tensor, path: Path, stretches: _Stretches) -> Sto
             pass
         case _:
             raise CheckpointError(f"{path}: tensor {name} is damaged: fetch or save it again")
-    whole = isinstance(shape, tuple) and isinstance(strides, tuple) and len(shape) == len(strides)
-    if not whole or not all(isinstance(number, int) and number >= 0 for number in (first, offset, *shape, *strides)):
+    whole = isinstance(shape, tuple) and isinstance(strides, tuple) and len(shape) == len(strides) <= _MOST_AXES
+    if not whole or not all(
+        isinstance(number, int) and 0 <= number < 2**63 for number in (first, offset, *shape, *strides)
+    ):
         raise CheckpointError(f"{path}: tensor {name} is damaged: fetch or save it again")
     size = tensor.storage.type.item_size
     begin, end = stretches.get(key, (0, 0))
     begin += (first + offset) * size
-    if begin + extent(shape, strides) * size > end:
+    # With strides of 0, a few numbers would stand for more than any memory holds.
+    if begin + max(extent(shape, strides), math.prod(shape)) * size > end:
         raise CheckpointError(f"{path} ends before tensor {name} does: fetch or save it again")
     return StridedArray(path, name, shape, dtype, begin, strides)

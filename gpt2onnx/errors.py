@@ -13,9 +13,16 @@ Every message is one line that says what is wrong and how to mend it. Anything e
 is a bug of gpt2onnx and keeps its traceback. This module imports nothing, so every layer may use it.
 """
 
+_LONGEST = 2000  # letters
+
 
 class Gpt2OnnxError(Exception):
     """Root of all errors that a user can meet; the command line catches only this."""
+
+    def __init__(self, message: object = "") -> None:
+        # Some messages quote another library's, of any length and many lines.
+        line = " ".join(part.strip() for part in str(message).splitlines())
+        super().__init__(line if len(line) <= _LONGEST else f"{line[:_LONGEST]}…")
 
 
 class CheckpointError(Gpt2OnnxError):

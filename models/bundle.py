@@ -10,24 +10,31 @@ onnx/model.onnx_data    its weights, memory-mapped by ONNX Runtime
 import hashlib
 import json
 import os
-from dataclasses import asdict, dataclass
+import stat
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path, PurePosixPath
+from types import NoneType
 from typing import Any
 
-from gpt2onnx.errors import BundleError, CheckpointError
+from gpt2onnx.errors import BundleError, CheckpointError, OutputError
 
+from . import external_data
 from .config import GPT2Config, read_json
+from .messages import shown
 
 MANIFEST = "gpt2onnx.json"
 CONFIG = "config.json"
 GENERATION_CONFIG = "generation_config.json"
 TOKENIZER = "tokenizer.json"
+TOKENIZER_CONFIG = "tokenizer_config.json"
 GENAI_CONFIG = "genai_config.json"
 GRAPH = "onnx/model.onnx"
 WEIGHTS = "onnx/model.onnx_data"
 FORMAT_VERSION = 1
 
 _REQUIRED = (CONFIG, GENERATION_CONFIG, TOKENIZER, GRAPH)
+# Files up to this size are hashed whenever a bundle is opened, which takes less than a millisecond in all.
+_SMALL = 2**18
 
 
 @dataclass(frozen=True)
@@ -52,6 +59,7 @@ class Manifest:
         files: every file but the manifest, by its path inside the bundle.
         parity: the parity report against PyTorch, where one was made.
         quality: what the precision costs against fp32, where it was measured; see `exporter.quality`.
+        sha256: over gpt2onnx.json itself as it is without these 64 digits; set where it is written.
     """
 
     gpt2onnx: str
@@ -64,36 +72,83 @@ class Manifest:
     parity: dict[str, Any] | None = None
     quality: dict[str, Any] | None = None
     format_version: int = FORMAT_VERSION
+    sha256: str = ""
 
     def write(self, folder: Path) -> None:
         """Writes gpt2onnx.json into the folder."""
-        (folder / MANIFEST).write_text(json.dumps(asdict(self), indent=2) + "\n", encoding="utf-8")
+        digest = hashlib.sha256(replace(self, sha256="")._to_json()).hexdigest()
+        (folder / MANIFEST).write_bytes(replace(self, sha256=digest)._to_json())
+
+    def _to_json(self) -> bytes:
+        return (json.dumps(asdict(self), indent=2) + "\n").encode()
 
     @classmethod
     def read(cls, folder: Path) -> "Manifest":
         """Reads gpt2onnx.json.
 
         Raises:
-            BundleError: it is missing, unreadable, of a newer format, or names a file outside the folder.
+            BundleError: it is missing, unreadable, of a newer format, no longer what was written, or names a file
+                outside the folder.
         """
+        path = folder / MANIFEST
         try:
-            raw = read_json(folder / MANIFEST)
-            version = raw.get("format_version")
-            if not isinstance(version, int) or version > FORMAT_VERSION:
-                raise BundleError(
-                    f"{folder} has bundle format {version!r}, this gpt2onnx reads up to {FORMAT_VERSION}: upgrade gpt2onnx"
-                )
-            files = {name: FileRecord(**record) for name, record in raw.pop("files").items()}
-            manifest = cls(files=files, **raw)
+            raw = read_json(path)
         except CheckpointError as error:
             raise BundleError(str(error)) from error
-        except (TypeError, KeyError, AttributeError) as error:
-            raise BundleError(f"{folder / MANIFEST} is not a manifest of gpt2onnx: export the bundle again") from error
-        for name in manifest.files:
-            path = PurePosixPath(name)
-            if path.is_absolute() or ".." in path.parts:
-                raise BundleError(f"{folder / MANIFEST} names a file outside the bundle: {name}")
-        return manifest
+        version = raw.get("format_version")
+        if type(version) is not int or not 1 <= version <= FORMAT_VERSION:
+            raise BundleError(
+                f"{folder} has bundle format {shown(version)}, this gpt2onnx reads up to {FORMAT_VERSION}:"
+                " upgrade gpt2onnx"
+            )
+        raw.setdefault("sha256", "")  # the first bundles had none
+        if not _is_manifest(raw):
+            raise BundleError(f"{path} is not a manifest of gpt2onnx: export the bundle again")
+        digest = str(raw["sha256"])
+        if digest and hashlib.sha256(path.read_bytes().replace(digest.encode(), b"")).hexdigest() != digest:
+            raise BundleError(f"{path} was changed after it was written: export the bundle again")
+        for name in raw["files"]:
+            if not _stays_inside(name):
+                raise BundleError(f"{path} names a file outside the bundle: {shown(name)}")
+        files = {name: FileRecord(**record) for name, record in raw.pop("files").items()}
+        return cls(files=files, **raw)
+
+
+_TYPES: dict[str, tuple[type, ...]] = {
+    "block_size": (int, NoneType),
+    "files": (dict,),
+    "parity": (dict, NoneType),
+    "quality": (dict, NoneType),
+    "format_version": (int,),
+}
+
+
+def _is_manifest(raw: dict[str, Any]) -> bool:
+    """Whether it has a manifest's fields, all of them and of their types."""
+    names = {field.name for field in fields(Manifest)}
+    return (
+        raw.keys() == names
+        and all(isinstance(raw[name], _TYPES.get(name, str)) for name in names)
+        and all(
+            isinstance(record, dict)
+            and record.keys() == {"size", "sha256"}
+            and type(record["size"]) is int
+            and isinstance(record["sha256"], str)
+            for record in raw["files"].values()
+        )
+    )
+
+
+def _stays_inside(name: str) -> bool:
+    """Whether a manifest's path is a plain one below its folder, on any system."""
+    path = PurePosixPath(name)
+    return (
+        path.parts != ()
+        and path.as_posix() == name
+        and not path.is_absolute()
+        and ".." not in path.parts
+        and not set(name) & set("\\:\0")
+    )
 
 
 @dataclass(frozen=True)
@@ -106,51 +161,96 @@ class Bundle:
 
     @classmethod
     def open(cls, folder: Path) -> "Bundle":
-        """Opens a bundle and compares every file's size with the manifest (hashes are `gpt2onnx verify`'s).
+        """Opens a bundle, and compares every file's size and the small ones' hashes with the manifest.
 
         Raises:
-            BundleError: a file is missing or has another size, or the manifest or config.json can't be used.
+            BundleError: a file is missing, differs, or leads out of the folder; or the manifest or config.json
+                can't be used.
         """
-        if not folder.is_dir():
+        if not os.path.isdir(folder):  # noqa: PTH112  # for the reason that is_bundle gives
             raise BundleError(f"no bundle at {folder}: make one with 'gpt2onnx export SOURCE {folder}'")
-        if not (folder / MANIFEST).is_file():
+        if not is_bundle(folder):
             raise BundleError(f"{folder} is not a bundle (no {MANIFEST}): make one with 'gpt2onnx export'")
+        root = os.path.realpath(folder)
+        _place(folder, root, MANIFEST)
         manifest = Manifest.read(folder)
         for name in _REQUIRED:
             if name not in manifest.files:
                 raise BundleError(f"{folder / MANIFEST} doesn't list {name}: export the bundle again")
+        if TOKENIZER_CONFIG not in manifest.files and os.path.lexists(folder / TOKENIZER_CONFIG):
+            raise _not_listed(folder / TOKENIZER_CONFIG)
         for name, record in manifest.files.items():
-            try:
-                size = (folder / name).stat().st_size
-            except OSError as error:
-                raise BundleError(f"{folder / name} is missing: export the bundle again") from error
+            path, size = _place(folder, root, name)
             if size != record.size:
-                raise BundleError(
-                    f"{folder / name} has {size} bytes, the manifest says {record.size}: export the bundle again"
-                )
+                raise BundleError(f"{path} has {size} bytes, the manifest says {record.size}: export the bundle again")
+            if size <= _SMALL:
+                _check_hash(path, record)
+        _check_weights(folder, manifest)
         try:
             config = GPT2Config.from_file(folder / CONFIG)
         except CheckpointError as error:
-            raise BundleError(str(error)) from error
+            raise BundleError(f"{folder}: {error}") from error
         return cls(folder, manifest, config)
 
     def verify(self) -> None:
         """Compares every file's sha256 with the manifest, and looks for files that it doesn't list.
 
         Raises:
-            BundleError: a file has other content, can't be read, or isn't in the manifest.
+            BundleError: a file has other content, can't be read, leads out of the folder, or isn't in the manifest.
         """
+        if not self.manifest.sha256:
+            raise BundleError(f"{self.folder / MANIFEST} has no hash of itself: export the bundle again")
+        for name, record in self.manifest.files.items():
+            _check_hash(self.folder / name, record)
         try:
-            found = describe_files(self.folder)
+            for path in _everything_in(self.folder):
+                name = path.relative_to(self.folder).as_posix()
+                if name not in self.manifest.files and name != MANIFEST:
+                    raise _not_listed(path)
         except OSError as error:
             raise BundleError(f"can't read {error.filename}: {error.strerror}") from error
-        for name, record in self.manifest.files.items():
-            if found.pop(name, None) != record:
-                raise BundleError(f"{self.folder / name} is not what the manifest says: export the bundle again")
-        if found:
-            raise BundleError(
-                f"{self.folder / min(found)} is not in the manifest: remove it, or export the bundle again"
-            )
+
+
+def _place(folder: Path, root: str, name: str) -> tuple[Path, int]:
+    """A file of the bundle that really lies in it (`root`, without links), and its size."""
+    path = folder / name
+    try:
+        real = os.path.realpath(path, strict=True)
+        facts = os.stat(real)  # noqa: PTH116
+    except OSError as error:
+        reason = "is missing" if isinstance(error, FileNotFoundError) else f"can't be read ({error.strerror})"
+        raise BundleError(f"{path} {reason}: export the bundle again") from error
+    if not real.startswith(root.rstrip(os.sep) + os.sep):
+        raise BundleError(f"{path} is a link that leads out of the bundle: put the file itself there")
+    if not stat.S_ISREG(facts.st_mode):
+        raise BundleError(f"{path} is not a plain file: export the bundle again")
+    return path, facts.st_size
+
+
+def _check_hash(path: Path, record: FileRecord) -> None:
+    try:
+        digest = sha256_of(path)
+    except OSError as error:
+        raise BundleError(f"can't read {path}: {error.strerror}") from error
+    if digest != record.sha256:
+        raise BundleError(f"{path} is not what the manifest says: export the bundle again")
+
+
+def _check_weights(folder: Path, manifest: Manifest) -> None:
+    """ONNX Runtime follows a graph's references to other files; before 1.24 wherever they lead."""
+    try:
+        places = external_data.locations((folder / GRAPH).read_bytes())
+    except OSError as error:
+        raise BundleError(f"can't read {folder / GRAPH}: {error.strerror}") from error
+    except ValueError as error:
+        raise BundleError(f"{folder / GRAPH} is not an ONNX graph ({error}): export the bundle again") from error
+    for place in places:
+        if not _stays_inside(place) or (PurePosixPath(GRAPH).parent / place).as_posix() not in manifest.files:
+            raise BundleError(f"{folder / GRAPH} takes weights from {shown(place)}, which is not a file of the bundle")
+
+
+def _not_listed(path: Path) -> BundleError:
+    return BundleError(f"{path} is not in the manifest: remove it, or export the bundle again")
 
 
 def is_bundle(folder: Path) -> bool:
@@ -159,14 +259,43 @@ def is_bundle(folder: Path) -> bool:
     return os.path.isfile(folder / MANIFEST)  # noqa: PTH113
 
 
+def check_place(folder: Path, *, force: bool) -> None:
+    """Whether a bundle may be put there: where nothing is, in an empty folder, or with `force` in another bundle's place.
+
+    Raises:
+        OutputError: something else is there.
+    """
+    if not os.path.lexists(folder):  # pathlib raises where a name is too long
+        return
+    if not folder.is_dir():
+        raise OutputError(f"{folder} exists and is not a folder: choose another target")
+    if is_bundle(folder):
+        if not force:
+            raise OutputError(f"{folder} already holds a bundle: choose another target, or replace it with --force")
+    elif any(folder.iterdir()):
+        raise OutputError(f"{folder} exists and is not a bundle: choose another target")
+
+
 def describe_files(folder: Path) -> dict[str, FileRecord]:
     """Size and sha256 of every file below the folder, the manifest aside, by path with forward slashes."""
-    files = sorted(path for path in folder.rglob("*") if path.is_file())
     return {
         path.relative_to(folder).as_posix(): FileRecord(path.stat().st_size, sha256_of(path))
-        for path in files
+        for path in sorted(_everything_in(folder))
         if path != folder / MANIFEST
     }
+
+
+def _everything_in(folder: Path) -> list[Path]:
+    """All that lies below a folder, folders aside; links aren't followed."""
+
+    def fail(error: OSError) -> None:
+        raise error
+
+    found = []
+    for place, folders, files in os.walk(folder, onerror=fail):
+        found += [Path(place) / name for name in files]
+        found += [path for name in folders if (path := Path(place) / name).is_symlink()]
+    return found
 
 
 def sha256_of(path: Path) -> str:

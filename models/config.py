@@ -1,12 +1,20 @@
 """GPT-2's architecture, as its config.json describes it."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
 from gpt2onnx.errors import CheckpointError
+
+from .messages import shown
+
+# No real network comes near these; a number without end would only be found out after memory has run out.
+_MOST, _MOST_LAYERS = 2**31 - 1, 10_000
+# A file's content takes up to some twenty times its size in memory.
+_MOST_JSON = 16 * 2**20
+_DEEPEST_JSON = 100
 
 # Names of transformers' ACT2FN. It also has prelu and xielu, which bring weights of their own.
 ACTIVATIONS = (
@@ -53,18 +61,23 @@ class GPT2Config:
             if name == "n_inner" and value is None:
                 continue
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise CheckpointError(f"config.json: {name} must be a positive whole number, not {value!r}")
+                raise CheckpointError(f"config.json: {name} must be a positive whole number, not {shown(value)}")
+            most = _MOST_LAYERS if name == "n_layer" else _MOST
+            if value > most:
+                raise CheckpointError(f"config.json: {name} {shown(value)} is more than the {most} that can be used")
         for name in ("scale_attn_weights", "scale_attn_by_inverse_layer_idx", "tie_word_embeddings"):
             if not isinstance(getattr(self, name), bool):
-                raise CheckpointError(f"config.json: {name} must be true or false, not {getattr(self, name)!r}")
+                raise CheckpointError(f"config.json: {name} must be true or false, not {shown(getattr(self, name))}")
         epsilon = self.layer_norm_epsilon
         if isinstance(epsilon, bool) or not isinstance(epsilon, int | float) or not 0 <= epsilon < 1:
-            raise CheckpointError(f"config.json: layer_norm_epsilon must be at least 0 and below 1, not {epsilon!r}")
+            raise CheckpointError(
+                f"config.json: layer_norm_epsilon must be at least 0 and below 1, not {shown(epsilon)}"
+            )
         if self.n_embd % self.n_head:
             raise CheckpointError(f"config.json: n_embd {self.n_embd} is not divisible by n_head {self.n_head}")
         if self.activation_function not in ACTIVATIONS:
             raise CheckpointError(
-                f"config.json: activation_function {self.activation_function!r} is not supported"
+                f"config.json: activation_function {shown(self.activation_function)} is not supported"
                 f" (known: {', '.join(ACTIVATIONS)})"
             )
 
@@ -86,7 +99,7 @@ class GPT2Config:
         """
         model_type = raw.get("model_type", "gpt2")
         if model_type != "gpt2":
-            raise CheckpointError(f"not a GPT-2: config.json says model_type {model_type!r}")
+            raise CheckpointError(f"not a GPT-2: config.json says model_type {shown(model_type)}")
         for name, reason in _FOREIGN.items():
             if raw.get(name):
                 raise CheckpointError(f"config.json: {name} is not supported ({reason})")
@@ -100,18 +113,39 @@ class GPT2Config:
         return cls.from_dict(read_json(path))
 
 
-def read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path, most: int = _MOST_JSON) -> dict[str, Any]:
     """The object in a JSON file.
 
+    Args:
+        path: the file.
+        most: bytes that it may have.
+
     Raises:
-        CheckpointError: the file can't be read, or doesn't hold a JSON object.
+        CheckpointError: the file can't be read, is larger than that, or doesn't hold a JSON object.
     """
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        with path.open("rb") as file:
+            text = file.read(most + 1)
+        if len(text) > most:
+            raise CheckpointError(f"{path} has more than the {most:,} bytes that are read as JSON: is it another file?")
+        content = json.loads(text.decode("utf-8"))
+        if b"\\ud" in text.lower():  # half of a surrogate pair, which only an escape can write, is no text
+            json.dumps(content, ensure_ascii=False).encode("utf-8")
     except OSError as error:
         raise CheckpointError(f"can't read {path}: {error.strerror or error}") from error
-    except (ValueError, RecursionError) as error:
+    except RecursionError as error:
+        raise CheckpointError(f"{path} is nested too deep") from error
+    except ValueError as error:
         raise CheckpointError(f"{path} is not valid JSON: {error}") from error
     if not isinstance(content, dict):
         raise CheckpointError(f"{path} should hold a JSON object, but holds a {type(content).__name__}")
+    level: list[Any] = [content]
+    for _ in range(_DEEPEST_JSON):
+        level = [part for whole in level for part in _parts(whole) if isinstance(part, dict | list)]
+    if level:
+        raise CheckpointError(f"{path} is nested too deep")
     return content
+
+
+def _parts(whole: Any) -> Iterable[Any]:
+    return whole.values() if isinstance(whole, dict) else whole

@@ -8,6 +8,8 @@ from typing import Any, Literal
 
 from gpt2onnx.errors import OptionError
 
+from ..models.messages import shown
+
 DEFAULT_NEW_TOKENS = 64
 MOST_SEQUENCES = 1000  # of one prompt at a time; each has a row of the cache
 # float32 holds logits multiplied or divided by numbers in this range.
@@ -109,19 +111,24 @@ class GenerationConfig:
         self._between("typical_p", 0, 1, "above 0 and at most 1", above=True)
         self._between("length_penalty", -_LARGEST, _LARGEST, f"a number from {-_LARGEST:g} to {_LARGEST:g}")
         if not isinstance(self.do_sample, bool):
-            raise OptionError(f"do_sample must be true or false, not {_short(self.do_sample)}")
+            raise OptionError(f"do_sample must be true or false, not {shown(self.do_sample)}")
         if not isinstance(self.early_stopping, bool) and self.early_stopping != "never":
-            raise OptionError(f"early_stopping must be true, false or 'never', not {_short(self.early_stopping)}")
+            raise OptionError(f"early_stopping must be true, false or 'never', not {shown(self.early_stopping)}")
         # transformers takes -1 for an end token that never comes.
         self._token_ids("eos_token_id", self.eos_token_ids, least=-1)
         self._token_ids("suppress_tokens", () if self.suppress_tokens is None else self.suppress_tokens)
         self._check_bad_words()
         texts = isinstance(self.stop, Sequence) and all(isinstance(text, str) and text for text in self.stop)
         if not texts or self.stop == "":
-            raise OptionError(
-                f"stop must be a string or a list of strings, none of them empty, not {_short(self.stop)}"
-            )
+            raise OptionError(f"stop must be a string or a list of strings, none of them empty, not {shown(self.stop)}")
         self._check_together()
+
+    @property
+    def strategy(self) -> str:
+        """What the options amount to: greedy, sampling, beam search or beam sampling."""
+        if self.num_beams > 1:
+            return "beam sampling" if self.do_sample else "beam search"
+        return "sampling" if self.do_sample else "greedy"
 
     @property
     def eos_token_ids(self) -> tuple[int, ...]:
@@ -172,32 +179,38 @@ class GenerationConfig:
         given = {name: value for name, value in content.items() if name in known}
         return cls().merged({"stop": content.get("stop_strings")} | given)
 
+    def _has_no_default(self, name: str) -> bool:
+        """Whether None stands for an option's absence."""
+        return getattr(type(self), name) is None
+
     def _whole(self, name: str, least: int, most: float = math.inf) -> None:
         value = getattr(self, name)
-        if value is not None and (isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most):
+        if value is None and self._has_no_default(name):
+            return
+        if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
             limit = "" if most == math.inf else f" to {most}"
-            raise OptionError(f"{name} must be a whole number from {least}{limit}, not {_short(value)}")
+            raise OptionError(f"{name} must be a whole number from {least}{limit}, not {shown(value)}")
 
     def _between(self, name: str, low: float, high: float, wanted: str, *, above: bool = False) -> None:
         value = getattr(self, name)
-        if value is None:
+        if value is None and self._has_no_default(name):
             return
         number = isinstance(value, int | float) and not isinstance(value, bool)
-        if not number or not low <= value <= high or (above and value == low):
-            raise OptionError(f"{name} must be {wanted}, not {_short(value)}")
+        if not number or value is None or not low <= value <= high or (above and value == low):
+            raise OptionError(f"{name} must be {wanted}, not {shown(value)}")
 
     def _token_ids(self, name: str, ids: object, least: int = 0) -> None:
         if not isinstance(ids, Sequence) or not all(
             isinstance(i, int) and not isinstance(i, bool) and least <= i < _TOKEN_IDS_END for i in ids
         ):
-            raise OptionError(f"{name} must hold token ids (whole numbers from {least}), not {_short(ids)}")
+            raise OptionError(f"{name} must hold token ids (whole numbers from {least}), not {shown(ids)}")
 
     def _check_bad_words(self) -> None:
         words = self.bad_words_ids
         if words is None:
             return
         if isinstance(words, str) or not isinstance(words, Sequence) or not words:
-            raise OptionError(f"bad_words_ids must be a list of lists of token ids, not {_short(words)}")
+            raise OptionError(f"bad_words_ids must be a list of lists of token ids, not {shown(words)}")
         for word in words:
             self._token_ids("bad_words_ids", word)
             if not word:
@@ -214,10 +227,3 @@ class GenerationConfig:
             raise OptionError("prompt_lookup works on one sequence: not with num_beams or num_return_sequences above 1")
         if self.logprobs is not None and self.num_beams > 1:
             raise OptionError("logprobs are of single sequences: not with num_beams above 1")
-
-
-def _short(value: object) -> str:
-    """A value as an error message shows it."""
-    # Python refuses to write out integers of thousands of digits.
-    text = repr(value) if not isinstance(value, int) or abs(value) < 10**50 else "a number of more than 50 digits"
-    return text if len(text) <= 80 else f"{text[:80]}…"

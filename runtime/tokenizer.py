@@ -1,14 +1,18 @@
 """Text to token ids and back, and text that grows token by token. Knows no model."""
 
-import json
 import re
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from tokenizers import Tokenizer as HuggingFaceTokenizer
-from tokenizers.decoders import DecodeStream
+from tokenizers.decoders import ByteLevel, DecodeStream
 
-from gpt2onnx.errors import BundleError
+from gpt2onnx.errors import BundleError, CheckpointError
+
+from ..models.bundle import TOKENIZER_CONFIG
+from ..models.config import read_json
+from ..models.messages import shown
 
 # What transformers' `clean_up_tokenization` replaces, in its order.
 _CLEAN_UP = (
@@ -25,6 +29,27 @@ _CLEAN_UP = (
 )
 # The end of a text that tokens to come may still take part in a replacement with.
 _UNSETTLED = re.compile(r"[ .?!,'ntmsver]*\Z")
+# How vocabularies with a fallback to bytes write a byte.
+_BYTE_ENTRY = re.compile(r"<0x([0-9A-Fa-f]{2})>")
+# The bytes that a byte-level vocabulary writes as themselves; the others, in order, are the letters from 256 on.
+_PRINTABLE = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+_BYTE_OF_LETTER = {chr(byte): byte for byte in _PRINTABLE} | {
+    chr(256 + index): byte for index, byte in enumerate(sorted(set(range(256)) - set(_PRINTABLE)))
+}
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """A text as tokens.
+
+    Attributes:
+        ids: its tokens.
+        spans: for each token the characters, from `start` to before `end`, that it stands for. Tokens that share
+            a character of several bytes all have it in their span.
+    """
+
+    ids: list[int]
+    spans: list[tuple[int, int]]
 
 
 class Tokenizer:
@@ -39,14 +64,65 @@ class Tokenizer:
             self._tokenizer = HuggingFaceTokenizer.from_file(str(path))
         except Exception as error:
             raise BundleError(f"{path} can't be read: {error}") from error
+        self._path = path
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
-        self._cleans_up = _cleans_up(path.with_name("tokenizer_config.json"), self._tokenizer)
+        self._cleans_up = _cleans_up(path.with_name(TOKENIZER_CONFIG), self._tokenizer)
+
+    def check(self, vocab_size: int, *, thorough: bool = False) -> None:
+        """Compares the tokenizer with the vocabulary of the network that reads its ids.
+
+        Args:
+            vocab_size: ids are below it.
+            thorough: look at every id, which takes longer than all else that loading does; or at their number only.
+
+        Raises:
+            BundleError: an id lies beyond the vocabulary.
+        """
+        if not thorough and self._tokenizer.get_vocab_size() <= vocab_size:
+            return
+        token, largest = max(self._tokenizer.get_vocab().items(), key=lambda entry: entry[1], default=("", -1))
+        if largest >= vocab_size:
+            raise BundleError(
+                f"{self._path} gives {shown(token)} the id {largest}, but the network's vocabulary ends at"
+                f" {vocab_size - 1}: export the bundle again"
+            )
 
     def encode(self, text: str) -> list[int]:
         """The ids of a text; special tokens written in it count as such."""
         # Half of a surrogate pair can't be written in UTF-8; transformers' tokenizers refuse it, too.
         return list(self._tokenizer.encode(text.encode("utf-8", "replace").decode("utf-8")).ids)
+
+    def encode_with_spans(self, text: str) -> Encoded:
+        """As `encode`, and where in the text each token stands."""
+        encoding = self._tokenizer.encode(text.encode("utf-8", "replace").decode("utf-8"))
+        return Encoded(list(encoding.ids), list(encoding.offsets))
+
+    def entry(self, token: int) -> str | None:
+        """A token as the vocabulary writes it, such as `ĠOnce`; None where there is none of this id."""
+        entry: str | None = self._tokenizer.id_to_token(token)
+        return entry
+
+    def token_bytes(self, token: int) -> bytes:
+        """The UTF-8 bytes that a token stands for, which need not be whole characters; none where it isn't in the vocabulary."""
+        entry = self.entry(token)
+        if entry is None:
+            return b""
+        if token in self._tokenizer.get_added_tokens_decoder():
+            return entry.encode("utf-8")
+        if isinstance(self._tokenizer.decoder, ByteLevel) and all(letter in _BYTE_OF_LETTER for letter in entry):
+            return bytes(_BYTE_OF_LETTER[letter] for letter in entry)
+        if byte := _BYTE_ENTRY.fullmatch(entry):
+            return bytes.fromhex(byte[1])
+        return str(self._tokenizer.decode([token])).encode("utf-8")
+
+    def piece(self, token: int) -> str | bytes:
+        """The text that a token stands for; its bytes where these are no whole characters."""
+        content = self.token_bytes(token)
+        try:
+            return content.decode("utf-8")
+        except UnicodeDecodeError:
+            return content
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of ids, without special tokens; bytes that make no whole character become U+FFFD."""
@@ -116,10 +192,10 @@ def _cleans_up(path: Path, tokenizer: HuggingFaceTokenizer) -> bool:
     if not path.is_file():
         return False
     try:
-        settings = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise BundleError(f"{path} can't be read: {error}") from error
-    if not isinstance(settings, dict) or not settings.get("clean_up_tokenization_spaces"):
+        settings = read_json(path)
+    except CheckpointError as error:
+        raise BundleError(str(error)) from error
+    if not settings.get("clean_up_tokenization_spaces"):
         return False
     insists = settings.get("clean_up_tokenization_spaces_for_bpe_even_though_it_will_corrupt_output", False)
     return bool(insists) or type(tokenizer.model).__name__ != "BPE"

@@ -303,6 +303,18 @@ def test_damaged_bundles(damage: str, place: Path, command_line: CommandLine, ma
     assert snapshot(place) == before
 
 
+def test_names_do_not_steer_the_terminal(
+    place: Path, command_line: CommandLine, make_checkpoint: MakeCheckpoint
+) -> None:
+    folder = make_checkpoint()
+    (folder / "config.json").write_text(json.dumps({"model_type": "\x1b[31mred\n\u202e\u2028"}))
+    for named in (folder, Path("\x1b[31mred\udcff"), "\x1b]0;title\x07"):
+        done = command_line("export", named, "bundle")
+        assert_one_line(done, 1, "")
+        assert done.err.rstrip("\n").isprintable()
+        assert_one_line(command_line("verify", named), 1, "")
+
+
 def test_one_line_also_from_a_process_of_its_own(place: Path) -> None:
     command = [sys.executable, "-m", "gpt2onnx", "generate", "x", "-m", "no-such-model"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, env=os.environ, check=False)
