@@ -4,6 +4,7 @@ import json
 import signal
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -21,7 +22,7 @@ from . import parity as parity_report
     show_default=True,
     help="Precision of the weights.",
 )
-@click.option("--pure", is_flag=True, help="With int4: the token embedding and output head in 4 bits too, not in 8.")
+@click.option("--pure", is_flag=True, help="With int4: every matrix in 4 bits, where some have 8 by default.")
 @click.option(
     "--graph",
     type=click.Choice(["fused", "portable"]),
@@ -33,9 +34,23 @@ from . import parity as parity_report
     "--block-size", type=int, help="With int8 or int4: weights that share a scale (16 to 256, a power of two)."
 )
 @click.option(
+    "--calibrate/--no-calibrate",
+    default=None,
+    help="With int8 or int4: round the weights for what reaches them in texts that the fp32 model writes itself"
+    " (by default up to 200 million weights).",
+)
+@click.option(
     "--quality/--no-quality",
     default=None,
     help="With int8 or int4: compare with fp32 and note it in the manifest (by default up to 200 million weights).",
+)
+@click.option(
+    "--quality-text",
+    "quality_texts",
+    type=click.Path(path_type=Path),
+    multiple=True,
+    metavar="FILE",
+    help="A text to compare on as well (repeatable).",
 )
 @click.option(
     "--parity/--no-parity",
@@ -53,7 +68,9 @@ def command(
     pure: bool,
     graph: str,
     block_size: int | None,
+    calibrate: bool | None,
     quality: bool | None,
+    quality_texts: tuple[Path, ...],
     parity: bool | None,
     revision: str | None,
     force: bool,
@@ -69,6 +86,7 @@ def command(
     Examples:
       gpt2onnx export tales ./tales
       gpt2onnx export gpt2 ./gpt2-int8 --dtype int8
+      gpt2onnx export gpt2 ./gpt2-int4 --dtype int4 --quality-text mine.txt
     """
     from ..exporter.export import export
 
@@ -82,7 +100,9 @@ def command(
             pure=pure,
             graph=graph,
             block_size=block_size,
+            calibrate=calibrate,
             quality=quality,
+            quality_texts=quality_texts,
             parity=parity,
             revision=revision,
             force=force,
@@ -93,5 +113,19 @@ def command(
     else:
         size = sum(record.size for record in made.manifest.files.values())
         click.echo(f"{bundle}: {source} in {dtype}, {size / 1e6:,.1f} MB")
+        if made.manifest.quality is not None and not quiet:
+            click.echo(_quality_table(made.manifest.quality))
         if made.manifest.parity is not None and not quiet:
             click.echo(parity_report.table(made.manifest.parity))
+
+
+def _quality_table(quality: dict[str, Any]) -> str:
+    """What the precision costs, for a person."""
+    lines = ["against fp32"]
+    for figures in (quality, *quality.get("texts", ())):
+        rise = figures["perplexity"] / figures["reference_perplexity"] - 1
+        lines.append(
+            f"  {figures['text']}: perplexity {figures['perplexity']:.2f} ({rise:+.2%}), KL {figures['kl']:.2e} nats,"
+            f" over {figures['tokens']:,} tokens"
+        )
+    return "\n".join(lines)

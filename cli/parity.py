@@ -44,19 +44,43 @@ def command(
 def table(report: dict[str, Any]) -> str:
     """The report for a person."""
     lines = [f"against {report['reference']}"]
+    if weights := report.get("weights"):
+        lines.append(f"  weights          {_weights(weights)}   {_verdict(weights)}")
+    if rounded := report.get("rounded"):
+        lines.append(
+            f"  in PyTorch       {rounded['positions']:4} positions   difference {rounded['difference']:.1e}"
+            f" (allowed {rounded['allowed']:.1e})   {_verdict(rounded)}"
+        )
     for name in ("whole", "cached", "ragged"):
         figures = report[name]
         lines.append(
-            f"  logits, {name:8} {figures['positions']:5} positions   largest difference {figures['max_abs']:.2e}"
-            f"   KL {figures['kl']:.2e}   same top token {figures['top1_agreement']:.2%}   {_verdict(figures)}"
+            f"  logits, {name:8} {figures['positions']:4} positions   difference {figures['difference']:.1e}"
+            f" (allowed {figures['allowed']:.1e})   KL {figures['kl']:.1e}"
+            f"   same top token {figures['top1_agreement']:.2%}   {_verdict(figures)}"
         )
     tokens = report["tokens"]
-    lines.append(f"  tokens   {tokens['cases']} cases, {tokens['equal']} equal   {_verdict(tokens)}")
+    lines.append(f"  tokens           {tokens['cases']} cases, {tokens['equal']} equal   {_verdict(tokens)}")
     lines += [f"  {note}" for note in tokens["notes"]]
-    if not tokens["passed"]:
+    if not tokens.get("passed", True):
         lines.append(f"  first difference: {json.dumps(tokens['first_difference'])}")
+    if loss := report.get("loss"):
+        lines.append(
+            f"  the loss of {report['precision']}: KL {loss['kl']:.1e}, same top token {loss['top1_agreement']:.2%}"
+            " (on prompts of random tokens)"
+        )
     return "\n".join(lines)
 
 
+def _weights(figures: dict[str, Any]) -> str:
+    text = f"{figures['tensors']} tensors"
+    if figures["quantized"]:
+        text += f", {figures['quantized']} quantised, off by at most {figures['most_steps']:.2f} steps in any block"
+    if figures["calibrated"]:
+        text += ", rounded for known inputs"
+    if not figures["passed"]:
+        text += f" (worst: {', '.join(figures['unequal'][:3]) or figures['furthest']})"
+    return text
+
+
 def _verdict(figures: dict[str, Any]) -> str:
-    return "ok" if figures["passed"] else "FAILED"
+    return {True: "ok", False: "FAILED", None: "(not judged)"}[figures.get("passed")]

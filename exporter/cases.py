@@ -11,6 +11,8 @@ from typing import Any, Literal
 Options = dict[str, Any]
 
 
+Suite = Literal["brief", "quick", "full"]
+
 MIN_VOCAB_SIZE, MIN_POSITIONS = 30, 40  # of a model that the cases fit
 
 
@@ -37,6 +39,8 @@ STRATEGIES: dict[str, Options] = {
     "4 beams sampled": {"do_sample": True, "num_beams": 4, "early_stopping": True},
     "6 beams sampled": {"do_sample": True, "num_beams": 6, "num_return_sequences": 6, "length_penalty": -0.5},
 }  # fmt: skip
+
+_BRIEF = ("greedy", "sampling", "3 beams, early", "4 beams sampled")
 
 # Options that shape the distribution. Those that only matter to sampling change nothing elsewhere, which is a case, too.
 PROCESSORS: dict[str, Options] = {
@@ -65,14 +69,17 @@ PROCESSORS: dict[str, Options] = {
 }  # fmt: skip
 
 
-def cases(vocab_size: int, n_positions: int, suite: Literal["quick", "full"] = "full") -> list[Case]:
+def cases(vocab_size: int, n_positions: int, suite: Suite = "full") -> list[Case]:
     """The cases for a model of this size.
 
     Args:
         vocab_size: at least MIN_VOCAB_SIZE.
         n_positions: at least MIN_POSITIONS.
-        suite: "quick" for a selection that takes seconds, "full" for all.
+        suite: "full" for all, "quick" for a selection, "brief" for a few short ones.
     """
+    if suite == "brief":
+        prompt, options = _case("", 0, vocab_size, n_positions, {}).prompt_ids, {"max_new_tokens": 8, "seed": 1}
+        return [Case(name, prompt, {"do_sample": False} | STRATEGIES[name] | options) for name in _BRIEF]
     wide = [
         _case(f"{strategy}, {processor}", number, vocab_size, n_positions, STRATEGIES[strategy] | PROCESSORS[processor])
         for number, (strategy, processor) in enumerate((s, p) for s in STRATEGIES for p in PROCESSORS)

@@ -5,6 +5,8 @@ Weights are named as in transformers' GPT2LMHeadModel, without its `transformer.
 """
 
 import hashlib
+import logging
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -25,6 +27,11 @@ try:
     from .layouts import Weight, arrange
 except ImportError as error:
     raise MissingExtraError("Exporting a checkpoint", error.name or "safetensors", "export") from error
+
+# What a checkpoint may hold besides: causal masks, which GPT-2 once kept as buffers.
+_BUFFER = re.compile(r"^h\.\d+\.attn\.(?:masked_)?bias$")
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -70,19 +77,29 @@ class Checkpoint:
         tied = _is_tied(config, weights, saved.path)
         if tied != config.tie_word_embeddings:
             raw_config, config = raw_config | {"tie_word_embeddings": tied}, replace(config, tie_word_embeddings=tied)
-        for name, expected in weight_shapes(config, tied=tied).items():
+        shapes = weight_shapes(config, tied=tied)
+        for name, expected in shapes.items():
             if name not in weights:
                 raise CheckpointError(f"{saved.path}: the weights lack tensor {name} (shape {list(expected)})")
             weights[name].check(expected)
+        unused = [name for name in weights.keys() - shapes.keys() - {"lm_head.weight"} if not _BUFFER.match(name)]
+        if unused:
+            some = ", ".join(sorted(unused)[:3]) + (" …" if len(unused) > 3 else "")
+            _log.warning("%s: %d tensors are no part of a GPT-2 and are left out: %s", source, len(unused), some)
         return cls(source, folder, config, raw_config, tied, weights)
 
     def tensor(self, name: str) -> npt.NDArray[np.float32]:
         """One weight in float32, in the checkpoint's shape; matrices are [in, out].
 
         Raises:
-            CheckpointError: the file is damaged.
+            CheckpointError: the file is damaged, or a number isn't finite.
         """
-        return self._weights[name].read()
+        array = self._weights[name].read()
+        if not np.isfinite(array).all():
+            raise CheckpointError(
+                f"{self.name}: tensor {name} holds numbers that are infinite or none at all (NaN): its training failed"
+            )
+        return array
 
     def sha256(self) -> str:
         """One hash over the weight files, in the order of their names."""

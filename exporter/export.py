@@ -5,9 +5,9 @@ import logging
 import math
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, replace
+from dataclasses import asdict, fields, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -15,16 +15,19 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from gpt2onnx.errors import CheckpointError, MissingExtraError, OptionError, OutputError
+from gpt2onnx.errors import CheckpointError, MissingExtraError, OptionError
 
 from ..models import bundle, contract
 from ..models.bundle import Bundle, Manifest
 from ..models.config import GPT2Config, read_json
+from ..models.precision import BLOCK_SIZES, DTYPES, blocks, default_block_size
 from ..models.shapes import weight_shapes
+from ..runtime.options import GenerationConfig
 
 try:
     from .checkpoint import Checkpoint
     from .graph import build
+    from .inputs import Inputs, centre
     from .operators import Precision
     from .weights import WeightsFile
 except ImportError as error:
@@ -33,14 +36,10 @@ except ImportError as error:
 from .atomic import replacing
 from .tokenizer import write_tokenizer
 
-DTYPES = ("fp32", "fp16", "int8", "int4")
-_BLOCK_SIZES = (16, 32, 64, 128, 256)
 GRAPHS = ("fused", "portable")
-# 8 bits lose next to nothing in long blocks; 4-bit values need a scale for every few weights, most of
-# all in the blocks' matrices. The embedding, a third of a small model, is not worth that in `pure` either.
-_BLOCK_SIZE = {8: 128, 4: 32}
-_EMBEDDING_BLOCK_SIZE = 128
-# Above this many weights, checks take much longer than the export, so they have to be asked for.
+_QUANTIZED = ("int8", "int4")
+_REFERENCE = "fp32"  # folder for the same weights in fp32 while a bundle is being made
+# Above this many weights, calibration and checks take long and much memory, so they have to be asked for.
 _CHECKED_WEIGHTS = 200_000_000
 
 _log = logging.getLogger(__name__)
@@ -56,7 +55,9 @@ def export(
     pure: bool = False,
     graph: str = "fused",
     block_size: int | None = None,
+    calibrate: bool | None = None,
     quality: bool | None = None,
+    quality_texts: Sequence[str | os.PathLike[str]] = (),
     parity: bool | None = False,
     revision: str | None = None,
     force: bool = False,
@@ -70,17 +71,21 @@ def export(
         source: the embedded model `tales`, a checkpoint folder or file, or a Hugging Face id such as `gpt2`.
         target: the bundle's folder. It must not exist, unless `force` is given and it is a bundle.
         dtype: "fp32", "fp16", "int8" or "int4"; the last two store weights in blocks that share a scale.
-        pure: with "int4", also the token embedding in 4 bits, which otherwise has 8.
+        pure: with "int4", 4 bits for every matrix; otherwise those where that would cost most have 8.
         graph: "fused", ONNX Runtime's own operators, updating the cache in place; or "portable",
             optimum's graph of standard operators for execution providers without those, fp32 only.
         block_size: weights that share a scale, a power of two from 16 to 256; chosen by default.
-        quality: with "int8" or "int4", compare the predictions with those of fp32 and put the figures
+        calibrate: with "int8" or "int4", round the weights for the inputs that reach them in texts which the fp32
+            model writes itself; by default for models of up to 200 million weights, where it takes up to a minute.
+        quality: with "int8" or "int4", compare the predictions with those of fp32 on such texts, and put the figures
             into the manifest; by default for models of up to 200 million weights, where it takes seconds.
+        quality_texts: text files (UTF-8) to compare on as well.
         parity: compare the bundle with PyTorch and put the report into the manifest, whether it passed or
             not; None for models of up to 200 million weights where torch and transformers are installed.
         revision: branch, tag or commit of a Hugging Face id.
         force: replace an existing bundle.
-        progress: called with the weights' bytes read so far and in all, counted in float32.
+        progress: called with the bytes worked through so far and in all: those of the weights in float32, as often
+            as they are gone through.
 
     Returns:
         The bundle, opened.
@@ -100,40 +105,54 @@ def export(
         raise OptionError(f"graph must be one of {', '.join(GRAPHS)}, not {graph!r}")
     if graph == "portable" and dtype != "fp32":
         raise OptionError(f"graph portable goes with dtype fp32, not with {dtype}")
-    if quality and dtype not in ("int8", "int4"):
-        raise OptionError(f"quality goes with dtype int8 or int4, not with {dtype}")
-    if block_size is not None and dtype not in ("int8", "int4"):
-        raise OptionError(f"block_size goes with dtype int8 or int4, not with {dtype}")
-    if block_size is not None and block_size not in _BLOCK_SIZES:
-        raise OptionError(f"block_size must be one of {', '.join(map(str, _BLOCK_SIZES))}, not {block_size}")
-    _check_target(target, force=force)
+    given = {"calibrate": calibrate, "quality": quality, "quality_texts": quality_texts, "block_size": block_size}
+    if dtype not in _QUANTIZED and (wrong := [name for name, value in given.items() if value]):
+        raise OptionError(f"{wrong[0]} goes with dtype int8 or int4, not with {dtype}")
+    if quality_texts and quality is False:
+        raise OptionError("quality_texts are for quality, which is switched off")
+    if block_size is not None and block_size not in BLOCK_SIZES:
+        raise OptionError(f"block_size must be one of {', '.join(map(str, BLOCK_SIZES))}, not {block_size}")
+    texts = {Path(path).name: _read_text(Path(path)) for path in quality_texts}
+    bundle.check_place(target, force=force)
     checkpoint = Checkpoint.open(os.fspath(source), revision)
+    small = _weights_in(checkpoint) <= _CHECKED_WEIGHTS
+    by_default = small and dtype in _QUANTIZED
+    calibrated = by_default if calibrate is None else calibrate
+    compared = bool(texts) or by_default if quality is None else quality
     precision = _precision(checkpoint.config, dtype, pure=pure, block_size=block_size)
-    with replacing(target, lambda: _check_target(target, force=force)) as folder:
+    with replacing(target, lambda: bundle.check_place(target, force=force)) as folder:
         _write_configuration(checkpoint, precision, folder)
         write_tokenizer(
             checkpoint.folder, {**checkpoint.raw_config, "vocab_size": checkpoint.config.vocab_size}, folder
         )
         (folder / bundle.GRAPH).parent.mkdir()
-        if graph == "portable":
-            from .portable import write_portable_graph
-
-            write_portable_graph(checkpoint, folder)
-        else:
-            _write_graph(checkpoint, precision, folder, progress)
         manifest = Manifest(
             gpt2onnx=version("gpt2onnx"),
             source=checkpoint.name,
             source_sha256=checkpoint.sha256(),
             graph=graph,
             dtype=dtype,
-            block_size=precision.block_size,
-            files=bundle.describe_files(folder),
+            block_size=block_size or _block_size(checkpoint.config, dtype),
+            files={},
         )
-        small = _weights_in(checkpoint) <= _CHECKED_WEIGHTS
-        if quality or (quality is None and small and dtype in ("int8", "int4")):
-            with _unless_missing(quality):
-                manifest = replace(manifest, quality=_quality(checkpoint, manifest, folder))
+        passes = _Passes(progress, 4 * _weights_in(checkpoint), 1 + (calibrated or compared) + calibrated)
+        if calibrated or compared:
+            _write_reference(checkpoint, folder, passes.next())
+        if graph == "portable":
+            from .portable import write_portable_graph
+
+            write_portable_graph(checkpoint, folder)
+        else:
+            inputs: Mapping[str, Inputs] = {}
+            if calibrated:
+                with _unless_missing(calibrate):
+                    inputs = _inputs(checkpoint, manifest, folder, passes.next())
+            _write_graph(checkpoint, precision, folder, passes.next(), inputs)
+        manifest = replace(manifest, files=_describe(folder))
+        if compared:
+            with _unless_missing(quality or bool(texts)):
+                manifest = replace(manifest, quality=_quality(checkpoint, manifest, folder, texts))
+        shutil.rmtree(folder / _REFERENCE, ignore_errors=True)
         manifest.write(folder)
         if parity or (parity is None and small):
             with _unless_missing(parity):
@@ -141,73 +160,109 @@ def export(
     return Bundle.open(target)
 
 
-def _quality(checkpoint: Checkpoint, manifest: Manifest, folder: Path) -> dict[str, Any]:
-    """The bundle's figures against the same weights in fp32, which are written for this and removed."""
-    from .quality import on_own_samples
+class _Passes:
+    """Progress over all of the weights several times.
 
-    reference = folder / "fp32"
+    Args:
+        progress: the caller's.
+        total: bytes of one pass.
+        count: how many passes there will be.
+    """
+
+    def __init__(self, progress: Progress | None, total: int, count: int) -> None:
+        self._progress, self._total, self._count, self._begun = progress, total, count, 0
+
+    def next(self) -> Callable[[float], None]:
+        """Begins a pass; takes the share of it that is done."""
+        before = self._begun * self._total
+        self._begun += 1
+
+        def report(share: float) -> None:
+            if self._progress is not None:
+                self._progress(before + round(share * self._total), self._count * self._total)
+
+        return report
+
+
+def _read_text(path: Path) -> str:
     try:
-        (reference / bundle.GRAPH).parent.mkdir(parents=True)
-        _write_graph(checkpoint, Precision("fp32"), reference, None)
-        figures = on_own_samples(
-            Bundle(folder, manifest, checkpoint.config),
-            Bundle(reference, replace(manifest, dtype="fp32"), checkpoint.config),
-        )
-    finally:
-        shutil.rmtree(reference, ignore_errors=True)
-    return asdict(figures)
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it isn't UTF-8"
+        raise OptionError(f"can't read the text {path}: {reason}") from error
+
+
+def _write_reference(checkpoint: Checkpoint, folder: Path, progress: Callable[[float], None]) -> None:
+    """The same weights in fp32, to calibrate with and to compare with; removed before the bundle is done."""
+    reference = folder / _REFERENCE
+    (reference / bundle.GRAPH).parent.mkdir(parents=True)
+    _write_graph(checkpoint, Precision(), reference, progress)
+
+
+def _reference(checkpoint: Checkpoint, manifest: Manifest, folder: Path) -> Bundle:
+    weights = folder / _REFERENCE / bundle.WEIGHTS
+    files = {bundle.WEIGHTS: bundle.FileRecord(weights.stat().st_size, "")}
+    return Bundle(folder / _REFERENCE, replace(manifest, dtype="fp32", files=files), checkpoint.config)
+
+
+def _inputs(
+    checkpoint: Checkpoint, manifest: Manifest, folder: Path, progress: Callable[[float], None]
+) -> dict[str, Inputs]:
+    from .calibrate import observe
+
+    return observe(_reference(checkpoint, manifest, folder), progress=progress)
+
+
+def _describe(folder: Path) -> dict[str, bundle.FileRecord]:
+    """The files of the bundle in the making, without those of the reference."""
+    return {
+        name: record for name, record in bundle.describe_files(folder).items() if not name.startswith(f"{_REFERENCE}/")
+    }
+
+
+def _quality(checkpoint: Checkpoint, manifest: Manifest, folder: Path, texts: Mapping[str, str]) -> dict[str, Any]:
+    """The bundle's figures against the reference: on the latter's own samples, and on texts by their names."""
+    from .quality import on_own_samples, on_text
+
+    made, reference = Bundle(folder, manifest, checkpoint.config), _reference(checkpoint, manifest, folder)
+    figures = asdict(on_own_samples(made, reference))
+    if texts:
+        figures["texts"] = [asdict(on_text(made, reference, text, name=name)) for name, text in texts.items()]
+    return figures
 
 
 def _precision(config: GPT2Config, dtype: str, *, pure: bool, block_size: int | None) -> Precision:
-    match dtype:
-        case "fp32":
-            return Precision("fp32")
-        case "fp16":
-            return Precision("fp16", floats=np.float16)
-    bits = 8 if dtype == "int8" else 4
     return Precision(
-        dtype,
-        matrix_bits=bits,
-        embedding_bits=bits if pure else 8,
-        block_size=block_size or _dividing(_BLOCK_SIZE[bits], config.n_embd),
-        embedding_block_size=block_size or _dividing(_EMBEDDING_BLOCK_SIZE, config.n_embd),
+        floats=np.float16 if dtype == "fp16" else np.float32,
+        blocks=lambda layer: blocks(config, dtype, layer, pure=pure, block_size=block_size),
     )
 
 
-def _dividing(size: int, width: int) -> int:
-    """A block size that divides the width needs no padding; gpt2-xl's 1600 is 25 times 64."""
-    while size > min(_BLOCK_SIZES) and width % size:
-        size //= 2
-    return size
+def _block_size(config: GPT2Config, dtype: str) -> int | None:
+    """That of most matrices."""
+    return {"int8": default_block_size(8, config.n_embd), "int4": default_block_size(4, config.n_embd)}.get(dtype)
 
 
-def _check_target(target: Path, *, force: bool) -> None:
-    if not os.path.lexists(target):  # pathlib raises where a name is too long
-        return
-    if not target.is_dir():
-        raise OutputError(f"{target} exists and is not a folder: choose another target")
-    if bundle.is_bundle(target):
-        if not force:
-            raise OutputError(f"{target} already holds a bundle: choose another target, or replace it with --force")
-    elif any(target.iterdir()):
-        raise OutputError(f"{target} exists and is not a bundle: choose another target")
-
-
-def _write_graph(checkpoint: Checkpoint, precision: Precision, folder: Path, progress: Progress | None) -> None:
-    total = 4 * _weights_in(checkpoint)
-    done = 0
+def _write_graph(
+    checkpoint: Checkpoint,
+    precision: Precision,
+    folder: Path,
+    progress: Callable[[float], None],
+    inputs: Mapping[str, Inputs] | None = None,
+) -> None:
+    config, total, done = checkpoint.config, _weights_in(checkpoint), 0
+    weight, inputs = centre(config, checkpoint.tensor, inputs or {})
 
     def tensor(name: str) -> npt.NDArray[np.float32]:
         nonlocal done
-        array = checkpoint.tensor(name)
-        done += array.nbytes
-        if progress is not None:
-            progress(done, total)
+        array = weight(name)
+        done += array.size
+        progress(done / total)
         return array
 
     with (folder / bundle.WEIGHTS).open("wb") as file:
         weights = WeightsFile(folder / bundle.WEIGHTS, file)
-        model = build(checkpoint.config, tensor, tied=checkpoint.tied, precision=precision, weights=weights)
+        model = build(config, tensor, tied=checkpoint.tied, precision=precision, weights=weights, inputs=inputs)
     (folder / bundle.GRAPH).write_bytes(model.SerializeToString())
 
 
@@ -253,12 +308,11 @@ def _generation_config(checkpoint: Checkpoint) -> dict[str, Any]:
     path = checkpoint.folder / bundle.GENERATION_CONFIG
     if path.is_file():
         return read_json(path)
-    names = ("bos_token_id", "eos_token_id", "pad_token_id")
-    # GPT2Config's own defaults, which hold where config.json doesn't say.
-    ids = {"bos_token_id": 50256, "eos_token_id": 50256} | {
-        name: checkpoint.raw_config[name] for name in names if name in checkpoint.raw_config
-    }
-    return {name: value for name, value in ids.items() if value is not None}
+    # GPT2Config's own defaults, which hold where config.json doesn't say; older ones say more than these ids.
+    names = {"bos_token_id", "pad_token_id", *(field.name for field in fields(GenerationConfig))}
+    given = {name: value for name, value in checkpoint.raw_config.items() if name in names}
+    options = {"bos_token_id": 50256, "eos_token_id": 50256} | given
+    return {name: value for name, value in options.items() if value is not None}
 
 
 def _genai_config(config: GPT2Config, generation: dict[str, Any]) -> dict[str, Any]:
@@ -300,4 +354,4 @@ def _genai_config(config: GPT2Config, generation: dict[str, Any]) -> dict[str, A
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:
-    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

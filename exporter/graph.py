@@ -6,7 +6,7 @@ Operators: https://github.com/microsoft/onnxruntime/blob/main/docs/ContribOperat
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import numpy as np
 import numpy.typing as npt
@@ -14,6 +14,7 @@ from onnx import ModelProto, TensorProto, ValueInfoProto, helper
 
 from ..models import contract
 from ..models.config import GPT2Config
+from .inputs import Inputs
 from .operators import MICROSOFT, Graph, Precision, StoredMatrix, activation
 from .weights import WeightsFile
 
@@ -24,7 +25,15 @@ _HEAD_SIZE_UNIT = 8  # GroupQueryAttention takes multiples only
 Tensor = Callable[[str], npt.NDArray[np.float32]]
 
 
-def build(config: GPT2Config, tensor: Tensor, *, tied: bool, precision: Precision, weights: WeightsFile) -> ModelProto:
+def build(
+    config: GPT2Config,
+    tensor: Tensor,
+    *,
+    tied: bool,
+    precision: Precision,
+    weights: WeightsFile,
+    inputs: Mapping[str, Inputs] | None = None,
+) -> ModelProto:
     """Writes the network as an ONNX model that fulfils `models.contract`.
 
     Args:
@@ -33,11 +42,12 @@ def build(config: GPT2Config, tensor: Tensor, *, tied: bool, precision: Precisio
         tied: whether the output head is the token embedding, which is then stored once.
         precision: how weights are stored.
         weights: takes the weights as external data, in the order in which the network uses them.
+        inputs: what reaches the matrices, by their layers' names; they are then quantised for that.
 
     Returns:
         The model, its weights referring to the file of `weights`.
     """
-    graph = Graph(precision, weights)
+    graph = Graph(precision, weights, inputs or {})
     epsilon = float(config.layer_norm_epsilon)
 
     # The mask only says how many positions are in use: GroupQueryAttention takes that as int32 numbers.
@@ -50,9 +60,10 @@ def build(config: GPT2Config, tensor: Tensor, *, tied: bool, precision: Precisio
     total_length = graph.op("Cast", [mask_width], "total_sequence_length", to=TensorProto.INT32)
 
     embedded, head = _embedding(graph, config, tensor, tied=tied)
-    positions = graph.op(
-        "Gather", [graph.vector("wpe.weight", tensor("wpe.weight")), contract.POSITION_IDS], "wpe", axis=0
-    )
+    # Where matrices are quantised, the digits that float16 lacks don't count.
+    store = graph.vector if precision.blocks("wte") is None else graph.halved
+    table = store("wpe.weight", tensor("wpe.weight"))
+    positions = graph.op("Gather", [table, contract.POSITION_IDS], "wpe", axis=0)
     residual = graph.op("Add", [embedded, positions], "embedding")
 
     def norm_weights(name: str) -> tuple[str, str]:
@@ -119,21 +130,21 @@ def _attention_scale(config: GPT2Config, layer: int) -> float:
 
 def _embedding(graph: Graph, config: GPT2Config, tensor: Tensor, *, tied: bool) -> tuple[str, StoredMatrix | str]:
     """The token embeddings of the input, and the output head: a stored float matrix's name, or a quantised matrix."""
-    bits, block_size = graph.precision.embedding_bits, graph.precision.embedding_block_size
-    if bits is None or block_size is None:
+    blocks = graph.precision.blocks("wte")
+    if blocks is None:
         table = graph.vector("wte.weight", tensor("wte.weight"))
         embedded = graph.op("Gather", [table, contract.INPUT_IDS], "wte", axis=0)
         return embedded, table if tied else graph.vector("lm_head.weight", tensor("lm_head.weight"))
-    matrix = graph.quantized("wte", tensor("wte.weight"), bits, block_size)
+    matrix = graph.quantized("wte", tensor("wte.weight"), blocks)
     # MatMulNBits wants [out, blocks, bytes], GatherBlockQuantized [out, bytes]: one stored array serves both.
     flat = graph.reshape(matrix.data, "wte.flat", matrix.rows, -1)
     embedded = graph.op(
         "GatherBlockQuantized", [flat, contract.INPUT_IDS, matrix.scales], "wte.gather", domain=MICROSOFT,
-        bits=bits, block_size=matrix.block_size, gather_axis=0, quantize_axis=1,
+        bits=blocks.bits, block_size=blocks.size, gather_axis=0, quantize_axis=1,
     )  # fmt: skip
-    if config.n_embd % matrix.block_size:
+    if config.n_embd % blocks.size:
         embedded = graph.first(embedded, "wte.unpadded", config.n_embd)
-    return embedded, matrix if tied else graph.quantized("lm_head", tensor("lm_head.weight"), bits, block_size)
+    return embedded, matrix if tied else graph.quantized("lm_head", tensor("lm_head.weight"), blocks)
 
 
 def _head(graph: Graph, config: GPT2Config, x: str, head: StoredMatrix | str) -> None:
@@ -164,13 +175,20 @@ def _model(graph: Graph, config: GPT2Config) -> ModelProto:
         value(contract.POSITION_IDS, TensorProto.INT64, batch, "sequence_length"),
     ]
     outputs = [value(contract.LOGITS, TensorProto.FLOAT, batch, "kept_sequence_length", config.vocab_size)]
+    inner: list[ValueInfoProto] = []
     for layer in range(config.n_layer):
         for name, filled in zip(contract.past_names(layer), contract.present_names(layer), strict=True):
             inputs.append(value(name, cache_type, batch, config.n_head, past, config.head_size))
             outputs.append(value(filled, cache_type, batch, config.n_head, total, config.head_size))
+            # Where heads are padded, ONNX Runtime takes past and present for equally long unless it is told
+            # otherwise, and then reuses the one's memory for the other.
+            padded = config.head_size + -config.head_size % _HEAD_SIZE_UNIT
+            if padded != config.head_size:
+                inner.append(value(f"{name}.padded", cache_type, batch, config.n_head, past, padded))
+                inner.append(value(f"{filled}.padded", cache_type, batch, config.n_head, total, padded))
     # An input that also has an initializer is optional; required inputs come first.
     inputs.append(value(contract.LOGITS_TO_KEEP, TensorProto.INT64, 1))
-    proto = helper.make_graph(graph.nodes, "gpt2", inputs, outputs, graph.initializers)
+    proto = helper.make_graph(graph.nodes, "gpt2", inputs, outputs, graph.initializers, value_info=inner)
     return helper.make_model(
         proto,
         ir_version=IR_VERSION,

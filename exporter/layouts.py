@@ -18,10 +18,10 @@ from gpt2onnx.errors import CheckpointError
 
 from .arrays import FLOATS, ConstantArray, StoredArray
 
-# Wrappers leave these before every name: torch.compile, DistributedDataParallel, GPT2LMHeadModel.
-_PREFIX = re.compile(r"^(?:_orig_mod\.|module\.|transformer\.)+")
-_BLOCK = re.compile(r"^trf_blocks\.(\d+)\.")
-_NANO_BLOCK = re.compile(r"^h\.(\d+)\.")
+# Wrappers leave these before every name: torch.compile, DistributedDataParallel, Lightning, GPT2LMHeadModel.
+_PREFIX = re.compile(r"^(?:_orig_mod\.|module\.|model\.|transformer\.)+")
+_BLOCK = re.compile(r"^trf_blocks\.(\d{1,4})\.")
+_NANO_BLOCK = re.compile(r"^h\.(\d{1,4})\.")
 
 # GPT-2's four sizes; all have heads of 64.
 _HEADS_OF_WIDTH = {768: 12, 1024: 16, 1280: 20, 1600: 25}
@@ -38,6 +38,7 @@ _OTHER_NAMES = {
     "num_attention_heads": "n_head",
     "num_hidden_layers": "n_layer",
 }
+_POSITIONS = {"n_positions", "max_position_embeddings"}
 
 
 @dataclass(frozen=True)
@@ -117,25 +118,30 @@ def arrange(
         return _arrange_nanogpt(named, settings, config, path)
     if config is None:
         raise CheckpointError(f"{path} has no config.json beside it: put the checkpoint's own there")
-    return dict(config), {name: Weight((array,)) for name, array in named.items()}
+    # The first GPT-2s' config.json called it n_ctx; later ones have both.
+    older = {"n_positions": config["n_ctx"]} if "n_ctx" in config and not config.keys() & _POSITIONS else {}
+    return dict(config) | older, {name: Weight((array,)) for name, array in named.items()}
 
 
 def _arrange_nanogpt(
     named: Mapping[str, StoredArray], settings: Mapping[str, Any], config: Mapping[str, Any] | None, path: Path
 ) -> tuple[dict[str, Any], dict[str, Weight]]:
-    """nanoGPT's GPT: https://github.com/karpathy/nanoGPT/blob/master/model.py."""
-    arguments = settings.get("model_args")
-    if not isinstance(arguments, dict):
-        arguments = {}
+    """nanoGPT's GPT, and that of build-nanogpt, which differs in its activation and in how it is saved.
+
+    https://github.com/karpathy/nanoGPT/blob/master/model.py
+    https://github.com/karpathy/build-nanogpt/blob/master/train_gpt2.py
+    """
+    saved = {name: settings[name] for name in ("model_args", "config") if isinstance(settings.get(name), dict)}
+    arguments: dict[str, Any] = next((each for each in saved.values() if "n_head" in each), {})
     width = _width(named, "wte.weight", path)
     layers = _count(named, _NANO_BLOCK)
     architecture = {
         "vocab_size": named["wte.weight"].shape[0],
-        "n_positions": _need(named, "wpe.weight", path).shape[0],
+        "n_positions": _rows(named, "wpe.weight", path),
         "n_embd": width,
         "n_layer": layers,
-        # Its torch.nn.GELU is the exact one; a config.json beside the file can say otherwise.
-        "activation_function": "gelu",
+        # nanoGPT's is the exact one; a config.json beside the file can say otherwise.
+        "activation_function": "gelu_pytorch_tanh" if arguments and "model_args" not in saved else "gelu",
     }
     known = {"n_head": arguments["n_head"]} if "n_head" in arguments else {}
     full = _configuration(architecture, known, config, path)
@@ -178,10 +184,10 @@ class _Book:
         self, settings: Mapping[str, Any], config: Mapping[str, Any] | None
     ) -> tuple[dict[str, Any], dict[str, Weight]]:
         width, layers = _width(self._named, "tok_emb.weight", self._path), _count(self._named, _BLOCK)
-        inner = self._need("trf_blocks.0.ff.layers.0.weight").shape[0]
+        inner = _rows(self._named, "trf_blocks.0.ff.layers.0.weight", self._path)
         architecture = {
             "vocab_size": self._named["tok_emb.weight"].shape[0],
-            "n_positions": self._need("pos_emb.weight").shape[0],
+            "n_positions": _rows(self._named, "pos_emb.weight", self._path),
             "n_embd": width,
             "n_layer": layers,
             "n_inner": None if inner == 4 * width else inner,
@@ -254,10 +260,18 @@ def _need(named: Mapping[str, StoredArray], name: str, path: Path) -> StoredArra
 
 
 def _width(named: Mapping[str, StoredArray], embedding: str, path: Path) -> int:
-    shape = named[embedding].shape
+    return _matrix(named, embedding, path)[1]
+
+
+def _rows(named: Mapping[str, StoredArray], name: str, path: Path) -> int:
+    return _matrix(named, name, path)[0]
+
+
+def _matrix(named: Mapping[str, StoredArray], name: str, path: Path) -> tuple[int, int]:
+    shape = _need(named, name, path).shape
     if len(shape) != 2:
-        raise CheckpointError(f"{path}: tensor {embedding} has shape {list(shape)}, not [vocabulary, width]")
-    return shape[1]
+        raise CheckpointError(f"{path}: tensor {name} has shape {list(shape)}, but should be a matrix")
+    return shape[0], shape[1]
 
 
 def _count(names: Iterable[str], block: re.Pattern[str]) -> int:

@@ -5,7 +5,7 @@ Operators: https://github.com/microsoft/onnxruntime/blob/main/docs/ContribOperat
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,7 +13,11 @@ import numpy as np
 import numpy.typing as npt
 from onnx import NodeProto, TensorProto, helper, numpy_helper
 
-from .quantize import quantize
+from gpt2onnx.errors import CheckpointError
+
+from ..models.precision import Blocks
+from .inputs import Inputs
+from .quantize import QuantizedMatrix, dequantize, quantize
 from .weights import WeightsFile
 
 MICROSOFT = "com.microsoft"
@@ -24,20 +28,12 @@ class Precision:
     """How weights are stored.
 
     Attributes:
-        name: as the user asks for it.
         floats: type of activations, biases, norms and whatever isn't quantised.
-        matrix_bits: bits of the blocks' matrices; None keeps them in `floats`.
-        embedding_bits: bits of token embedding and output head; None keeps them in `floats`.
-        block_size: weights of the blocks' matrices that share a scale.
-        embedding_block_size: weights of token embedding and output head that share a scale.
+        blocks: how a layer's matrix is quantised, by the layer's name; None keeps it in `floats`.
     """
 
-    name: str
     floats: type[np.float32] | type[np.float16] = np.float32
-    matrix_bits: int | None = None
-    embedding_bits: int | None = None
-    block_size: int | None = None
-    embedding_block_size: int | None = None
+    blocks: Callable[[str], Blocks | None] = lambda name: None
 
     @property
     def onnx_type(self) -> int:
@@ -58,10 +54,17 @@ class StoredMatrix:
 
 @dataclass
 class Graph:
-    """Nodes and initializers under construction; each method appends and returns value names."""
+    """Nodes and initializers under construction; each method appends and returns value names.
+
+    Attributes:
+        precision: how weights are stored.
+        weights: takes them as external data.
+        inputs: what reaches the matrices that are quantised, by their layers' names, where that is known.
+    """
 
     precision: Precision
     weights: WeightsFile
+    inputs: Mapping[str, Inputs] = field(default_factory=dict)
     nodes: list[NodeProto] = field(default_factory=list)
     initializers: list[TensorProto] = field(default_factory=list)
 
@@ -91,24 +94,47 @@ class Graph:
         return name
 
     def vector(self, name: str, array: npt.NDArray[np.float32]) -> str:
-        return self.weight(name, array.astype(self.precision.floats, copy=False))
+        """A weight kept in the external data as it is, or rounded to float16.
+
+        Raises:
+            CheckpointError: a number is beyond float16's range.
+        """
+        with np.errstate(over="ignore"):
+            rounded = array.astype(self.precision.floats, copy=False)
+        if rounded is not array and not np.isfinite(rounded).all():
+            raise CheckpointError(f"{name} has numbers beyond float16's range: export in another precision")
+        return self.weight(name, rounded)
+
+    def halved(self, name: str, array: npt.NDArray[np.float32]) -> str:
+        """A float32 weight kept as float16 where that has its digits; ONNX Runtime turns it back once, at loading."""
+        with np.errstate(over="ignore"):
+            half = array.astype(np.float16)
+        if not np.allclose(half, array, rtol=2**-10, atol=2**-12 * float(np.abs(array).mean())):
+            return self.weight(name, array)
+        return self.op("Cast", [self.weight(f"{name}.half", half)], name, to=TensorProto.FLOAT)
 
     def linear(self, x: str, name: str, weight: npt.NDArray[np.float32], bias: npt.NDArray[np.float32]) -> str:
         """x @ weight + bias, with weight [in, out] as GPT-2's Conv1D stores it."""
-        if self.precision.matrix_bits is None:
+        blocks = self.precision.blocks(name)
+        if blocks is None:
             product = self.op("MatMul", [x, self.vector(f"{name}.weight", weight)], f"{name}.matmul")
             return self.op("Add", [product, self.vector(f"{name}.bias", bias)], name)
-        assert self.precision.block_size is not None
-        matrix = self.quantized(name, weight.T, self.precision.matrix_bits, self.precision.block_size)
-        return self.matmul_quantized(x, matrix, f"{name}.matmul", self.vector(f"{name}.bias", bias))
+        known = self.inputs.get(name)
+        matrix = quantize(weight.T, blocks.bits, blocks.size, None if known is None else known.covariance)
+        if known is not None:
+            # What rounding adds to the output on average is taken off its bias.
+            bias = np.add(bias, (weight.T - dequantize(matrix)) @ known.mean, dtype=np.float32)
+        stored = self.stored(name, matrix)
+        return self.matmul_quantized(x, stored, f"{name}.matmul", self.vector(f"{name}.bias", bias))
 
-    def quantized(self, name: str, matrix: npt.NDArray[np.float32], bits: int, block_size: int) -> StoredMatrix:
+    def quantized(self, name: str, matrix: npt.NDArray[np.float32], blocks: Blocks) -> StoredMatrix:
         """Quantises [out, in] and stores it."""
-        result = quantize(matrix, bits, block_size)
-        data = self.weight(f"{name}.data", result.data)
-        scales = self.weight(f"{name}.scales", result.scales.astype(self.precision.floats))
-        rows, width = matrix.shape
-        return StoredMatrix(data, scales, rows, width, bits, result.block_size)
+        return self.stored(name, quantize(matrix, blocks.bits, blocks.size))
+
+    def stored(self, name: str, matrix: QuantizedMatrix) -> StoredMatrix:
+        """Stores a quantised matrix."""
+        data, scales = self.weight(f"{name}.data", matrix.data), self.halved(f"{name}.scales", matrix.scales)
+        return StoredMatrix(data, scales, len(matrix.data), matrix.width, matrix.bits, matrix.block_size)
 
     def reshape(self, x: str, name: str, *shape: int) -> str:
         """Reshape; 0 keeps a dimension, one -1 takes what is left."""

@@ -54,7 +54,7 @@ def on_text(bundle: Bundle, reference: Bundle, text: str, *, name: str = "text",
         OptionError: the text has fewer than two tokens.
         BundleError, BackendError: a bundle can't be used.
     """
-    tokens = Tokenizer(reference.folder / TOKENIZER).encode(text)
+    tokens = Tokenizer(bundle.folder / TOKENIZER).encode(text)
     if len(tokens) < 2:
         raise OptionError("quality is measured on a text of at least two tokens")
     ours, theirs = Session(bundle, threads=threads), Session(reference, threads=threads)

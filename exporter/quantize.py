@@ -3,6 +3,10 @@
 A matrix [out, in] is cut along `in` into blocks that share one scale: w is about scale * (q - zero),
 with q stored unsigned and zero fixed at the middle of its range (128 for 8 bits, 8 for 4 bits).
 Layout: https://github.com/microsoft/onnxruntime/blob/main/docs/ContribOperators.md#com.microsoft.MatMulNBits
+
+Where it is known what the matrix will be multiplied with, rounding minimises the error of its output instead of its
+own: along `in`, each weight also makes up for the errors of those before it. That is GPTQ
+(https://arxiv.org/abs/2210.17323) in the form of LDLQ (https://arxiv.org/abs/2307.13304, section 3).
 """
 
 from dataclasses import dataclass
@@ -16,6 +20,10 @@ import numpy.typing as npt
 _RANGE_SHARES = {8: (1.0, 128 / 127), 4: (0.65, 0.7, 0.75, 0.8, 0.85, 0.9, 0.95, 1.0, 1.05, 8 / 7)}
 # So many weights at a time: what is computed of them then stays in the processor's cache.
 _AT_ONCE = 1 << 16
+# With feedback so many rows at a time, which bounds the memory that their errors take.
+_ROWS_WITH_FEEDBACK = 4096
+# Added to each input's variance, as a share of their mean: a sample never shows all that can come.
+_DAMPING = 0.01
 
 
 @dataclass(frozen=True)
@@ -37,18 +45,34 @@ class QuantizedMatrix:
     width: int
 
 
-def quantize(matrix: npt.NDArray[np.float32], bits: int, block_size: int) -> QuantizedMatrix:
-    """Quantises a matrix [out, in] with the scales of least squared error among those tried."""
+def quantize(
+    matrix: npt.NDArray[np.float32],
+    bits: int,
+    block_size: int,
+    covariance: npt.NDArray[np.float32] | None = None,
+) -> QuantizedMatrix:
+    """Quantises a matrix [out, in] with the scales of least squared error among those tried.
+
+    Args:
+        matrix: float32 [out, in].
+        bits: 8 or 4.
+        block_size: a power of two from 16.
+        covariance: of the matrix' inputs, float32 [in, in]; with it the variance of the output's error is minimised.
+    """
     rows, width = matrix.shape
     blocks = -(-width // block_size)
     data = np.empty((rows, blocks, block_size * bits // 8), np.uint8)
     scales = np.empty((rows, blocks), np.float32)
-    step = max(1, _AT_ONCE // width)
+    feedback = None if covariance is None else _feedback(covariance)
+    step = max(1, _AT_ONCE // width) if feedback is None else _ROWS_WITH_FEEDBACK
     for start in range(0, rows, step):
         part = matrix[start : start + step]
-        padded = np.zeros((len(part), blocks * block_size), np.float32)
-        padded[:, :width] = part
-        values, part_scales = _fit(padded.reshape(len(part), blocks, block_size), bits)
+        if feedback is None:
+            padded = np.zeros((len(part), blocks * block_size), np.float32)
+            padded[:, :width] = part
+            values, part_scales = _fit(padded.reshape(len(part), blocks, block_size), bits)
+        else:
+            values, part_scales = _fit_with_feedback(part, bits, block_size, feedback)
         data[start : start + len(part)] = _pack(values, bits)
         scales[start : start + len(part)] = part_scales
     return QuantizedMatrix(data, scales, bits, block_size, width)
@@ -85,6 +109,51 @@ def _fit(blocks: npt.NDArray[np.float32], bits: int) -> tuple[npt.NDArray[np.flo
         best_scales[better] = product[better] / square[better]
         best_gain[better] = gain[better]
     return best_values, best_scales
+
+
+def _feedback(covariance: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+    """How much of each weight's error [earlier weight, later weight] the later weight is to make up for.
+
+    With covariance = (1 + U) D (1 + U)^T, U strictly upper triangular and D diagonal, the variance of the output's error
+    is the sum over the columns of error (1 + U), squared, times D. Each of them is as small as rounding allows if
+    the weight takes the errors before it, times its column of U, on itself.
+    """
+    damped = covariance.astype(np.float64)
+    damping = _DAMPING * (abs(np.trace(damped)) / len(damped) or 1.0)
+    while True:
+        damped[np.diag_indices_from(damped)] += damping
+        try:
+            # The factor that NumPy gives is the lower one; both axes turned round make it the upper one.
+            factor = np.linalg.cholesky(damped[::-1, ::-1])[::-1, ::-1]
+            break
+        except np.linalg.LinAlgError:  # inputs that hardly vary beside their mean: float32 has lost their variance
+            damping *= 10
+    return np.triu(factor / np.diagonal(factor), 1).astype(np.float32)
+
+
+def _fit_with_feedback(
+    matrix: npt.NDArray[np.float32], bits: int, block_size: int, feedback: npt.NDArray[np.float32]
+) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:
+    """As `_fit`, for a matrix [rows, in] that isn't padded yet."""
+    rows, width = matrix.shape
+    low, high = -(1 << (bits - 1)), (1 << (bits - 1)) - 1
+    columns = np.ascontiguousarray(matrix.T)
+    errors = np.empty_like(columns)
+    values = np.zeros((-(-width // block_size) * block_size, rows), np.float32)
+    scales = np.empty((rows, len(values) // block_size), np.float32)
+    for start in range(0, width, block_size):
+        end = min(start + block_size, width)
+        wanted = columns[start:end] + feedback[:start, start:end].T @ errors[:start]
+        block = np.zeros((rows, 1, block_size), np.float32)
+        block[:, 0, : end - start] = wanted.T
+        scale = _fit(block, bits)[1][:, 0]
+        scale[scale == 0] = 1  # of a block of zeros
+        for column in range(start, end):
+            target = wanted[column - start] + feedback[start:column, column] @ errors[start:column]
+            values[column] = np.clip(np.rint(target / scale), low, high)
+            errors[column] = columns[column] - values[column] * scale
+        scales[:, start // block_size] = scale
+    return values.T.reshape(rows, -1, block_size), scales
 
 
 def _pack(values: npt.NDArray[np.float32], bits: int) -> npt.NDArray[np.uint8]:

@@ -4,9 +4,10 @@ What the files mean is taken from transformers 5's GPT2Tokenizer, BertTokenizer 
 """
 
 import json
+import logging
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -17,12 +18,15 @@ from gpt2onnx.errors import CheckpointError, MissingExtraError
 
 from ..models.bundle import TOKENIZER
 from ..models.config import read_json
+from ..models.messages import shown
+from .known_tokenizers import CHARACTERS, END_OF_TEXT, GPT2_VOCABULARIES, characters, gpt2
 
 _SETTINGS = "tokenizer_config.json"
-_COMPANIONS = (_SETTINGS, "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt")
+_COMPANIONS = (_SETTINGS, "special_tokens_map.json", "added_tokens.json")
 _BYTE_LEVEL_FILES = (("vocab.json", "merges.txt"), ("encoder.json", "vocab.bpe"))
 _WORD_PIECE_FILE = "vocab.txt"
-END_OF_TEXT = "<|endoftext|>"
+_MOST_JSON = 64 * 2**20  # bytes of a tokenizer.json; those of the largest vocabularies have 35 million
+_log = logging.getLogger(__name__)
 
 # The special tokens that a tokenizer has unless its files say otherwise, in transformers' order.
 _NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
@@ -42,8 +46,8 @@ def write_tokenizer(checkpoint: Path, config: Mapping[str, Any], target: Path) -
     """Writes tokenizer.json and its companions into the folder `target`.
 
     Args:
-        checkpoint: folder with tokenizer.json; with vocab.json and merges.txt; with BERT's vocab.txt; or with
-            a sentencepiece model.
+        checkpoint: folder with tokenizer.json; with vocab.json and merges.txt; with BERT's vocab.txt; with a
+            sentencepiece model; with nanoGPT's meta.pkl; or with none of them, for GPT-2's own vocabulary.
         config: the checkpoint's config.json; its vocab_size has to be there.
         target: an existing folder.
 
@@ -65,24 +69,54 @@ def write_tokenizer(checkpoint: Path, config: Mapping[str, Any], target: Path) -
         tokenizer = files.from_word_pieces()
     elif sentencepiece:
         tokenizer = _convert_sentencepiece(checkpoint, target)
+    elif (checkpoint / CHARACTERS).is_file():
+        tokenizer, files = characters(checkpoint / CHARACTERS), replace(files, class_name="PreTrainedTokenizerFast")
+    elif config["vocab_size"] in GPT2_VOCABULARIES:
+        tokenizer = files.from_nothing()
+        _log.warning("%s has no tokenizer: GPT-2's own is taken, to which its vocabulary fits", checkpoint)
     else:
         raise CheckpointError(
-            f"{checkpoint} has no tokenizer: put its {TOKENIZER} there, or vocab.json with merges.txt, or vocab.txt"
-            " (for a vocabulary of 50257 or 50304 tokens most likely GPT-2's own)"
+            f"{checkpoint} has no tokenizer, and a vocabulary of {config['vocab_size']} isn't GPT-2's:"
+            f" put {TOKENIZER} there, vocab.json with merges.txt, vocab.txt, or nanoGPT's {CHARACTERS}"
         )
-    size = tokenizer.get_vocab_size(with_added_tokens=False)
-    if size > config["vocab_size"]:
+    largest = max(tokenizer.get_vocab(with_added_tokens=False).values(), default=-1)
+    if largest >= config["vocab_size"]:
         raise CheckpointError(
-            f"{checkpoint}: the tokenizer has {size} tokens, config.json a vocab_size of only {config['vocab_size']}"
+            f"{checkpoint}: the tokenizer has ids up to {largest}, config.json a vocab_size of {config['vocab_size']}"
         )
+    if any(index >= config["vocab_size"] for index in tokenizer.get_added_tokens_decoder()):
+        (target / TOKENIZER).unlink(missing_ok=True)
+        tokenizer = _without_added_tokens_from(config["vocab_size"], tokenizer, checkpoint)
     if not (target / TOKENIZER).exists():
-        tokenizer.save(str(target / TOKENIZER))
+        # Not by its own `save`, whose failures aren't OSErrors.
+        (target / TOKENIZER).write_text(_compact(json.loads(tokenizer.to_str())), encoding="utf-8")
     for name in _COMPANIONS:
         if (checkpoint / name).is_file() and not (target / name).exists():
             shutil.copyfile(checkpoint / name, target / name)
     if not (target / _SETTINGS).exists():
         minimal = {"tokenizer_class": files.class_name, **_DEFAULT_TOKENS.get(files.class_name, {})}
         (target / _SETTINGS).write_text(json.dumps(minimal, indent=2) + "\n", encoding="utf-8")
+
+
+def _compact(content: dict[str, Any]) -> str:
+    """The text of a tokenizer.json: without layout, and with merges in the shorter of their two forms."""
+    model = content.get("model") or {}
+    merges = model.get("merges")
+    if isinstance(merges, list) and all(isinstance(pair, list) and " " not in "".join(pair) for pair in merges):
+        content = content | {"model": model | {"merges": [" ".join(pair) for pair in merges]}}
+    return json.dumps(content, ensure_ascii=False, separators=(",", ":"))
+
+
+def _without_added_tokens_from(end: int, tokenizer: Tokenizer, checkpoint: Path) -> Tokenizer:
+    """Without added tokens that the network has no row for, such as a padding token that was never trained."""
+    content = json.loads(tokenizer.to_str())
+    dropped = [token["content"] for token in content["added_tokens"] if token["id"] >= end]
+    content["added_tokens"] = [token for token in content["added_tokens"] if token["id"] < end]
+    tokenizer = Tokenizer.from_str(json.dumps(content))
+    if any(index >= end for index in tokenizer.encode("").ids):
+        raise CheckpointError(f"{checkpoint}: the tokenizer begins texts with a token that the network has no row for")
+    _log.warning("%s: left out added tokens that the network has no rows for: %s", checkpoint, ", ".join(dropped)[:200])
+    return tokenizer
 
 
 def _byte_level_bpe(vocab: Path, merges: Path, *, add_prefix_space: bool) -> Tokenizer:
@@ -146,22 +180,23 @@ class _TokenizerFiles:
             older = _read_if_there(folder / "special_tokens_map.json")
             special |= {name: token for name, token in older.items() if name.endswith("_token") and _is_token(token)}
             roles = {_text(token) for token in [*special.values(), *extra] if token is not None}
-            by_id = {
-                index: {"content": token, "special": token in roles, "normalized": token not in roles}
+            by_id = [
+                (index, {"content": token, "special": token in roles, "normalized": token not in roles})
                 for token, index in _read_if_there(folder / "added_tokens.json").items()
-            }
+            ]
             extra = extra or _listed(older.get("additional_special_tokens"))
         try:
-            in_order = sorted((int(index), token) for index, token in by_id.items())
+            pairs = by_id.items() if isinstance(by_id, dict) else by_id
+            in_order = sorted(((int(index), token) for index, token in pairs), key=lambda pair: pair[0])
             added = tuple(_added_token(token, special=False) for _, token in in_order)
-        except (AttributeError, KeyError, TypeError, ValueError) as error:
+        except (AttributeError, KeyError, OverflowError, TypeError, ValueError) as error:
             raise CheckpointError(f"{folder}: the added tokens can't be read: {error!r}") from error
         return cls(folder, class_name, settings, special, extra, added)
 
     def from_tokenizer_json(self, target: Path) -> Tokenizer:
-        """Takes tokenizer.json as it is, byte for byte, unless its settings say otherwise."""
+        """Takes tokenizer.json as it is, but for its layout, unless its settings say otherwise."""
         path = self.folder / TOKENIZER
-        content = read_json(path)
+        content = read_json(path, _MOST_JSON)
         try:
             as_it_is = Tokenizer.from_str(json.dumps(content))
             tokenizer = Tokenizer.from_str(json.dumps(self._with_settings(content)))
@@ -169,7 +204,7 @@ class _TokenizerFiles:
             raise CheckpointError(f"{path} can't be read: {error}") from error
         self._add_tokens(tokenizer)
         if tokenizer.to_str() == as_it_is.to_str():
-            shutil.copyfile(path, target / TOKENIZER)
+            (target / TOKENIZER).write_text(_compact(content), encoding="utf-8")
         return tokenizer
 
     def from_byte_level_bpe(self, vocab: str, merges: str) -> Tokenizer:
@@ -181,6 +216,12 @@ class _TokenizerFiles:
         )
         if before or after:
             tokenizer.post_processor = self._template(tokenizer, before, after)
+        return tokenizer
+
+    def from_nothing(self) -> Tokenizer:
+        """GPT-2's own."""
+        tokenizer = gpt2()
+        self._add_tokens(tokenizer)
         return tokenizer
 
     def from_word_pieces(self) -> Tokenizer:
@@ -237,7 +278,12 @@ class _TokenizerFiles:
         for token in [*named, *self.extra]:
             if _text(token) not in known:
                 known.add(_text(token))
-                tokens.append(_added_token(token, special=True))
+                try:
+                    tokens.append(_added_token(token, special=True))
+                except TypeError as error:
+                    raise CheckpointError(
+                        f"{self.folder}: special token {shown(token)} can't be read: {error}"
+                    ) from error
         roles = {_text(token) for token in named}
         for token in tokens:
             token.special = token.special or token.content in roles

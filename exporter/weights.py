@@ -7,8 +7,9 @@ import numpy as np
 import numpy.typing as npt
 from onnx import StringStringEntryProto, TensorProto, helper
 
-# A page: ONNX Runtime memory-maps each weight where it lies.
-_ALIGNMENT = 4096
+# ONNX Runtime memory-maps each weight where it lies: large ones begin with a page, small ones with a cache line.
+_PAGE, _CACHE_LINE = 4096, 64
+_LARGE = 1 << 20
 
 
 class WeightsFile:
@@ -19,7 +20,7 @@ class WeightsFile:
 
     def append(self, name: str, array: npt.NDArray[np.generic]) -> TensorProto:
         """Writes the array and returns an initializer of that name that points at its bytes."""
-        self._file.write(bytes(-self._file.tell() % _ALIGNMENT))
+        self._file.write(bytes(-self._file.tell() % (_PAGE if array.nbytes >= _LARGE else _CACHE_LINE)))
         array = np.ascontiguousarray(array)
         place = {"location": self._path.name, "offset": str(self._file.tell()), "length": str(array.nbytes)}
         self._file.write(array.data)

@@ -91,19 +91,21 @@ class _NanoAttention(nn.Module):
 
 
 class _NanoFeedForward(nn.Module):
-    def __init__(self, width: int, bias: bool) -> None:
+    def __init__(self, width: int, bias: bool, approximate: str) -> None:
         super().__init__()
+        self.approximate = approximate
         self.c_fc, self.c_proj = nn.Linear(width, 4 * width, bias=bias), nn.Linear(4 * width, width, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.c_proj(functional.gelu(self.c_fc(x)))
+        return self.c_proj(functional.gelu(self.c_fc(x), approximate=self.approximate))
 
 
 class _NanoBlock(nn.Module):
-    def __init__(self, width: int, context: int, heads: int, bias: bool) -> None:
+    def __init__(self, width: int, context: int, heads: int, bias: bool, approximate: str) -> None:
         super().__init__()
         self.ln_1, self.ln_2 = nn.LayerNorm(width, bias=bias), nn.LayerNorm(width, bias=bias)
-        self.attn, self.mlp = _NanoAttention(width, context, heads, bias), _NanoFeedForward(width, bias)
+        self.attn = _NanoAttention(width, context, heads, bias)
+        self.mlp = _NanoFeedForward(width, bias, approximate)
 
     def forward(self, x: Tensor) -> Tensor:
         x = x + self.attn(self.ln_1(x))
@@ -111,7 +113,7 @@ class _NanoBlock(nn.Module):
 
 
 class NanoGPT(nn.Module):
-    """As nanoGPT's model.py names and computes it."""
+    """As nanoGPT's model.py names and computes it; with `approximate="tanh"` and biases as build-nanogpt does."""
 
     def __init__(
         self,
@@ -121,13 +123,14 @@ class NanoGPT(nn.Module):
         heads: int = 4,
         layers: int = 2,
         bias: bool = False,
+        approximate: str = "none",
     ) -> None:
         super().__init__()
         self.transformer = nn.ModuleDict(
             {
                 "wte": nn.Embedding(vocabulary, width),
                 "wpe": nn.Embedding(context, width),
-                "h": nn.ModuleList(_NanoBlock(width, context, heads, bias) for _ in range(layers)),
+                "h": nn.ModuleList(_NanoBlock(width, context, heads, bias, approximate) for _ in range(layers)),
                 "ln_f": nn.LayerNorm(width, bias=bias),
             }
         )

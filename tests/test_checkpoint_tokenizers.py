@@ -1,6 +1,7 @@
 """Whatever form a checkpoint's tokenizer has, its ids and texts in the bundle are those of transformers."""
 
 import json
+import pickle
 import shutil
 import sys
 import unicodedata
@@ -167,12 +168,52 @@ def test_openai_s_own_file_names_and_all_of_its_vocabulary(tmp_path: Path) -> No
     assert pairs_that_differ(write(named), bundle) == []
 
 
-def test_tokenizer_json_comes_along_byte_for_byte(byte_level: Path) -> None:
+@pytest.mark.parametrize("vocabulary", [50257, 50304])
+def test_a_checkpoint_without_a_tokenizer_has_gpt2_s_own_where_it_fits(vocabulary: int, tmp_path: Path) -> None:
+    """As GPTModel's and nanoGPT's, which are trained with that and saved without it."""
+    named, bundle = tmp_path / "named", tmp_path / "bundle"
+    for folder in (named, bundle):
+        folder.mkdir()
+    write_tokenizer(tmp_path, {"vocab_size": vocabulary}, bundle)
+    for openai, hugging_face in (("encoder.json", "vocab.json"), ("vocab.bpe", "merges.txt")):
+        shutil.copyfile(GPT2_FILES / openai, named / hugging_face)
+    assert pairs_that_differ(write(named, config_json={"vocab_size": vocabulary}), bundle) == []
+    vocab = json.loads((bundle / "tokenizer.json").read_text("utf-8"))["model"]["vocab"]
+    assert vocab == json.loads((GPT2_FILES / "encoder.json").read_text("utf-8"))
+
+
+def test_the_characters_of_a_nanogpt_data_set(tmp_path: Path) -> None:
+    letters = sorted(set("First Citizen:\nBefore we proceed any further, hear me speak. é今"))
+    ids = {letter: index for index, letter in enumerate(letters)}
+    table = {"vocab_size": len(ids), "stoi": ids, "itos": dict(enumerate(letters))}
+    (tmp_path / "meta.pkl").write_bytes(pickle.dumps(table))
+    bundle = tmp_path / "bundle"
+    bundle.mkdir()
+    write_tokenizer(tmp_path, {"vocab_size": len(ids)}, bundle)
+    write(bundle)
+    loaded = [Tokenizer(bundle / "tokenizer.json"), transformers.AutoTokenizer.from_pretrained(bundle)]
+    for text in ("First Citizen:\nBefore we proceed", "  speak.  \n\n é今", "F"):
+        for tokenizer in loaded:
+            assert tokenizer.encode(text) == [ids[letter] for letter in text]
+            assert tokenizer.decode([ids[letter] for letter in text]) == text
+
+
+@pytest.mark.parametrize("content", [{"stoi": {"ab": 1}}, {"stoi": {"a": -1}}, {}, [1], Path("x")], ids=str)
+def test_another_meta_pkl_is_refused(content: object, tmp_path: Path) -> None:
+    (tmp_path / "meta.pkl").write_bytes(pickle.dumps(content))
+    with pytest.raises(CheckpointError, match=r"meta\.pkl"):
+        write_tokenizer(tmp_path, {"vocab_size": 10}, tmp_path)
+
+
+def test_tokenizer_json_comes_along_without_its_layout(byte_level: Path) -> None:
     transformers.AutoTokenizer.from_pretrained(write(byte_level)).save_pretrained(byte_level)
     for name in ("vocab.json", "merges.txt"):
         (byte_level / name).unlink(missing_ok=True)
     bundle = assert_as_in_transformers(byte_level)
-    assert (bundle / "tokenizer.json").read_bytes() == (byte_level / "tokenizer.json").read_bytes()
+    found, given = (tokenizers.Tokenizer.from_file(str(each / "tokenizer.json")) for each in (bundle, byte_level))
+    assert found.to_str() == given.to_str()
+    sizes = [(each / "tokenizer.json").stat().st_size for each in (bundle, byte_level)]
+    assert sizes[0] < sizes[1] / 2, "GPT-2's own would take 3.6 MB of a bundle instead of 1.4"
 
 
 def test_settings_beside_tokenizer_json_count(byte_level: Path) -> None:

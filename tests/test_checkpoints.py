@@ -4,6 +4,7 @@ import io
 import json
 import pickle
 import shutil
+import sys
 import tracemalloc
 import zipfile
 from collections import OrderedDict
@@ -15,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from conftest import MakeCheckpoint, byte_tokenizer
+from conftest import MakeCheckpoint, byte_tokenizer, load_reference, reference_tokens
 from reference_models import GPTModel, NanoGPT
 from safetensors.torch import load_file, save_file
 
@@ -281,6 +282,90 @@ def test_nanogpt(bias: bool, prefix: str, tmp_path: Path) -> None:
     assert opened.tied
     assert opened.config.activation_function == "gelu"
     assert_computes(opened, model)
+
+
+class GPTConfig:
+    """build-nanogpt's settings are saved as an object of a class of the script that trains."""
+
+    __module__ = "__main__"
+
+    def __init__(self, model: NanoGPT) -> None:
+        self.__dict__ |= {"n_head": model.arguments["n_head"], "block_size": model.arguments["block_size"]}
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_build_nanogpt(zipped: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys.modules["__main__"], "GPTConfig", GPTConfig, raising=False)
+    model = randomised(NanoGPT(bias=True, approximate="tanh"))
+    with torch.no_grad():
+        model.transformer["h"][0].mlp.c_fc.weight *= 5  # far enough from 0 to tell the two GELUs apart
+    saved = {"model": model.state_dict(), "config": GPTConfig(model), "step": 3, "val_loss": 3.5}
+    torch.save(saved, tmp_path / "model_00003.pt", _use_new_zipfile_serialization=zipped)
+    opened = Checkpoint.open(str(tmp_path))
+    assert opened.config.activation_function == "gelu_pytorch_tanh"
+    assert_computes(opened, model)
+
+
+def test_lightning_s_prefix_and_suffix(folder: Path, state: State) -> None:
+    torch.save({"state_dict": {f"model.{name}": tensor for name, tensor in state.items()}}, folder / "last.ckpt")
+    assert_reads(Checkpoint.open(str(folder / "last.ckpt")), state)
+
+
+def test_what_a_trainer_leaves_beside_the_weights_is_passed_over(folder: Path, state: State) -> None:
+    save_file(state, folder / "weights.safetensors")
+    for name in ("optimizer.pt", "rng_state_0.pth", "scaler.pt", "training_args.bin", "random_states_0.pkl"):
+        (folder / name).write_bytes(b"not read")
+    assert_reads(Checkpoint.open(str(folder)), state)
+
+
+def test_the_first_configs_say_n_ctx(make_checkpoint: MakeCheckpoint) -> None:
+    folder = make_checkpoint(n_positions=40)
+    path = folder / "config.json"
+    content = json.loads(path.read_text())
+    content["n_ctx"] = content.pop("n_positions")
+    path.write_text(json.dumps(content))
+    opened = Checkpoint.open(str(folder))
+    assert opened.config.n_positions == opened.raw_config["n_positions"] == 40
+
+
+def test_generation_options_in_config_json_count_where_there_is_no_other_file(folder: Path, state: State) -> None:
+    """As in transformers, which wrote them there once."""
+    SAVE["safetensors"](state, folder)
+    (folder / "generation_config.json").unlink()
+    edit_config(folder, do_sample=True, top_k=5, temperature=0.7, max_length=20)
+    reference = load_reference(folder)
+    expected = reference_tokens(reference, [5, 6, 7], 3)
+    gpt2onnx.export(folder, folder / "bundle")
+    found = gpt2onnx.load(folder / "bundle", threads=1).generate([5, 6, 7], seed=3)
+    assert len(expected[0]) > 3
+    assert found.sequences[0].token_ids == expected[0]
+
+
+def test_a_head_that_is_left_out_is_told(folder: Path, state: State, caplog: pytest.LogCaptureFixture) -> None:
+    SAVE["safetensors"](state | {"score.weight": torch.ones(3, 32)}, folder)
+    assert_reads(Checkpoint.open(str(folder)), state)
+    assert "score.weight" in caplog.text
+    caplog.clear()
+    masks = {"transformer.h.0.attn.bias": torch.ones(1, 1, 64, 64), "transformer.h.0.attn.masked_bias": torch.ones(1)}
+    SAVE["safetensors"](state | masks | {"lm_head.weight": state["transformer.wte.weight"].clone()}, folder)
+    Checkpoint.open(str(folder))
+    assert not caplog.text
+
+
+@pytest.mark.parametrize("number", [float("nan"), float("inf"), -float("inf")])
+def test_a_weight_that_is_no_number_is_named(number: float, folder: Path, state: State) -> None:
+    state["transformer.h.1.mlp.c_proj.weight"][3, 4] = number
+    SAVE["safetensors"](state, folder)
+    with pytest.raises(CheckpointError, match=r"h\.1\.mlp\.c_proj\.weight"):
+        gpt2onnx.export(folder, folder / "bundle")
+    assert not (folder / "bundle").exists()
+
+
+def test_a_weight_beyond_float16_is_named(folder: Path, state: State) -> None:
+    state["transformer.h.1.mlp.c_proj.bias"][3] = 1e6
+    SAVE["safetensors"](state, folder)
+    with pytest.raises(CheckpointError, match=r"h\.1\.mlp\.c_proj\.bias.*float16"):
+        gpt2onnx.export(folder, folder / "bundle", dtype="fp16")
 
 
 def test_nanogpt_s_padded_vocabulary_stays(tmp_path: Path) -> None:

@@ -3,11 +3,16 @@
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import onnxruntime
 import peers
 import pytest
 from conftest import MakeCheckpoint, assert_same_tokens, load_reference, reference_tokens
 
 import gpt2onnx
+from gpt2onnx.models import contract
+from gpt2onnx.models.bundle import GRAPH, Bundle
+from gpt2onnx.runtime.session import Session
 
 TOKENS = 20
 PROMPT = "Once upon a time"
@@ -66,6 +71,12 @@ PEERS = {
 }
 
 
+BUNDLES = [
+    "fp32", "fp16", "int8", "int4", "int4 pure",
+    "heads of 12", "heads of 12, fp16", "heads of 12, int4, untied", "heads of 3, int8",
+]  # fmt: skip
+
+
 def json_list(prompts: list[str]) -> str:
     return "[" + ", ".join(f'"{prompt}"' for prompt in prompts) + "]"
 
@@ -73,25 +84,56 @@ def json_list(prompts: list[str]) -> str:
 @pytest.fixture(scope="module")
 def bundles(tmp_path_factory: pytest.TempPathFactory, make_checkpoint: MakeCheckpoint) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("bundles")
-    odd: dict[str, Any] = {"n_embd": 60, "n_head": 5, "tie_word_embeddings": False}
+    odd: dict[str, Any] = {"n_embd": 60, "n_head": 5, "vocab_size": 263, "n_layer": 3}
+    untied = odd | {"tie_word_embeddings": False, "n_inner": 50}
+    quick = {"quality": False, "calibrate": False}
     sources: dict[str, tuple[Any, dict[str, Any]]] = {
         "fp32": ("tales", {}),
-        "int8": ("tales", {"dtype": "int8", "quality": False}),
+        "fp16": ("tales", {"dtype": "fp16"}),
+        "int8": ("tales", {"dtype": "int8"} | quick),
         "int4": ("tales", {"dtype": "int4", "quality": False}),
+        "int4 pure": ("tales", {"dtype": "int4", "pure": True} | quick),
         "heads of 12": (make_checkpoint(**odd), {}),
+        "heads of 12, fp16": (make_checkpoint(**odd), {"dtype": "fp16"}),
+        "heads of 12, int4, untied": (make_checkpoint(**untied), {"dtype": "int4"} | quick),
+        "heads of 3, int8": (make_checkpoint(n_embd=21, n_head=7, vocab_size=259), {"dtype": "int8"} | quick),
     }
     return {
         name: gpt2onnx.export(source, folder / name, **options).folder for name, (source, options) in sources.items()
     }
 
 
-@pytest.mark.parametrize("precision", ["fp32", "int8", "int4", "heads of 12"])
+@pytest.mark.parametrize("precision", BUNDLES)
 @pytest.mark.parametrize("peer", PEERS)
 def test_same_greedy_tokens(peer: str, precision: str, bundles: dict[str, Path]) -> None:
     found = PEERS[peer](bundles[precision], json_list(PROMPTS), TOKENS)
     ours = gpt2onnx.load(bundles[precision], threads=1).generate(PROMPTS, max_new_tokens=TOKENS, do_sample=False)
     for prompt, tokens, result in zip(PROMPTS, found, ours, strict=True):
         assert_same_tokens(tokens, result.sequences[0].token_ids, f"{peer}, {precision}, {prompt!r}")
+
+
+@pytest.mark.parametrize("precision", BUNDLES)
+def test_past_and_present_may_be_different_arrays(precision: str, bundles: dict[str, Path]) -> None:
+    """As they are in other runtimes, from an empty past on; ours gives the graph one array for both."""
+    folder = bundles[precision]
+    graph = onnxruntime.InferenceSession(folder / GRAPH, providers=["CPUExecutionProvider"])
+    ours = Session(Bundle.open(folder), threads=1)
+    config, cache = ours.config, ours.new_cache(1, 12)
+    tokens = np.random.default_rng(0).integers(config.vocab_size, size=(1, 12))
+    names = [output.name for output in graph.get_outputs()]
+    empty = np.zeros((1, config.n_head, 0, config.head_size), ours.dtype)
+    past = {name: empty for layer in range(config.n_layer) for name in contract.past_names(layer)}
+    for start, end in ((0, 4), (4, 5), (5, 6), (6, 12)):
+        feeds = {
+            contract.INPUT_IDS: tokens[:, start:end],
+            contract.ATTENTION_MASK: np.ones((1, end), np.int64),
+            contract.POSITION_IDS: np.arange(start, end)[None],
+        }
+        found = dict(zip(names, graph.run(None, feeds | past), strict=True))
+        past = {name.replace("present", "past_key_values"): found[name] for name in names if "present" in name}
+        wanted = ours.forward(cache, slice(0, 1), tokens[:, start:end], keep=end - start)
+        difference = np.abs(found[contract.LOGITS] - wanted).max()
+        assert difference < 1e-4 * np.abs(wanted).max(), f"positions {start} to {end} differ by {difference}"
 
 
 def test_what_the_peers_are_compared_with_is_right(bundles: dict[str, Path], tales_checkpoint: Path) -> None:

@@ -1,0 +1,184 @@
+"""The network in PyTorch, run by transformers: the judge of a bundle.
+
+Needs the packages torch and transformers, which are imported when a network is loaded.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from gpt2onnx.errors import CheckpointError, MissingExtraError
+
+from ..models.bundle import CONFIG
+from ..models.shapes import weight_shapes
+from ..runtime.logits import Tokens
+from ..runtime.sampling import Generator
+from .cases import Case
+from .checkpoint import Checkpoint
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from transformers import GPT2LMHeadModel
+
+Logits = npt.NDArray[np.float32]
+
+# Additions in another order change a sum of some thousand products by about this share of its size.
+_FLOAT32_NOISE = 1e-6
+
+
+class Reference:
+    """A checkpoint in PyTorch, float32; read by transformers itself where it is in transformers' own layout.
+
+    Raises:
+        MissingExtraError: torch or transformers isn't installed.
+        CheckpointError: transformers can't load the checkpoint.
+    """
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        try:
+            import torch
+            import transformers
+        except ImportError as error:
+            raise MissingExtraError("Checking parity with PyTorch", error.name or "torch", "optimum") from error
+        transformers.utils.logging.set_verbosity_error()
+        transformers.utils.logging.disable_progress_bar()
+        self.name = f"transformers {transformers.__version__}, torch {torch.__version__}"
+        self._checkpoint = checkpoint
+        try:
+            self._model = _load(checkpoint)
+        except Exception as error:  # transformers raises whatever its parts raise
+            raise CheckpointError(f"transformers can't load {checkpoint.name} to compare with: {error}") from error
+        # The cases say what matters, whatever the checkpoint's own options are.
+        self._model.generation_config = transformers.GenerationConfig()
+
+    def logits(self, prompts: Sequence[Tokens]) -> list[Logits]:
+        """Logits [position, vocabulary] of each prompt."""
+        import torch
+
+        with torch.inference_mode():
+            return [self._model(torch.from_numpy(prompt[None])).logits[0].numpy() for prompt in prompts]
+
+    def take(self, tensor: Callable[[str], npt.NDArray[np.float32]]) -> None:
+        """Takes over other weights, by their checkpoint names."""
+        _fill(self._model, self._checkpoint, tensor)
+
+    @contextmanager
+    def rounding(self, blocks: Callable[[str], int | None], *, half: bool) -> Iterator[None]:
+        """Lets every linear layer round as the kernels of a lower precision do.
+
+        Args:
+            blocks: for a weight's name, how many inputs are rounded to int8 with one scale; None for none.
+            half: whether inputs and outputs are rounded to float16.
+        """
+        import torch
+        from transformers.pytorch_utils import Conv1D
+
+        generator = torch.Generator().manual_seed(0)
+
+        def rounded(name: str) -> Callable[[Any, tuple["Tensor"]], tuple["Tensor"]]:
+            size = blocks(name)
+
+            def hook(_: Any, inputs: tuple["Tensor"]) -> tuple["Tensor"]:
+                (x,) = inputs
+                noise = _FLOAT32_NOISE * x.square().mean().sqrt() * torch.randn(x.shape, generator=generator)
+                if half:
+                    x = x.half().float()
+                if size is not None:
+                    x = _to_int8(x, size)
+                return (x + noise,)
+
+            return hook
+
+        def halved(_: Any, inputs: tuple["Tensor"], output: "Tensor") -> "Tensor":
+            return output.half().float()
+
+        handles = []
+        for name, module in self._model.named_modules():
+            if isinstance(module, Conv1D | torch.nn.Linear):
+                hook = rounded(name.removeprefix("transformer.") + ".weight")
+                handles.append(module.register_forward_pre_hook(hook))
+                if half:
+                    handles.append(module.register_forward_hook(halved))
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def tokens(self, case: Case) -> list[list[int]]:
+        """What `transformers.generate` adds to the prompt: of each returned sequence, up to its end token."""
+        import torch
+
+        options = dict(case.options)
+        seed = options.pop("seed", None)
+        ends = options.get("eos_token_id", [])
+        ends = [ends] if isinstance(ends, int) else list(ends)
+        prompt = torch.tensor([case.prompt_ids])
+        if seed is not None:
+            torch.manual_seed(seed)
+        # What follows an end token is padding; it goes through the network, so it has to be a token.
+        options |= {"attention_mask": torch.ones_like(prompt), "pad_token_id": ends[0] if ends else 0}
+        model: Any = self._model  # whose type says nothing of generate
+        with torch.inference_mode():
+            output = model.generate(prompt, **options)
+        sequences = []
+        for row in output[:, prompt.shape[1] :].tolist():
+            length = next((index + 1 for index, token in enumerate(row) if token in ends), len(row))
+            sequences.append(row[:length])
+        return sequences
+
+
+def _to_int8(x: "Tensor", size: int) -> "Tensor":
+    """Each stretch of so many numbers along the last axis rounded to int8 with a scale of its own."""
+    import torch
+
+    width = x.shape[-1]
+    blocks = torch.nn.functional.pad(x, (0, -width % size)).unflatten(-1, (-1, size))
+    scale = (blocks.abs().amax(-1, keepdim=True) / 127).clamp_min(torch.finfo(x.dtype).tiny)
+    return ((blocks / scale).round() * scale).flatten(-2)[..., :width]
+
+
+def _load(checkpoint: Checkpoint) -> "GPT2LMHeadModel":
+    import torch
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    # transformers 4's other attention implementations leave out scale_attn_by_inverse_layer_idx.
+    attention: dict[str, Any] = {"attn_implementation": "eager"}
+    weights = [*checkpoint.folder.glob("model*.safetensors"), *checkpoint.folder.glob("pytorch_model*.bin")]
+    if (checkpoint.folder / CONFIG).is_file() and weights and not Path(checkpoint.name).is_file():
+        config = GPT2Config.from_dict(dict(checkpoint.raw_config))
+        return GPT2LMHeadModel.from_pretrained(
+            checkpoint.folder, config=config, dtype=torch.float32, **attention
+        ).eval()
+    model = GPT2LMHeadModel(GPT2Config(**dict(checkpoint.raw_config) | attention)).eval()
+    _fill(model, checkpoint, checkpoint.tensor)
+    return model
+
+
+def _fill(model: "GPT2LMHeadModel", checkpoint: Checkpoint, tensor: Callable[[str], npt.NDArray[np.float32]]) -> None:
+    import torch
+
+    parameters = dict(model.named_parameters())
+    with torch.no_grad():
+        for name in weight_shapes(checkpoint.config, tied=checkpoint.tied):
+            place = name if name.startswith("lm_head") else f"transformer.{name}"
+            parameters[place].copy_(torch.from_numpy(np.require(tensor(name), requirements=["C", "W"])))
+
+
+def same_random_numbers() -> bool:
+    """Whether this PyTorch's CPU generator has the stream that `runtime.sampling` reproduces."""
+    import torch
+
+    logits = np.zeros(1000, np.float32)
+    state = torch.random.get_rng_state()
+    try:
+        torch.manual_seed(0)
+        theirs = [int(torch.multinomial(torch.softmax(torch.from_numpy(logits), -1), 1)) for _ in range(8)]
+    finally:
+        torch.random.set_rng_state(state)
+    generator = Generator(0)
+    return theirs == [int(generator.multinomial(logits)[0]) for _ in range(8)]

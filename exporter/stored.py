@@ -1,0 +1,123 @@
+"""The weights that a fused bundle holds, read back from its graph: what the runtime really computes with."""
+
+from collections.abc import Iterator
+
+import numpy as np
+import numpy.typing as npt
+import onnx
+from onnx import TensorProto, numpy_helper
+from onnx.external_data_helper import load_external_data_for_tensor
+
+from gpt2onnx.errors import BundleError
+
+from ..models.bundle import GRAPH, Bundle
+from ..models.precision import Blocks
+from ..models.shapes import weight_shapes
+from .quantize import QuantizedMatrix, dequantize
+
+Matrix = npt.NDArray[np.float32]
+
+_SCALES = ".scales"
+
+
+class StoredWeights:
+    """A fused bundle's weights by their checkpoint names, in the checkpoint's shapes.
+
+    Raises:
+        BundleError: the graph can't be read.
+    """
+
+    def __init__(self, bundle: Bundle) -> None:
+        self._folder, self._shapes = bundle.folder, weight_shapes(bundle.config, tied=False)
+        path = bundle.folder / GRAPH
+        try:
+            graph = onnx.load(path, load_external_data=False).graph
+        except Exception as error:  # what protobuf raises is no public name
+            raise BundleError(f"{path} can't be read: {error}") from error
+        self._tensors: dict[str, TensorProto] = {tensor.name: tensor for tensor in graph.initializer}
+        self._blocks: dict[str, Blocks] = {}
+        for node in graph.node:
+            numbers = {attribute.name: attribute.i for attribute in node.attribute}
+            for name in node.input:
+                if name.endswith(_SCALES):
+                    self._blocks[name.removesuffix(_SCALES)] = Blocks(numbers["bits"], numbers["block_size"])
+
+    def blocks(self, name: str) -> Blocks | None:
+        """How a weight is quantised; None where it isn't."""
+        return self._blocks.get(name.removesuffix(".weight"))
+
+    def tensor(self, name: str) -> npt.NDArray[np.float32]:
+        """A weight in float32; matrices are [in, out], the token embedding and the head [vocabulary, width].
+
+        Raises:
+            BundleError: the bundle holds no such weight.
+        """
+        blocks = self.blocks(name)
+        if blocks is None:
+            return self._read(name).astype(np.float32, copy=False)
+        base, along = name.removesuffix(".weight"), in_axis(name)
+        data = self._read(f"{base}.data").view(np.uint8)
+        scales = self._read(f"{base}{_SCALES}").astype(np.float32).reshape(data.shape[:2])
+        matrix = dequantize(QuantizedMatrix(data, scales, blocks.bits, blocks.size, self._shapes[name][along]))
+        return matrix if along == 1 else matrix.T
+
+    def is_half(self, name: str) -> bool:
+        """Whether a weight that isn't quantised is stored in float16."""
+        return self._stored(name).data_type == TensorProto.FLOAT16
+
+    def _stored(self, name: str) -> TensorProto:
+        # The graph casts what is stored in float16 to the name that its operators know.
+        tensor = self._tensors.get(name) or self._tensors.get(f"{name}.half")
+        if tensor is None:
+            raise BundleError(f"{self._folder / GRAPH} holds no weight {name}")
+        return tensor
+
+    def _read(self, name: str) -> npt.NDArray[np.generic]:
+        tensor = TensorProto()
+        tensor.CopyFrom(self._stored(name))
+        if tensor.data_location == TensorProto.EXTERNAL:
+            load_external_data_for_tensor(tensor, str((self._folder / GRAPH).parent))
+            tensor.data_location = TensorProto.DEFAULT
+        return numpy_helper.to_array(tensor)
+
+
+def in_axis(name: str) -> int:
+    """Which axis of a matrix has the layer's inputs, along which it is quantised."""
+    return 1 if name in ("wte.weight", "lm_head.weight") else 0
+
+
+def deviation(found: Matrix, wanted: Matrix, blocks: Blocks, *, along: int) -> float:
+    """How far a quantised matrix is from the original: root mean square in its worst block, in steps.
+
+    A step is the distance of neighbouring values where the block's largest weight takes the end of the range.
+
+    Args:
+        found: dequantised, two axes.
+        wanted: the original.
+        blocks: how it is quantised.
+        along: the axis that is cut into blocks.
+    """
+    worst = 0.0
+    for block in _blocks(wanted, blocks, along):
+        error = np.sqrt(np.mean(np.square(found[block] - wanted[block]), axis=along))
+        step = np.abs(wanted[block]).max(axis=along) / (1 << (blocks.bits - 1))
+        with np.errstate(divide="ignore", invalid="ignore"):
+            worst = max(worst, float(np.where(error == 0, 0, error / step).max()))
+    return worst
+
+
+def rounded_to_nearest(matrix: Matrix, blocks: Blocks, *, along: int) -> Matrix:
+    """A matrix quantised in the plainest way, every weight to the nearest value, and dequantised again."""
+    result = np.empty_like(matrix)
+    for block in _blocks(matrix, blocks, along):
+        largest = np.abs(matrix[block]).max(axis=along, keepdims=True)
+        step = np.where(largest == 0, 1, largest / ((1 << (blocks.bits - 1)) - 1))
+        result[block] = np.rint(matrix[block] / step) * step
+    return result
+
+
+def _blocks(matrix: Matrix, blocks: Blocks, along: int) -> Iterator[tuple[slice, ...]]:
+    """Where the blocks are that lie at the same place along the axis."""
+    for start in range(0, matrix.shape[along], blocks.size):
+        stretch = slice(start, start + blocks.size)
+        yield (stretch, slice(None)) if along == 0 else (slice(None), stretch)
