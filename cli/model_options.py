@@ -17,18 +17,38 @@ model_option = click.option(
 )
 
 
+_VERIFY = "gpt2onnx.verify"
+
+
 def device_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Adds --device and --threads, which arrive as `device` and `threads`."""
+    """Adds --device and --threads, which arrive as `device` and `threads`, and --verify, which `load` heeds."""
+
+    def remember(ctx: click.Context, parameter: click.Parameter, value: bool) -> None:
+        ctx.meta[_VERIFY] = value
+
+    command = click.option(
+        "--verify",
+        is_flag=True,
+        expose_value=False,
+        callback=remember,
+        help="Compare every byte of the bundle with its manifest before it is loaded.",
+    )(command)
     command = click.option(
         "--threads",
         type=click.IntRange(min=1),
-        help="Threads of one operator (default: the cores of this process, fewer for very small models).",
+        help="Threads of one operator (default: the cores this process may use, fewer for very small models).",
     )(command)
-    return click.option("--device", default="cpu", show_default=True, help="cpu or auto.")(command)
+    return click.option(
+        "--device",
+        default="cpu",
+        show_default=True,
+        help="cpu, cuda, another execution provider, or auto: cuda where it works, else cpu; see 'gpt2onnx devices'.",
+    )(command)
 
 
 def load(model: str, device: str, threads: int | None) -> "Model":
     """Loads a model; its packages are imported only now, after the options have been read."""
     from gpt2onnx.loading import load
 
-    return load(model, device=device, threads=threads)
+    verify = bool(click.get_current_context().meta.get(_VERIFY))
+    return load(model, device=device, threads=threads, verify=verify)

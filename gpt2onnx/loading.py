@@ -11,29 +11,38 @@ from platformdirs import user_cache_path
 from gpt2onnx.errors import BundleError, OutputError
 
 from .models import bundle, tales  # pyright: ignore[reportMissingImports]
+from .models.config import GPT2Config, read_json  # pyright: ignore[reportMissingImports]
 
 if TYPE_CHECKING:
     from .runtime.generator import Model  # pyright: ignore[reportMissingImports]
 
 
-def load(model: str | os.PathLike[str] = "tales", *, device: str = "cpu", threads: int | None = None) -> "Model":
+def load(
+    model: str | os.PathLike[str] = "tales", *, device: str = "cpu", threads: int | None = None, verify: bool = False
+) -> "Model":
     """Loads a model.
 
     Args:
         model: a bundle folder; or any source that `export` takes, which is then exported once, in fp32,
             into the user's cache (the folder that GPT2ONNX_CACHE names, or else the platform's).
-        device: "cpu" or "auto".
+        device: "cpu", "cuda", the name of another execution provider, or "auto": CUDA where it works, else the CPU.
         threads: of one operator; by default as many as this process may use, fewer for very small models.
+        verify: compare every byte of the bundle with its manifest first; otherwise only the files' sizes, and the
+            small files' content.
 
     Raises:
         BundleError, CheckpointError: the model can't be found or used.
         MissingExtraError: it has to be exported first, and the extra `export` isn't installed.
         OptionError: an argument is out of range.
-        BackendError: ONNX Runtime can't load the graph.
+        BackendError: the device isn't there or doesn't run this model, the model doesn't fit into memory, or ONNX
+            Runtime can't load the graph.
     """
     from .runtime.generator import Model  # pyright: ignore[reportMissingImports]
 
-    return Model(resolve(model), device=device, threads=threads)
+    folder = resolve(model)
+    if verify:
+        bundle.Bundle.open(folder).verify()
+    return Model(folder, device=device, threads=threads)
 
 
 def resolve(model: str | os.PathLike[str]) -> Path:
@@ -55,6 +64,38 @@ def resolve(model: str | os.PathLike[str]) -> Path:
             if not bundle.is_bundle(target):  # otherwise another process has just made the same
                 raise
     return target
+
+
+def look_up(model: str | os.PathLike[str]) -> "bundle.Bundle | GPT2Config":
+    """What is known of a model without exporting it.
+
+    Returns:
+        The bundle: the model's own, or that of an earlier export in the user's cache. Where there is none, the
+        architecture that the source has; of one on the Hugging Face hub, only its config.json is fetched.
+
+    Raises:
+        BundleError, CheckpointError: the model can't be found or used.
+        MissingExtraError: the source can only be read with the packages of the extra `export`.
+    """
+    if bundle.is_bundle(Path(model)):
+        return bundle.Bundle.open(Path(model))
+    source = os.fspath(model)
+    try:
+        return bundle.Bundle.open(cache_folder() / _cache_name(source))
+    except BundleError:
+        pass
+    folder = tales.FOLDER if source == "tales" else Path(source)
+    config: Path | None = folder / bundle.CONFIG
+    if not os.path.isfile(folder / bundle.CONFIG):  # noqa: PTH113
+        from .exporter.hub import find_config  # pyright: ignore[reportMissingImports]
+
+        config = find_config(source)
+    if config is not None and "model_type" in read_json(config):
+        return GPT2Config.from_file(config)
+    # What saved the checkpoint says less, or otherwise: the rest is read off the weights.
+    from .exporter.checkpoint import Checkpoint  # pyright: ignore[reportMissingImports]
+
+    return Checkpoint.open(source).config
 
 
 def cache_folder() -> Path:

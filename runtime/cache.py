@@ -4,12 +4,20 @@ Knows no tokens and no onnxruntime. A row is one sequence; its positions are use
 row to a length of its own, so sequences of unequal length are never padded.
 """
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
+
+from gpt2onnx.errors import OptionError
+
+from . import resources
+
+# [layer, key or value, row, head, position, size]
+Shape = tuple[int, int, int, int, int, int]
 
 
 @dataclass(frozen=True)
@@ -22,36 +30,112 @@ class Copy:
     end: int
 
 
-class Cache:
-    """Keys and values of all layers in one array.
+def check_room(rows: int, positions: int, size: int) -> None:
+    """Refuses so many sequences of so many tokens where what they need can't fit into memory.
+
+    Args:
+        rows: sequences.
+        positions: tokens in each.
+        size: bytes that they need.
+
+    Raises:
+        OptionError: with the numbers, and what to lower.
+    """
+    if short := resources.shortage(size):
+        raise OptionError(
+            f"{rows} sequences of {positions} tokens need {short}: lower the batch size, the beams or the length"
+        )
+
+
+class Storage(Protocol):
+    """Where keys and values lie: a piece of memory laid out as an array of a cache's shape.
 
     Attributes:
-        data: float [layer, key or value, row, head, position, size]; a slice of rows of one layer is
-            contiguous in memory, so it can be handed to the graph as it is.
+        base: address of the memory; another one when the content has moved.
+    """
+
+    base: int
+
+    def copy(self, copies: Sequence[Copy]) -> None:
+        """Copies positions from row to row; all sources are read before any target is written."""
+        ...
+
+    def take_over(self, smaller: Any) -> None:
+        """Copies the content of a storage of the same kind, with no more rows and positions than this one."""
+        ...
+
+
+class HostStorage:
+    """Keys and values in a NumPy array, `data`."""
+
+    def __init__(self, shape: Shape, dtype: npt.DTypeLike) -> None:
+        self.data: npt.NDArray[Any] = np.zeros(shape, dtype)
+        self.base = int(self.data.ctypes.data)
+
+    def copy(self, copies: Sequence[Copy]) -> None:
+        parts = [self.data[:, :, one.source, :, one.start : one.end].copy() for one in copies]
+        for one, part in zip(copies, parts, strict=True):
+            self.data[:, :, one.target, :, one.start : one.end] = part
+
+    def take_over(self, smaller: "HostStorage") -> None:
+        _, _, rows, _, positions, _ = smaller.data.shape
+        self.data[:, :, :rows, :, :positions] = smaller.data
+
+
+class Cache:
+    """Keys and values of all layers, and which positions of each row they stand for.
+
+    Args:
+        shape: [layer, key or value, row, head, position, size].
+        dtype: of keys and values.
+        storage: makes the memory for them.
+
+    Attributes:
+        storage: the keys and values.
         mask: int64 [row, position], 1 for each position in use.
         lengths: int64 [row], positions in use.
         bindings: the session's own store of buffers bound to this cache.
     """
 
-    def __init__(self, shape: tuple[int, int, int, int, int, int], dtype: npt.DTypeLike = np.float32) -> None:
-        _, _, rows, _, positions, _ = shape
-        self.data: npt.NDArray[Any] = np.zeros(shape, dtype)
-        self.mask = np.zeros((rows, positions), np.int64)
-        self.lengths = np.zeros(rows, np.int64)
+    def __init__(
+        self,
+        shape: Shape,
+        dtype: npt.DTypeLike = np.float32,
+        storage: Callable[[Shape, npt.DTypeLike], Storage] = HostStorage,
+    ) -> None:
+        _, _, self.rows, _, self.positions, _ = self.shape = shape
+        self._dtype = np.dtype(dtype)
+        self.storage = storage(shape, dtype)
+        self.mask = np.zeros((self.rows, self.positions), np.int64)
+        self.lengths = np.zeros(self.rows, np.int64)
         self.bindings: dict[Any, Any] = {}
+        self._claimed = 0
 
     @property
-    def rows(self) -> int:
-        return int(self.data.shape[2])
-
-    @property
-    def positions(self) -> int:
-        """Positions that a row can hold."""
-        return int(self.data.shape[4])
+    def data(self) -> npt.NDArray[Any]:
+        """The keys and values, where they lie in the host's memory."""
+        assert isinstance(self.storage, HostStorage)
+        return self.storage.data
 
     @property
     def nbytes(self) -> int:
-        return int(self.data.nbytes)
+        return math.prod(self.shape) * self._dtype.itemsize
+
+    def address(self, layer: int, part: int, row: int) -> int:
+        """Of a row's keys (part 0) or values (part 1) in one layer; those of the next rows follow it."""
+        _, parts, rows, *row_shape = self.shape
+        return self.storage.base + ((layer * parts + part) * rows + row) * math.prod(row_shape) * self._dtype.itemsize
+
+    def claim(self, rows: int) -> None:
+        """Says that so many rows come to be used; those beyond take no memory until then.
+
+        Raises:
+            OptionError: what is new among them can't fit into the host's memory.
+        """
+        new = rows - self._claimed
+        if new > 0 and isinstance(self.storage, HostStorage):
+            check_room(new, self.positions, self.nbytes * new // self.rows)
+        self._claimed = max(rows, self._claimed)
 
     def advance(self, rows: slice, count: int) -> npt.NDArray[np.int64]:
         """Takes the next `count` positions of each row into use and returns them, int64 [rows, count]."""
@@ -71,16 +155,17 @@ class Cache:
 
         All sources are read before any target is written, so rows may trade places.
         """
-        parts = [self.data[:, :, one.source, :, one.start : one.end].copy() for one in copies]
-        for one, part in zip(copies, parts, strict=True):
+        if not copies:
+            return
+        self.storage.copy(copies)
+        for one in copies:
             self.trim(one.target, one.start)
-            self.data[:, :, one.target, :, one.start : one.end] = part
             self.mask[one.target, : one.end] = 1
             self.lengths[one.target] = one.end
 
     def take_over(self, smaller: "Cache") -> None:
         """Copies the content of a cache with no more rows and positions than this one."""
         rows, positions = smaller.rows, smaller.positions
-        self.data[:, :, :rows, :, :positions] = smaller.data
+        self.storage.take_over(smaller.storage)
         self.mask[:rows, :positions] = smaller.mask
         self.lengths[:rows] = smaller.lengths

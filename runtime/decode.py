@@ -67,6 +67,11 @@ class Decoder:
             decoder._owners.clear()
             decoder._busy = False
 
+    def forget(self) -> None:
+        """Lets later searches share nothing with earlier ones, as if they were the first."""
+        if not self._busy:
+            self._held = [np.zeros(0, np.int64)] * len(self._held)
+
     def _run(self, waiting: Iterator[Search | None], batch_size: int) -> Iterator[Search | None]:
         active: list[_Running] = []
         while True:
@@ -90,7 +95,7 @@ class Decoder:
     def _prefill(self, search: Search, batch_size: int) -> _Running:
         """Runs the prompt through the network, once for all rows of the search."""
         first = len(self._owners)
-        self._make_room(max(first, batch_size - 1) + search.rows, search.positions)
+        self._make_room(first + search.rows, search.positions, spare=max(0, batch_size - 1 - first))
         prompt = search.prompt
         # The last token has to pass through the network in any case, for its logits.
         shared = [common_prefix(prompt[:-1], held) for held in self._held]
@@ -165,11 +170,14 @@ class Decoder:
         for one, tokens in zip(copies, held, strict=True):
             self._held[one.target] = tokens
 
-    def _make_room(self, rows: int, positions: int) -> None:
-        if rows <= self._cache.rows and positions <= self._cache.positions:
+    def _make_room(self, rows: int, positions: int, spare: int) -> None:
+        """For so many rows and positions, and `spare` rows that others may need soon."""
+        if rows + spare <= self._cache.rows and positions <= self._cache.positions:
+            self._cache.claim(rows)
             return
         positions = -(-positions // _POSITIONS_STEP) * _POSITIONS_STEP
-        larger = self._network.new_cache(max(rows, self._cache.rows), max(positions, self._cache.positions))
+        larger = self._network.new_cache(max(rows + spare, self._cache.rows), max(positions, self._cache.positions))
+        larger.claim(rows)
         larger.take_over(self._cache)
         self._cache = larger
         self._held += [np.zeros(0, np.int64)] * (larger.rows - len(self._held))

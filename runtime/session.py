@@ -1,30 +1,31 @@
-"""The forward pass, in place on the cache; the only importer of onnxruntime.
+"""The forward pass, in place on the cache.
 
-Knows neither text nor strategies. onnxruntime's errors are wrapped here, once.
+Knows neither text nor strategies. Beside `runtime.providers` the only importer of onnxruntime, whose errors it wraps.
 """
 
-import os
+import functools
+import logging
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 
-from gpt2onnx.errors import BackendError, MissingExtraError, OptionError
+from gpt2onnx.errors import BackendError, OptionError
 
 from ..models import contract
 from ..models.bundle import GRAPH, Bundle
-from .cache import Cache
+from . import devices, footprint, providers, resources, signature
+from .cache import Cache, Copy, HostStorage, Shape, check_room
 
-try:
-    import onnxruntime as ort
-except ImportError as error:
-    raise MissingExtraError("Generating", "onnxruntime", "cpu") from error
+# First, since it says what to do where onnxruntime isn't installed.
 
-_WARNINGS_OFF = 3  # onnxruntime's severity "error"
+import onnxruntime as ort  # isort: skip
+
+_log = logging.getLogger(__name__)
 # Buffers of a forward pass over more tokens than this belong to one prompt and aren't kept.
 _KEPT_SEQUENCE = 16
-# What one core reads in the time that it takes to share an operator's work with another.
-_BYTES_PER_THREAD = 8e6
 
 
 @dataclass(frozen=True)
@@ -44,35 +45,70 @@ class Session:
 
     Args:
         bundle: the bundle to load.
-        device: "cpu".
+        device: "cpu", "cuda", the name of another execution provider, or "auto": CUDA where it loads and runs this
+            bundle, else the CPU.
         threads: of one operator; by default as many as this process may use, fewer for very small models.
+
+    Attributes:
+        device: what it runs on, as the argument would name it.
+        threads: of one operator.
 
     Raises:
         OptionError: `threads` is below 1, or the device is unknown.
-        BackendError: ONNX Runtime can't load the graph.
+        BundleError: the graph isn't the one that config.json describes.
+        BackendError: the device isn't there, doesn't load, or doesn't run this bundle; the weights don't fit into
+            memory; or ONNX Runtime can't load the graph.
     """
 
     def __init__(self, bundle: Bundle, *, device: str = "cpu", threads: int | None = None) -> None:
         if threads is not None and threads < 1:
             raise OptionError(f"threads must be at least 1, not {threads}")
-        if device not in ("cpu", "auto"):
-            raise OptionError(f"device must be cpu or auto, not {device!r}")
         self.config = bundle.config
-        self._in_place = bundle.manifest.graph != "portable"
         self.dtype = np.dtype(np.float16 if bundle.manifest.dtype == "fp16" else np.float32)
-        options = ort.SessionOptions()
-        options.log_severity_level = _WARNINGS_OFF
-        options.intra_op_num_threads = threads or _suitable_threads(bundle)
+        self.threads = threads or footprint.threads(bundle)
+        self._session, provider = _load(bundle, device, self.threads)
+        self.device = devices.device_name(provider)
+        self._in_place = bundle.manifest.graph != "portable"
+        # The device's own memory, where the cache is kept in it.
+        self._memory = devices.MEMORY.get(provider) if self._in_place else None
+        self._storage = device_storage(provider, self._memory, self.dtype) if self._memory else HostStorage
         try:
-            self._session = ort.InferenceSession(bundle.folder / GRAPH, options, providers=["CPUExecutionProvider"])
-        except Exception as error:
-            raise BackendError(f"ONNX Runtime can't load {bundle.folder / GRAPH}: {_one_line(error)}") from error
-        self._inputs = [each.name for each in self._session.get_inputs()]
+            inputs, outputs = (
+                {each.name: (each.type, each.shape) for each in declared}
+                for declared in (self._session.get_inputs(), self._session.get_outputs())
+            )
+        except UnicodeDecodeError as error:
+            raise BackendError(f"{bundle.folder / GRAPH} is damaged: export the bundle again") from error
+        floats = "tensor(float16)" if self.dtype == np.float16 else "tensor(float)"
+        signature.check(self.config, floats, inputs, outputs, bundle.folder / GRAPH)
+        self._inputs = list(inputs)
+
+    def check_room(self, rows: int, positions: int) -> None:
+        """Refuses what can't fit into memory: the cache of so many sequences of so many tokens, and their logits.
+
+        Raises:
+            OptionError: with the numbers, and what to lower.
+        """
+        config = self.config
+        cache = 2 * config.n_layer * config.n_embd * positions * self.dtype.itemsize if self._memory is None else 0
+        check_room(rows, positions, rows * (cache + config.vocab_size * np.dtype(np.float32).itemsize))
 
     def new_cache(self, rows: int, positions: int) -> Cache:
-        """An empty cache for so many sequences of so many tokens."""
+        """An empty cache for so many sequences of so many tokens.
+
+        Raises:
+            OptionError: there isn't as much memory.
+        """
         config = self.config
-        return Cache((config.n_layer, 2, rows, config.n_head, positions, config.head_size), self.dtype)
+        shape = (config.n_layer, 2, rows, config.n_head, positions, config.head_size)
+        try:
+            return Cache(shape, self.dtype, self._storage)
+        except MemoryError as error:
+            needed = resources.in_words(math.prod(shape) * self.dtype.itemsize)
+            raise OptionError(
+                f"no memory for a cache of {needed} ({rows} sequences of {positions} tokens):"
+                " lower the batch size, the beams or the length"
+            ) from error
 
     def forward(
         self, cache: Cache, rows: slice, tokens: npt.NDArray[np.int64], keep: int = 1
@@ -94,13 +130,21 @@ class Session:
         if not self._in_place:
             return self._forward_copying(cache, rows, tokens, keep)
         binding = self._binding(cache, rows, tokens.shape[1], keep)
-        binding.input_ids[:] = tokens
-        binding.position_ids[:] = cache.advance(rows, tokens.shape[1])
+        positions = cache.advance(rows, tokens.shape[1])
+        if self._memory is None:
+            binding.input_ids[:] = tokens
+            binding.position_ids[:] = positions
+        else:
+            # What a device is to read is copied there when it is bound, so it is bound anew for each pass.
+            binding.io.bind_cpu_input(contract.INPUT_IDS, tokens)
+            binding.io.bind_cpu_input(contract.POSITION_IDS, positions)
+            used = int(cache.lengths[rows].max())
+            binding.io.bind_cpu_input(contract.ATTENTION_MASK, cache.mask[rows, :used].copy())
         try:
             self._session.run_with_iobinding(binding.io)
         except Exception as error:
-            raise BackendError(f"ONNX Runtime failed: {_one_line(error)}") from error
-        return binding.logits
+            raise providers.failure("ONNX Runtime failed", error) from error
+        return _finite(binding.logits)
 
     def _forward_copying(
         self, cache: Cache, rows: slice, tokens: npt.NDArray[np.int64], keep: int
@@ -125,17 +169,17 @@ class Session:
         try:
             outputs = self._session.run(names, {name: inputs[name] for name in self._inputs})
         except Exception as error:
-            raise BackendError(f"ONNX Runtime failed: {_one_line(error)}") from error
+            raise providers.failure("ONNX Runtime failed", error) from error
         logits: npt.NDArray[np.float32]
         logits, *present = (np.asarray(each) for each in outputs)
         for index, array in enumerate(present):
             layer, part = divmod(index, 2)
             for row, length in enumerate(lengths):
                 cache.data[layer, part, rows.start + row, :, length : length + count] = array[row, :, past:]
-        return logits[:, -keep:]
+        return _finite(logits[:, -keep:])
 
     def _binding(self, cache: Cache, rows: slice, count: int, keep: int) -> _Binding:
-        key = (rows.start, rows.stop, count, keep)
+        key = (rows.start, rows.stop, count, keep, cache.storage.base)
         binding = cache.bindings.get(key)
         if binding is None:
             binding = self._bind(cache, rows, count, keep)
@@ -162,26 +206,98 @@ class Session:
         io.bind_ortvalue_input(contract.ATTENTION_MASK, value(cache.mask[rows]))
         io.bind_ortvalue_input(contract.LOGITS_TO_KEEP, value(np.array([keep], np.int64)))
         io.bind_ortvalue_output(contract.LOGITS, value(logits))
+        shape = [batch, self.config.n_head, cache.positions, self.config.head_size]
         for layer in range(self.config.n_layer):
             names = zip(contract.past_names(layer), contract.present_names(layer), strict=True)
             for part, (past, present) in enumerate(names):
                 # The same memory as input and output: the graph appends to it and nothing is copied.
-                shared = value(cache.data[layer, part, rows])
-                io.bind_ortvalue_input(past, shared)
-                io.bind_ortvalue_output(present, shared)
+                shared = (self._memory or "cpu", 0, self.dtype, shape, cache.address(layer, part, rows.start))
+                io.bind_input(past, *shared)
+                io.bind_output(present, *shared)
         return _Binding(input_ids, position_ids, logits, io, values)
 
 
-def available_cores() -> int:
-    """Cores that this process may run on."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+class _DeviceStorage:
+    """Keys and values in a device's memory, where a small graph moves them: numbers of rows go there, no content."""
+
+    def __init__(self, mover: ort.InferenceSession, device: str, shape: Shape, dtype: npt.DTypeLike) -> None:
+        self._mover, self._device, self._shape, self._dtype = mover, device, shape, np.dtype(dtype)
+        # Zeros, since attention gives what isn't in use no weight, and no weight times NaN is NaN.
+        self._memory = ort.OrtValue.ortvalue_from_numpy(np.zeros(max(1, math.prod(shape)), dtype), device, 0)
+        self._spare: ort.OrtValue | None = None
+        self.base = int(self._memory.data_ptr())
+
+    def copy(self, copies: Sequence[Copy]) -> None:
+        # Whole rows, to a second memory: what a row holds beyond the copied positions is in nobody's use.
+        rows = np.arange(self._shape[2])
+        rows[[one.target for one in copies]] = [one.source for one in copies]
+        if self._spare is None:
+            size = [math.prod(self._shape)]
+            self._spare = ort.OrtValue.ortvalue_from_shape_and_type(size, self._dtype, self._device, 0)
+        self._move(self, rows, self._spare)
+        self._memory, self._spare = self._spare, self._memory
+        self.base = int(self._memory.data_ptr())
+
+    def take_over(self, smaller: "_DeviceStorage") -> None:
+        if math.prod(smaller._shape):
+            rows = np.zeros(self._shape[2], np.int64)
+            rows[: smaller._shape[2]] = np.arange(smaller._shape[2])
+            self._move(smaller, rows, self._memory)
+
+    def _move(self, source: "_DeviceStorage", rows: npt.NDArray[np.int64], target: ort.OrtValue) -> None:
+        """Writes these rows of the source, each lengthened by zeros."""
+        layers, parts, count, heads, positions, size = source._shape
+        longer = self._shape[4] * size
+        place = (self._device, 0, self._dtype)
+        io = self._mover.io_binding()
+        io.bind_input("data", *place, [layers * parts, count, heads, positions * size], source.base)
+        io.bind_cpu_input("rows", rows)
+        io.bind_cpu_input("pads", np.array([0] * 7 + [longer - positions * size]))
+        io.bind_output("moved", *place, [layers * parts, len(rows), heads, longer], target.data_ptr())
+        try:
+            self._mover.run_with_iobinding(io)
+        except Exception as error:
+            raise providers.failure("ONNX Runtime failed", error) from error
 
 
-def _suitable_threads(bundle: Bundle) -> int:
-    """All cores, but none for less than so many bytes of weights: threads also wait for one another."""
-    weights = sum(record.size for name, record in bundle.manifest.files.items() if name.startswith("onnx/"))
-    return max(1, min(available_cores(), round(weights / _BYTES_PER_THREAD)))
+def device_storage(provider: str, device: str, dtype: npt.DTypeLike) -> functools.partial[_DeviceStorage]:
+    """Makes storages in the memory of a provider's device."""
+    from . import helper_graphs
+
+    graph = helper_graphs.rearrangement(dtype)
+    mover = providers.open_graph(graph, provider, threads=1, name="a graph that moves the cache")
+    return functools.partial(_DeviceStorage, mover, device)
 
 
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())
+def _load(bundle: Bundle, device: str, threads: int) -> tuple[ort.InferenceSession, str]:
+    """The bundle's graph on a device, and the provider that it runs on."""
+    *better, last = providers.candidates(device)
+    for provider in better:
+        try:
+            if reason := devices.unsuited(provider, bundle.manifest):
+                raise BackendError(reason)
+            return _load_on(provider, bundle, threads), provider
+        except BackendError as error:
+            _log.info("not on %s: %s", devices.device_name(provider), error)
+    if reason := devices.unsuited(last, bundle.manifest):
+        # Another export is no help where the device doesn't work at all.
+        why = providers.why_not(last)
+        raise devices.not_loaded(last, why) if why else BackendError(reason)
+    return _load_on(last, bundle, threads), last
+
+
+def _load_on(provider: str, bundle: Bundle, threads: int) -> ort.InferenceSession:
+    if provider == devices.CPU and (short := resources.shortage(footprint.memory(bundle))):
+        raise BackendError(f"{bundle.folder} needs about {short}: free some, or export with fewer bits (--dtype)")
+    graph = bundle.folder / GRAPH
+    return providers.open_graph(graph, provider, threads=threads, name=graph)
+
+
+def _finite(logits: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+    """The logits, which no search could choose from if they were no numbers."""
+    if not np.isfinite(logits.max()):
+        raise BackendError(
+            "the network's output is not a number: its weights are damaged, or too large for its precision"
+            " ('gpt2onnx verify' tells the former, an export in fp32 helps with the latter)"
+        )
+    return logits

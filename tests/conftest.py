@@ -3,6 +3,8 @@
 Tests take the fixtures by name, and import the plain functions: `from conftest import reference_tokens`.
 """
 
+from __future__ import annotations
+
 import io
 import os
 import signal
@@ -16,19 +18,45 @@ from typing import Any
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 import pytest
-import tokenizers
-import torch
-import transformers
-from tokenizers import decoders, models, pre_tokenizers
+from essentials import END_OF_TEXT as END_OF_TEXT
+from essentials import byte_tokenizer, random_checkpoint
+
+try:
+    import torch
+    import transformers
+except ImportError:  # where the lowest versions are tested, which those would not go with
+    torch = None
 
 import gpt2onnx
 from gpt2onnx.cli.main import main
 from gpt2onnx.models.tales import FOLDER
+from gpt2onnx.runtime import devices, providers
 
-END_OF_TEXT = "<|endoftext|>"
 ALL_BYTES_AND_END = 257  # entries of a byte-level vocabulary without merges
 
 MakeCheckpoint = Callable[..., Path]
+
+_NOT_RUN = pytest.StashKey[str]()
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leaves out tests that need a GPU where there is none: they are counted as deselected, and said so at the end."""
+    gpu = [item for item in items if item.get_closest_marker("gpu")]
+    if not gpu:
+        return
+    reason = "this onnxruntime was built without CUDA"
+    if devices.CUDA in providers.available():
+        reason = providers.why_not(devices.CUDA) or ""
+    if reason:
+        items[:] = [item for item in items if item not in gpu]
+        config.hook.pytest_deselected(items=gpu)
+        config.stash[_NOT_RUN] = f"{len(gpu)} tests need a GPU and were not run: {reason}"
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    """Says which tests this machine could not run."""
+    if _NOT_RUN in config.stash:
+        terminalreporter.write_line(config.stash[_NOT_RUN], yellow=True)
 
 
 @dataclass(frozen=True)
@@ -46,8 +74,9 @@ CommandLine = Callable[..., Finished]
 @pytest.fixture(scope="session", autouse=True)
 def _own_environment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """One thread for PyTorch, and a cache that no other program has written to."""
-    transformers.utils.logging.disable_progress_bar()
-    torch.set_num_threads(1)
+    if torch is not None:
+        transformers.utils.logging.disable_progress_bar()
+        torch.set_num_threads(1)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("GPT2ONNX_CACHE", str(tmp_path_factory.mktemp("cache")))
         yield
@@ -96,6 +125,8 @@ def make_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> MakeCheckpoint:
         settings = small | {"initializer_range": 0.3} | config_overrides
         end = min(settings["vocab_size"], ALL_BYTES_AND_END) - 1
         settings = {"bos_token_id": end, "eos_token_id": end, "pad_token_id": None} | settings
+        if torch is None:
+            return random_checkpoint(tmp_path_factory.mktemp("checkpoint") / "random", settings, weights_seed)
         config = transformers.GPT2Config(**settings)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(weights_seed)
@@ -131,18 +162,6 @@ def command_line(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[s
 def heed_interrupts() -> None:
     """For a Popen's preexec_fn: what runs in a shell's background inherits that Ctrl-C is ignored."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)
-
-
-def byte_tokenizer(vocab_size: int) -> tokenizers.Tokenizer:
-    """A byte-level tokenizer without merges: a token for each byte, printable ones first, as far as there is room,
-    and the end of text after them."""
-    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocab = {letter: index for index, letter in enumerate(letters[: vocab_size - 1])}
-    tokenizer = tokenizers.Tokenizer(models.BPE(vocab=vocab, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens([tokenizers.AddedToken(END_OF_TEXT, special=True, normalized=False)])
-    return tokenizer
 
 
 def load_reference(folder: Path) -> transformers.GPT2LMHeadModel:

@@ -1,22 +1,81 @@
-"""How a bundle is loaded."""
+"""What loading a bundle gives beyond its logits: one owner of threads, errors in one line, buffers that stay small."""
 
-from dataclasses import replace
+import subprocess
+import sys
 from pathlib import Path
 
+import numpy as np
+import onnxruntime
 import pytest
 
-from gpt2onnx.models.bundle import Bundle, FileRecord
-from gpt2onnx.runtime import session
+import gpt2onnx
+from gpt2onnx.errors import BackendError, OptionError
+from gpt2onnx.models.bundle import Bundle
+from gpt2onnx.runtime.session import Session
 
 
-def test_threads_are_no_more_than_the_weights_are_worth(
-    tales_int8_bundle: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("threads", [0, -1])
+def test_threads_out_of_range(tales_bundle: Path, threads: int) -> None:
+    with pytest.raises(OptionError, match=f"threads must be at least 1, not {threads}"):
+        gpt2onnx.load(tales_bundle, threads=threads)
+
+
+def test_threads_are_what_was_asked_for(tales_bundle: Path) -> None:
+    for threads in (1, 2, 5):
+        loaded = Session(Bundle.open(tales_bundle), threads=threads)
+        assert loaded.threads == loaded._session.get_session_options().intra_op_num_threads == threads
+
+
+def test_a_loaded_model_costs_nothing_while_idle(tales_bundle: Path) -> None:
+    """With two threads, of which the second could wait for work in a loop: processor time over half a second's sleep."""
+    code = (
+        "import sys, time, gpt2onnx\n"
+        "model = gpt2onnx.load(sys.argv[1], threads=2); model.generate('Once', max_new_tokens=8); time.sleep(0.1)\n"
+        "before = time.process_time(); time.sleep(0.5); print(time.process_time() - before)"
+    )
+    done = subprocess.run([sys.executable, "-c", code, tales_bundle], capture_output=True, check=True)
+    assert float(done.stdout) < 0.005
+
+
+def test_a_graph_that_cannot_be_loaded_is_one_line(
+    tales_bundle: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    """Eight megabytes of weights keep one core busy, whatever the machine has; more weights take more of them."""
-    bundle = Bundle.open(tales_int8_bundle)
-    monkeypatch.setattr(session, "available_cores", lambda: 4)
-    assert session._suitable_threads(bundle) == 1
-    files = bundle.manifest.files | {"onnx/more": FileRecord(17_000_000, "")}
-    assert session._suitable_threads(replace(bundle, manifest=replace(bundle.manifest, files=files))) == 3
-    files = bundle.manifest.files | {"onnx/more": FileRecord(10**9, "")}
-    assert session._suitable_threads(replace(bundle, manifest=replace(bundle.manifest, files=files))) == 4
+    def fail(*arguments: object, **options: object) -> None:
+        raise RuntimeError("first\n  second")
+
+    monkeypatch.setattr(onnxruntime, "InferenceSession", fail)
+    with pytest.raises(BackendError, match=r"ONNX Runtime can't load .*model\.onnx: first second$"):
+        gpt2onnx.load(tales_bundle)
+    assert capfd.readouterr().err == ""
+
+
+@pytest.mark.parametrize(
+    "message",
+    ["Exception during initialization: std::bad_alloc", "Failed to allocate memory for requested buffer of size 7"],
+)
+def test_onnxruntime_out_of_memory_says_how_much_there_is(
+    tales_bundle: Path, monkeypatch: pytest.MonkeyPatch, message: str
+) -> None:
+    loaded = Session(Bundle.open(tales_bundle), threads=1)
+
+    def fail(*arguments: object) -> None:
+        raise RuntimeError(message)
+
+    monkeypatch.setattr(loaded._session, "run_with_iobinding", fail)
+    with pytest.raises(BackendError, match=r"there isn't enough memory \(the tightest limit is "):
+        loaded.forward(loaded.new_cache(1, 8), slice(0, 1), np.array([[1]]))
+
+
+def test_a_cache_that_numpy_cannot_make_is_an_option_error(tales_bundle: Path) -> None:
+    loaded = Session(Bundle.open(tales_bundle), threads=1)
+    with pytest.raises(OptionError, match=r"no memory for a cache of .* GB \(1000000000 sequences of 1000 tokens\)"):
+        loaded.new_cache(10**9, 1000)
+
+
+def test_buffers_of_long_prompts_are_not_kept(tales_model: gpt2onnx.Model) -> None:
+    loaded = tales_model.session
+    cache = loaded.new_cache(2, 64)
+    for count in (1, 4, 16, 17):
+        loaded.forward(cache, slice(0, 1), np.ones((1, count), np.int64), keep=count)
+    loaded.forward(cache, slice(0, 2), np.ones((2, 1), np.int64))
+    assert len(cache.bindings) == 4

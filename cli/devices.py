@@ -1,0 +1,74 @@
+"""gpt2onnx devices"""
+
+import json
+from typing import Any
+
+import click
+
+
+@click.command("devices")
+@click.option("--json", "as_json", is_flag=True, help="Print the findings as JSON.")
+def command(as_json: bool) -> None:
+    """Tell what models can run on here: devices, cores and memory.
+
+    Every execution provider of the installed ONNX Runtime is tried with a graph of one operator.
+
+    \b
+    Examples:
+      gpt2onnx devices
+      gpt2onnx devices --json
+    """
+    from ..runtime import devices, providers, resources
+
+    installed = devices.packages()
+    found = []
+    for provider in providers.available():
+        reason = providers.why_not(provider)
+        found.append(
+            {"device": devices.device_name(provider), "provider": provider, "loads": not reason, "reason": reason}
+        )
+    working = {each["provider"] for each in found if each["loads"]}
+    auto = next(provider for provider in (devices.CUDA, devices.CPU) if provider in working)
+    cores, memory = resources.cores(), resources.memory()
+    facts: dict[str, Any] = {
+        "onnxruntime": {
+            "version": providers.VERSION,
+            "package": providers.PACKAGE,
+            "installed": installed,
+            "warning": devices.conflict(installed),
+        },
+        "devices": found,
+        "auto": devices.device_name(auto),
+        "cores": {
+            "usable": cores.usable,
+            "reason": cores.reason,
+            "machine": cores.machine,
+            "affinity": cores.affinity,
+            "quota": cores.quota,
+        },
+        "memory": memory and {"available": memory.available, "reason": memory.reason},
+    }
+    if as_json:
+        click.echo(json.dumps(facts))
+    else:
+        _print(facts)
+
+
+def _print(facts: dict[str, Any]) -> None:
+    from ..runtime.resources import in_words
+
+    runtime, cores, memory = facts["onnxruntime"], facts["cores"], facts["memory"]
+    click.echo(f"ONNX Runtime {runtime['version']} (package {runtime['package']})")
+    if runtime["warning"]:
+        click.echo(f"  warning: {runtime['warning']}")
+    for each in facts["devices"]:
+        state = "loads" if each["loads"] else f"doesn't load: {each['reason']}"
+        click.echo(f"  {each['device']:<10} {each['provider']}: {state}")
+    click.echo(f"--device auto: {facts['auto']}, where it runs the bundle")
+    quota = "no quota" if cores["quota"] is None else f"a quota of {cores['quota']:g}"
+    click.echo(
+        f"{cores['usable']} usable cores, limited by {cores['reason']}"
+        f" (machine {cores['machine']}, affinity {cores['affinity']}, {quota})"
+    )
+    if memory:
+        click.echo(f"{in_words(memory['available'])} of memory available, limited by {memory['reason']}")

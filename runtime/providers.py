@@ -1,0 +1,150 @@
+"""Opens graphs on execution providers; beside `runtime.session` the only importer of onnxruntime.
+
+ONNX Runtime falls back to the CPU without a word in its results; here nothing does. Its errors are wrapped.
+"""
+
+import contextlib
+import io
+import logging
+import os
+import re
+from pathlib import Path
+
+import numpy as np
+
+from gpt2onnx.errors import BackendError, MissingExtraError
+
+from . import devices, resources
+
+# Recent wheels of ONNX Runtime give the machine an id in the user's cache and report its sessions to Microsoft, unless
+# told not to before they are imported. Whoever wants that sets the variable to 0.
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
+try:
+    import onnxruntime as ort
+except ImportError as error:
+    raise MissingExtraError("Generating", "onnxruntime", "cpu") from error
+
+VERSION = str(ort.__version__)
+# The package that it comes from, where several could be meant.
+PACKAGE = str(getattr(ort, "package_name", "onnxruntime"))
+
+_log = logging.getLogger(__name__)
+# onnxruntime's severities. What it would log as an error is raised, too.
+_SILENT, _WARNINGS = 4, 2
+# Long enough for the way from one operator to the next. By default it is far longer: processes side by side then take
+# each other's cores while they wait.
+_SPIN_MICROSECONDS = "50"
+
+
+def available() -> list[str]:
+    """The execution providers that the installed ONNX Runtime was built with, in its order."""
+    return list(ort.get_available_providers())
+
+
+def candidates(device: str) -> list[str]:
+    """The providers that a device's name stands for, in the order in which they are to be tried.
+
+    Raises:
+        OptionError: there is no device of this name.
+        BackendError: the installed ONNX Runtime doesn't offer it.
+    """
+    offered = available()
+    if device == devices.AUTO:
+        return [provider for provider in (devices.CUDA, devices.CPU) if provider in offered]
+    provider = devices.find(device, ort.get_all_providers())
+    if provider not in offered:
+        raise devices.not_offered(provider, offered, f"{PACKAGE} {VERSION}")
+    return [provider]
+
+
+def open_graph(graph: Path | bytes, provider: str, *, threads: int, name: object) -> ort.InferenceSession:
+    """Opens a graph on a provider and, for operators that this lacks, the CPU; never on the CPU alone instead.
+
+    Args:
+        graph: a file, or its content.
+        provider: one of `available`.
+        threads: of one operator.
+        name: what errors call the graph.
+
+    Raises:
+        BackendError: the provider doesn't load or takes none of the graph's operators, or the graph can't be loaded.
+    """
+    options = ort.SessionOptions()
+    options.log_severity_level = _SILENT
+    options.intra_op_num_threads = threads
+    # How long threads wait for the next operator in a loop, from ONNX Runtime 1.26 on.
+    options.add_session_config_entry("session.intra_op.spin_duration_us", _SPIN_MICROSECONDS)
+    elsewhere = provider != devices.CPU
+    if elsewhere:
+        options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
+        _preload(provider)
+        # What it would log as it falls back is told by `why_not`.
+        ort.set_default_logger_severity(_SILENT)
+    try:
+        session = ort.InferenceSession(graph, options, providers=[provider], enable_fallback=False)
+    except Exception as error:
+        raise failure(f"ONNX Runtime can't load {name}", error) from error
+    finally:
+        if elsewhere:
+            ort.set_default_logger_severity(_WARNINGS)
+    if provider not in session.get_providers():
+        raise devices.not_loaded(provider, why_not(provider) or "ONNX Runtime took the CPU instead and doesn't say why")
+    if elsewhere:
+        _check_share(session, provider, name)
+    return session
+
+
+def why_not(provider: str) -> str | None:
+    """Tries a provider with a graph of one operator.
+
+    Returns:
+        Why it doesn't load, in ONNX Runtime's words; None where it does.
+    """
+    from . import helper_graphs
+
+    with devices.captured_stderr() as log:
+        try:
+            _preload(provider)
+            session = ort.InferenceSession(helper_graphs.identity(), providers=[provider], enable_fallback=False)
+            session.run(None, {"x": np.zeros(1, np.float32)})
+        except Exception as error:  # noqa: BLE001  # of any kind: it is what was asked for
+            return devices.said(_one_line(error))
+    return None if provider in session.get_providers() else devices.said(log())
+
+
+def failure(what: str, error: Exception) -> BackendError:
+    """The error that tells what failed in ONNX Runtime, and why."""
+    reason = _one_line(error)
+    if re.search(r"bad_alloc|allocate memory|out of memory", reason, re.IGNORECASE):
+        limit = resources.memory()
+        reason = "there isn't enough memory" + (f" (the tightest limit is {limit.reason})" if limit else "")
+    return BackendError(f"{what}: {reason}")
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())
+
+
+def _preload(provider: str) -> None:
+    """Loads CUDA's libraries from pip's packages, which lie outside the loader's paths."""
+    if provider == devices.CUDA and hasattr(ort, "preload_dlls"):
+        with contextlib.redirect_stdout(io.StringIO()):
+            ort.preload_dlls()
+
+
+def _check_share(session: ort.InferenceSession, provider: str, name: object) -> None:
+    """Refuses a provider that leaves all operators, or the attention, to the CPU; logs what it leaves there."""
+    if not hasattr(session, "get_provider_graph_assignment_info"):  # ONNX Runtime before 1.24
+        return
+    taken, left = 0, set[str]()
+    for part in session.get_provider_graph_assignment_info():
+        if part.ep_name == provider:
+            taken += len(part.get_nodes())
+        else:
+            left |= {node.op_type for node in part.get_nodes()}
+    if not taken:
+        raise BackendError(f"{provider} takes none of the operators of {name}: use --device cpu")
+    if "GroupQueryAttention" in left:
+        # Its cache lies on the device: each pass would copy all of it to the CPU and back.
+        raise BackendError(f"{provider} leaves the attention of {name} to the CPU: use --device cpu")
+    _log.info("%s: %s runs %d operators, the CPU %s", name, provider, taken, ", ".join(sorted(left)) or "none")

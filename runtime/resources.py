@@ -1,0 +1,166 @@
+"""What this process may use of the machine: cores, and memory.
+
+Knows no ONNX Runtime. Limits come from the scheduler's affinity, from control groups (v1 and v2, those above the
+process's own too: https://docs.kernel.org/admin-guide/cgroup-v2.html) and from the address-space limit.
+"""
+
+import math
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+_ROOT = Path("/")  # tests put a folder of their own in its place
+# Less than Python and ONNX Runtime take themselves: not worth the look, which takes a millisecond.
+_NEGLIGIBLE = 2**26
+
+
+class Cores(NamedTuple):
+    """Cores, and why so many.
+
+    Attributes:
+        machine: cores of the machine.
+        affinity: those that the scheduler lets this process run on (taskset, cpusets).
+        quota: processor time that the process's control groups allow it, in cores; None where they don't say.
+    """
+
+    machine: int
+    affinity: int
+    quota: float | None
+
+    @property
+    def usable(self) -> int:
+        """Threads that can run at once; a quota counts from the next whole core."""
+        return max(1, min(self.affinity, math.ceil(self.quota) if self.quota else self.affinity))
+
+    @property
+    def reason(self) -> str:
+        """What decides."""
+        if self.quota is not None and self.quota <= self.affinity:
+            return f"a control group's quota of {self.quota:g}"
+        return "affinity" if self.affinity < self.machine else "the machine"
+
+
+class Memory(NamedTuple):
+    """Memory that can still be had, in bytes, and what limits it."""
+
+    available: int
+    reason: str
+
+
+def cores(root: Path = _ROOT) -> Cores:
+    """The cores that this process may use."""
+    machine = os.cpu_count() or 1
+    affinity = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else machine
+    return Cores(machine, affinity, min(_quotas(root), default=None))
+
+
+def memory(root: Path = _ROOT) -> Memory | None:
+    """The memory that this process can still get, by the tightest limit; None where the system doesn't say.
+
+    Pages of files that the kernel would drop, and free swap space, count as available.
+    """
+    return min(_memory_limits(root), key=lambda limit: limit.available, default=None)
+
+
+def shortage(needed: int, root: Path = _ROOT) -> str | None:
+    """How much is needed and available, in words, where so many bytes can't be had."""
+    if needed < _NEGLIGIBLE:
+        return None
+    limit = memory(root)
+    if limit is None or needed <= limit.available:
+        return None
+    return f"{in_words(needed)} of memory, {in_words(limit.available)} is available ({limit.reason})"
+
+
+def in_words(size: int) -> str:
+    """A number of bytes as people read it."""
+    return f"{size / 1e9:,.1f} GB" if size >= 1e9 else f"{size / 1e6:,.0f} MB"
+
+
+def _quotas(root: Path) -> Iterator[float]:
+    for folder in _groups(root, "cpu"):
+        quota, period, *_ = [*_words(folder / "cpu.max"), "", ""]
+        if not quota:  # version 1
+            quota, period = _text(folder / "cpu.cfs_quota_us"), _text(folder / "cpu.cfs_period_us")
+        if quota.isdecimal() and period.isdecimal() and int(period):
+            yield int(quota) / int(period)
+
+
+def _memory_limits(root: Path) -> Iterator[Memory]:
+    machine = _numbers(root / "proc/meminfo", unit=1024)
+    swap = machine.get("SwapFree:", 0)
+    if "MemAvailable:" in machine:
+        yield Memory(machine["MemAvailable:"] + swap, "the machine's free memory")
+    for folder in _groups(root, "memory"):
+        limit, used = _text(folder / "memory.max"), _text(folder / "memory.current")
+        prefix = ""
+        if not limit:  # version 1
+            limit, used = _text(folder / "memory.limit_in_bytes"), _text(folder / "memory.usage_in_bytes")
+            prefix = "total_"
+        if limit.isdecimal() and used.isdecimal():
+            counted = _numbers(folder / "memory.stat")
+            files = sum(counted.get(f"{prefix}{kind}_file", 0) for kind in ("active", "inactive"))
+            allowed = _text(folder / "memory.swap.max")
+            extra = min(swap, int(allowed)) if allowed.isdecimal() else swap
+            available = max(0, int(limit) - int(used) + files) + extra
+            yield Memory(available, f"a control group's limit of {in_words(int(limit))}")
+    yield from _address_space(root)
+
+
+def _address_space(root: Path) -> Iterator[Memory]:
+    try:
+        import resource
+    except ImportError:  # Windows
+        return
+    limit = resource.getrlimit(resource.RLIMIT_AS)[0]
+    pages = _words(root / "proc/self/statm")
+    if limit != resource.RLIM_INFINITY and pages:
+        used = int(pages[0]) * resource.getpagesize()
+        yield Memory(max(0, limit - used), f"an address-space limit of {in_words(limit)} (ulimit -v)")
+
+
+def _groups(root: Path, controller: str) -> Iterator[Path]:
+    """Folders of the control groups that limit this process for a controller: its own and those above it."""
+    own: dict[str, str] = {}
+    for line in _text(root / "proc/self/cgroup").splitlines():
+        controllers, _, path = line.partition(":")[2].partition(":")
+        own |= dict.fromkeys(controllers.split(","), path)
+    for line in _text(root / "proc/self/mountinfo").splitlines():
+        # proc_pid_mountinfo(5): id parent device root mountpoint options … - type source options
+        mount, _, filesystem = line.partition(" - ")
+        kind, *_, options = filesystem.split(" ")[:3] if filesystem else ("", "")
+        if kind == "cgroup2":
+            name = ""
+        elif kind == "cgroup" and controller in options.split(","):
+            name = controller
+        else:
+            continue
+        if name not in own:
+            continue
+        shown, place = mount.split(" ")[3:5]
+        top = root / place.lstrip("/")
+        # In a container the mount may begin at a group below the root.
+        inside = os.path.relpath(own[name], shown)
+        folder = top if inside.startswith("..") else Path(os.path.normpath(top / inside))
+        yield folder
+        while folder != top:
+            folder = folder.parent
+            yield folder
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8", errors="replace").strip()
+    except OSError:
+        return ""
+
+
+def _words(path: Path) -> list[str]:
+    return _text(path).split()
+
+
+def _numbers(path: Path, unit: int = 1) -> dict[str, int]:
+    """Lines of a name and a number."""
+    pairs = (line.split() for line in _text(path).splitlines())
+    return {pair[0]: int(pair[1]) * unit for pair in pairs if len(pair) >= 2 and pair[1].isdecimal()}
