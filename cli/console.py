@@ -43,6 +43,23 @@ def byte_progress(label: str, *, quiet: bool) -> Iterator[Callable[[int, int], N
 
 
 @contextmanager
+def count_progress(label: str, unit: str, *, quiet: bool) -> Iterator[Callable[[int, int], None] | None]:
+    """A progress bar over a known number of things; gives the function that moves it, or None where nobody watches."""
+    if not is_chatty(quiet=quiet):
+        yield None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (
+        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn(unit), TimeRemainingColumn()
+    )  # fmt: skip
+    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+        task = progress.add_task(label, total=None)
+        yield lambda done, total: progress.update(task, completed=done, total=total)
+
+
+@contextmanager
 def line_progress(label: str, *, quiet: bool) -> Iterator[Callable[[int, int], None]]:
     """A count of finished lines and the speed in tokens; gives the function that takes (lines, tokens) as they come."""
     if not is_chatty(quiet=quiet):

@@ -12,7 +12,7 @@ from gpt2onnx.errors import OutputError, PromptError
 
 from ..runtime import jobs
 from ..runtime.generator import Model, Request, Result
-from . import console
+from . import console, energy_options
 from .generation_options import generation_options, token_ids
 from .model_options import device_options, load, model_option
 
@@ -42,12 +42,19 @@ from .model_options import device_options, load, model_option
 )
 @click.option("--echo/--no-echo", default=None, help="Print the prompt before the text (default: on a terminal).")
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
+@click.option(
+    "--energy",
+    "energy_file",
+    type=click.Path(path_type=Path),
+    help="Measure the energy, and append a row with it to a CSV file.",
+)
+@energy_options.energy_options
 @generation_options
 @console.verbosity
 def command(
     prompt: str | None, model: str, prompt_ids: list[int] | None, input_file: Path | None, output_file: Path | None,
     resume: bool, batch_size: int, device: str, threads: int | None, stream: bool | None, echo: bool | None,
-    as_json: bool, quiet: bool, **given: Any,
+    as_json: bool, energy_file: Path | None, country: str | None, energy_seconds: float | None, quiet: bool, **given: Any,
 ) -> None:  # fmt: skip
     """Continue PROMPT, or standard input where there is none.
 
@@ -58,6 +65,7 @@ def command(
     Examples:
       gpt2onnx generate "Once upon a time"
       gpt2onnx generate "Once upon a time" --temperature 0.8 --seed 1 --max-new-tokens 100
+      gpt2onnx generate "Once upon a time" --num-beams 6 --energy emissions.csv --country FRA
       gpt2onnx generate --input requests.jsonl --output results.jsonl --resume
     """
     if input_file is None and (output_file is not None or resume):
@@ -72,22 +80,43 @@ def command(
         raise click.UsageError("--stream and --json exclude each other")
     given["stop"] = list(given["stop"]) or None
 
-    if input_file is not None:
-        _run_job(load(model, device, threads), input_file, output_file, resume, batch_size, quiet, given)
-        return
-    text_or_ids = prompt if prompt is not None else prompt_ids if prompt_ids is not None else _standard_input()
-    loaded = load(model, device, threads)
-    request = Request(text_or_ids, loaded.options(given))
-    started = time.perf_counter()
-    if as_json:
-        result = _interruptible(loaded, request)
-        click.echo(jobs.to_line(result.to_dict()))
-    else:
-        result = _print_text(loaded, request, stream, sys.stdout.isatty() if echo is None else echo)
+    if energy_file is None and (country is not None or energy_seconds is not None):
+        raise click.UsageError("--country and --energy-seconds go with --energy")
+    if input_file is not None and energy_seconds is not None:
+        raise click.UsageError("--energy-seconds repeats a run: not with --input, which is run once")
+    text_or_ids = prompt if prompt is not None else prompt_ids
+    if text_or_ids is None:
+        text_or_ids = "" if input_file is not None else _standard_input()
+
+    with ExitStack() as stack:
+        if energy_file is not None:
+            # Before the model: what is missing or can't be written is said at once.
+            from ..runtime.energy import track_energy
+
+            stack.enter_context(track_energy(energy_file, **energy_options.settings(country, energy_seconds)))
+        loaded = load(model, device, threads)
+        if input_file is not None:
+            _run_job(loaded, input_file, output_file, resume, batch_size, quiet, given)
+            return
+        request = Request(text_or_ids, loaded.options(given))
+        started = time.perf_counter()
+        if as_json:
+            result = _interruptible(loaded, request)
+            click.echo(jobs.to_line(result.to_dict()))
+        else:
+            result = _print_text(loaded, request, stream, sys.stdout.isatty() if echo is None else echo)
     if console.is_chatty(quiet=quiet):
-        seconds = time.perf_counter() - started
-        tokens = result.usage["completion_tokens"]
-        click.echo(f"{tokens} tokens in {seconds:.2f} s ({tokens / seconds:,.0f} tokens/s)", err=True)
+        click.echo(_summary(result, time.perf_counter() - started), err=True)
+
+
+def _summary(result: Result, seconds: float) -> str:
+    tokens, energy = result.usage["completion_tokens"], result.energy
+    if energy is None:
+        return f"{tokens} tokens in {seconds:.2f} s ({tokens / seconds:,.0f} tokens/s)"
+    text = f"{tokens} tokens in {result.seconds:.2f} s ({tokens / result.seconds:,.0f} tokens/s)"
+    if energy.joules_per_token is not None:
+        text += f", {energy.joules_per_token:.3g} J/token over {energy.runs:,} runs"
+    return text if energy.reliable else f"{text}, too short to rely on"
 
 
 def _standard_input() -> str:
@@ -110,15 +139,12 @@ def _interruptible(model: Model, request: Request) -> Result:
         for _ in stream:
             pass
     except KeyboardInterrupt:
-        pass
+        stream.close()
     return stream.result
 
 
 def _complete(model: Model, request: Request) -> Result:
-    ((_, outcome),) = model.complete([request])
-    if isinstance(outcome, Result):
-        return outcome
-    raise outcome
+    return model.answer([request.prompt], request.options)[0]
 
 
 def _print_text(model: Model, request: Request, stream: bool | None, echo: bool) -> Result:
@@ -131,7 +157,7 @@ def _print_text(model: Model, request: Request, stream: bool | None, echo: bool)
             for piece in pieces:
                 click.echo(piece, nl=False)
         except KeyboardInterrupt:
-            pass
+            pieces.close()
         click.echo()
         return pieces.result
     result = _complete(model, request)

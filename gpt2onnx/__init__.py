@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     # Below this folder only in the installed package, where mypy checks it.
     from .exporter.export import export as export  # pyright: ignore[reportMissingImports]
     from .loading import load as load
+    from .runtime.energy import track_energy as track_energy  # pyright: ignore[reportMissingImports]
     from .runtime.generator import Model as Model  # pyright: ignore[reportMissingImports]
     from .runtime.generator import Result as Result  # pyright: ignore[reportMissingImports]
     from .runtime.options import GenerationConfig as GenerationConfig  # pyright: ignore[reportMissingImports]
@@ -26,9 +27,10 @@ _HOME = {
     "Model": "runtime.generator",
     "Result": "runtime.generator",
     "GenerationConfig": "runtime.options",
+    "track_energy": "runtime.energy",
 }
 
-__all__ = ["GenerationConfig", "Model", "Result", "export", "load"]
+__all__ = ["GenerationConfig", "Model", "Result", "export", "load", "track_energy"]
 
 
 def __getattr__(name: str) -> Any:

@@ -5,10 +5,10 @@ Prompts are encoded and checked, decoded together by the loop, and their tokens 
 
 import math
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import numpy as np
 
@@ -16,17 +16,23 @@ from gpt2onnx.errors import Gpt2OnnxError, OptionError, PromptError
 
 from ..models.bundle import GENERATION_CONFIG, TOKENIZER, Bundle
 from ..models.config import read_json
+from ..models.messages import shown
 from .decode import Decoder
 from .logits import Tokens
+from .observer import OBSERVER, Observer
 from .options import SAMPLING_OPTIONS, GenerationConfig
 from .sampling import log_softmax
 from .search import Continuation, Search, Stop, TokenLogprobs, start
 from .session import Session
 from .tokenizer import Tokenizer, find_stop
 
+if TYPE_CHECKING:
+    from .energy import Energy
+
 # A text, or the ids of its tokens.
 Prompt = str | Sequence[int]
 
+_LETTERS_PER_TOKEN = 1000  # the longest of GPT-2's has 128
 _SCORED_AT_ONCE = 128  # positions whose logits are in memory together
 
 
@@ -74,12 +80,14 @@ class Result:
         prompt_ids: its tokens.
         sequences: its continuations, best first where they are ranked.
         seconds: from joining the batch to the last token.
+        energy: what it took, where that was measured; see `track_energy`.
     """
 
     prompt: str
     prompt_ids: list[int]
     sequences: list[GeneratedSequence]
     seconds: float
+    energy: "Energy | None" = None
 
     @property
     def text(self) -> str:
@@ -102,7 +110,7 @@ class Result:
             "sequences": [_json(asdict(sequence)) for sequence in self.sequences],
             "usage": self.usage,
             "seconds": round(self.seconds, 6),
-            "energy": None,
+            "energy": None if self.energy is None else asdict(self.energy),
         }
 
 
@@ -115,7 +123,7 @@ class Score:
 
     Attributes:
         token_ids: its tokens.
-        logprobs: natural log probability of each token given those before it; of all but the first.
+        logprobs: natural log probability of each token given those before it; without a prompt, of all but the first.
     """
 
     token_ids: list[int]
@@ -136,7 +144,7 @@ class Model:
 
     Args:
         folder: the bundle.
-        device: "cpu" or "auto".
+        device: "cpu", "cuda", the name of another execution provider, or "auto": CUDA where it works, else the CPU.
         threads: of one operator; by default as many as this process may use, fewer for very small models.
 
     Raises:
@@ -149,6 +157,7 @@ class Model:
         self.bundle = Bundle.open(folder)
         self.config = self.bundle.config
         self.tokenizer = Tokenizer(folder / TOKENIZER)
+        self.tokenizer.check(self.config.vocab_size)
         self.generation_config = GenerationConfig.from_file_content(read_json(folder / GENERATION_CONFIG))
         self.session = Session(self.bundle, device=device, threads=threads)
         self._decoder = Decoder(self.session)
@@ -189,7 +198,8 @@ class Model:
 
         Args:
             prompts: a text or token ids, or a list of such.
-            batch_size: prompts that are decoded together; no result depends on it.
+            batch_size: prompts that are decoded together. In fp32 no result depends on it; kernels of lower precisions round
+                one row in another way than several, which may decide a near tie.
 
         Returns:
             The result of the prompt, or the list of results of the list, in its order.
@@ -201,8 +211,18 @@ class Model:
         """
         options = self.options(locals())
         if isinstance(prompts, str) or (len(prompts) > 0 and isinstance(prompts[0], int | np.integer)):
-            return self._all([Request(cast("Prompt", prompts), options)], 1)[0]
-        return self._all([Request(cast("Prompt", prompt), options) for prompt in prompts], batch_size)
+            return self.answer([cast("Prompt", prompts)], options)[0]
+        return self.answer(cast("Sequence[Prompt]", prompts), options, batch_size)
+
+    def answer(self, prompts: Sequence[Prompt], options: GenerationConfig, batch_size: int = 1) -> list[Result]:
+        """Continues prompts, all with the same options; otherwise as `generate`."""
+        observer = OBSERVER.get()
+        if observer is None:
+            return self._all(prompts, options, batch_size)
+        options = observer.repeatable(options)
+        with observer.begin(self, options) as run:
+            results = self._all(prompts, options, batch_size)
+            return run.end(results, again=lambda: self._all(prompts, options, batch_size))
 
     def stream(
         self,
@@ -245,9 +265,12 @@ class Model:
             raise OptionError(
                 "only a single sequence can be streamed: not with num_beams or num_return_sequences above 1"
             )
+        observer = OBSERVER.get()
+        if observer is not None:
+            request = replace(request, options=observer.repeatable(request.options))
         task = self._task(request)
         text_stream = self.tokenizer.stream(request.options.stop_strings)
-        return Stream(self, task, text_stream)
+        return Stream(self, task, text_stream, observer)
 
     def complete(self, requests: Iterable[Request], batch_size: int = 1) -> Iterator[tuple[Request, Outcome]]:
         """Decodes requests, so many at a time, and yields each one with its result as soon as it is done.
@@ -293,16 +316,29 @@ class Model:
             known["do_sample"] = True
         return self.generation_config.merged(known)
 
-    def score(self, text: Prompt) -> Score:
+    def score(self, text: Prompt, *, prompt: Prompt | None = None) -> Score:
         """The log probability of each token of a text, given those before it.
 
+        Args:
+            text: what is scored; without a prompt, its first token isn't.
+            prompt: what stands before the text.
+
         Raises:
-            PromptError: the text has fewer than two tokens, more than the context window, or others than the vocabulary's.
+            PromptError: there is no token to score, there are more than the context window holds, or others than the
+                vocabulary's.
             BackendError: ONNX Runtime failed.
         """
-        ids = self._prompt_ids(text)
-        if len(ids) < 2:
+        ids = scored = self.prompt_ids(text)
+        if prompt is not None:
+            ids = np.concatenate([self.prompt_ids(prompt), scored])
+        elif len(ids) < 2:
             raise PromptError("a text of one token has nothing to score: at least two are needed")
+        context = self.config.n_positions
+        # The last token is only predicted: it needs no position of its own.
+        if len(ids) > context + 1:
+            raise PromptError(
+                f"prompt and text have {len(ids)} tokens, the context window {context}: shorten one of them"
+            )
         cache = self.session.new_cache(1, len(ids))
         logprobs: list[float] = []
         for begin in range(0, len(ids) - 1, _SCORED_AT_ONCE):
@@ -310,9 +346,14 @@ class Model:
             logits = self.session.forward(cache, slice(0, 1), ids[None, begin:end], keep=end - begin)[0]
             following = ids[begin + 1 : end + 1]
             logprobs += log_softmax(logits)[np.arange(end - begin), following].tolist()
-        return Score(ids.tolist(), logprobs)
+        return Score(scored.tolist(), logprobs if prompt is None else logprobs[-len(scored) :])
 
-    def _all(self, requests: list[Request], batch_size: int) -> list[Result]:
+    def forget(self) -> None:
+        """Lets later prompts share nothing with the key-value cache of earlier ones, so that each costs what it costs alone."""
+        self._decoder.forget()
+
+    def _all(self, prompts: Sequence[Prompt], options: GenerationConfig, batch_size: int) -> list[Result]:
+        requests = [Request(prompt, options) for prompt in prompts]
         results: dict[int, Result] = {}
         for request, outcome in self.complete(requests, batch_size):
             if isinstance(outcome, Gpt2OnnxError):
@@ -323,7 +364,7 @@ class Model:
     def _task(self, request: Request) -> "_Task":
         if request.error is not None:
             raise request.error
-        ids = self._prompt_ids(request.prompt)
+        ids = self.prompt_ids(request.prompt)
         options = request.options
         if options.new_tokens(len(ids)) < 1:
             raise OptionError(f"max_length {options.max_length} leaves no room after a prompt of {len(ids)} tokens")
@@ -331,17 +372,25 @@ class Model:
         if worst >= self.config.vocab_size:
             raise OptionError(f"bad_words_ids holds {worst}, but the vocabulary ends at {self.config.vocab_size - 1}")
         search = start(ids, options, self.config.n_positions, self._stop(options.stop_strings, len(ids)))
+        self.session.check_room(search.rows, search.positions)
         text = request.prompt if isinstance(request.prompt, str) else self.tokenizer.decode(ids.tolist())
         return _Task(request, text, search, time.perf_counter())
 
-    def _prompt_ids(self, prompt: Prompt) -> Tokens:
+    def prompt_ids(self, prompt: Prompt) -> Tokens:
+        """The tokens of a prompt, int64 [length]; raises PromptError where it is empty, too long, or not in the vocabulary."""
+        context, vocabulary = self.config.n_positions, self.config.vocab_size
+        if not isinstance(prompt, Sequence | np.ndarray):
+            raise PromptError(f"a prompt is a text or a list of token ids, not {shown(prompt)}")
+        if len(prompt) > _LETTERS_PER_TOKEN * context:  # to encode megabytes takes seconds
+            raise PromptError(
+                f"the prompt has {len(prompt):,} letters, the context window {context} tokens: shorten it"
+            )
         ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
         if not ids:
             raise PromptError("the prompt is empty: give at least one token")
-        context, vocabulary = self.config.n_positions, self.config.vocab_size
         for token in ids:
             if isinstance(token, bool) or not isinstance(token, int | np.integer) or not 0 <= token < vocabulary:
-                raise PromptError(f"{token!r} is no token id: they are whole numbers from 0 to {vocabulary - 1}")
+                raise PromptError(f"{shown(token)} is no token id: they are whole numbers from 0 to {vocabulary - 1}")
         if len(ids) > context:
             raise PromptError(f"the prompt has {len(ids)} tokens, the context window {context}: shorten the prompt")
         return np.array(ids, np.int64)
@@ -391,19 +440,24 @@ class Stream(Iterator[str]):
     Decoding goes on only while pieces are asked for. Left early, it keeps what there is.
     """
 
-    def __init__(self, model: Model, task: _Task, text: Any) -> None:
+    def __init__(self, model: Model, task: _Task, text: Any, observer: Observer | None = None) -> None:
         self._model, self._task, self._text = model, task, text
-        self._pieces = self._run()
+        self._pieces = self._run() if observer is None else self._run_observed(observer)
+        self._result: Result | None = None
 
     def __next__(self) -> str:
         return next(self._pieces)
 
+    def close(self) -> None:
+        """Ends it where it is."""
+        self._pieces.close()
+
     @property
     def result(self) -> Result:
         """The result as far as decoding has come."""
-        return self._model._result(self._task)
+        return self._result or self._model._result(self._task)
 
-    def _run(self) -> Iterator[str]:
+    def _run(self) -> Generator[str]:
         sent = len(self._task.search.prompt)
         for _ in self._model._decoder.run([self._task.search]):
             tokens = self._task.search.continuations()[0].tokens
@@ -413,6 +467,18 @@ class Stream(Iterator[str]):
             sent = len(tokens)
         if piece := self._text.finish():
             yield piece
+        self._result = self.result
+
+    def _run_observed(self, observer: Observer) -> Generator[str]:
+        request = self._task.request
+        with observer.begin(self._model, request.options, close=self.close) as run:
+            try:
+                yield from self._run()
+            except (GeneratorExit, KeyboardInterrupt):
+                (self._result,) = run.end([self.result])
+                raise
+            again = [request.prompt], request.options, 1
+            (self._result,) = run.end([self.result], again=lambda: self._model._all(*again))
 
 
 def _json(value: Any) -> Any:

@@ -12,6 +12,7 @@ from typing import Any
 from gpt2onnx.errors import Gpt2OnnxError, OptionError, PromptError
 
 from .generator import Model, Outcome, Request
+from .observer import OBSERVER, Observer
 from .options import GenerationConfig
 
 Record = dict[str, Any]
@@ -24,10 +25,11 @@ def run(model: Model, lines: Iterable[str], options: GenerationConfig, batch_siz
         model: generates.
         lines: one JSON object each; taken only as there is room for them. Empty ones are passed over.
         options: what holds where a line says nothing else.
-        batch_size: requests that are decoded together; no result depends on it.
+        batch_size: requests that are decoded together. In fp32 no result depends on it; kernels of lower precisions round
+            one row in another way than several, which may decide a near tie.
 
     Yields:
-        A record for each line, in the order of the lines.
+        A record for each line, in the order of the lines. Inside `track_energy` they are one run, of the strategy "job".
 
     Raises:
         OptionError: batch_size is below 1.
@@ -55,10 +57,35 @@ def run(model: Model, lines: Iterable[str], options: GenerationConfig, batch_siz
             yield finished.pop(due)
             due += 1
 
-    for request, outcome in model.complete(requests(), batch_size):
-        index, name = request.id
-        finished[index] = {"id": name} | _fields(outcome)
-        yield from ready()
+    def records() -> Iterator[Record]:
+        for request, outcome in model.complete(requests(), batch_size):
+            index, name = request.id
+            finished[index] = {"id": name} | _fields(outcome)
+            yield from ready()
+
+    observer = OBSERVER.get()
+    yield from records() if observer is None else _observed(records(), observer, model, options)
+
+
+def _observed(
+    records: Iterator[Record], observer: Observer, model: Model, options: GenerationConfig
+) -> Iterator[Record]:
+    """Records that make up one run, also where it is interrupted."""
+    requests = 0
+    tokens = {"prompt_tokens": 0, "completion_tokens": 0}
+
+    def end() -> None:
+        measured.end_job(requests=requests, **tokens)
+
+    with observer.begin(model, options, strategy="job", close=end) as measured:
+        try:
+            for record in records:
+                for name, count in record.get("usage", {}).items():
+                    tokens[name] += count
+                requests += 1
+                yield record
+        finally:
+            end()
 
 
 def parse(line: str, options: GenerationConfig) -> Request:

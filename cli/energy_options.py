@@ -1,0 +1,25 @@
+"""What commands that measure energy share: whose electricity it is, and how long to measure."""
+
+from collections.abc import Callable
+from typing import Any
+
+import click
+
+from ..runtime.power import DEFAULT_SECONDS, MOST_SECONDS
+
+
+def energy_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Adds --country and --energy-seconds, which arrive as `country` and `energy_seconds`, None where not given."""
+    command = click.option(
+        "--energy-seconds",
+        type=click.FloatRange(0, int(MOST_SECONDS)),
+        help=f"Repeat a run until its energy was measured for so long; 0 for never (default {DEFAULT_SECONDS:g}).",
+    )(command)
+    return click.option(
+        "--country", metavar="ISO3", help="Whose electricity it is, such as FRA (default: the world's average)."
+    )(command)
+
+
+def settings(country: str | None, energy_seconds: float | None) -> dict[str, Any]:
+    """Arguments for `track_energy`."""
+    return {"country": country, "seconds": DEFAULT_SECONDS if energy_seconds is None else energy_seconds}

@@ -1,0 +1,98 @@
+"""gpt2onnx eval"""
+
+import json
+import sys
+from pathlib import Path
+from typing import Literal
+
+import click
+
+from gpt2onnx.errors import PromptError
+
+from . import console
+from .model_options import device_options, load, model_option
+from .tables import table
+
+
+@click.command("eval")
+@click.argument("text_file", type=click.Path(path_type=Path, allow_dash=True))
+@model_option
+@click.option("--context", type=int, help="Tokens of a window (default: all positions of the model).")
+@click.option("--stride", type=int, help="Tokens from one window's start to the next (default: the context).")
+@click.option("--batch-size", type=int, default=1, show_default=True, help="Windows of a batch.")
+@click.option("--split", type=float, help="Share of the characters that is for training; the rest is for validation.")
+@click.option("--keep-short/--drop-short", default=True, help="Whether a short last window counts (default: it does).")
+@click.option(
+    "--drop-last",
+    type=click.Choice(["none", "train", "all"]),
+    default="none",
+    show_default=True,
+    help="Which parts leave out an incomplete last batch.",
+)
+@device_options
+@click.option("--json", "as_json", is_flag=True, help="Print the figures as JSON.")
+@console.verbosity
+def command(
+    text_file: Path, model: str, context: int | None, stride: int | None, batch_size: int, split: float | None,
+    keep_short: bool, drop_last: Literal["none", "train", "all"], device: str, threads: int | None, as_json: bool, quiet: bool,
+) -> None:  # fmt: skip
+    """Measure the loss (nats per token), perplexity and bits per byte of TEXT_FILE, or of standard input for `-`.
+
+    A window of --context tokens predicts the token after each of them. With a --stride below the context
+    windows overlap, and each token counts once, in the first window that predicts it. "batch loss" is the
+    mean of the batches' means, which is what a loop over a data loader prints.
+
+    \b
+    Examples:
+      gpt2onnx eval story.txt
+      gpt2onnx eval story.txt --context 256 --stride 64 --json
+      gpt2onnx eval story.txt --context 256 --batch-size 2 --split 0.9 --drop-short --drop-last train
+    """
+    from ..runtime.experiments.evaluation import evaluate
+
+    text = _read(text_file)
+    loaded = load(model, device, threads)
+    with console.count_progress(f"Evaluating {text_file.name}", "tokens", quiet=quiet) as progress:
+        result = evaluate(
+            loaded,
+            text,
+            context=context,
+            stride=stride,
+            batch_size=batch_size,
+            split=split,
+            keep_short=keep_short,
+            drop_last=drop_last,
+            progress=progress,
+        )
+    if as_json:
+        origin = {"text_file": str(text_file), "model": model, "dtype": loaded.bundle.manifest.dtype}
+        click.echo(json.dumps(origin | result.to_dict(), allow_nan=False))
+        return
+    if not quiet:
+        click.echo(
+            f"{text_file} with {model} ({loaded.bundle.manifest.dtype}):"
+            f" windows of {result.context}, stride {result.stride}, batches of {result.batch_size}"
+        )
+    header = ["", "tokens", "predicted", "windows", "batches", "loss", "batch loss", "perplexity", "bits per byte"]
+    rows = [
+        [
+            name, f"{loss.tokens:,}", f"{loss.predicted:,}", f"{loss.windows:,}", f"{loss.batches:,}",
+            f"{loss.loss:.4f}", f"{loss.batch_loss:.4f}", f"{loss.perplexity:,.2f}", f"{loss.bits_per_byte:.4f}",
+        ]
+        for name, loss in result.parts.items()
+    ]  # fmt: skip
+    click.echo(table(header, rows))
+
+
+def _read(path: Path) -> str:
+    try:
+        content = sys.stdin.buffer.read() if str(path) == "-" else path.read_bytes()
+    except OSError as error:
+        raise PromptError(f"can't read {path}: {error.strerror}") from error
+    try:
+        return content.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise PromptError(
+            f"{path} is not UTF-8 (byte {content[error.start]:#04x} at offset {error.start:,}):"
+            " convert it first, as with 'iconv -f latin1 -t utf-8'"
+        ) from error

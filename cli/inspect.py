@@ -1,0 +1,159 @@
+"""gpt2onnx inspect"""
+
+import json
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from . import console
+from . import parity as parity_report
+from .tables import table
+
+if TYPE_CHECKING:
+    from ..models.bundle import Bundle, Manifest
+    from ..models.config import GPT2Config
+    from ..models.inspection import Layer
+
+
+@click.command("inspect")
+@click.argument("model")
+@click.option("--json", "as_json", is_flag=True, help="Print everything as JSON.")
+@console.verbosity
+def command(model: str, as_json: bool, quiet: bool) -> None:
+    """Show what MODEL is made of: layers, parameters, memory, and the bundle's files and reports.
+
+    MODEL is a bundle, or any source: of one that hasn't been exported yet, the architecture is shown and
+    nothing is exported.
+
+    \b
+    Examples:
+      gpt2onnx inspect tales
+      gpt2onnx inspect ./gpt2-int8 --json
+    """
+    from gpt2onnx.loading import look_up
+
+    from ..models.bundle import Bundle
+    from ..models.inspection import layers
+    from ..models.precision import DTYPES, memory
+
+    found = look_up(model)
+    bundle = found if isinstance(found, Bundle) else None
+    config = found.config if isinstance(found, Bundle) else found
+    network = layers(config)
+    memories = {dtype: memory(config, dtype) for dtype in DTYPES}
+    if as_json:
+        record = {
+            "model": model,
+            "config": asdict(config) | {"n_inner": config.inner_size},
+            "parameters": network.parameters,
+            "components": {layer.name: layer.parameters for layer in network.layers},
+            "tied": config.tie_word_embeddings,
+            "layers": network.to_dict()["layers"],
+            "memory": {dtype: asdict(each) for dtype, each in memories.items()},
+            "bundle": None if bundle is None else {"folder": str(bundle.folder), **asdict(bundle.manifest)},
+        }
+        click.echo(json.dumps(record))
+        return
+    positions = config.n_positions
+    rows = [
+        [dtype, _bytes(each.weights), _bytes(each.cache_per_token), _bytes(each.cache_full)]
+        for dtype, each in memories.items()
+    ]
+    blocks = [] if quiet else [_summary(model, config)]
+    blocks += [
+        _tree(network, config),
+        table(["memory", "weights", "KV cache a token", f"KV cache of {positions:,}"], rows),
+    ]
+    blocks += [] if bundle is None else _bundle(bundle)
+    click.echo("\n\n".join(blocks))
+
+
+def _summary(model: str, config: "GPT2Config") -> str:
+    return (
+        f"{model}: GPT-2, {config.n_layer} layers, {config.n_head} heads of {config.head_size}, {config.n_embd} wide,"
+        f" {config.n_positions:,} positions, vocabulary of {config.vocab_size:,}, {config.activation_function}"
+    )
+
+
+def _tree(network: "Layer", config: "GPT2Config") -> str:
+    """The layers, one a line; the blocks after the first are all like it."""
+    rows: list[list[str]] = []
+
+    def add(layer: "Layer", depth: int) -> None:
+        shapes = [_shape(layer.weights[name]) if name in layer.weights else "" for name in ("weight", "bias")]
+        if layer.tied_to is not None:
+            shapes[0] = layer.tied_to
+        rows.append(["  " * depth + layer.name, *shapes, f"{layer.parameters:,}"])
+        for inner in layer.layers:
+            add(inner, depth + 1)
+
+    blocks = [layer for layer in network.layers if layer.name.startswith("h.")]
+    for layer in network.layers:
+        if layer in blocks[1:]:
+            continue
+        add(layer, 0)
+        if layer is blocks[0] and len(blocks) > 1:
+            others = blocks[1].name if len(blocks) == 2 else f"{blocks[1].name} to {blocks[-1].name}"
+            rows.append([others, "each as h.0", "", f"{sum(block.parameters for block in blocks[1:]):,}"])
+    rows.append(["total", "", "", f"{network.parameters:,}"])
+    tree = table(["layer", "weight", "bias", "parameters"], rows, left=3)
+    if config.tie_word_embeddings:
+        tree += "\nThe head is tied: it multiplies by wte.weight, which is stored and counted once."
+    return tree
+
+
+def _bundle(bundle: "Bundle") -> list[str]:
+    """The bundle's own facts: origin, files, reports."""
+    manifest = bundle.manifest
+    blocks = "" if manifest.block_size is None else f", blocks of {manifest.block_size}"
+    facts = [
+        ["bundle", str(bundle.folder)],
+        ["source", f"{manifest.source}, sha256 {manifest.source_sha256}"],
+        ["precision", f"{manifest.dtype}{blocks}"],
+        ["graph", manifest.graph],
+        ["written by", f"gpt2onnx {manifest.gpt2onnx}, bundle format {manifest.format_version}"],
+    ]
+    files = [[name, f"{record.size:,}"] for name, record in sorted(manifest.files.items())]
+    files.append(["total", f"{sum(record.size for record in manifest.files.values()):,}"])
+    return [_aligned(facts), table(["file", "bytes"], files), _reports(manifest)]
+
+
+def _reports(manifest: "Manifest") -> str:
+    parity, quality = manifest.parity, manifest.quality
+    lines = ["parity: not checked" if parity is None else _parity(parity)]
+    if quality is not None:
+        lines += [_quality(figures) for figures in (quality, *quality.get("texts", []))]
+    elif manifest.dtype in ("int8", "int4"):
+        lines.append("quality: not measured")
+    return "\n".join(lines)
+
+
+def _parity(parity: dict[str, Any]) -> str:
+    try:
+        return f"parity {parity_report.table(parity)}"
+    except KeyError:  # another version of gpt2onnx wrote other figures
+        return f"parity with {parity['reference']}: {'passed' if parity['passed'] else 'FAILED'}"
+
+
+def _quality(quality: dict[str, Any]) -> str:
+    return (
+        f"quality against fp32, over {quality['tokens']:,} tokens of {quality['text']}: KL {quality['kl']:.2e} nats,"
+        f" perplexity {quality['perplexity']:.4f} (fp32 {quality['reference_perplexity']:.4f})"
+    )
+
+
+def _aligned(facts: list[list[str]]) -> str:
+    width = max(len(name) for name, _ in facts)
+    return "\n".join(f"{name:{width}}  {value}" for name, value in facts)
+
+
+def _shape(shape: tuple[int, ...]) -> str:
+    return " x ".join(map(str, shape))
+
+
+def _bytes(size: int) -> str:
+    for unit, scale in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if size >= scale:
+            return f"{size / scale:,.1f} {unit}"
+    return f"{size} B"

@@ -1,0 +1,215 @@
+"""gpt2onnx next"""
+
+import json
+import math
+import re
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from . import console
+from .generation_options import token_ids
+from .model_options import device_options, load, model_option
+from .tables import table
+from .tokens import standard_input
+
+if TYPE_CHECKING:
+    from ..runtime.experiments.next_token import Choice
+    from ..runtime.tokenizer import Tokenizer
+
+_NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?")
+
+
+class _SeveralTemperatures(click.Command):
+    """Lets `--temperature 0.1 1 5` stand for `--temperature 0.1 --temperature 1 --temperature 5`."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        expanded: list[str] = []
+        listing = False
+        for index, argument in enumerate(args):
+            if argument == "--":
+                expanded += args[index:]
+                break
+            # The first value follows its option as any does; further ones are told by being numbers.
+            if listing and args[index - 1] != "--temperature" and _NUMBER.fullmatch(argument):
+                expanded.append("--temperature")
+            elif args[index - 1 : index] != ["--temperature"]:
+                listing = argument.split("=")[0] == "--temperature"
+            expanded.append(argument)
+        return super().parse_args(ctx, expanded)
+
+
+@click.command("next", cls=_SeveralTemperatures)
+@click.argument("prompt", required=False)
+@model_option
+@click.option("--prompt-ids", type=token_ids, help="The prompt as token ids, such as 1,2,3.")
+@click.option(
+    "--temperature",
+    "temperatures",
+    type=float,
+    multiple=True,
+    metavar="FLOAT...",
+    help="Divides the logits; several numbers are compared. A prompt that is a number goes before them, or behind `--`.",
+)
+@click.option("--top-k", type=int, help="Keep the k likeliest tokens; 0 for all (default 50).")
+@click.option("--top-p", type=float, help="Keep the likeliest tokens whose probabilities add up to p.")
+@click.option("--min-p", type=float, help="Keep tokens at least p times as likely as the likeliest.")
+@click.option("--typical-p", type=float, help="Keep the most typical tokens whose probabilities add up to p.")
+@click.option(
+    "--top", type=click.IntRange(min=0), default=10, show_default=True, help="Show so many of the likeliest tokens."
+)
+@click.option(
+    "--token", "texts", multiple=True, help="A token to follow, such as ' king'; may be given more than once."
+)
+@click.option(
+    "--draws", type=click.IntRange(min=0), default=0, show_default=True, help="Draw so often and count what comes."
+)
+@click.option("--seed", type=int, help="Seed of the draws; `generate` with it starts with the first of them.")
+@device_options
+@click.option("--json", "as_json", is_flag=True, help="Print everything as JSON.")
+@console.verbosity
+def command(
+    prompt: str | None, model: str, prompt_ids: list[int] | None, temperatures: tuple[float, ...], top_k: int | None,
+    top_p: float | None, min_p: float | None, typical_p: float | None, top: int, texts: tuple[str, ...], draws: int,
+    seed: int | None, device: str, threads: int | None, as_json: bool, quiet: bool,
+) -> None:  # fmt: skip
+    """Show how the token after PROMPT (or standard input) is drawn: logits, temperature, softmax, filters, draw.
+
+    One table for each temperature. "logit" and "p" are the network's own; "/ T" is the logit divided by the
+    temperature, and each column after it the probability after one more step, "-" where the token is out.
+    Options that aren't given are the model's, as in `generate`.
+
+    \b
+    Examples:
+      gpt2onnx next "Once upon a time there was a"
+      gpt2onnx next "The old" --temperature 0.1 1 5 --top-k 0 --token " king" --draws 1000 --seed 123
+    """
+    from ..runtime.experiments.next_token import next_token, token_of
+
+    if prompt is not None and prompt_ids is not None:
+        raise click.UsageError("give a prompt or --prompt-ids, not both")
+    if seed is not None and not draws:
+        raise click.UsageError("--seed goes with --draws")
+    text_or_ids = prompt if prompt is not None else prompt_ids
+    if text_or_ids is None:
+        text_or_ids = standard_input("give a prompt, --prompt-ids, or text on standard input")
+    loaded = load(model, device, threads)
+    followed = {text: token_of(loaded, text) for text in texts}
+    with console.count_progress("Drawing", "draws", quiet=quiet) as progress:
+        result = next_token(
+            loaded, text_or_ids, temperatures=temperatures, top_k=top_k, top_p=top_p, min_p=min_p,
+            typical_p=typical_p, draws=draws, seed=seed, progress=progress,
+        )  # fmt: skip
+    if as_json:
+        record = {
+            "prompt": text_or_ids if isinstance(text_or_ids, str) else loaded.tokenizer.decode(text_or_ids),
+            "prompt_ids": result.prompt_ids,
+            "draws": draws,
+            "seed": seed,
+            "temperatures": [_record(choice, loaded.tokenizer, top, followed) for choice in result.choices],
+        }
+        click.echo(json.dumps(record, allow_nan=False))
+        return
+    blocks = [_candidates(choice, loaded.tokenizer, top, list(followed.values())) for choice in result.choices]
+    blocks += [_way_of(text, token, result.choices) for text, token in followed.items()]
+    click.echo("\n\n".join(blocks))
+
+
+def _candidates(choice: "Choice", tokenizer: "Tokenizer", top: int, followed: list[int]) -> str:
+    """The likeliest tokens, and those followed, through all stages."""
+    first, *later = choice.stages
+    options = choice.options
+    header = ["token", "id", "logit", "p"]
+    for stage in later:
+        header += (
+            ["/ T", f"T = {options.temperature:g}"] if stage.name == "temperature" else [_label(stage.name, options)]
+        )
+    header += ["drawn", "expected"] if choice.draws else []
+    shown = choice.top(top)
+    shown += [token for token in followed if token not in shown]
+    rows = []
+    for token in shown:
+        row = [
+            repr(tokenizer.piece(token)),
+            str(token),
+            _score(first.scores[token]),
+            f"{first.probabilities[token]:.4f}",
+        ]
+        for stage in later:
+            row += [_score(stage.scores[token])] if stage.name == "temperature" else []
+            row.append(f"{stage.probabilities[token]:.4f}" if stage.scores[token] > -math.inf else "-")
+        row += [str(choice.counts[token]), f"{_expected(choice, token):.1f}"] if choice.draws else []
+        rows.append(row)
+    left = ["candidates left", "", "", str(_possible(first.scores))]
+    for stage in later:
+        left += ["", str(_possible(stage.scores))] if stage.name == "temperature" else [str(_possible(stage.scores))]
+    left += [str(choice.draws), f"{choice.draws:.1f}"] if choice.draws else []
+    return table(header, [*rows, left])
+
+
+def _way_of(text: str, token: int, choices: list["Choice"]) -> str:
+    """One token at each temperature."""
+    header = [repr(text), "p", "p, filtered"]
+    draws = choices[0].draws
+    header += ["drawn", "expected", "deviation"] if draws else []
+    rows = []
+    for choice in choices:
+        temperature = next(stage for stage in choice.stages if stage.name == "temperature")
+        p = float(choice.probabilities[token])
+        row = [f"T = {choice.options.temperature:g}", f"{temperature.probabilities[token]:.3e}", f"{p:.3e}"]
+        if draws:
+            row += [
+                str(choice.counts[token]),
+                f"{_expected(choice, token):.2f}",
+                f"{math.sqrt(draws * p * (1 - p)):.2f}",
+            ]
+        rows.append(row)
+    return table(header, rows)
+
+
+def _record(choice: "Choice", tokenizer: "Tokenizer", top: int, followed: dict[str, int]) -> dict[str, Any]:
+    def candidate(token: int) -> dict[str, Any]:
+        piece = tokenizer.piece(token)
+        return {
+            "token_id": token,
+            "piece": piece if isinstance(piece, str) else None,
+            "bytes": tokenizer.token_bytes(token).hex(),
+            "rank": choice.rank(token),
+            "stages": {
+                stage.name: {"score": _finite(stage.scores[token]), "probability": float(stage.probabilities[token])}
+                for stage in choice.stages
+            },
+        } | ({"drawn": int(choice.counts[token]), "expected": _expected(choice, token)} if choice.draws else {})
+
+    options = choice.options
+    return {
+        "temperature": options.temperature,
+        "top_k": options.top_k,
+        "top_p": options.top_p,
+        "min_p": options.min_p,
+        "typical_p": options.typical_p,
+        "candidates_left": {stage.name: _possible(stage.scores) for stage in choice.stages},
+        "candidates": [candidate(token) for token in choice.top(top)],
+        "tokens": {text: candidate(token) for text, token in followed.items()},
+    }
+
+
+def _label(name: str, options: Any) -> str:
+    return name if name == "penalties" else f"{name} {getattr(options, name):g}"
+
+
+def _expected(choice: "Choice", token: int) -> float:
+    return choice.draws * float(choice.probabilities[token])
+
+
+def _possible(scores: Any) -> int:
+    """How many tokens are still in."""
+    return int((scores > -math.inf).sum())
+
+
+def _score(value: float) -> str:
+    return f"{value:.3f}" if value > -math.inf else "-"
+
+
+def _finite(value: float) -> float | None:
+    return float(value) if math.isfinite(value) else None

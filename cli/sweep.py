@@ -1,0 +1,131 @@
+"""gpt2onnx sweep"""
+
+import importlib.util
+import json
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+import click
+
+from gpt2onnx.errors import OutputError
+
+from . import console, energy_options
+from .model_options import device_options, load, model_option
+from .tables import table
+
+
+@click.command("sweep")
+@click.argument("grid_file", metavar="[GRID.toml]", required=False, type=click.Path(path_type=Path))
+@model_option
+@click.option("--prompt", "prompts", multiple=True, help="What is continued; may be given more than once.")
+@click.option("--out", "folder", type=click.Path(path_type=Path, file_okay=False), help="Folder for the results.")
+@click.option("--resume", is_flag=True, help="Go on where an interrupted sweep stopped.")
+@click.option("--force", is_flag=True, help="Replace the results of an earlier sweep.")
+@click.option("--seed", type=click.IntRange(min=0), help="Seed of the random draws (default: the grid's).")
+@click.option("--max-new-tokens", type=click.IntRange(min=1), help="Length of the texts (default: the grid's).")
+@click.option(
+    "--energy/--no-energy",
+    default=None,
+    help="Measure the energy of each run (default: where codecarbon is installed).",
+)
+@energy_options.energy_options
+@device_options
+@click.option("--print-grid", is_flag=True, help="Print the built-in grid as TOML, to begin one's own with.")
+@click.option("--json", "as_json", is_flag=True, help="Print the summary as JSON, one object a run.")
+@console.verbosity
+def command(
+    grid_file: Path | None, model: str, prompts: tuple[str, ...], folder: Path | None, resume: bool, force: bool,
+    seed: int | None, max_new_tokens: int | None, energy: bool | None, country: str | None, energy_seconds: float | None,
+    device: str, threads: int | None, print_grid: bool, as_json: bool, quiet: bool,
+) -> None:  # fmt: skip
+    """Try a grid of decoding strategies on prompts, and compare texts, speed, energy and diversity.
+
+    GRID.toml holds strategies as tables of generation options, whose lists multiply. Without one: greedy
+    decoding, beams of 2, 6 and 14, n-gram blocking of 2, 4 and 8, and several temperatures, top-k and top-p.
+
+    DIR gets results.jsonl (everything, one line a run), summary.csv, emissions.csv and report.html.
+
+    \b
+    Examples:
+      gpt2onnx sweep --prompt "Once upon a time" --out sweep
+      gpt2onnx sweep --print-grid > grid.toml
+      gpt2onnx sweep grid.toml --prompt "One day" --prompt "The old king" --out sweep --resume
+    """
+    if print_grid:
+        from ..runtime.experiments.grid import built_in
+
+        click.echo(built_in(), nl=False)
+        return
+    if folder is None:
+        raise click.UsageError("give --out, a folder for the results")
+    if resume and force:
+        raise click.UsageError("--resume and --force exclude each other")
+    if energy is False and (country is not None or energy_seconds is not None):
+        raise click.UsageError("--country and --energy-seconds exclude --no-energy")
+
+    from ..runtime.experiments import grid, report, sweep
+
+    report.check()
+    results = folder / sweep.RESULTS
+    if results.exists() and not (resume or force):
+        raise OutputError(f"{results} is there: --resume goes on with it, --force replaces it")
+    wanted = energy or country is not None or energy_seconds is not None
+    tracker = None
+    if wanted or (energy is None and _has_codecarbon()):
+        from ..runtime.energy import EnergyTracker
+
+        tracker = EnergyTracker(**energy_options.settings(country, energy_seconds))
+    elif energy is None and not quiet:
+        click.echo("no energy is measured: that needs pip install 'gpt2onnx[energy]'", err=True)
+    loaded = load(model, device, threads)
+    tried = grid.load(grid_file, loaded.generation_config, {"seed": seed, "max_new_tokens": max_new_tokens})
+    if not (prompts or tried.prompts):
+        raise click.UsageError("give --prompt, at least once")
+    plan = sweep.Sweep(loaded, prompts or tried.prompts, tried.strategies)
+
+    records: list[dict[str, Any]] = []
+    try:
+        with console.count_progress(folder.name, "runs", quiet=quiet) as progress:
+            for record in sweep.run(plan, folder, tracker, resume=resume):
+                records.append(record)
+                if progress is not None:
+                    progress(len(records), len(plan))
+    finally:
+        # After Ctrl-C, of the runs that are done.
+        if records:
+            sweep.write_files(records, folder)
+    if as_json:
+        click.echo(json.dumps([sweep.summary(record) for record in records], ensure_ascii=False, indent=2))
+        return
+    click.echo(_tables([sweep.summary(record) for record in records]))
+    if not quiet:
+        click.echo(f"{folder / sweep.REPORT}: {len(records)} runs", err=True)
+
+
+def _has_codecarbon() -> bool:
+    try:
+        return importlib.util.find_spec("codecarbon") is not None
+    except ImportError:
+        return False
+
+
+def _tables(rows: list[dict[str, Any]]) -> str:
+    """The most telling figures, a table a prompt and a line a run."""
+    header = ["strategy", "tokens", "end", "tokens/s", "J/token", "log prob", "distinct-2", "repeated"]
+    parts = []
+    for prompt, group in groupby(rows, key=lambda row: row["prompt"]):
+        lines = [
+            [
+                row["strategy"], str(row["completion_tokens"]), str(row["finish_reason"]),
+                f"{row['tokens_per_second']:,.0f}", _figure(row["joules_per_token"]), _figure(row["mean_logprob"]),
+                _figure(row["distinct_2"]), _figure(row["repeated_4gram_share"]),
+            ]
+            for row in group
+        ]  # fmt: skip
+        parts.append(f"{' '.join(prompt.split())[:100]}\n{table(header, lines)}")
+    return "\n\n".join(parts)
+
+
+def _figure(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3g}"

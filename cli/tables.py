@@ -1,0 +1,27 @@
+"""Tables of plain text, aligned for people and still one row a line where they are piped."""
+
+from collections.abc import Sequence
+from unicodedata import combining, east_asian_width
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[str]], *, left: int = 1) -> str:
+    """Rows under a header; the first `left` columns are aligned to the left, those with figures to the right."""
+    lines = [header, *rows]
+    widths = [max(_width(line[column]) for line in lines) for column in range(len(header))]
+    return "\n".join(
+        "  ".join(
+            _padded(cell, width, to_left=column < left)
+            for column, (cell, width) in enumerate(zip(line, widths, strict=True))
+        ).rstrip()
+        for line in lines
+    )
+
+
+def _padded(cell: str, width: int, *, to_left: bool) -> str:
+    space = " " * (width - _width(cell))
+    return cell + space if to_left else space + cell
+
+
+def _width(text: str) -> int:
+    """Columns of a terminal that a text takes up."""
+    return sum(0 if combining(letter) else 2 if east_asian_width(letter) in "WF" else 1 for letter in text)

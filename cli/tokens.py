@@ -1,0 +1,67 @@
+"""gpt2onnx tokens"""
+
+import json
+import sys
+
+import click
+
+from . import console
+from .model_options import model_option
+from .tables import table
+
+
+@click.command("tokens")
+@click.argument("text", required=False)
+@model_option
+@click.option("--json", "as_json", is_flag=True, help="Print the tokens as JSON.")
+@console.verbosity
+def command(text: str | None, model: str, as_json: bool, quiet: bool) -> None:
+    """Show the tokens of TEXT, or of standard input where there is none: ids and pieces.
+
+    A piece that is no whole character is shown as its bytes: b'\\xf0\\x9f'. "start" and "end" say which
+    characters of the text a token stands for, "entry" how the vocabulary writes it.
+
+    \b
+    Examples:
+      gpt2onnx tokens "Once upon a time"
+      echo "Once upon a time" | gpt2onnx tokens --json
+    """
+    from gpt2onnx.loading import resolve
+
+    from ..models.bundle import TOKENIZER
+    from ..runtime.tokenizer import Tokenizer
+
+    if text is None:
+        text = standard_input("give a text, or one on standard input")
+    tokenizer = Tokenizer(resolve(model) / TOKENIZER)
+    encoded = tokenizer.encode_with_spans(text)
+    if as_json:
+        tokens = [
+            {
+                "id": token,
+                "entry": tokenizer.entry(token),
+                "piece": piece if isinstance(piece := tokenizer.piece(token), str) else None,
+                "bytes": tokenizer.token_bytes(token).hex(),
+                "start": start,
+                "end": end,
+            }
+            for token, (start, end) in zip(encoded.ids, encoded.spans, strict=True)
+        ]
+        click.echo(json.dumps({"text": text, "ids": encoded.ids, "tokens": tokens}))
+        return
+    rows = [
+        [repr(tokenizer.piece(token)), tokenizer.entry(token) or "", str(token), str(start), str(end)]
+        for token, (start, end) in zip(encoded.ids, encoded.spans, strict=True)
+    ]
+    click.echo(table(["piece", "entry", "id", "start", "end"], rows, left=2))
+    if not quiet:
+        size = len(text.encode("utf-8", "replace"))
+        each = f", {size / len(rows):.2f} bytes a token" if rows else ""
+        click.echo(f"{len(rows)} tokens, {len(text)} characters, {size} bytes{each}")
+
+
+def standard_input(hint: str) -> str:
+    """The text on standard input, without the newline that ends its last line."""
+    if sys.stdin.isatty():
+        raise click.UsageError(hint)
+    return sys.stdin.buffer.read().decode("utf-8", "replace").removesuffix("\n")

@@ -1,0 +1,1 @@
+"""Experiments with a loaded model: grids of strategies, losses of texts, and what goes into a single draw."""

@@ -1,0 +1,309 @@
+"""The report of a sweep: records in, one self-contained HTML page out.
+
+The page depends on the records alone, and holds everything it shows. What models and users wrote is escaped by the
+template engine; the page's policy also forbids scripts and everything from elsewhere.
+"""
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from gpt2onnx.errors import MissingExtraError
+
+from . import charts, grid
+
+Record = dict[str, Any]
+
+_COLOURS = 8
+# A processor that computes for the run alone spends all of its time on it.
+_LEAST_SHARE = 0.75
+# Of families and lines, by their number: they are told apart by shape as well as by colour.
+_SHAPES = ("circle", "square", "triangle", "diamond", "cross", "ring")
+
+
+def check() -> None:
+    """Checks that a report can be made.
+
+    Raises:
+        MissingExtraError: jinja2 isn't installed.
+    """
+    _engine()
+
+
+def render(records: Sequence[Record]) -> str:
+    """The page.
+
+    Args:
+        records: of `sweep.run`, at least one.
+
+    Raises:
+        MissingExtraError: jinja2 isn't installed.
+    """
+    rows = _rows(records)
+    template = _engine().from_string(Path(__file__).with_name("report.html.jinja").read_text(encoding="utf-8"))
+    page: str = template.render(
+        model=records[0]["model"],
+        emissions=next((record["emissions"] for record in records if record["emissions"]), None),
+        measured=any(row.joules_per_token is not None for row in rows),
+        disturbed=sum(1 for record in records if _is_disturbed(record["emissions"])),
+        unreliable=sum(1 for record in records if record["energy"] and not record["energy"]["reliable"]),
+        rows=rows,
+        families=_families(rows),
+        winners=_winners(rows),
+        most=_most(rows),
+        scatter=_scatter(rows),
+        beams=_beams(rows),
+        prompts=_by_prompt(records, rows),
+        size={"width": charts.WIDTH, "height": charts.HEIGHT},
+        edges={"left": charts.LEFT, "right": charts.WIDTH - charts.RIGHT, "top": charts.TOP},
+        bottom=charts.HEIGHT - charts.BOTTOM,
+        shapes=_SHAPES,
+        colours=_COLOURS,
+    )
+    return page
+
+
+@dataclass(frozen=True)
+class Row:
+    """A strategy: means over all prompts; None where there is no figure."""
+
+    strategy: str
+    family: str
+    index: int
+    options: Record
+    tokens_per_second: float
+    joules_per_token: float | None
+    g_co2eq_per_1000_tokens: float | None
+    mean_length: float
+    mean_logprob: float
+    distinct_1: float | None
+    distinct_2: float | None
+    distinct_3: float | None
+    repeated_4gram_share: float | None
+
+    @property
+    def colour(self) -> int:
+        return self.index % _COLOURS
+
+    @property
+    def variant(self) -> str:
+        """What tells it from the others of its family."""
+        return self.strategy.removeprefix(f"{self.family}: ")
+
+
+@dataclass(frozen=True)
+class Winner:
+    """The strategy that is best in one respect."""
+
+    title: str
+    row: Row
+    value: str
+
+
+@dataclass(frozen=True)
+class Line:
+    """A line of a chart: its name, and its points as (x, y, what a reader is told)."""
+
+    label: str
+    index: int
+    points: list[tuple[float, float, str]]
+
+
+@dataclass(frozen=True)
+class Chart:
+    """Axes and lines; for a scatter plot, each point is in a line by family."""
+
+    title: str
+    summary: str
+    x: charts.Axis
+    y: charts.Axis
+    lines: list[Line]
+
+
+def _is_disturbed(row: Record | None) -> bool:
+    """Whether the run had to wait for other programs."""
+    return row is not None and row["device"] == "cpu" and row["cpu_seconds"] < _LEAST_SHARE * row["seconds"]
+
+
+def _engine() -> Any:
+    try:
+        import jinja2
+    except ImportError as error:
+        raise MissingExtraError("The report of a sweep", "jinja2", "sweep") from error
+    engine = jinja2.Environment(
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    engine.filters["number"] = number
+    return engine
+
+
+def number(value: float | None) -> str:
+    """A number with three significant digits, without an exponent; a dash for none."""
+    if value is None:
+        return "\N{EN DASH}"
+    if value == 0:
+        return "0"
+    places = min(max(2 - math.floor(math.log10(abs(value))), 0), 6)
+    return f"{value:,.{places}f}".replace("-", "\N{MINUS SIGN}")
+
+
+def _rows(records: Sequence[Record]) -> list[Row]:
+    groups: dict[str, list[Record]] = {}
+    for record in records:
+        groups.setdefault(record["strategy"], []).append(record)
+    families = list(dict.fromkeys(record["family"] for record in records))
+
+    def mean(values: Iterable[float | None]) -> float | None:
+        known = [value for value in values if value is not None]
+        return fmean(known) if known else None
+
+    rows: list[Row] = []
+    for strategy, group in groups.items():
+        names = ("mean_length", "mean_logprob", "distinct_1", "distinct_2", "distinct_3", "repeated_4gram_share")
+        figures: Record = {name: mean(record[name] for record in group) for name in names}
+        for name in ("joules_per_token", "g_co2eq_per_1000_tokens"):
+            figures[name] = mean((record["energy"] or {}).get(name) for record in group)
+        # All tokens by all seconds: a mean of speeds would weigh short texts too much.
+        tokens = sum(record["completion_tokens"] for record in group)
+        figures["tokens_per_second"] = tokens / sum(record["seconds"] for record in group)
+        family, options = group[0]["family"], group[0]["options"]
+        rows.append(Row(strategy, family, families.index(family), options, **figures))
+    return rows
+
+
+def _families(rows: Sequence[Row]) -> list[list[Row]]:
+    groups: dict[str, list[Row]] = {}
+    for row in rows:
+        groups.setdefault(row.family, []).append(row)
+    return list(groups.values())
+
+
+def _winners(rows: Sequence[Row]) -> list[Winner]:
+    found: list[Winner] = []
+
+    def add(title: str, figure: Callable[[Row], float | None], unit: str, *, least: bool = False) -> None:
+        known = [(value, row) for row in rows if (value := figure(row)) is not None]
+        if known:
+            value, row = (min if least else max)(known, key=lambda pair: pair[0])
+            found.append(Winner(title, row, f"{number(value)} {unit}"))
+
+    add("Fastest", lambda row: row.tokens_per_second, "tokens/s")
+    add("Least energy", lambda row: row.joules_per_token, "J/token", least=True)
+    add("Likeliest", lambda row: row.mean_logprob, "nats/token")
+    add("Most diverse", lambda row: row.distinct_2, "distinct-2")
+    return found
+
+
+def _most(rows: Sequence[Row]) -> dict[str, float]:
+    """The largest figures, which bars are as long as."""
+    return {
+        "speed": max(row.tokens_per_second for row in rows),
+        "energy": max((row.joules_per_token or 0.0 for row in rows), default=0.0) or 1.0,
+    }
+
+
+def _scatter(rows: Sequence[Row]) -> Chart | None:
+    known = [row for row in rows if row.distinct_2 is not None]
+    if len(known) < 2:
+        return None
+    x = charts.horizontal("mean log probability (nats per token)", [row.mean_logprob for row in known])
+    y = charts.vertical("distinct-2", [row.distinct_2 or 0.0 for row in known])
+    lines = [
+        Line(
+            group[0].family,
+            group[0].index,
+            [(x.at(row.mean_logprob), y.at(row.distinct_2 or 0.0), f"{row.strategy}: {_pair(row)}") for row in group],
+        )
+        for group in _families(known)
+    ]
+    likeliest = max(known, key=lambda row: row.mean_logprob)
+    most_diverse = max(known, key=lambda row: row.distinct_2 or 0.0)
+    summary = (
+        f"{len(known)} strategies. The likeliest texts are those of {likeliest.strategy} ({_pair(likeliest)}),"
+        f" the most diverse those of {most_diverse.strategy} ({_pair(most_diverse)})."
+    )
+    return Chart("Diversity against log probability", summary, x, y, lines)
+
+
+def _pair(row: Row) -> str:
+    return f"{number(row.mean_logprob)} nats, distinct-2 {number(row.distinct_2)}"
+
+
+def _beams(rows: Sequence[Row]) -> list[Chart]:
+    """What wider beams gain and cost: strategies that differ in nothing but their number of beams, in a line."""
+    groups: dict[str, list[Row]] = {}
+    for row in rows:
+        if not row.options["do_sample"]:
+            others = {name: value for name, value in row.options.items() if name != "num_beams"}
+            groups.setdefault(repr(others), []).append(row)
+    series = [sorted(group, key=lambda row: row.options["num_beams"]) for group in groups.values() if len(group) > 1]
+    if not series:
+        return []
+    labels = [_difference(group[0].options, [other[0].options for other in series]) for group in series]
+    widths = sorted({row.options["num_beams"] for group in series for row in group})
+    x = charts.horizontal("beams", [float(width) for width in widths], ticks=widths)
+
+    def chart(title: str, unit: str, figure: Callable[[Row], float | None], *, zero: bool) -> Chart | None:
+        values = [value for group in series for row in group if (value := figure(row)) is not None]
+        if not values:
+            return None
+        y = charts.vertical(unit, values, zero=zero)
+        lines = [
+            Line(
+                label,
+                index,
+                [
+                    (x.at(row.options["num_beams"]), y.at(value), f"{row.strategy}: {number(value)}")
+                    for row in group
+                    if (value := figure(row)) is not None
+                ],
+            )
+            for index, (label, group) in enumerate(zip(labels, series, strict=True))
+        ]
+        first, last = series[0][0], series[0][-1]
+        summary = (
+            f"{labels[0].capitalize()}: {number(figure(first))} with {_beam_count(first)},"
+            f" {number(figure(last))} with {_beam_count(last)}."
+        )
+        return Chart(title, summary, x, y, lines)
+
+    wanted = [
+        chart("What it gains", "mean log probability (nats)", lambda row: row.mean_logprob, zero=False),
+        chart("What it costs", "joules per token", lambda row: row.joules_per_token, zero=True)
+        or chart("What it costs", "milliseconds per token", lambda row: 1000 / row.tokens_per_second, zero=True),
+    ]
+    return [one for one in wanted if one is not None]
+
+
+def _beam_count(row: Row) -> str:
+    count = row.options["num_beams"]
+    return f"{count} beam{'s' if count > 1 else ''}"
+
+
+def _difference(options: Record, all_options: Sequence[Record]) -> str:
+    """What tells these options from the others."""
+    varied = [name for name in options if name != "num_beams" and len({repr(each[name]) for each in all_options}) > 1]
+    return ", ".join(grid.describe(name, options[name]) for name in varied) or "all prompts"
+
+
+@dataclass(frozen=True)
+class Card:
+    """A run's texts beside its figures."""
+
+    row: Row
+    record: Record
+
+
+def _by_prompt(records: Sequence[Record], rows: Sequence[Row]) -> list[tuple[str, list[Card]]]:
+    row_of = {row.strategy: row for row in rows}
+    groups: dict[str, list[Card]] = {}
+    for record in records:
+        groups.setdefault(record["prompt"], []).append(Card(row_of[record["strategy"]], record))
+    return list(groups.items())

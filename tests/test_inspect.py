@@ -1,0 +1,211 @@
+"""`gpt2onnx inspect`: parameters are those of transformers, sizes those of the files that an export writes."""
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import onnx
+import pytest
+import torch
+import transformers
+from conftest import CommandLine, MakeCheckpoint
+from test_hub import MAIN, REPOSITORY, Hub, checkpoints, hub
+from test_isolation import COMMAND_LINE, EXPORT_ONLY, REFERENCES, run
+
+import gpt2onnx
+from gpt2onnx.models.bundle import GRAPH, MANIFEST, Manifest
+from gpt2onnx.models.config import GPT2Config
+from gpt2onnx.models.inspection import Layer, components, layers
+from gpt2onnx.models.precision import DTYPES, memory
+from gpt2onnx.models.tales import FOLDER
+
+__all__ = ["checkpoints", "hub"]  # fixtures
+
+SIZES = {
+    "gpt2": ({}, 124_439_808),
+    "gpt2-medium": ({"n_embd": 1024, "n_layer": 24, "n_head": 16}, 354_823_168),
+    "gpt2-large": ({"n_embd": 1280, "n_layer": 36, "n_head": 20}, 774_030_080),
+    "gpt2-xl": ({"n_embd": 1600, "n_layer": 48, "n_head": 25}, 1_557_611_200),
+    "distilgpt2": ({"n_layer": 6}, 81_912_576),
+    "untied": ({"tie_word_embeddings": False}, 124_439_808 + 50_257 * 768),
+    "of other shapes": ({"n_embd": 48, "n_inner": 100, "n_layer": 3, "n_head": 3, "vocab_size": 101}, None),
+}
+
+
+def reference(settings: dict[str, Any]) -> transformers.GPT2LMHeadModel:
+    """The network in transformers, without memory for its weights."""
+    with torch.device("meta"):
+        return transformers.GPT2LMHeadModel(transformers.GPT2Config(**settings))
+
+
+def weights(layer: Layer, prefix: str = "") -> dict[str, tuple[int, ...]]:
+    """Shapes of all weights of a tree, by their whole names."""
+    found = {f"{prefix}{name}": shape for name, shape in layer.weights.items()}
+    for inner in layer.layers:
+        found |= weights(inner, f"{prefix}{inner.name}.")
+    return found
+
+
+@pytest.mark.parametrize("name", SIZES)
+def test_parameters_are_those_of_transformers(name: str) -> None:
+    settings, published = SIZES[name]
+    model = reference(settings)
+    network = layers(GPT2Config.from_dict(settings))
+    expected = {
+        parameter.removeprefix("transformer."): tuple(tensor.shape) for parameter, tensor in model.named_parameters()
+    }
+    assert weights(network) == expected
+    assert network.parameters == model.num_parameters() == (published or model.num_parameters())
+    parts = components(GPT2Config.from_dict(settings))
+    assert sum(parts.values()) == network.parameters
+    for part, count in parts.items():
+        whole = [tensor.numel() for weight, tensor in expected_tensors(model) if weight.startswith(f"{part}.")]
+        assert count == sum(whole), part
+    assert (parts["lm_head"] > 0) == (not settings.get("tie_word_embeddings", True))
+
+
+def expected_tensors(model: transformers.GPT2LMHeadModel) -> list[tuple[str, torch.Tensor]]:
+    return [(name.removeprefix("transformer."), tensor) for name, tensor in model.named_parameters()]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"n_embd": 96, "n_head": 3, "vocab_size": 300},
+        {"n_embd": 40, "n_head": 5, "n_inner": 70, "tie_word_embeddings": False},
+    ],
+    ids=["tied", "untied, of odd widths"],
+)
+def test_memory_is_what_an_export_stores(
+    settings: dict[str, Any], dtype: str, make_checkpoint: MakeCheckpoint, tmp_path: Path
+) -> None:
+    quality = False if dtype in ("int8", "int4") else None
+    bundle = gpt2onnx.export(make_checkpoint(**settings), tmp_path / "bundle", dtype=dtype, quality=quality)
+    graph = onnx.load(bundle.folder / GRAPH, load_external_data=False).graph
+    stored = sum(
+        int(entry.value) for tensor in graph.initializer for entry in tensor.external_data if entry.key == "length"
+    )
+    assert memory(bundle.config, dtype).weights == stored
+    # What the runtime sets aside for one sequence as long as the context.
+    model = gpt2onnx.load(bundle.folder, threads=1)
+    positions = bundle.config.n_positions
+    assert memory(bundle.config, dtype).cache_full == model.session.new_cache(1, positions).nbytes
+    assert memory(bundle.config, dtype).cache_per_token * positions == memory(bundle.config, dtype).cache_full
+
+
+def test_json_of_a_bundle(command_line: CommandLine, tales_int8_bundle: Path) -> None:
+    done = command_line("inspect", tales_int8_bundle, "--json")
+    assert (done.code, done.err) == (0, "")
+    record = json.loads(done.out)
+    model = transformers.GPT2LMHeadModel.from_pretrained(FOLDER)
+    assert record["parameters"] == model.num_parameters() == sum(record["components"].values())
+    assert record["components"]["h.3"] == sum(weight.numel() for weight in model.transformer.h[3].parameters())
+    assert record["tied"] is True
+    assert [layer["name"] for layer in record["layers"]] == list(record["components"])
+    assert record["layers"][-1]["tied_to"] == "wte.weight"
+    manifest = json.loads((tales_int8_bundle / MANIFEST).read_text("utf-8"))
+    assert record["bundle"] == {"folder": str(tales_int8_bundle), **manifest}
+    for name, facts in record["bundle"]["files"].items():
+        assert facts["size"] == (tales_int8_bundle / name).stat().st_size
+
+
+def test_a_bundle_for_a_person(command_line: CommandLine, tales_int8_bundle: Path) -> None:
+    done = command_line("inspect", tales_int8_bundle)
+    assert (done.code, done.err) == (0, "")
+    lines = done.out.splitlines()
+    assert lines[0].endswith("6 layers, 8 heads of 32, 256 wide, 512 positions, vocabulary of 8,192, gelu_new")
+    total = sum(weight.numel() for weight in transformers.GPT2LMHeadModel.from_pretrained(FOLDER).parameters())
+    assert [line for line in lines if line.split() == ["total", f"{total:,}"]]
+    assert [line for line in lines if line.split() == ["h.1", "to", "h.5", "each", "as", "h.0", "3,948,800"]]
+    assert [line for line in lines if line.split() == ["lm_head", "wte.weight", "0"]]
+    for name, record in Manifest.read(tales_int8_bundle).files.items():
+        assert [line for line in lines if line.split() == [name, f"{record.size:,}"]], name
+    for fact in ("int8, blocks of 128", "sha256", "parity: not checked", "quality against fp32", "KL "):
+        assert fact in done.out
+    assert command_line("inspect", tales_int8_bundle, "-q").out == done.out.partition("\n\n")[2]
+
+
+def test_a_parity_report(command_line: CommandLine, make_checkpoint: MakeCheckpoint, tmp_path: Path) -> None:
+    folder = gpt2onnx.export(make_checkpoint(), tmp_path / "bundle", parity=True).folder
+    done = command_line("inspect", folder)
+    assert (done.code, done.err) == (0, "")
+    assert f"parity against transformers {transformers.__version__}" in done.out
+    assert "FAILED" not in done.out
+    manifest = Manifest.read(folder)
+    assert manifest.parity is not None
+    failed = manifest.parity["tokens"] | {"passed": False, "first_difference": {"position": 7}}
+    replace(manifest, parity=manifest.parity | {"passed": False, "tokens": failed}).write(folder)
+    assert "FAILED" in command_line("inspect", folder).out
+    # Reports of other versions have other figures.
+    replace(manifest, parity={"reference": "PyTorch 1", "passed": False}).write(folder)
+    assert "parity with PyTorch 1: FAILED" in command_line("inspect", folder).out
+
+
+def test_a_source_that_was_never_exported(
+    command_line: CommandLine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, make_checkpoint: MakeCheckpoint
+) -> None:
+    monkeypatch.setenv("GPT2ONNX_CACHE", str(tmp_path / "cache"))
+    only_config = tmp_path / "config"
+    only_config.mkdir()
+    (only_config / "config.json").write_text('{"model_type": "gpt2"}')
+    for source, parameters in (("tales", 6_967_296), (only_config, 124_439_808)):
+        record = json.loads(command_line("inspect", source, "--json").out)
+        assert (record["parameters"], record["bundle"]) == (parameters, None)
+        done = command_line("inspect", source)
+        assert (done.code, done.err) == (0, "")
+        assert f"{parameters:,}" in done.out
+        assert "parity" not in done.out
+    assert not (tmp_path / "cache").exists(), "nothing is exported to be looked at"
+    # One weights file without a configuration: what the weights say.
+    torch.manual_seed(0)
+    folder = make_checkpoint(n_embd=64, n_head=2)
+    exported = gpt2onnx.export(folder, tmp_path / "bundle").config
+    shutil.copy(folder / "model.safetensors", only_config)
+    (only_config / "config.json").write_bytes((folder / "config.json").read_bytes())
+    record = json.loads(command_line("inspect", only_config / "model.safetensors", "--json").out)
+    assert record["parameters"] == layers(exported).parameters
+    # Once it has been exported into the cache, that bundle is shown.
+    gpt2onnx.load("tales")
+    record = json.loads(command_line("inspect", "tales", "--json").out)
+    assert record["bundle"]["source"] == "tales"
+    assert Path(record["bundle"]["folder"]).parent == tmp_path / "cache"
+
+
+def test_of_a_repository_only_the_configuration_is_fetched(hub: Hub, tmp_path: Path) -> None:
+    environment = {"HF_ENDPOINT": hub.endpoint, "HF_HOME": str(tmp_path / "hub"), "HF_HUB_OFFLINE": "0"}
+    environment |= {"GPT2ONNX_CACHE": str(tmp_path / "cache")}
+    code, out, err = run(COMMAND_LINE, "inspect", REPOSITORY, "--json", without=REFERENCES, **environment)
+    assert (code, err) == (0, "")
+    config = json.loads(hub.commits[MAIN]["config.json"])
+    assert json.loads(out)["parameters"] == reference(config).num_parameters()
+    assert hub.fetched == ["config.json"]
+    code, out, err = run(COMMAND_LINE, "inspect", "someone/nothing", without=REFERENCES, **environment)
+    assert (code, out, err.count("\n")) == (1, "", 1)
+
+
+def test_needs_nothing_but_the_base_install(tales_bundle: Path, tmp_path: Path) -> None:
+    without = (*REFERENCES, *EXPORT_ONLY, "onnxruntime", "numpy", "tokenizers")
+    for model in (tales_bundle, "tales"):
+        code, out, err = run(COMMAND_LINE, "inspect", model, without=without, GPT2ONNX_CACHE=str(tmp_path / "cache"))
+        assert (code, err) == (0, "")
+        assert "6,967,296" in out
+
+
+@pytest.mark.parametrize("model", ["no-such-model", "./nowhere", "empty", "x" * 300])
+def test_no_such_model(model: str, command_line: CommandLine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "empty").mkdir()
+    done = command_line("inspect", model)
+    assert (done.code, done.out, done.err.count("\n")) == (1, "", 1)
+    assert model[:50] in done.err
+
+
+def test_a_damaged_bundle(command_line: CommandLine, tmp_path: Path) -> None:
+    bundle = gpt2onnx.export("tales", tmp_path / "bundle").folder
+    (bundle / GRAPH).unlink()
+    done = command_line("inspect", bundle)
+    assert (done.code, done.out, done.err.count("\n")) == (1, "", 1)
+    assert "model.onnx" in done.err
