@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint types unit peers docs clean
+.PHONY: demo test lint types unit lowest peers fuzz docs clean
 
 demo: $(VENV)/installed-demo
 	$(BIN)/gpt2onnx export tales build/tales --dtype int8 --force
@@ -12,7 +12,7 @@ demo: $(VENV)/installed-demo
 	@$(BIN)/gpt2onnx generate "Once" --max-new-tokens 1 --quiet >build/first.txt
 	@echo "Now yours: $(BIN)/gpt2onnx generate \"Once upon a time\""
 
-test: lint types unit
+test: lint types unit lowest
 
 lint: $(VENV)/installed-dev
 	$(BIN)/ruff check
@@ -30,13 +30,33 @@ types: $(VENV)/installed-dev
 unit: $(VENV)/installed-dev
 	$(BIN)/pytest
 
+# The lowest versions that pyproject.toml allows, and what can be tested with them: PyTorch needs newer ones.
+LOWEST := build/lowest
+LOWEST_TESTS := batching bundle cli_errors export_failures forward_passes hub isolation jobs streaming
+
+lowest: $(VENV)/installed-dev $(LOWEST)/installed
+	GPT2ONNX_LOWEST=$(LOWEST)/bin/python $(BIN)/pytest tests/test_lowest.py
+	$(LOWEST)/bin/python -m pytest $(LOWEST_TESTS:%=tests/test_%.py)
+
+$(LOWEST)/installed: $(VENV)/installed-dev pyproject.toml
+	$(BIN)/uv venv --quiet --clear --python 3.11 $(LOWEST)
+	$(BIN)/uv pip install --quiet --python $(LOWEST) --resolution lowest-direct --editable '.[cpu,export,energy,sweep]'
+	$(BIN)/uv pip install --quiet --python $(LOWEST) hypothesis packaging pytest
+	touch $@
+
 # The bundle in optimum, onnxruntime-genai and transformers.js: needs Node and the npm registry, too.
 peers: $(VENV)/installed-dev
 	GPT2ONNX_PEERS=build/peers $(BIN)/pytest tests/test_other_runtimes.py tests/test_portable.py
 
-# Writes docs/cli.md anew from the commands themselves.
+# Damaged, hostile and absurd input, N of each kind, faults at every step, every byte flipped: docs/reliability.md.
+N ?= 5000
+fuzz: $(VENV)/installed-dev
+	GPT2ONNX_FUZZ=$(N) GPT2ONNX_FAULTS=2000 GPT2ONNX_FLIPS=all $(BIN)/pytest -s tests/test_fuzz_*.py \
+		tests/test_faults.py tests/test_bundle.py
+
+# Writes what docs/cli.md and docs/guide.md show of the commands anew, from the commands themselves.
 docs: $(VENV)/installed-dev
-	$(BIN)/cog -r docs/cli.md
+	$(BIN)/cog -r docs/cli.md docs/guide.md
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)

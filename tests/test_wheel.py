@@ -14,14 +14,13 @@ import pytest
 from packaging.requirements import Requirement
 
 ROOT = Path(__file__).parents[1]
+# Every folder that is a package here is one in the wheel: X is gpt2onnx.X.
 PACKAGES = {
-    "gpt2onnx": "gpt2onnx",
-    "cli": "gpt2onnx/cli",
-    "exporter": "gpt2onnx/exporter",
-    "models": "gpt2onnx/models",
-    "models/tales": "gpt2onnx/models/tales",
-    "runtime": "gpt2onnx/runtime",
-}
+    path.parent.relative_to(ROOT).as_posix(): f"gpt2onnx/{path.parent.relative_to(ROOT).as_posix()}"
+    for top in ("cli", "exporter", "models", "runtime", "serving")
+    for path in (ROOT / top).rglob("__init__.py")
+} | {"gpt2onnx": "gpt2onnx"}
+DATA = {".json", ".jinja", ".toml", ".txt", ".gz", ".bin", ".css", ".safetensors"}
 LARGEST_WHEEL = 25e6
 LARGEST_SITE = 230e6  # bytes, without pip and setuptools
 
@@ -103,9 +102,17 @@ def test_wheel_holds_every_module_and_the_embedded_model(wheel: Path) -> None:
     expected = {
         f"{package}/{path.name}" for folder, package in PACKAGES.items() for path in (ROOT / folder).glob("*.py")
     }
+    # What modules read beside them. The training of tales isn't one.
+    expected |= {
+        f"{package}/{path.name}"
+        for folder, package in PACKAGES.items()
+        for path in (ROOT / folder).iterdir()
+        if path.suffix in DATA
+    }
     assert expected <= names, f"missing: {sorted(expected - names)}"
     tales = {"config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"}
     assert {f"gpt2onnx/models/tales/{name}" for name in tales} | {"gpt2onnx/py.typed"} <= names
+    assert {f"gpt2onnx/runtime/experiments/{name}" for name in ("notebooks.toml", "report.html.jinja")} <= names
     assert {name.split("/")[0] for name in names} == {
         "gpt2onnx",
         next(n for n in names if "dist-info" in n).split("/")[0],

@@ -1,0 +1,44 @@
+"""gpt2onnx pack"""
+
+import json
+import signal
+from pathlib import Path
+
+import click
+
+from . import console
+
+
+@click.command("pack")
+@click.argument("bundle", type=click.Path(path_type=Path))
+@click.argument("archive", type=click.Path(path_type=Path))
+@click.option("--force", is_flag=True, help="Replace an existing file.")
+@click.option(
+    "--json", "as_json", is_flag=True, help="Print size and sha256 of the archive, and what it holds, as JSON."
+)
+@console.verbosity
+def command(bundle: Path, archive: Path, force: bool, as_json: bool, quiet: bool) -> None:
+    """Pack BUNDLE into ARCHIVE, one .tar.gz.
+
+    The bundle is verified first. The same bundle gives the same bytes, whenever and wherever it is packed.
+
+    \b
+    Examples:
+      gpt2onnx pack ./tales tales.tar.gz
+      gpt2onnx pack ./tales tales.tar.gz --force --json
+    """
+    from ..exporter.archive import pack
+
+    # A polite kill removes the unfinished archive, too, as Ctrl-C does.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    with console.byte_progress(f"Packing {bundle}", quiet=quiet) as progress:
+        made = pack(bundle, archive, force=force, progress=progress)
+    content = {name: record.size for name, record in made.content.items()}
+    if as_json:
+        facts = {"archive": str(archive), "bundle": str(bundle), "bytes": made.size, "sha256": made.sha256}
+        click.echo(json.dumps(facts | {"content": content}))
+    elif not quiet:
+        click.echo(
+            f"{archive}: {len(content)} files, {sum(content.values()) / 1e6:,.1f} MB"
+            f" in {made.size / 1e6:,.1f} MB, sha256 {made.sha256}"
+        )

@@ -1,0 +1,43 @@
+"""gpt2onnx unpack"""
+
+import json
+import signal
+from pathlib import Path
+
+import click
+
+from . import console
+
+
+@click.command("unpack")
+@click.argument("archive", type=click.Path(path_type=Path))
+@click.argument("bundle", metavar="DIR", type=click.Path(path_type=Path))
+@click.option("--force", is_flag=True, help="Replace an existing bundle.")
+@click.option("--json", "as_json", is_flag=True, help="Print what was unpacked as JSON.")
+@console.verbosity
+def command(archive: Path, bundle: Path, force: bool, as_json: bool, quiet: bool) -> None:
+    """Unpack ARCHIVE, made by 'gpt2onnx pack', to the folder DIR.
+
+    Every file is compared with the manifest's hash before the folder appears. Nothing else is taken
+    from the archive: no links, and no paths that leave the folder.
+
+    \b
+    Examples:
+      gpt2onnx unpack tales.tar.gz ./tales
+      gpt2onnx unpack tales.tar.gz ./tales --force --json
+    """
+    from ..exporter.archive import unpack
+
+    # A polite kill removes the unfinished bundle, too, as Ctrl-C does.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    with console.byte_progress(f"Unpacking {archive}", quiet=quiet) as progress:
+        made = unpack(archive, bundle, force=force, progress=progress)
+    manifest = made.manifest
+    size = sum(record.size for record in manifest.files.values())
+    if as_json:
+        facts = {"bundle": str(bundle), "archive": str(archive), "files": len(manifest.files), "bytes": size}
+        click.echo(json.dumps(facts | {"source": manifest.source, "dtype": manifest.dtype}))
+    elif not quiet:
+        click.echo(
+            f"{bundle}: {manifest.source} in {manifest.dtype}, {len(manifest.files)} files, {size / 1e6:,.1f} MB"
+        )
