@@ -4,6 +4,7 @@ Exit codes: 0 done, 1 an error of gpt2onnx's error tree, 2 wrong usage, 130 inte
 """
 
 import importlib
+import io
 import logging
 import os
 import sys
@@ -18,7 +19,17 @@ COMMANDS = {
     "generate": "Continue a prompt, or a file of prompts.",
     "parity": "Compare a bundle with PyTorch.",
     "verify": "Check a bundle's files and graph.",
+    "inspect": "Show a model's layers, parameters, memory and reports.",
+    "tokens": "Show the tokens of a text.",
+    "next": "Show what goes into drawing the next token.",
+    "eval": "Measure the loss and perplexity of a text.",
+    "sweep": "Compare decoding strategies.",
+    "devices": "Tell what models can run on here.",
+    "pack": "Pack a bundle into one file.",
+    "unpack": "Unpack a bundle that was packed.",
 }
+
+_LONGEST_MESSAGE = 1000  # letters
 
 
 class _Commands(click.Group):
@@ -51,7 +62,9 @@ def commands() -> None:
 def main() -> None:
     """Runs the command line and exits."""
     try:
+        _prepare_streams()
         result = commands.main(prog_name="gpt2onnx", standalone_mode=False)
+        sys.stdout.flush()
         # What --help and the like return is an exit code, too.
         sys.exit(result if isinstance(result, int) else 0)
     except click.UsageError as error:
@@ -64,14 +77,38 @@ def main() -> None:
     except (KeyboardInterrupt, click.Abort):
         _fail("interrupted", 130)
     except BrokenPipeError:
-        # Whoever read the output has left; Python would complain once more when it closes stdout.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        # Whoever read the output has left.
+        _drop_output()
         sys.exit(1)
+    except MemoryError as error:
+        _fail(f"there is not enough memory: {error}".removesuffix(": "), 1)
+    except OSError as error:
+        _drop_output()
+        place = "standard output" if error.filename is None else error.filename
+        _fail(f"can't read or write {place}: {error.strerror or error}", 1)
+
+
+def _prepare_streams() -> None:
+    """Standard streams that are always there, and can write any text."""
+    for name in ("stdin", "stdout", "stderr"):
+        # A program may be started without them; the next file to be opened would take their place.
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "r" if name == "stdin" else "w", encoding="utf-8"))  # noqa: PTH123, SIM115
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            # Half of a surrogate pair in a name or text, or a letter that the terminal's encoding lacks.
+            stream.reconfigure(errors="backslashreplace")
+
+
+def _drop_output() -> None:
+    """What couldn't be written stays unwritten: Python would complain once more when it closes standard output."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _fail(message: str, code: int) -> None:
-    """One line, whatever the message."""
-    click.echo(f"gpt2onnx: {' '.join(message.split())}", err=True)
+    """One line, whatever the message; names from a file mustn't steer the terminal."""
+    line = "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in " ".join(message.split()))
+    click.echo(f"gpt2onnx: {line if len(line) <= _LONGEST_MESSAGE else line[:_LONGEST_MESSAGE] + '…'}", err=True)
     sys.exit(code)
 
 
