@@ -5,10 +5,13 @@ from typing import Any
 
 import click
 
+from . import console
+
 
 @click.command("devices")
 @click.option("--json", "as_json", is_flag=True, help="Print the findings as JSON.")
-def command(as_json: bool) -> None:
+@console.verbosity
+def command(as_json: bool, quiet: bool) -> None:
     """Tell what models can run on here: devices, cores and memory.
 
     Every execution provider of the installed ONNX Runtime is tried with a graph of one operator.

@@ -76,6 +76,8 @@ def command(
         raise click.UsageError("--input takes the place of a prompt")
     if prompt is not None and prompt_ids is not None:
         raise click.UsageError("give a prompt or --prompt-ids, not both")
+    if input_file is not None and (stream or echo is not None):
+        raise click.UsageError("--stream and --echo go with a single prompt, not with --input")
     if stream and as_json:
         raise click.UsageError("--stream and --json exclude each other")
     given["stop"] = list(given["stop"]) or None
@@ -201,6 +203,8 @@ def _open_output(path: Path | None, done: IO[str] | None) -> IO[str]:
     if path is None:
         return sys.stdout
     if done is None or not path.exists():
+        if path.is_file() and not _holds_results(path):
+            raise OutputError(f"{path} exists and doesn't hold results: choose another output")
         return path.open("w", encoding="utf-8")
     requests = filter(str.strip, iter(done.readline, ""))
     end = 0
@@ -216,3 +220,10 @@ def _open_output(path: Path | None, done: IO[str] | None) -> IO[str]:
             end += len(line)
         output.truncate(end)
     return path.open("a", encoding="utf-8")
+
+
+def _holds_results(path: Path) -> bool:
+    """Whether a file may be overwritten: it is empty, or begins with a result."""
+    with path.open("rb") as file:
+        first = file.readline(1 << 20)
+    return not first.strip() or first.startswith((b'{"id": ', b'{"error": '))

@@ -68,6 +68,9 @@ def main() -> None:
         # What --help and the like return is an exit code, too.
         sys.exit(result if isinstance(result, int) else 0)
     except click.UsageError as error:
+        if error.ctx is not None and not sys.argv[1:]:  # click's complaint is the whole help
+            click.echo(error.ctx.get_help(), err=True)
+            sys.exit(2)
         help_hint = f" (see '{error.ctx.command_path} --help')" if error.ctx else ""
         _fail(f"{' '.join(error.format_message().split())}{help_hint}", 2)
     except click.ClickException as error:

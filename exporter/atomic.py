@@ -143,7 +143,12 @@ def _unlock(lock: int | None) -> None:
 
 def _remove_leftovers(target: Path) -> None:
     """Removes what killed runs for this target left, and brings back a target that one had just moved away."""
-    for folder in target.parent.glob(f".{_literal(target.name)}.*.new"):
+    pattern = f".{_literal(target.name)}.*"
+    # One that was killed after its folder had taken the target's place left the old target alone.
+    for old in target.parent.glob(f"{pattern}.old"):
+        if target.exists() and not old.with_suffix(".new").exists():
+            shutil.rmtree(old, ignore_errors=True)
+    for folder in target.parent.glob(f"{pattern}.new"):
         lock = _lock(folder)
         if lock is not None and lock != _NO_LOCKS:
             _remove(folder, target)

@@ -36,7 +36,6 @@ except ImportError as error:
 from .atomic import replacing
 from .tokenizer import write_tokenizer
 
-GRAPHS = ("fused", "portable")
 _QUANTIZED = ("int8", "int4")
 _REFERENCE = "fp32"  # folder for the same weights in fp32 while a bundle is being made
 # Above this many weights, calibration and checks take long and much memory, so they have to be asked for.
@@ -101,8 +100,8 @@ def export(
         raise OptionError(f"dtype must be one of {', '.join(DTYPES)}, not {dtype!r}")
     if pure and dtype != "int4":
         raise OptionError(f"pure goes with dtype int4, not with {dtype}")
-    if graph not in GRAPHS:
-        raise OptionError(f"graph must be one of {', '.join(GRAPHS)}, not {graph!r}")
+    if graph not in bundle.GRAPHS:
+        raise OptionError(f"graph must be one of {', '.join(bundle.GRAPHS)}, not {graph!r}")
     if graph == "portable" and dtype != "fp32":
         raise OptionError(f"graph portable goes with dtype fp32, not with {dtype}")
     given = {"calibrate": calibrate, "quality": quality, "quality_texts": quality_texts, "block_size": block_size}

@@ -21,13 +21,15 @@ from gpt2onnx.errors import CheckpointError
 from ..models.messages import shown
 from . import unpickle
 from .arrays import StoredArray, StridedArray, extent
-from .unpickle import MOST_BYTES, Call, PickleError, Readable, Record, RecordType
+from .unpickle import MOST_BYTES, Call, PickleError, Readable, Record, RecordType, UnsupportedPickleError
 from .zips import check_directory
 
 _ZIP_START = b"PK\x03\x04"
 _MOST_AXES = 32  # the most that every NumPy has
 _LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
 _ITEM_SIZE = {"bfloat16": 2}  # the one type that NumPy lacks
+# Scripts keep these beside the weights, as they do devices: their names are enough.
+_DTYPES = ("float64", "float32", "float16", "bfloat16", "int64", "int32", "int16", "int8", "uint8", "bool")
 _STORAGE_TYPES = {
     "DoubleStorage": "float64",
     "FloatStorage": "float32",
@@ -100,6 +102,8 @@ def read_checkpoint_file(path: Path) -> Any:
         raise CheckpointError(f"can't read {path}: {error.strerror or error}") from error
     except CheckpointError:
         raise
+    except UnsupportedPickleError as error:
+        raise CheckpointError(f"{path} was refused: {error}; save the model's state_dict() alone") from error
     except Exception as error:  # a damaged archive or pickle can fail in any way
         reason = " ".join(str(error).split())
         raise CheckpointError(f"{path} is truncated or damaged ({reason}): fetch or save it again") from error
@@ -206,6 +210,8 @@ class _Names:
         module = "builtins" if module_name == "__builtin__" else module_name
         if (module, name) in _ALLOWED:
             return _ALLOWED[module, name]
+        if module == "torch" and name in _DTYPES:
+            return name
         if module == "__main__":
             return RecordType(name)
         raise CheckpointError(
@@ -254,6 +260,7 @@ _ALLOWED: Mapping[tuple[str, str], Call] = {
     ("torch._utils", "_rebuild_tensor_v2"): Call(_rebuild_tensor),
     ("torch._utils", "_rebuild_parameter"): Call(_rebuild_parameter),
     ("torch._utils", "_rebuild_parameter_with_state"): Call(_rebuild_parameter),
+    ("torch", "device"): Call(lambda *parts: ":".join(map(str, parts))),
     ("torch", "Size"): _container(tuple),
     ("collections", "OrderedDict"): _container(unpickle.mapping),
     ("builtins", "set"): _container(unpickle.plain_set),

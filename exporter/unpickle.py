@@ -42,6 +42,10 @@ class PickleError(ValueError):
     """The pickle is damaged, or does what no pickle of plain values does."""
 
 
+class UnsupportedPickleError(PickleError):
+    """The pickle holds what isn't read here, or too much; it need not be damaged."""
+
+
 @dataclass(eq=False)
 class Record:
     """An object of a class that isn't there: its name and its attributes, and nothing that could be called.
@@ -100,7 +104,7 @@ class _Machine:
     def spend(self, steps: int) -> None:
         self.left -= steps
         if self.left < 0:
-            raise PickleError(f"it takes more than {MOST_STEPS} steps")
+            raise UnsupportedPickleError(f"it takes more than {MOST_STEPS} steps")
 
     def step(self, code: bytes) -> None:
         if code in _NUMBERS:
@@ -245,7 +249,8 @@ class _Machine:
 def _key(key: Any) -> Any:
     if isinstance(key, str | bytes | None) or (isinstance(key, int) and abs(key) < _LARGEST_KEY):
         return key
-    raise PickleError(f"a key is a {type(key).__name__}")
+    kind = "large number" if isinstance(key, int) else type(key).__name__
+    raise UnsupportedPickleError(f"a key of one of its mappings is a {kind}")
 
 
 def _called(called: Any, arguments: tuple[Any, ...], *, new: bool) -> Any:

@@ -9,6 +9,7 @@
 Names are loaded when they are first used, so importing the package costs nothing.
 """
 
+import os.path
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +21,11 @@ if TYPE_CHECKING:
     from .runtime.generator import Model as Model  # pyright: ignore[reportMissingImports]
     from .runtime.generator import Result as Result  # pyright: ignore[reportMissingImports]
     from .runtime.options import GenerationConfig as GenerationConfig  # pyright: ignore[reportMissingImports]
+
+# Started in a clone of the repository, Python finds this folder before the installed package, and the others beside it.
+_CLONE = os.path.dirname(__path__[0])  # noqa: PTH120  # pathlib takes longer to import than all of this
+if os.path.isfile(os.path.join(_CLONE, "pyproject.toml")):  # noqa: PTH113, PTH118
+    __path__.append(_CLONE)
 
 _HOME = {
     "export": "exporter.export",

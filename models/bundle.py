@@ -21,6 +21,7 @@ from gpt2onnx.errors import BundleError, CheckpointError, OutputError
 from . import external_data
 from .config import GPT2Config, read_json
 from .messages import shown
+from .precision import BLOCK_SIZES, DTYPES
 
 MANIFEST = "gpt2onnx.json"
 CONFIG = "config.json"
@@ -30,6 +31,7 @@ TOKENIZER_CONFIG = "tokenizer_config.json"
 GENAI_CONFIG = "genai_config.json"
 GRAPH = "onnx/model.onnx"
 WEIGHTS = "onnx/model.onnx_data"
+GRAPHS = ("fused", "portable")
 FORMAT_VERSION = 1
 
 _REQUIRED = (CONFIG, GENERATION_CONFIG, TOKENIZER, GRAPH)
@@ -129,6 +131,9 @@ def _is_manifest(raw: dict[str, Any]) -> bool:
     return (
         raw.keys() == names
         and all(isinstance(raw[name], _TYPES.get(name, str)) for name in names)
+        and raw["dtype"] in DTYPES
+        and raw["graph"] in GRAPHS
+        and raw["block_size"] in (None, *BLOCK_SIZES)
         and all(
             isinstance(record, dict)
             and record.keys() == {"size", "sha256"}

@@ -60,8 +60,8 @@ class Storage(Protocol):
         """Copies positions from row to row; all sources are read before any target is written."""
         ...
 
-    def take_over(self, smaller: Any) -> None:
-        """Copies the content of a storage of the same kind, with no more rows and positions than this one."""
+    def take_over(self, smaller: Any, rows: int) -> None:
+        """Copies the first rows of a storage of the same kind, with no more rows and positions than this one."""
         ...
 
 
@@ -77,9 +77,9 @@ class HostStorage:
         for one, part in zip(copies, parts, strict=True):
             self.data[:, :, one.target, :, one.start : one.end] = part
 
-    def take_over(self, smaller: "HostStorage") -> None:
-        _, _, rows, _, positions, _ = smaller.data.shape
-        self.data[:, :, :rows, :, :positions] = smaller.data
+    def take_over(self, smaller: "HostStorage", rows: int) -> None:
+        positions = smaller.data.shape[4]
+        self.data[:, :, :rows, :, :positions] = smaller.data[:, :, :rows]
 
 
 class Cache:
@@ -126,6 +126,11 @@ class Cache:
         _, parts, rows, *row_shape = self.shape
         return self.storage.base + ((layer * parts + part) * rows + row) * math.prod(row_shape) * self._dtype.itemsize
 
+    @property
+    def claimed_bytes(self) -> int:
+        """What the rows that were ever in use take."""
+        return self.nbytes * self._claimed // self.rows if self.rows else 0
+
     def claim(self, rows: int) -> None:
         """Says that so many rows come to be used; those beyond take no memory until then.
 
@@ -164,8 +169,13 @@ class Cache:
             self.lengths[one.target] = one.end
 
     def take_over(self, smaller: "Cache") -> None:
-        """Copies the content of a cache with no more rows and positions than this one."""
-        rows, positions = smaller.rows, smaller.positions
-        self.storage.take_over(smaller.storage)
-        self.mask[:rows, :positions] = smaller.mask
-        self.lengths[:rows] = smaller.lengths
+        """Copies the rows in use of a cache with no more rows and positions than this one.
+
+        Raises:
+            OptionError: they can't fit into the host's memory.
+        """
+        rows, positions = int(np.flatnonzero(smaller.lengths).max(initial=-1)) + 1, smaller.positions
+        self.claim(rows)
+        self.storage.take_over(smaller.storage, rows)
+        self.mask[:rows, :positions] = smaller.mask[:rows]
+        self.lengths[:rows] = smaller.lengths[:rows]

@@ -7,10 +7,13 @@ N new tokens of a prompt cost one pass over the prompt and N - 1 passes over one
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from itertools import chain
 from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
+
+from gpt2onnx.errors import OptionError
 
 from .cache import Cache, Copy
 from .logits import Tokens
@@ -67,6 +70,11 @@ class Decoder:
             decoder._owners.clear()
             decoder._busy = False
 
+    @property
+    def held_bytes(self) -> int:
+        """What the cache takes already."""
+        return self._cache.claimed_bytes
+
     def forget(self) -> None:
         """Lets later searches share nothing with earlier ones, as if they were the first."""
         if not self._busy:
@@ -77,7 +85,14 @@ class Decoder:
         while True:
             for search in _while_room(waiting, active, batch_size):
                 if search is not None:
-                    running = self._prefill(search, batch_size)
+                    try:
+                        running = self._prefill(search, batch_size)
+                    except OptionError:
+                        # There is no memory for it beside the others: it waits for one of them to end.
+                        if not active:
+                            raise
+                        waiting = chain([search], waiting)
+                        break
                     if not search.done:
                         active.append(running)
                 yield search

@@ -372,7 +372,7 @@ class Model:
         if worst >= self.config.vocab_size:
             raise OptionError(f"bad_words_ids holds {worst}, but the vocabulary ends at {self.config.vocab_size - 1}")
         search = start(ids, options, self.config.n_positions, self._stop(options.stop_strings, len(ids)))
-        self.session.check_room(search.rows, search.positions)
+        self.session.check_room(search.rows, search.positions, self._decoder.held_bytes)
         text = request.prompt if isinstance(request.prompt, str) else self.tokenizer.decode(ids.tolist())
         return _Task(request, text, search, time.perf_counter())
 

@@ -83,15 +83,21 @@ class Session:
         signature.check(self.config, floats, inputs, outputs, bundle.folder / GRAPH)
         self._inputs = list(inputs)
 
-    def check_room(self, rows: int, positions: int) -> None:
+    def check_room(self, rows: int, positions: int, held: int = 0) -> None:
         """Refuses what can't fit into memory: the cache of so many sequences of so many tokens, and their logits.
+
+        Args:
+            rows: sequences.
+            positions: tokens in each.
+            held: bytes that a cache takes already, which serves again.
 
         Raises:
             OptionError: with the numbers, and what to lower.
         """
         config = self.config
         cache = 2 * config.n_layer * config.n_embd * positions * self.dtype.itemsize if self._memory is None else 0
-        check_room(rows, positions, rows * (cache + config.vocab_size * np.dtype(np.float32).itemsize))
+        needed = rows * (cache + config.vocab_size * np.dtype(np.float32).itemsize)
+        check_room(rows, positions, max(0, needed - held))
 
     def new_cache(self, rows: int, positions: int) -> Cache:
         """An empty cache for so many sequences of so many tokens.
@@ -238,11 +244,11 @@ class _DeviceStorage:
         self._memory, self._spare = self._spare, self._memory
         self.base = int(self._memory.data_ptr())
 
-    def take_over(self, smaller: "_DeviceStorage") -> None:
-        if math.prod(smaller._shape):
-            rows = np.zeros(self._shape[2], np.int64)
-            rows[: smaller._shape[2]] = np.arange(smaller._shape[2])
-            self._move(smaller, rows, self._memory)
+    def take_over(self, smaller: "_DeviceStorage", rows: int) -> None:
+        if rows:
+            chosen = np.zeros(self._shape[2], np.int64)
+            chosen[:rows] = np.arange(rows)
+            self._move(smaller, chosen, self._memory)
 
     def _move(self, source: "_DeviceStorage", rows: npt.NDArray[np.int64], target: ort.OrtValue) -> None:
         """Writes these rows of the source, each lengthened by zeros."""

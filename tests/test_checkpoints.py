@@ -269,6 +269,8 @@ def save_nanogpt(model: NanoGPT, path: Path, prefix: str = "") -> None:
         "iter_num": 5,
         "best_val_loss": torch.tensor(1.5),
         "config": {"out_dir": "out", "n_head": model.arguments["n_head"], "decay_lr": True},
+        "device": torch.device("cpu"),
+        "dtype": torch.bfloat16,
     }
     torch.save(saved, path)
 
@@ -282,6 +284,15 @@ def test_nanogpt(bias: bool, prefix: str, tmp_path: Path) -> None:
     assert opened.tied
     assert opened.config.activation_function == "gelu"
     assert_computes(opened, model)
+
+
+def test_what_is_refused_is_not_called_damaged(tmp_path: Path) -> None:
+    model = randomised(NanoGPT(bias=True))
+    save_nanogpt(model, tmp_path / "ckpt.pt", "")
+    saved = torch.load(tmp_path / "ckpt.pt", weights_only=True)
+    torch.save(saved | {"losses": {(1, 2): 3.0}}, tmp_path / "ckpt.pt")
+    with pytest.raises(CheckpointError, match=r"refused: a key .* is a tuple; save the model's state_dict\(\) alone"):
+        Checkpoint.open(str(tmp_path))
 
 
 class GPTConfig:

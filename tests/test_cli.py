@@ -252,6 +252,23 @@ def test_an_interrupted_job_goes_on_where_it_stopped(
         assert [without_seconds(line) for line in resumed] == [without_seconds(line) for line in lines]
 
 
+def test_only_results_are_overwritten(
+    requests: Path, command_line: CommandLine, tales_bundle: Path, tmp_path: Path
+) -> None:
+    output = tmp_path / "notes.txt"
+    output.write_text("buy milk\n", "utf-8")
+    job = ["generate", "-m", tales_bundle, "--input", requests, "--output", output]
+    done = command_line(*job)
+    assert done.code == 1
+    assert "doesn't hold results" in done.err
+    assert output.read_text("utf-8") == "buy milk\n"
+    output.write_text("", "utf-8")
+    assert command_line(*job).code == 0
+    first = output.read_text("utf-8")
+    assert command_line(*job).code == 0
+    assert len(output.read_text("utf-8").splitlines()) == len(first.splitlines()) > 0
+
+
 def test_resuming_refuses_the_results_of_other_requests(
     requests: Path, command_line: CommandLine, tales_bundle: Path, tmp_path: Path
 ) -> None:

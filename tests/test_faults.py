@@ -7,6 +7,7 @@ import contextlib
 import os
 import random
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -141,6 +142,16 @@ def test_where_the_system_has_no_exchange(
         gpt2onnx.export(checkpoints[1], target, force=True)
     assert content(target) == wholes[0]
     assert list(target.parent.iterdir()) == [target]
+
+
+def test_what_a_run_killed_after_the_change_left_is_removed(checkpoints: list[Path], tmp_path: Path) -> None:
+    """Where the system has no exchange: the new bundle is in its place, the old one beside it."""
+    target = tmp_path / "bundle"
+    gpt2onnx.export(checkpoints[0], target)
+    left = target.with_name(".bundle.0123abcd.old")
+    shutil.copytree(target, left)
+    gpt2onnx.export(checkpoints[1], target, force=True)
+    assert list(tmp_path.iterdir()) == [target]
 
 
 def test_a_link_stays_and_what_it_leads_to_is_replaced(checkpoints: list[Path], tmp_path: Path) -> None:

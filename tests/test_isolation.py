@@ -117,3 +117,12 @@ def test_the_hub_needs_its_package(tmp_path: Path) -> None:
     assert (status, out) == (1, "")
     assert err.count("\n") == 1
     assert "pip install 'gpt2onnx[export]'" in err
+
+
+def test_in_a_clone_the_folders_beside_are_found() -> None:
+    """Python looks into the current folder first, where `gpt2onnx` holds the front door alone."""
+    clone = Path(__file__).parents[1]
+    code = "import gpt2onnx.exporter, gpt2onnx.runtime; print(*gpt2onnx.runtime.__path__)"
+    # -S: without what an editable installation adds.
+    done = subprocess.run([sys.executable, "-S", "-c", code], cwd=clone, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout.strip()) == (0, str(clone / "runtime")), done.stderr

@@ -223,13 +223,44 @@ def test_rows_need_memory_once_they_are_in_use(little_memory: Callable[[int], No
     cache.claim(1000)
 
 
-def test_a_batch_that_cannot_fit_says_so(tales_model: gpt2onnx.Model, little_memory: Callable[[int], None]) -> None:
-    little_memory(10**8)
+def test_what_cannot_fit_beside_others_waits(tales_model: gpt2onnx.Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    prompts = [[token] for token in range(1, 7)]
+    options = {"num_beams": 10, "max_new_tokens": 4}
+    alone = [tales_model.generate(prompt, **options).sequences[0].token_ids for prompt in prompts]
     model = gpt2onnx.load(tales_model.bundle.folder, threads=1)
-    with pytest.raises(OptionError, match="lower the batch size"):
-        model.generate([[1]] * 60, num_beams=10, max_new_tokens=300, batch_size=60)
-    # The model is as good as before.
-    assert len(model.generate([1], max_new_tokens=3).sequences[0].token_ids) == 3
+    limit = 2 * 10**7  # ten rows of 64 positions take 8 MB
+
+    def left(root: object = None) -> resources.Memory:
+        return resources.Memory(limit - model._decoder.held_bytes, "a limit")
+
+    monkeypatch.setattr(resources, "memory", left)
+    monkeypatch.setattr(resources, "_NEGLIGIBLE", 0)
+    together = model.generate(prompts, **options, batch_size=6)
+    assert [result.sequences[0].token_ids for result in together] == alone
+    assert model._decoder.held_bytes <= limit
+
+
+def test_memory_that_the_cache_holds_is_not_asked_for_again(
+    tales_model: gpt2onnx.Model, little_memory: Callable[[int], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(resources, "_NEGLIGIBLE", 0)
+    model = gpt2onnx.load(tales_model.bundle.folder, threads=1)
+    options = {"num_beams": 10, "max_new_tokens": 4}
+    little_memory(10**7)
+    first = model.generate([1], **options)
+    little_memory(10**6)
+    assert model.generate([1], **options).sequences == first.sequences
+
+
+def test_a_cache_that_grows_copies_rows_in_use_only() -> None:
+    small, large = Cache((1, 2, 4, 1, 8, 2)), Cache((1, 2, 4, 1, 16, 2))
+    small.claim(2)
+    small.advance(slice(0, 2), 3)
+    small.data[:] = 1
+    large.take_over(small)
+    assert large.data[:, :, :2, :, :8].all()
+    assert not large.data[:, :, 2:].any()
+    assert large.lengths.tolist() == [3, 3, 0, 0]
 
 
 def _with_weights(bundle: Bundle, size: int, **changes: object) -> Bundle:

@@ -426,6 +426,13 @@ def test_results_of_another_sweep_are_refused(
     longer.write_text(SMALL.replace("max_new_tokens = 8", "max_new_tokens = 9"))
     shorter = tmp_path / "shorter.toml"
     shorter.write_text("\n".join(SMALL.splitlines()[:8]))
+    # The same checkpoint in the same precision, but other weights.
+    rounded = [
+        gpt2onnx.export("tales", tmp_path / f"{calibrate}", dtype="int8", quality=False, calibrate=calibrate).folder
+        for calibrate in (False, True)
+    ]
+    one, two = (make(gpt2onnx.load(folder, threads=1), small_grid, PROMPT) for folder in rounded)
+    assert not {one.key(*run) for run in one.runs()} & {two.key(*run) for run in two.runs()}
     others = [
         make(tales_model, small_grid, "Another prompt"),
         make(tales_model, longer, PROMPT),

@@ -57,9 +57,9 @@ class Sweep:
 
     def key(self, prompt: str, strategy: Strategy) -> str:
         """What tells this run from all others, of this sweep or another."""
-        manifest, session = self.model.bundle.manifest, self.model.session
+        files, session = self.model.bundle.manifest.files, self.model.session
         parts = (
-            manifest.source_sha256, manifest.dtype, manifest.block_size, manifest.graph, session.device, session.threads,
+            sorted(record.sha256 for record in files.values()), session.device, session.threads,
             prompt, strategy.label, grid.to_json(strategy.options),
         )  # fmt: skip
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
@@ -112,8 +112,8 @@ def write_files(records: Sequence[Record], folder: Path) -> None:
     rows = [record["emissions"] for record in records if record["emissions"] is not None]
     table = [summary(record) for record in records]
     contents = {
-        EMISSIONS: to_csv([list(rows[0]), *(list(row.values()) for row in rows)]) if rows else None,
-        SUMMARY: to_csv([list(table[0]), *(list(row.values()) for row in table)]) if table else None,
+        EMISSIONS: _to_csv(rows),
+        SUMMARY: _to_csv(table),
         REPORT: report.render(records) if records else None,
     }
     for name, content in contents.items():
@@ -189,6 +189,12 @@ def _facts(model: Model) -> Record:
         "device": session.device,
         "threads": session.threads,
     }
+
+
+def _to_csv(rows: Sequence[Record]) -> str | None:
+    """Rows under the columns of all of them: another version of codecarbon may have others."""
+    columns = list(dict.fromkeys(name for row in rows for name in row))
+    return to_csv([columns, *([row.get(name) for name in columns] for row in rows)]) if rows else None
 
 
 def _plain(value: Any) -> Any:
