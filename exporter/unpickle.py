@@ -234,6 +234,7 @@ class _Machine:
 
     def line(self, encoding: str = "ascii") -> str:
         line = self.file.readline(_LONGEST_LINE)
+        self.spend(len(line) // _BYTES_PER_STEP)
         if not line.endswith(b"\n"):
             raise PickleError("it ends inside a line")
         return line[:-1].decode(encoding)

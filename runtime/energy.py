@@ -39,7 +39,7 @@ class Energy:
         seconds: measured in all.
         runs: made in that time.
         method: how the power was found; what is an estimate says so.
-        reliable: whether it was measured for long enough for the method.
+        reliable: whether it was measured for long enough for the method, and no other run at the same time.
         country: whose electricity it is (ISO 3166-1 alpha-3); None for the world's average.
         g_co2eq_per_kwh: what a kilowatt hour emits there.
         run_id: of the row in the CSV file.
@@ -128,7 +128,12 @@ class EnergyTracker:
     ) -> "EnergyRun":
         """Begins to measure a run; see `observer.Observer`."""
         model.forget()
+        # Of runs at the same time none can be told from the other.
+        alone = not self._open
+        for other in self._open:
+            other.alone = False
         run = EnergyRun(self, model, options, strategy or options.strategy)
+        run.alone = alone
         if close is not None:
             self._open[run] = close
         return run
@@ -153,6 +158,7 @@ class EnergyRun:
         self._measurement = tracker.meter.start()
         self._started, self._cpu_started = time.perf_counter(), time.process_time()
         self._ended = False
+        self.alone = True
 
     def __enter__(self) -> "EnergyRun":
         return self
@@ -196,7 +202,7 @@ class EnergyRun:
         self._ended = True
         reading = self._measurement.stop()
         method = self._tracker.meter.method
-        reliable = complete and elapsed >= method.seconds
+        reliable = complete and self.alone and elapsed >= method.seconds
         energy = _energy(reading, runs, counts["completion_tokens"], method.name, reliable=reliable)
         row = reading.columns | {"strategy": self._strategy} | asdict(self._options) | counts
         row |= _costs(energy, elapsed / runs, cpu_seconds / runs, counts["completion_tokens"]) | _facts(self._model)

@@ -217,6 +217,17 @@ def test_a_stream_left_early_has_its_row(tales_model: gpt2onnx.Model) -> None:
     assert row["completion_tokens"] == stream.result.usage["completion_tokens"] < 30
 
 
+def test_runs_at_the_same_time_are_not_relied_on(tales_model: gpt2onnx.Model) -> None:
+    with gpt2onnx.track_energy(seconds=0) as tracker:
+        tracker.meter.method = dataclasses.replace(tracker.meter.method, seconds=0.0)
+        stream = tales_model.stream(PROMPT, max_new_tokens=4, do_sample=False)
+        next(stream)
+        tales_model.generate(PROMPT, max_new_tokens=2)
+        stream.close()
+        tales_model.generate(PROMPT, max_new_tokens=2)
+    assert [row["reliable"] for row in tracker.rows] == [False, False, True]
+
+
 def test_an_error_leaves_no_row_and_no_thread(tales_model: gpt2onnx.Model, tmp_path: Path) -> None:
     threads = set(threading.enumerate())
     with gpt2onnx.track_energy(tmp_path / "e.csv", seconds=0) as tracker:

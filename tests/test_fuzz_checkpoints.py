@@ -238,6 +238,14 @@ def test_hostile_pickles_stay_small(trick: str, tmp_path: Path) -> None:
     assert memory < 800
 
 
+def test_long_lines_count(tmp_path: Path) -> None:
+    path = tmp_path / "model.bin"
+    path.write_bytes(b"\x80\x02(" + 3000 * (b"V" + b"a" * 65000 + b"\n") + b"l.")
+    outcome, _, memory = read_alone(path)
+    assert outcome.startswith("CheckpointError"), outcome
+    assert memory < 100
+
+
 def safetensors_file(header: bytes, size: int | None = None) -> bytes:
     return struct.pack("<Q", len(header) if size is None else size) + header
 
