@@ -191,20 +191,19 @@ def test_a_model_that_cannot_fit_is_refused_before_it_is_loaded(
 
 
 def test_a_cache_that_cannot_fit_is_refused(tales_model: gpt2onnx.Model, little_memory: Callable[[int], None]) -> None:
+    model = gpt2onnx.load(tales_model.bundle.folder, threads=1)  # whose cache holds nothing that could serve again
     little_memory(10**8)
     message = (
         r"900 sequences of 103 tokens need .* GB of memory, 100 MB is available .*: lower the batch size, the beams"
     )
     with pytest.raises(OptionError, match=message):
-        tales_model.generate([1, 2, 3, 4], num_beams=900, max_new_tokens=100)
+        model.generate([1, 2, 3, 4], num_beams=900, max_new_tokens=100)
     # In a job it is the answer to that request alone.
     requests = [
-        Request(
-            [1, 2], tales_model.options({"max_new_tokens": 3 * count, "num_return_sequences": count, "do_sample": True})
-        )
+        Request([1, 2], model.options({"max_new_tokens": 3 * count, "num_return_sequences": count, "do_sample": True}))
         for count in (1, 900, 2)
     ]
-    outcomes = [outcome for _, outcome in tales_model.complete(requests)]
+    outcomes = [outcome for _, outcome in model.complete(requests)]
     assert [type(outcome) for outcome in outcomes] == [gpt2onnx.Result, OptionError, gpt2onnx.Result]
 
 
