@@ -1,5 +1,6 @@
 """What commands share of the terminal: verbosity options and progress on stderr."""
 
+import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -27,33 +28,36 @@ def is_chatty(*, quiet: bool) -> bool:
     return not quiet and sys.stderr.isatty()
 
 
+def standard_input(hint: str) -> str:
+    """The text on standard input, without the newline that ends its last line: that belongs to the file.
+
+    Raises:
+        click.UsageError: with the hint, where standard input is a terminal.
+    """
+    if sys.stdin.isatty():
+        raise click.UsageError(hint)
+    return sys.stdin.buffer.read().decode("utf-8", "replace").removesuffix("\n")
+
+
+def interrupt_on_sigterm() -> None:
+    """Lets a polite kill remove what is unfinished, as Ctrl-C does."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+
+
 @contextmanager
-def byte_progress(label: str, *, quiet: bool) -> Iterator[Callable[[int, int], None] | None]:
-    """A progress bar over bytes; gives the function that moves it, or None where nobody watches."""
+def progress_bar(label: str, unit: str | None = None, *, quiet: bool) -> Iterator[Callable[[int, int], None] | None]:
+    """A progress bar over bytes, or over a known number of things called `unit`.
+
+    Gives the function that moves it, from what is done and the total; or None where nobody watches.
+    """
     if not is_chatty(quiet=quiet):
         yield None
         return
     from rich.console import Console
-    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
+    from rich.progress import BarColumn, DownloadColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
-        task = progress.add_task(label, total=None)
-        yield lambda done, total: progress.update(task, completed=done, total=total)
-
-
-@contextmanager
-def count_progress(label: str, unit: str, *, quiet: bool) -> Iterator[Callable[[int, int], None] | None]:
-    """A progress bar over a known number of things; gives the function that moves it, or None where nobody watches."""
-    if not is_chatty(quiet=quiet):
-        yield None
-        return
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    columns = (
-        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn(unit), TimeRemainingColumn()
-    )  # fmt: skip
+    amount = [DownloadColumn()] if unit is None else [MofNCompleteColumn(), TextColumn(unit)]
+    columns = (TextColumn("{task.description}"), BarColumn(), *amount, TimeRemainingColumn())
     with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
         task = progress.add_task(label, total=None)
         yield lambda done, total: progress.update(task, completed=done, total=total)

@@ -52,7 +52,7 @@ def command(
 
     text = _read(text_file)
     loaded = load(model, device, threads)
-    with console.count_progress(f"Evaluating {text_file.name}", "tokens", quiet=quiet) as progress:
+    with console.progress_bar(f"Evaluating {text_file.name}", "tokens", quiet=quiet) as progress:
         result = evaluate(
             loaded,
             text,

@@ -1,7 +1,6 @@
 """gpt2onnx export"""
 
 import json
-import signal
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -90,9 +89,8 @@ def command(
     """
     from ..exporter.export import export
 
-    # A polite kill removes the unfinished bundle, too, as Ctrl-C does.
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
-    with console.byte_progress(f"Exporting {source}", quiet=quiet) as progress:
+    console.interrupt_on_sigterm()
+    with console.progress_bar(f"Exporting {source}", quiet=quiet) as progress:
         made = export(
             source,
             bundle,

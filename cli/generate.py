@@ -88,7 +88,11 @@ def command(
         raise click.UsageError("--energy-seconds repeats a run: not with --input, which is run once")
     text_or_ids = prompt if prompt is not None else prompt_ids
     if text_or_ids is None:
-        text_or_ids = "" if input_file is not None else _standard_input()
+        text_or_ids = (
+            ""
+            if input_file is not None
+            else console.standard_input("give a prompt, --prompt-ids, --input, or text on standard input")
+        )
 
     with ExitStack() as stack:
         if energy_file is not None:
@@ -119,13 +123,6 @@ def _summary(result: Result, seconds: float) -> str:
     if energy.joules_per_token is not None:
         text += f", {energy.joules_per_token:.3g} J/token over {energy.runs:,} runs"
     return text if energy.reliable else f"{text}, too short to rely on"
-
-
-def _standard_input() -> str:
-    if sys.stdin.isatty():
-        raise click.UsageError("give a prompt, --prompt-ids, --input, or text on standard input")
-    # The newline that ends the last line belongs to the file, not to the prompt.
-    return sys.stdin.buffer.read().decode("utf-8", "replace").removesuffix("\n")
 
 
 def _can_stream(request: Request) -> bool:

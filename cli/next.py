@@ -11,7 +11,6 @@ from . import console
 from .generation_options import token_ids
 from .model_options import device_options, load, model_option
 from .tables import table
-from .tokens import standard_input
 
 if TYPE_CHECKING:
     from ..runtime.experiments.next_token import Choice
@@ -92,10 +91,10 @@ def command(
         raise click.UsageError("--seed goes with --draws")
     text_or_ids = prompt if prompt is not None else prompt_ids
     if text_or_ids is None:
-        text_or_ids = standard_input("give a prompt, --prompt-ids, or text on standard input")
+        text_or_ids = console.standard_input("give a prompt, --prompt-ids, or text on standard input")
     loaded = load(model, device, threads)
     followed = {text: token_of(loaded, text) for text in texts}
-    with console.count_progress("Drawing", "draws", quiet=quiet) as progress:
+    with console.progress_bar("Drawing", "draws", quiet=quiet) as progress:
         result = next_token(
             loaded, text_or_ids, temperatures=temperatures, top_k=top_k, top_p=top_p, min_p=min_p,
             typical_p=typical_p, draws=draws, seed=seed, progress=progress,

@@ -1,7 +1,6 @@
 """gpt2onnx pack"""
 
 import json
-import signal
 from pathlib import Path
 
 import click
@@ -29,9 +28,8 @@ def command(bundle: Path, archive: Path, force: bool, as_json: bool, quiet: bool
     """
     from ..exporter.archive import pack
 
-    # A polite kill removes the unfinished archive, too, as Ctrl-C does.
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
-    with console.byte_progress(f"Packing {bundle}", quiet=quiet) as progress:
+    console.interrupt_on_sigterm()
+    with console.progress_bar(f"Packing {bundle}", quiet=quiet) as progress:
         made = pack(bundle, archive, force=force, progress=progress)
     content = {name: record.size for name, record in made.content.items()}
     if as_json:

@@ -86,7 +86,7 @@ def command(
 
     records: list[dict[str, Any]] = []
     try:
-        with console.count_progress(folder.name, "runs", quiet=quiet) as progress:
+        with console.progress_bar(folder.name, "runs", quiet=quiet) as progress:
             for record in sweep.run(plan, folder, tracker, resume=resume):
                 records.append(record)
                 if progress is not None:

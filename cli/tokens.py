@@ -1,7 +1,6 @@
 """gpt2onnx tokens"""
 
 import json
-import sys
 
 import click
 
@@ -32,7 +31,7 @@ def command(text: str | None, model: str, as_json: bool, quiet: bool) -> None:
     from ..runtime.tokenizer import Tokenizer
 
     if text is None:
-        text = standard_input("give a text, or one on standard input")
+        text = console.standard_input("give a text, or one on standard input")
     tokenizer = Tokenizer(resolve(model) / TOKENIZER)
     encoded = tokenizer.encode_with_spans(text)
     if as_json:
@@ -58,10 +57,3 @@ def command(text: str | None, model: str, as_json: bool, quiet: bool) -> None:
         size = len(text.encode("utf-8", "replace"))
         each = f", {size / len(rows):.2f} bytes a token" if rows else ""
         click.echo(f"{len(rows)} tokens, {len(text)} characters, {size} bytes{each}")
-
-
-def standard_input(hint: str) -> str:
-    """The text on standard input, without the newline that ends its last line."""
-    if sys.stdin.isatty():
-        raise click.UsageError(hint)
-    return sys.stdin.buffer.read().decode("utf-8", "replace").removesuffix("\n")

@@ -1,7 +1,6 @@
 """gpt2onnx unpack"""
 
 import json
-import signal
 from pathlib import Path
 
 import click
@@ -28,9 +27,8 @@ def command(archive: Path, bundle: Path, force: bool, as_json: bool, quiet: bool
     """
     from ..exporter.archive import unpack
 
-    # A polite kill removes the unfinished bundle, too, as Ctrl-C does.
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
-    with console.byte_progress(f"Unpacking {archive}", quiet=quiet) as progress:
+    console.interrupt_on_sigterm()
+    with console.progress_bar(f"Unpacking {archive}", quiet=quiet) as progress:
         made = unpack(archive, bundle, force=force, progress=progress)
     manifest = made.manifest
     size = sum(record.size for record in manifest.files.values())

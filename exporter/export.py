@@ -147,7 +147,7 @@ def export(
                 with _unless_missing(calibrate):
                     inputs = _inputs(checkpoint, manifest, folder, passes.next())
             _write_graph(checkpoint, precision, folder, passes.next(), inputs)
-        manifest = replace(manifest, files=_describe(folder))
+        manifest = replace(manifest, files=bundle.describe_files(folder, without=folder / _REFERENCE))
         if compared:
             with _unless_missing(quality or bool(texts)):
                 manifest = replace(manifest, quality=_quality(checkpoint, manifest, folder, texts))
@@ -210,13 +210,6 @@ def _inputs(
     from .calibrate import observe
 
     return observe(_reference(checkpoint, manifest, folder), progress=progress)
-
-
-def _describe(folder: Path) -> dict[str, bundle.FileRecord]:
-    """The files of the bundle in the making, without those of the reference."""
-    return {
-        name: record for name, record in bundle.describe_files(folder).items() if not name.startswith(f"{_REFERENCE}/")
-    }
 
 
 def _quality(checkpoint: Checkpoint, manifest: Manifest, folder: Path, texts: Mapping[str, str]) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from gpt2onnx.errors import CheckpointError, MissingExtraError
 
 from ..models import tales
 from ..models.bundle import CONFIG
+from ..models.messages import one_line
 from .formats import SUFFIXES
 
 # What to fetch: the small files, then the weights in one format.
@@ -133,7 +134,6 @@ def _fetch(repository: str, revision: str | None, patterns: list[str]) -> Path:
         status = error.response.status_code if error.response is not None else "no answer"
         raise CheckpointError(f"the Hugging Face hub answered {status} for {repository!r}: try again later") from error
     except Exception as error:  # which library speaks HTTP, and so what it raises, changes with the hub's version
-        reason = " ".join(str(error).split())
         raise CheckpointError(
-            f"fetching {repository!r} from the Hugging Face hub broke off: {reason}; try again"
+            f"fetching {repository!r} from the Hugging Face hub broke off: {one_line(error)}; try again"
         ) from error

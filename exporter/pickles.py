@@ -18,7 +18,7 @@ import numpy as np
 
 from gpt2onnx.errors import CheckpointError
 
-from ..models.messages import shown
+from ..models.messages import one_line, shown
 from . import unpickle
 from .arrays import StoredArray, StridedArray, extent
 from .unpickle import MOST_BYTES, Call, PickleError, Readable, Record, RecordType, UnsupportedPickleError
@@ -105,8 +105,7 @@ def read_checkpoint_file(path: Path) -> Any:
     except UnsupportedPickleError as error:
         raise CheckpointError(f"{path} was refused: {error}; save the model's state_dict() alone") from error
     except Exception as error:  # a damaged archive or pickle can fail in any way
-        reason = " ".join(str(error).split())
-        raise CheckpointError(f"{path} is truncated or damaged ({reason}): fetch or save it again") from error
+        raise CheckpointError(f"{path} is truncated or damaged ({one_line(error)}): fetch or save it again") from error
     if any(end > size for _, end in stretches.values()):
         raise CheckpointError(f"{path} is truncated: fetch or save it again")
     return _located(content, path, stretches)
@@ -124,7 +123,7 @@ def read_plain_pickle(path: Path) -> Any:
     except CheckpointError:
         raise
     except Exception as error:  # a damaged pickle can fail in any way
-        raise CheckpointError(f"can't read {path}: {' '.join(str(error).split())}") from error
+        raise CheckpointError(f"can't read {path}: {one_line(error)}") from error
 
 
 def _read_zip(path: Path, file: BinaryIO) -> tuple[Any, _Stretches]:

@@ -17,6 +17,7 @@ import onnx
 from gpt2onnx.errors import BackendError, MissingExtraError
 
 from ..models import bundle
+from ..models.messages import one_line
 from ..models.shapes import weight_shapes
 from .checkpoint import Checkpoint
 
@@ -48,7 +49,7 @@ def write_portable_graph(checkpoint: Checkpoint, folder: Path) -> None:
             except OSError:
                 raise
             except Exception as error:
-                raise BackendError(f"optimum can't export {checkpoint.name}: {' '.join(str(error).split())}") from error
+                raise BackendError(f"optimum can't export {checkpoint.name}: {one_line(error)}") from error
         del model
         graph = onnx.load(Path(temporary) / "model.onnx")
         onnx.save_model(

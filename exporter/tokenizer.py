@@ -18,7 +18,7 @@ from gpt2onnx.errors import CheckpointError, MissingExtraError
 
 from ..models.bundle import TOKENIZER
 from ..models.config import read_json
-from ..models.messages import shown
+from ..models.messages import one_line, shown
 from .known_tokenizers import CHARACTERS, END_OF_TEXT, GPT2_VOCABULARIES, characters, gpt2
 
 _SETTINGS = "tokenizer_config.json"
@@ -336,7 +336,7 @@ def _convert_sentencepiece(checkpoint: Path, target: Path) -> Tokenizer:
         AutoTokenizer.from_pretrained(str(checkpoint), local_files_only=True).save_pretrained(str(target))
         return Tokenizer.from_file(str(target / TOKENIZER))
     except Exception as error:  # transformers raises whatever its many converters raise
-        reason = " ".join(str(error).split())[:300]
+        reason = one_line(error)[:300]
         raise CheckpointError(
             f"{checkpoint}: transformers can't convert the sentencepiece tokenizer: {reason}"
         ) from error

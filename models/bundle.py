@@ -281,12 +281,17 @@ def check_place(folder: Path, *, force: bool) -> None:
         raise OutputError(f"{folder} exists and is not a bundle: choose another target")
 
 
-def describe_files(folder: Path) -> dict[str, FileRecord]:
-    """Size and sha256 of every file below the folder, the manifest aside, by path with forward slashes."""
+def describe_files(folder: Path, *, without: Path | None = None) -> dict[str, FileRecord]:
+    """Size and sha256 of every file below the folder, by path with forward slashes.
+
+    Args:
+        folder: the bundle's.
+        without: a folder in it to leave out, as the manifest always is.
+    """
     return {
         path.relative_to(folder).as_posix(): FileRecord(path.stat().st_size, sha256_of(path))
         for path in sorted(_everything_in(folder))
-        if path != folder / MANIFEST
+        if path != folder / MANIFEST and (without is None or without not in path.parents)
     }
 
 

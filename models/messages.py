@@ -1,4 +1,4 @@
-"""Values as error messages show them."""
+"""Values and other libraries' errors, as error messages show them."""
 
 _LONGEST = 80  # letters
 
@@ -10,3 +10,8 @@ def shown(value: object) -> str:
     except (ValueError, RecursionError):  # integers of thousands of digits, lists in lists in lists
         text = f"a {type(value).__name__} too large to show"
     return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}…"
+
+
+def one_line(error: Exception) -> str:
+    """What an error says, in one line without runs of spaces."""
+    return " ".join(str(error).split())

@@ -13,6 +13,8 @@ from typing import Any, cast
 
 from gpt2onnx.errors import BackendError, MissingExtraError, OptionError
 
+from ..models.messages import one_line
+
 JOULES_PER_KWH = 3.6e6
 # Runs are repeated until they took so many seconds together: enough for codecarbon's samples of the processor's load.
 DEFAULT_SECONDS = 3.0
@@ -166,7 +168,7 @@ class Measurement:
 
 
 def _failure(error: Exception) -> BackendError:
-    return BackendError(f"codecarbon failed: {' '.join(str(error).split()) or type(error).__name__}")
+    return BackendError(f"codecarbon failed: {one_line(error) or type(error).__name__}")
 
 
 def _method(measurement: Measurement) -> Method:

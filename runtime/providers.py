@@ -14,6 +14,7 @@ import numpy as np
 
 from gpt2onnx.errors import BackendError, MissingExtraError
 
+from ..models.messages import one_line
 from . import devices, resources
 
 # Recent wheels of ONNX Runtime give the machine an id in the user's cache and report its sessions to Microsoft, unless
@@ -50,6 +51,9 @@ def candidates(device: str) -> list[str]:
     """
     offered = available()
     if device == devices.AUTO:
+        # Looking for the installed packages takes time.
+        if devices.CUDA not in offered and _log.isEnabledFor(logging.INFO):
+            _log.info("%s", devices.not_offered(devices.CUDA, offered, f"{PACKAGE} {VERSION}"))
         return [provider for provider in (devices.CUDA, devices.CPU) if provider in offered]
     provider = devices.find(device, ort.get_all_providers())
     if provider not in offered:
@@ -108,21 +112,17 @@ def why_not(provider: str) -> str | None:
             session = ort.InferenceSession(helper_graphs.identity(), providers=[provider], enable_fallback=False)
             session.run(None, {"x": np.zeros(1, np.float32)})
         except Exception as error:  # noqa: BLE001  # of any kind: it is what was asked for
-            return devices.said(_one_line(error))
+            return devices.said(one_line(error))
     return None if provider in session.get_providers() else devices.said(log())
 
 
 def failure(what: str, error: Exception) -> BackendError:
     """The error that tells what failed in ONNX Runtime, and why."""
-    reason = _one_line(error)
+    reason = one_line(error)
     if re.search(r"bad_alloc|allocate memory|out of memory", reason, re.IGNORECASE):
         limit = resources.memory()
         reason = "there isn't enough memory" + (f" (the tightest limit is {limit.reason})" if limit else "")
     return BackendError(f"{what}: {reason}")
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())
 
 
 def _preload(provider: str) -> None:

@@ -237,6 +237,14 @@ def test_what_cuda_has_no_kernels_for_is_refused(
     assert gpt2onnx.load(folder, device="auto", threads=1).session.device == "cpu"
 
 
+def test_auto_says_why_it_is_not_cuda(tales_bundle: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO", logger="gpt2onnx")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(onnxruntime, "get_available_providers", lambda: [devices.CPU])
+        assert gpt2onnx.load(tales_bundle, device="auto", threads=1).session.device == "cpu"
+    assert "cuda is not a device of the installed" in caplog.text
+
+
 def test_other_providers_run_portable_bundles_only(tales_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     offered = ["OpenVINOExecutionProvider", devices.CPU]
     monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: offered)

@@ -126,3 +126,12 @@ def test_in_a_clone_the_folders_beside_are_found() -> None:
     # -S: without what an editable installation adds.
     done = subprocess.run([sys.executable, "-S", "-c", code], cwd=clone, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout.strip()) == (0, str(clone / "runtime")), done.stderr
+
+
+def test_onnxruntime_reports_to_nobody_unless_it_is_let() -> None:
+    code = "import os, gpt2onnx.runtime.providers; print(os.environ['ORT_DISABLE_TELEMETRY'])"
+    environment = {name: value for name, value in os.environ.items() if name != "ORT_DISABLE_TELEMETRY"}
+    for given, expected in (({}, "1"), ({"ORT_DISABLE_TELEMETRY": "0"}, "0")):
+        command = [sys.executable, "-c", code]
+        done = subprocess.run(command, env=environment | given, capture_output=True, text=True, check=True)
+        assert done.stdout.strip() == expected

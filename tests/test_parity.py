@@ -15,6 +15,7 @@ from onnx import ModelProto, helper
 from safetensors.numpy import load_file, save_file
 
 import gpt2onnx
+from gpt2onnx.exporter.cases import PROCESSORS, STRATEGIES
 from gpt2onnx.exporter.checkpoint import Checkpoint
 from gpt2onnx.exporter.parity import check
 from gpt2onnx.models.bundle import GRAPH, Bundle, describe_files
@@ -159,6 +160,17 @@ def test_changed_weight_is_found(make_checkpoint: MakeCheckpoint, tmp_path: Path
     assert report["weights"]["unequal"] == ["h.1.mlp.c_proj.bias"]
     assert report["tokens"]["equal"] < report["tokens"]["cases"]
     assert report["tokens"]["first_difference"]["position"] >= 0
+
+
+def test_the_full_suite_has_all_cases(
+    make_checkpoint: MakeCheckpoint, tmp_path: Path, command_line: CommandLine
+) -> None:
+    folder = make_checkpoint(n_layer=1, vocab_size=40, n_positions=48)
+    gpt2onnx.export(folder, tmp_path / "bundle")
+    done = command_line("parity", tmp_path / "bundle", folder, "--suite", "full", "--json")
+    assert done.code == 0, done.out + done.err
+    tokens = json.loads(done.out)["tokens"]
+    assert tokens["equal"] == tokens["cases"] > len(STRATEGIES) * len(PROCESSORS)
 
 
 def test_export_puts_the_report_into_the_manifest(tmp_path: Path, command_line: CommandLine) -> None:
