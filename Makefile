@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint types unit lowest peers fuzz docs clean
+.PHONY: demo test lint types unit lowest peers fuzz bench docs clean
 
 demo: $(VENV)/installed-demo
 	$(BIN)/gpt2onnx export tales build/tales --dtype int8 --force
@@ -53,6 +53,12 @@ N ?= 5000
 fuzz: $(VENV)/installed-dev
 	GPT2ONNX_FUZZ=$(N) GPT2ONNX_FAULTS=2000 GPT2ONNX_FLIPS=all $(BIN)/pytest -s tests/test_fuzz_*.py \
 		tests/test_faults.py tests/test_bundle.py
+
+# Side by side with other runtimes, each installed outside the repository: docs/benchmarks. About an hour the first time.
+bench: $(VENV)/installed-dev
+	$(BIN)/python -m benchmarks.prepare
+	$(BIN)/python -m benchmarks.run
+	$(BIN)/python -m benchmarks.report
 
 # Writes what docs/cli.md and docs/guide.md show of the commands anew, from the commands themselves.
 docs: $(VENV)/installed-dev

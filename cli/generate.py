@@ -12,7 +12,7 @@ from gpt2onnx.errors import OutputError, PromptError
 
 from ..runtime import jobs
 from ..runtime.generator import Model, Request, Result
-from . import console, energy_options
+from . import console, energy_options, fleet_options
 from .generation_options import generation_options, token_ids
 from .model_options import device_options, load, model_option
 
@@ -21,11 +21,11 @@ from .model_options import device_options, load, model_option
 @click.argument("prompt", required=False)
 @model_option
 @click.option("--prompt-ids", type=token_ids, help="The prompt as token ids, such as 1,2,3.")
-@click.option("--input", "input_file", type=click.Path(path_type=Path), help="Requests, one JSON object a line.")
+@click.option("--input", "input_name", type=click.Path(), help="Requests, one JSON object a line.")
 @click.option(
     "--output",
-    "output_file",
-    type=click.Path(path_type=Path),
+    "output_name",
+    type=click.Path(),
     help="With --input: where the results go (default: standard output).",
 )
 @click.option("--resume", is_flag=True, help="With --output: go on where an interrupted job stopped.")
@@ -36,6 +36,7 @@ from .model_options import device_options, load, model_option
     show_default=True,
     help="With --input: requests decoded together.",
 )
+@fleet_options.fleet_options
 @device_options
 @click.option(
     "--stream/--no-stream", default=None, help="Print the text as it grows (default: wherever that is possible)."
@@ -52,8 +53,9 @@ from .model_options import device_options, load, model_option
 @generation_options
 @console.verbosity
 def command(
-    prompt: str | None, model: str, prompt_ids: list[int] | None, input_file: Path | None, output_file: Path | None,
-    resume: bool, batch_size: int, device: str, threads: int | None, stream: bool | None, echo: bool | None,
+    prompt: str | None, model: str, prompt_ids: list[int] | None, input_name: str | None, output_name: str | None,
+    resume: bool, batch_size: int, fleet: fleet_options.FleetOptions | None, device: str, threads: int | None,
+    stream: bool | None, echo: bool | None,
     as_json: bool, energy_file: Path | None, country: str | None, energy_seconds: float | None, quiet: bool, **given: Any,
 ) -> None:  # fmt: skip
     """Continue PROMPT, or standard input where there is none.
@@ -67,7 +69,10 @@ def command(
       gpt2onnx generate "Once upon a time" --temperature 0.8 --seed 1 --max-new-tokens 100
       gpt2onnx generate "Once upon a time" --num-beams 6 --energy emissions.csv --country FRA
       gpt2onnx generate --input requests.jsonl --output results.jsonl --resume
+      gpt2onnx generate --input requests.jsonl --output results --engine ray --workers 2
     """
+    input_file = None if input_name is None else Path(input_name)
+    output_file = None if output_name is None else Path(output_name)
     if input_file is None and (output_file is not None or resume):
         raise click.UsageError("--output and --resume go with --input")
     if resume and output_file is None:
@@ -86,6 +91,16 @@ def command(
         raise click.UsageError("--country and --energy-seconds go with --energy")
     if input_file is not None and energy_seconds is not None:
         raise click.UsageError("--energy-seconds repeats a run: not with --input, which is run once")
+    if fleet is not None:
+        if input_name is None or output_name is None:
+            raise click.UsageError("--engine ray goes with --input and --output")
+        if energy_file is not None:
+            raise click.UsageError("--energy is measured on one machine: not with --engine ray")
+        fleet_options.run(
+            fleet, model, input_name, output_name, resume=resume, batch_size=batch_size, device=device, threads=threads,
+            given=given, as_json=as_json, quiet=quiet,
+        )  # fmt: skip
+        return
     text_or_ids = prompt if prompt is not None else prompt_ids
     if text_or_ids is None:
         text_or_ids = (

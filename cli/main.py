@@ -24,6 +24,8 @@ COMMANDS = {
     "next": "Show what goes into drawing the next token.",
     "eval": "Measure the loss and perplexity of a text.",
     "sweep": "Compare decoding strategies.",
+    "bench": "Measure a model's speed and memory.",
+    "serve": "Serve a model over HTTP.",
     "devices": "Tell what models can run on here.",
     "pack": "Pack a bundle into one file.",
     "unpack": "Unpack a bundle that was packed.",

@@ -1,6 +1,7 @@
 """What commands that use a model share: how it is named, and what it runs on."""
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -52,3 +53,15 @@ def load(model: str, device: str, threads: int | None) -> "Model":
 
     verify = bool(click.get_current_context().meta.get(_VERIFY))
     return load(model, device=device, threads=threads, verify=verify)
+
+
+def bundle_folder(model: str) -> Path:
+    """The folder of a model that is loaded elsewhere, after the check that --verify asks for."""
+    from gpt2onnx.loading import resolve
+
+    from ..models.bundle import Bundle
+
+    folder = resolve(model)
+    if click.get_current_context().meta.get(_VERIFY):
+        Bundle.open(folder).verify()
+    return folder

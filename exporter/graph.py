@@ -134,10 +134,13 @@ def _embedding(graph: Graph, config: GPT2Config, tensor: Tensor, *, tied: bool) 
     if blocks is None:
         table = graph.vector("wte.weight", tensor("wte.weight"))
         embedded = graph.op("Gather", [table, contract.INPUT_IDS], "wte", axis=0)
-        return embedded, table if tied else graph.vector("lm_head.weight", tensor("lm_head.weight"))
+        if tied:
+            return embedded, graph.view("lm_head.weight", table, config.vocab_size, config.n_embd)
+        return embedded, graph.vector("lm_head.weight", tensor("lm_head.weight"))
     matrix = graph.quantized("wte", tensor("wte.weight"), blocks)
     # MatMulNBits wants [out, blocks, bytes], GatherBlockQuantized [out, bytes]: one stored array serves both.
-    flat = graph.reshape(matrix.data, "wte.flat", matrix.rows, -1)
+    stored_blocks = -(-matrix.width // blocks.size)
+    flat = graph.view("wte.flat", matrix.data, matrix.rows, stored_blocks * blocks.size * blocks.bits // 8)
     embedded = graph.op(
         "GatherBlockQuantized", [flat, contract.INPUT_IDS, matrix.scales], "wte.gather", domain=MICROSOFT,
         bits=blocks.bits, block_size=blocks.size, gather_axis=0, quantize_axis=1,
@@ -148,7 +151,9 @@ def _embedding(graph: Graph, config: GPT2Config, tensor: Tensor, *, tied: bool) 
 
 
 def _head(graph: Graph, config: GPT2Config, x: str, head: StoredMatrix | str) -> None:
-    """Appends the output head and the cast of its logits to float32."""
+    """Appends the output head, and the cast of its logits to float32 where they are float16."""
+    halves = graph.precision.floats == np.float16
+    logits = "head.logits" if halves else contract.LOGITS
     if isinstance(head, str):
         # Gemm multiplies by the transposed table without copying it, but takes two dimensions only.
         rows = graph.reshape(x, "head.rows", -1, config.n_embd)
@@ -156,10 +161,11 @@ def _head(graph: Graph, config: GPT2Config, x: str, head: StoredMatrix | str) ->
         batch = graph.op("Shape", [x], "head.batch", start=0, end=2)
         vocabulary = graph.constant("vocab_size", np.array([config.vocab_size], np.int64))
         shape = graph.op("Concat", [batch, vocabulary], "head.shape", axis=0)
-        logits = graph.op("Reshape", [product, shape], "head.logits")
+        graph.op("Reshape", [product, shape], logits)
     else:
-        logits = graph.matmul_quantized(x, head, "head.matmul")
-    graph.op("Cast", [logits], contract.LOGITS, to=TensorProto.FLOAT)
+        graph.matmul_quantized(x, head, logits)
+    if halves:
+        graph.op("Cast", [logits], contract.LOGITS, to=TensorProto.FLOAT)
 
 
 def _model(graph: Graph, config: GPT2Config) -> ModelProto:

@@ -93,6 +93,20 @@ class Graph:
         self.initializers.append(self.weights.append(name, array))
         return name
 
+    def view(self, name: str, weight: str, *shape: int) -> str:
+        """The same bytes of the external data as another weight, under a name and a shape of its own.
+
+        A weight that two operators use stays in memory for the one as it is, although the other packs a copy of it;
+        and a Reshape of a weight is a copy of it. What two names read from the file is mapped once.
+        """
+        (stored,) = (each for each in self.initializers if each.name == weight)
+        again = TensorProto()
+        again.CopyFrom(stored)
+        again.name = name
+        again.dims[:] = shape
+        self.initializers.append(again)
+        return name
+
     def vector(self, name: str, array: npt.NDArray[np.float32]) -> str:
         """A weight kept in the external data as it is, or rounded to float16.
 

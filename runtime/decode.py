@@ -6,8 +6,7 @@ N new tokens of a prompt cost one pass over the prompt and N - 1 passes over one
 """
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
-from itertools import chain
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import numpy as np
@@ -21,6 +20,8 @@ from .sampling import Logits
 from .search import Search
 
 _POSITIONS_STEP = 64  # the cache grows by so many positions at a time
+_LEAST_PASS = 16  # tokens of a prompt: a pass over fewer takes about as long
+_MOST_READ = 128  # positions whose logits are in memory together, where all of them are wanted
 
 
 class Network(Protocol):
@@ -39,6 +40,35 @@ class _Running:
     slots: list[int]
 
 
+@dataclass
+class _Joining:
+    """A search whose prompt is passing through the network, into a row of the cache beyond those in use."""
+
+    search: Search
+    slot: int
+    length: int  # of the prompt, so much is in the cache
+
+
+@dataclass
+class _Queue:
+    """Searches that wait for room, and the one that is joining."""
+
+    waiting: Iterator[Search | None]
+    put_back: list[Search] = field(default_factory=list)
+    joining: _Joining | None = None
+    open: bool = True
+
+    def next(self) -> Search | None:
+        """The next one; None where there is none now, or none any more."""
+        if self.put_back:
+            return self.put_back.pop()
+        try:
+            return next(self.waiting)
+        except StopIteration:
+            self.open = False
+            return None
+
+
 class Decoder:
     """Runs searches together, and keeps the cache for later ones whose prompts begin alike.
 
@@ -55,17 +85,26 @@ class Decoder:
         self._owners: list[_Running] = []
         self._busy = False
 
-    def run(self, searches: Iterable[Search | None], batch_size: int = 1) -> Iterator[Search | None]:
+    def run(
+        self, searches: Iterable[Search | None], batch_size: int = 1, chunk: int | None = None
+    ) -> Iterator[Search | None]:
         """Decodes searches, so many at a time, and yields each of them whenever it has advanced.
 
-        A search is yielded for the last time when it is `done`. A None among them is yielded at once.
+        A search is yielded for the last time when it is `done`; one that was cancelled may not be yielded again.
         Closing the iterator ends all.
+
+        Args:
+            searches: taken as there is room. A None among them is yielded at once and says that nothing waits
+                just now: what runs takes its next step before the next one is asked for.
+            batch_size: searches that run at a time.
+            chunk: while others run, about so many tokens of prompts at most go through the network between
+                two of their steps; None for no limit.
         """
         # A run that is still open, such as a stream left for a while, keeps its rows; this one gets others.
         decoder = Decoder(self._network) if self._busy else self
         decoder._busy = True
         try:
-            yield from decoder._run(iter(searches), batch_size)
+            yield from decoder._run(_Queue(iter(searches)), batch_size, chunk)
         finally:
             decoder._owners.clear()
             decoder._busy = False
@@ -80,24 +119,13 @@ class Decoder:
         if not self._busy:
             self._held = [np.zeros(0, np.int64)] * len(self._held)
 
-    def _run(self, waiting: Iterator[Search | None], batch_size: int) -> Iterator[Search | None]:
+    def _run(self, queue: _Queue, batch_size: int, chunk: int | None) -> Iterator[Search | None]:
         active: list[_Running] = []
-        while True:
-            for search in _while_room(waiting, active, batch_size):
-                if search is not None:
-                    try:
-                        running = self._prefill(search, batch_size)
-                    except OptionError:
-                        # There is no memory for it beside the others: it waits for one of them to end.
-                        if not active:
-                            raise
-                        waiting = chain([search], waiting)
-                        break
-                    if not search.done:
-                        active.append(running)
-                yield search
+        while queue.open or active:
+            yield from self._admit(queue, active, batch_size, chunk)
+            active = self._going_on(active)
             if not active:
-                return
+                continue
             # Several tokens after a past go through the network for one sequence at a time only.
             if len(active) == 1 and len(draft := active[0].search.draft()):
                 self._verify(active[0], draft)
@@ -105,25 +133,91 @@ class Decoder:
                 self._step(active)
             for running in active:
                 yield running.search
-            active = [running for running in active if not running.search.done]
+            active = self._going_on(active)
 
-    def _prefill(self, search: Search, batch_size: int) -> _Running:
-        """Runs the prompt through the network, once for all rows of the search."""
+    def _admit(
+        self, queue: _Queue, active: list[_Running], batch_size: int, chunk: int | None
+    ) -> Iterator[Search | None]:
+        """Lets searches join while there is room, and adds them to the active ones."""
+        left = chunk
+        while len(active) < batch_size and not (active and left is not None and left <= 0):
+            if queue.joining is None:
+                search = queue.next()
+                if search is None:
+                    if queue.open:
+                        yield None
+                    if active or not queue.open:
+                        return
+                    continue
+                if search.done:  # cancelled before it began
+                    continue
+                try:
+                    queue.joining = self._enter(search, batch_size)
+                except OptionError:
+                    # There is no memory for it beside the others: it waits for one of them to end.
+                    if not active:
+                        raise
+                    queue.put_back.append(search)
+                    return
+            joining = queue.joining
+            if not joining.search.done:  # otherwise it was cancelled on the way
+                begin = joining.length
+                logits = self._prefill(joining, left if active else None)
+                if left is not None:
+                    left -= max(joining.length - begin, _LEAST_PASS)
+                if joining.length < len(joining.search.prompt):
+                    continue
+                running = self._join(joining, logits)
+                if not running.search.done:
+                    active.append(running)
+                yield running.search
+            queue.joining = None
+
+    def _going_on(self, active: list[_Running]) -> list[_Running]:
+        """Those that aren't done; the rows of others are freed, also where they were cancelled from outside."""
+        for running in active:
+            if running.search.done:
+                self._rearrange(running, [])
+        return [running for running in active if not running.search.done]
+
+    def _enter(self, search: Search, batch_size: int) -> _Joining:
+        """Makes room for a search, and takes over what the cache holds of its prompt."""
         first = len(self._owners)
         self._make_room(first + search.rows, search.positions, spare=max(0, batch_size - 1 - first))
-        prompt = search.prompt
-        # The last token has to pass through the network in any case, for its logits.
-        shared = [common_prefix(prompt[:-1], held) for held in self._held]
+        # The last token has to pass through the network in any case, for its logits; where all are wanted, every token.
+        beginning = search.prompt[:-1] if search.reader is None else search.prompt[:0]
+        shared = [common_prefix(beginning, held) for held in self._held]
         source = int(np.argmax(shared))
         if shared[first] < shared[source]:
             self._cache.copy([Copy(source, first, shared[first], shared[source])])
         self._cache.trim(first, shared[source])
-        logits = self._network.forward(self._cache, slice(first, first + 1), prompt[None, shared[source] :])[:, -1]
-        self._held[first] = prompt
+        self._held[first] = search.prompt[: shared[source]]
+        return _Joining(search, first, shared[source])
 
+    def _prefill(self, joining: _Joining, most: int | None) -> Logits:
+        """Runs the next tokens of a prompt through the network, and returns the logits after the last one."""
+        search, slot, begin = joining.search, joining.slot, joining.length
+        if search.reader is not None:
+            most = min(most or _MOST_READ, _MOST_READ)
+        tokens = search.prompt[begin : None if most is None else begin + most]
+        keep = 1 if search.reader is None else len(tokens)
+        logits = self._network.forward(self._cache, slice(slot, slot + 1), tokens[None], keep)[0]
+        joining.length += len(tokens)
+        self._held[slot] = search.prompt[: joining.length]
+        if search.reader is not None:
+            search.reader(logits)
+        last: Logits = logits[-1]
+        return last
+
+    def _join(self, joining: _Joining, logits: Logits) -> _Running:
+        """Lets a search whose prompt is in the cache begin, on the first rows that are free."""
+        search, first = joining.search, len(self._owners)
+        if first < joining.slot:  # others have ended meanwhile
+            shared = common_prefix(self._held[first], search.prompt)
+            self._take([Copy(joining.slot, first, shared, len(search.prompt))])
         running = _Running(search, list(range(first, first + search.rows)))
         self._owners += [running] * search.rows
-        search.advance(np.broadcast_to(logits, (search.rows, logits.shape[-1])))
+        search.advance(np.broadcast_to(logits, (search.rows, len(logits))))
         self._rearrange(running, [first] * search.rows)
         return running
 
@@ -196,14 +290,6 @@ class Decoder:
         larger.take_over(self._cache)
         self._cache = larger
         self._held += [np.zeros(0, np.int64)] * (larger.rows - len(self._held))
-
-
-def _while_room(waiting: Iterator[Search | None], active: list[_Running], batch_size: int) -> Iterator[Search | None]:
-    while len(active) < batch_size:
-        try:
-            yield next(waiting)
-        except StopIteration:
-            return
 
 
 def common_prefix(one: Tokens, other: Tokens) -> int:

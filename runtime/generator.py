@@ -21,8 +21,8 @@ from .decode import Decoder
 from .logits import Tokens
 from .observer import OBSERVER, Observer
 from .options import SAMPLING_OPTIONS, GenerationConfig
-from .sampling import log_softmax
-from .search import Continuation, Search, Stop, TokenLogprobs, start
+from .sampling import Logits, log_softmax
+from .search import Continuation, Search, Stop, TokenLogprobs, start, token_logprobs
 from .session import Session
 from .tokenizer import Tokenizer, find_stop
 
@@ -45,12 +45,14 @@ class Request:
         options: how to continue it.
         id: the caller's own; comes back with the result.
         error: why it can't be carried out, where that is known already; becomes its outcome.
+        prompt_logprobs: also find out the log probability of each token of the prompt and of so many likeliest ones.
     """
 
     prompt: Prompt
     options: GenerationConfig
     id: Any = None
     error: Gpt2OnnxError | None = None
+    prompt_logprobs: int | None = None
 
 
 @dataclass(frozen=True)
@@ -81,6 +83,7 @@ class Result:
         sequences: its continuations, best first where they are ranked.
         seconds: from joining the batch to the last token.
         energy: what it took, where that was measured; see `track_energy`.
+        prompt_logprobs: of each token of the prompt but the first, where they were asked for.
     """
 
     prompt: str
@@ -88,6 +91,7 @@ class Result:
     sequences: list[GeneratedSequence]
     seconds: float
     energy: "Energy | None" = None
+    prompt_logprobs: list[TokenLogprobs] | None = None
 
     @property
     def text(self) -> str:
@@ -268,9 +272,9 @@ class Model:
         observer = OBSERVER.get()
         if observer is not None:
             request = replace(request, options=observer.repeatable(request.options))
-        task = self._task(request)
+        generation = self._begin(request)
         text_stream = self.tokenizer.stream(request.options.stop_strings)
-        return Stream(self, task, text_stream, observer)
+        return Stream(self, generation, text_stream, observer)
 
     def complete(self, requests: Iterable[Request], batch_size: int = 1) -> Iterator[tuple[Request, Outcome]]:
         """Decodes requests, so many at a time, and yields each one with its result as soon as it is done.
@@ -282,28 +286,51 @@ class Model:
             OptionError: batch_size is below 1.
             BackendError: ONNX Runtime failed.
         """
+        for request, outcome in self.follow(requests, batch_size):
+            if isinstance(outcome, Gpt2OnnxError):
+                yield request, outcome
+            elif outcome.done:
+                yield request, outcome.result()
+
+    def follow(
+        self, requests: Iterable[Request | None], batch_size: int = 1, chunk: int | None = None
+    ) -> "Iterator[tuple[Request, Generation | Gpt2OnnxError]]":
+        """As `complete`, but yields each request whenever it has got further, and it can be cancelled meanwhile.
+
+        Args:
+            requests: a None among them says that nothing waits just now, so that what runs goes on at once.
+            batch_size: requests that are decoded together.
+            chunk: while others run, about so many tokens of prompts at most are read between two steps of theirs, so
+                that a long prompt doesn't keep them waiting; None for no limit.
+        """
         if batch_size < 1:
             raise OptionError(f"batch_size must be at least 1, not {batch_size}")
-        tasks: dict[int, _Task] = {}
-        refused: list[tuple[Request, Outcome]] = []
+        running: dict[int, Generation] = {}
+        refused: list[tuple[Request, Gpt2OnnxError]] = []
 
         def searches() -> Iterator[Search | None]:
             for request in requests:
+                for key in [key for key, one in running.items() if one.done]:  # cancelled ones aren't seen again
+                    del running[key]
+                if request is None:
+                    yield None
+                    continue
                 try:
-                    task = self._task(request)
+                    generation = self._begin(request)
                 except (PromptError, OptionError) as error:
                     refused.append((request, error))
                     yield None
                 else:
-                    tasks[id(task.search)] = task
-                    yield task.search
+                    running[id(generation.search)] = generation
+                    yield generation.search
 
-        for search in self._decoder.run(searches(), batch_size):
+        for search in self._decoder.run(searches(), batch_size, chunk):
             if search is None:
-                yield refused.pop()
-            elif search.done:
-                task = tasks.pop(id(search))
-                yield task.request, self._result(task)
+                yield from refused
+                refused.clear()
+            else:
+                generation = running.pop(id(search)) if search.done else running[id(search)]
+                yield generation.request, generation
 
     def options(self, given: Mapping[str, Any]) -> GenerationConfig:
         """The bundle's generation options with the given ones on top; None, and names that are no options, don't count.
@@ -361,20 +388,27 @@ class Model:
             results[id(request)] = outcome
         return [results[id(request)] for request in requests]
 
-    def _task(self, request: Request) -> "_Task":
+    def _begin(self, request: Request) -> "Generation":
         if request.error is not None:
             raise request.error
         ids = self.prompt_ids(request.prompt)
         options = request.options
-        if options.new_tokens(len(ids)) < 1:
-            raise OptionError(f"max_length {options.max_length} leaves no room after a prompt of {len(ids)} tokens")
+        self.check_options(options, len(ids))
+        search = start(ids, options, self.config.n_positions, self._stop(options.stop_strings, len(ids)))
+        self.session.check_room(search.rows, search.positions, self._decoder.held_bytes)
+        if request.prompt_logprobs is not None:
+            search.reader = _PromptLogprobs(ids, request.prompt_logprobs)
+        return Generation(request, search, self.tokenizer)
+
+    def check_options(self, options: GenerationConfig, prompt_length: int) -> None:
+        """Raises OptionError where the options don't suit this model, or a prompt of so many tokens."""
+        if options.new_tokens(prompt_length) < 1:
+            raise OptionError(
+                f"max_length {options.max_length} leaves no room after a prompt of {prompt_length} tokens"
+            )
         worst = max((token for word in options.bad_words_ids or () for token in word), default=0)
         if worst >= self.config.vocab_size:
             raise OptionError(f"bad_words_ids holds {worst}, but the vocabulary ends at {self.config.vocab_size - 1}")
-        search = start(ids, options, self.config.n_positions, self._stop(options.stop_strings, len(ids)))
-        self.session.check_room(search.rows, search.positions, self._decoder.held_bytes)
-        text = request.prompt if isinstance(request.prompt, str) else self.tokenizer.decode(ids.tolist())
-        return _Task(request, text, search, time.perf_counter())
 
     def prompt_ids(self, prompt: Prompt) -> Tokens:
         """The tokens of a prompt, int64 [length]; raises PromptError where it is empty, too long, or not in the vocabulary."""
@@ -407,31 +441,67 @@ class Model:
 
         return stop
 
-    def _result(self, task: "_Task") -> Result:
-        search, options = task.search, task.request.options
-        seconds = time.perf_counter() - task.started
-        sequences = [
-            self._sequence(continuation, len(search.prompt), options) for continuation in search.continuations()
-        ]
-        return Result(task.text, search.prompt.tolist(), sequences, seconds)
 
-    def _sequence(self, continuation: Continuation, prompt_length: int, options: GenerationConfig) -> GeneratedSequence:
-        new = continuation.tokens[prompt_length:].tolist()
-        text = self.tokenizer.decode(new)
+class Generation:
+    """A request under way; made by `Model.follow`.
+
+    Attributes:
+        request: what is carried out.
+        search: how far it has come.
+    """
+
+    def __init__(self, request: Request, search: Search, tokenizer: Tokenizer) -> None:
+        self.request, self.search = request, search
+        self._tokenizer = tokenizer
+        self._started = time.perf_counter()
+
+    @property
+    def done(self) -> bool:
+        return self.search.done
+
+    @property
+    def prompt_logprobs(self) -> list[TokenLogprobs] | None:
+        """Of each token of the prompt but the first, where they were asked for."""
+        reader = self.search.reader
+        return reader.logprobs if isinstance(reader, _PromptLogprobs) else None
+
+    def cancel(self) -> None:
+        """Ends it where it is, and frees its rows of the batch."""
+        self.search.cancel()
+
+    def continuations(self) -> list[Continuation]:
+        """What there is so far, prompt included, best first where they are ranked."""
+        return self.search.continuations()
+
+    def result(self) -> Result:
+        """The result as far as decoding has come."""
+        prompt, ids = self.request.prompt, self.search.prompt.tolist()
+        text = prompt if isinstance(prompt, str) else self._tokenizer.decode(ids)
+        seconds = time.perf_counter() - self._started
+        sequences = [self._sequence(continuation) for continuation in self.continuations()]
+        return Result(text, ids, sequences, seconds, prompt_logprobs=self.prompt_logprobs)
+
+    def _sequence(self, continuation: Continuation) -> GeneratedSequence:
+        options = self.request.options
+        new = continuation.tokens[len(self.search.prompt) :].tolist()
+        text = self._tokenizer.decode(new)
         logprobs = None if options.logprobs is None else continuation.logprobs
         return GeneratedSequence(
             text[: find_stop(text, options.stop_strings)], new, continuation.finish_reason, logprobs
         )
 
 
-@dataclass(frozen=True)
-class _Task:
-    """A request under way."""
+class _PromptLogprobs:
+    """Reads the log probabilities of a prompt's tokens, and of so many likeliest ones in their places."""
 
-    request: Request
-    text: str
-    search: Search
-    started: float
+    def __init__(self, prompt: Tokens, count: int) -> None:
+        self._prompt, self._count = prompt, count
+        self.logprobs: list[TokenLogprobs] = []
+
+    def __call__(self, logits: Logits) -> None:
+        following = self._prompt[len(self.logprobs) + 1 :]  # nothing follows the last token
+        for token, scores in zip(following.tolist(), logits, strict=False):
+            self.logprobs.append(token_logprobs(token, scores, scores, self._count))
 
 
 class Stream(Iterator[str]):
@@ -440,8 +510,8 @@ class Stream(Iterator[str]):
     Decoding goes on only while pieces are asked for. Left early, it keeps what there is.
     """
 
-    def __init__(self, model: Model, task: _Task, text: Any, observer: Observer | None = None) -> None:
-        self._model, self._task, self._text = model, task, text
+    def __init__(self, model: Model, generation: Generation, text: Any, observer: Observer | None = None) -> None:
+        self._model, self._generation, self._text = model, generation, text
         self._pieces = self._run() if observer is None else self._run_observed(observer)
         self._result: Result | None = None
 
@@ -455,12 +525,13 @@ class Stream(Iterator[str]):
     @property
     def result(self) -> Result:
         """The result as far as decoding has come."""
-        return self._result or self._model._result(self._task)
+        return self._result or self._generation.result()
 
     def _run(self) -> Generator[str]:
-        sent = len(self._task.search.prompt)
-        for _ in self._model._decoder.run([self._task.search]):
-            tokens = self._task.search.continuations()[0].tokens
+        search = self._generation.search
+        sent = len(search.prompt)
+        for _ in self._model._decoder.run([search]):
+            tokens = search.continuations()[0].tokens
             for token in tokens[sent:].tolist():
                 if piece := self._text.push(token):
                     yield piece
@@ -470,7 +541,7 @@ class Stream(Iterator[str]):
         self._result = self.result
 
     def _run_observed(self, observer: Observer) -> Generator[str]:
-        request = self._task.request
+        request = self._generation.request
         with observer.begin(self._model, request.options, close=self.close) as run:
             try:
                 yield from self._run()

@@ -13,7 +13,7 @@ import numpy.typing as npt
 
 from .options import GenerationConfig
 from .sampling import Logits, log_softmax, softmax
-from .topk import ascending, kth_largest, largest
+from .topk import ascending, best, largest
 
 Tokens = npt.NDArray[np.int64]
 Processor = Callable[[Tokens, Logits], Logits]
@@ -145,7 +145,7 @@ def top_k(k: int, keep: int = 1) -> Processor:
     def processor(tokens: Tokens, scores: Logits) -> Logits:
         if k >= len(scores):
             return scores
-        return _only(scores, np.flatnonzero(scores >= kth_largest(scores, k)))
+        return _only(scores, best(scores, k))
 
     return processor
 

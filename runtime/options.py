@@ -68,7 +68,7 @@ class GenerationConfig:
         eos_token_id: token or tokens that end a sequence.
         stop: string or strings that end a sequence; the text is cut before them.
         logprobs: also return the log probability of each token and of so many likeliest ones.
-        prompt_lookup: length of drafts copied from earlier text and verified in one pass; 0 for none.
+        prompt_lookup: greatest length of drafts copied from earlier text and verified in one pass; 0 for none.
     """
 
     max_new_tokens: int | None = None

@@ -6,7 +6,6 @@ seconds to look at the hardware, which `PowerMeter` therefore does when it is ma
 """
 
 import logging
-import tempfile
 import threading
 from dataclasses import asdict, dataclass, fields
 from typing import Any, cast
@@ -24,7 +23,6 @@ _OFFLINE = {
     "allow_multiple_runs": True,
     "output_methods": [],
     "output_handlers": [],
-    "output_dir": tempfile.gettempdir(),
     "emissions_endpoint": None,
     # An empty token, as None would let the configuration's one count.
     "electricitymaps_api_token": "",
@@ -112,7 +110,9 @@ class PowerMeter:
         # Its import sets a level of its own.
         logging.getLogger("codecarbon").setLevel(logging.CRITICAL)
         self._new_tracker = codecarbon.OfflineEmissionsTracker
-        self._settings: dict[str, Any] = dict(_OFFLINE)
+        import tempfile  # slow to import, and rarely needed
+
+        self._settings: dict[str, Any] = _OFFLINE | {"output_dir": tempfile.gettempdir()}
         if country is not None:
             self._settings["country_iso_code"] = country.upper()
             if country.upper() not in cast("Any", DataSource)().get_global_energy_mix_data():

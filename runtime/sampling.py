@@ -7,27 +7,24 @@ without replacement). Each q takes two 32-bit words, the higher one first; the l
 Source: ATen/native/Distributions.cpp, ATen/core/DistributionsHelper.h and CPUGeneratorImpl.cpp.
 """
 
-from typing import Any, cast
-
 import numpy as np
 import numpy.typing as npt
 
+from .mersenne import MersenneTwister
 from .topk import largest
 
 Logits = npt.NDArray[np.float32]
+Words = npt.NDArray[np.uint64]
 
 _LOW_53_BITS = np.uint64(2**53 - 1)
-_ROUNDING = 0.9999  # wider than float32 rounds
+_ROUNDING = np.float32(0.9999)  # wider than float32 rounds
 
 
 class Generator:
     """The stream of random numbers of one prompt."""
 
     def __init__(self, seed: int | None) -> None:
-        words = np.random.MT19937()
-        if seed is not None:
-            words.state = cast("Any", np.random.RandomState(seed % 2**32).get_state(legacy=False))
-        self._draws = np.random.Generator(words)
+        self._words = MersenneTwister(seed)
 
     def multinomial(self, scores: Logits, count: int = 1) -> npt.NDArray[np.int64]:
         """Draws entries without replacement.
@@ -39,45 +36,47 @@ class Generator:
         Returns:
             Indices, int64 [count], in the order in which they were drawn.
         """
-        words = self._words(len(scores))
         candidates = np.flatnonzero(scores > -np.inf)
         if not len(candidates):  # transformers fails here; as greedy decoding does, go on with the first
+            self.skip(len(scores))
             return largest(scores, count)
+        words = self._words.pairs(len(scores), candidates)
         probabilities = softmax(scores[candidates])
-        uniform = (words[candidates] & _LOW_53_BITS).astype(np.float64) * 2.0**-53
-        with np.errstate(divide="ignore"):
-            if count == 1:
-                return candidates[[_winner(probabilities, uniform)]]
-            race = _race(probabilities, uniform)
-        if np.count_nonzero(race) >= count:
-            return candidates[largest(race, count)]
+        if len(candidates) >= count:
+            finalists = _finalists(probabilities, words, count)
+            race = _race(probabilities[finalists], words[finalists])
+            if np.count_nonzero(race) >= count:
+                return candidates[finalists[[race.argmax()] if count == 1 else largest(race, count)]]
         # Too few entries are possible, so impossible ones are drawn as well.
         whole_race = np.zeros(len(scores), np.float32)
-        whole_race[candidates] = race
+        whole_race[candidates] = _race(probabilities, words)
         return largest(whole_race, count)
 
     def skip(self, entries: int) -> None:
         """Moves on as if one entry of so many had been drawn."""
-        self._words(entries)
-
-    def _words(self, entries: int) -> npt.NDArray[np.uint64]:
-        """Two 32-bit draws for each entry, the first one in the upper half."""
-        return self._draws.integers(0, 2**64, size=entries, dtype=np.uint64)
+        self._words.skip(entries)
 
 
-def _race(probabilities: Logits, uniform: npt.NDArray[np.float64]) -> Logits:
-    """p / q of each entry."""
-    exponential: Logits = (-np.log1p(-uniform)).astype(np.float32)
-    return probabilities / exponential
+def _race(probabilities: Logits, words: Words) -> Logits:
+    """p / q of each entry, q from its words."""
+    uniform = (words & _LOW_53_BITS).astype(np.float64) * 2.0**-53
+    with np.errstate(divide="ignore"):
+        exponential: Logits = (-np.log1p(-uniform)).astype(np.float32)
+        return probabilities / exponential
 
 
-def _winner(probabilities: Logits, uniform: npt.NDArray[np.float64]) -> int:
-    """The entry of the largest p / q, with few logarithms taken: as q is at least u, p / u bounds p / q from above."""
-    bound = probabilities / uniform
-    leader = int(bound.argmax())
-    won = _race(probabilities[leader : leader + 1], uniform[leader : leader + 1])[0]
-    rivals = np.flatnonzero(bound >= won * _ROUNDING)
-    return int(rivals[_race(probabilities[rivals], uniform[rivals]).argmax()])
+def _finalists(probabilities: Logits, words: Words, count: int) -> npt.NDArray[np.int64]:
+    """Entries among which are those of the `count` largest p / q.
+
+    Few logarithms are taken: as q is at least u, p / u bounds p / q from above.
+    """
+    uniform = (words & _LOW_53_BITS).astype(np.float32)
+    uniform *= np.float32(2.0**-53)
+    with np.errstate(divide="ignore"):
+        bound = probabilities / uniform
+    leaders = np.array([bound.argmax()]) if count == 1 else np.argpartition(bound, -count)[-count:]
+    slowest = _race(probabilities[leaders], words[leaders]).min()
+    return np.flatnonzero(bound >= slowest * _ROUNDING)
 
 
 def log_softmax(scores: Logits) -> Logits:

@@ -13,10 +13,13 @@ import numpy as np
 from .logits import Tokens, process, processors
 from .options import GenerationConfig
 from .sampling import Generator, Logits, log_softmax
+from .speculate import Drafts
 from .topk import largest
 
 # Whether a sequence ends with the tokens it has now; the search's own end tokens and lengths aside.
 Stop = Callable[[Tokens], bool]
+# Takes the logits [positions, vocabulary] after the next tokens of a prompt; the array is overwritten later.
+Reader = Callable[[Logits], None]
 
 _NEVER = np.float32(-1e9)  # transformers' score for what must not be chosen
 
@@ -59,6 +62,8 @@ class Search(Protocol):
     prompt: Tokens
     positions: int
     """Positions that a row may come to need in the cache."""
+    reader: Reader | None
+    """Who wants the logits of the whole prompt; None for nobody."""
 
     @property
     def rows(self) -> int:
@@ -82,6 +87,10 @@ class Search(Protocol):
         Returns:
             For each row of the next pass, the row of this pass that it continues.
         """
+        ...
+
+    def cancel(self) -> None:
+        """Ends it where it is: it is done, and its rows are free."""
         ...
 
     def continuations(self) -> list[Continuation]:
@@ -128,6 +137,8 @@ class Sampling:
         self._buffer[:, : len(prompt)] = prompt
         self._results = [Continuation(self._buffer[index, : len(prompt)]) for index in range(count)]
         self._active = list(range(count))
+        self._drafts = Drafts(options.prompt_lookup)
+        self.reader: Reader | None = None
         self.positions = self._buffer.shape[1] - 1
 
     @property
@@ -142,8 +153,11 @@ class Sampling:
         return self._results[self._active[row]].tokens
 
     def draft(self) -> Tokens:
-        wanted = min(self._options.prompt_lookup, self._limits.max_length - len(self._results[0].tokens) - 1)
-        return lookup(self._results[0].tokens, wanted) if wanted > 0 and self.rows == 1 else self.prompt[:0]
+        tokens = self._results[0].tokens
+        room = self._limits.max_length - len(tokens) - 1
+        if self._drafts.longest < 1 or room < 1 or self.rows != 1:
+            return tokens[:0]
+        return self._drafts.propose(tokens, room)
 
     def advance(self, logits: Logits) -> list[int]:
         row_of = {index: row for row, index in enumerate(self._active)}
@@ -163,6 +177,9 @@ class Sampling:
                 rows.pop()
         return rows
 
+    def cancel(self) -> None:
+        self._active = []
+
     def continuations(self) -> list[Continuation]:
         return self._results
 
@@ -170,7 +187,7 @@ class Sampling:
         scores = process(self._processors, result.tokens, logits)
         token = int(scores.argmax() if self._generator is None else self._generator.multinomial(scores)[0])
         if self._options.logprobs is not None:
-            result.logprobs.append(_logprobs(token, logits, scores, self._options.logprobs))
+            result.logprobs.append(token_logprobs(token, logits, scores, self._options.logprobs))
         length = len(result.tokens)
         self._buffer[index, length] = token
         result.tokens = self._buffer[index, : length + 1]
@@ -210,6 +227,7 @@ class BeamSearch:
         self._best = [_Hypothesis(_NEVER, prompt, finished=False)] * self.rows
         self._improvable = True
         self._done = False
+        self.reader: Reader | None = None
         self.positions = max(self._limits.max_length, len(prompt)) - 1
 
     @property
@@ -244,6 +262,9 @@ class BeamSearch:
         self._scores = running_scores[going_on]
         self._update_done(all_ended=bool(ended.all()))
         return [int(beams[candidate]) for candidate in going_on]
+
+    def cancel(self) -> None:
+        self._done = True
 
     def continuations(self) -> list[Continuation]:
         best = self._best[: self._options.num_return_sequences]
@@ -285,34 +306,14 @@ def start(prompt: Tokens, options: GenerationConfig, context: int, stop: Stop | 
     return strategy(prompt, options, context, stop)
 
 
-def lookup(tokens: Tokens, count: int, longest: int = 3) -> Tokens:
-    """Guesses what follows: what followed the latest earlier place with the same last few tokens.
-
-    Args:
-        tokens: the sequence so far, int64 [length].
-        count: at most so many guesses.
-        longest: how many last tokens to look for; fewer where they don't stand anywhere else.
-
-    Returns:
-        The guesses, int64; none where the last token stands nowhere else.
-    """
-    for size in range(min(longest, len(tokens) - 1), 0, -1):
-        starts = np.arange(len(tokens) - size)
-        for offset in range(size):
-            starts = starts[tokens[starts + offset] == tokens[len(tokens) - size + offset]]
-        if len(starts):
-            following = int(starts[-1]) + size
-            return tokens[following : following + count]
-    return tokens[:0]
-
-
 def _power(length: int, exponent: float) -> np.float32:
     """What divides the score of so many new tokens; infinite or 0 where float32 can't hold it."""
     with np.errstate(over="ignore", under="ignore"):
         return np.float32(np.float64(length) ** exponent)
 
 
-def _logprobs(token: int, logits: Logits, scores: Logits, count: int) -> TokenLogprobs:
+def token_logprobs(token: int, logits: Logits, scores: Logits, count: int) -> TokenLogprobs:
+    """Log probabilities of a token and of so many likeliest ones, given the network's logits and what processors made of them."""
     raw = log_softmax(logits)
     best = largest(logits, count) if count else np.zeros(0, np.int64)
     with np.errstate(invalid="ignore"):  # where no token was possible at all

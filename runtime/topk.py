@@ -25,7 +25,7 @@ def largest(values: Values, count: int) -> npt.NDArray[np.int64]:
         count: how many; all where there are fewer.
     """
     count = min(count, len(values))
-    candidates = np.flatnonzero(values >= kth_largest(values, count))
+    candidates = best(values, count)
     chosen = values[candidates]
     order = np.argsort(-chosen)
     ranked = chosen[order]
@@ -34,14 +34,17 @@ def largest(values: Values, count: int) -> npt.NDArray[np.int64]:
     return np.array(_partial_sort(values, count) if count * 64 <= len(values) else _nth_element(values, count))
 
 
-def kth_largest(values: Values, k: int) -> np.float32:
-    """The k-th largest of at least k values."""
+def best(values: Values, k: int) -> npt.NDArray[np.int64]:
+    """Indices of the k largest values and of whatever ties with the last of them, rising; of at least k values."""
     # The largest of each of many groups are that many entries, so the k-th of them bounds the k-th of all from below.
     groups = len(values) // _GROUP
-    if k <= groups:
-        leaders = values[: groups * _GROUP].reshape(_GROUP, groups).max(axis=0)
-        values = values[values >= np.partition(leaders, groups - k)[groups - k]]
-    return np.float32(np.partition(values, len(values) - k)[len(values) - k])
+    if k > groups:
+        return np.flatnonzero(values >= np.partition(values, len(values) - k)[len(values) - k])
+    leaders = values[: groups * _GROUP].reshape(_GROUP, groups).max(axis=0)
+    near: npt.NDArray[np.int64] = np.flatnonzero(values >= np.partition(leaders, groups - k)[groups - k])
+    chosen = values[near]
+    winners: npt.NDArray[np.int64] = near[chosen >= np.partition(chosen, len(chosen) - k)[len(chosen) - k]]
+    return winners
 
 
 def ascending(values: Values) -> npt.NDArray[np.int64]:

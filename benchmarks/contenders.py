@@ -1,0 +1,147 @@
+"""What is compared: each peer at each precision, and the class of precision within which it competes."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from . import environments
+
+OURS = "gpt2onnx_peer"
+
+
+@dataclass(frozen=True)
+class Contender:
+    """One line of the tables.
+
+    Attributes:
+        name: as printed.
+        family: class of precision; speeds are compared within it.
+        driver: module in peers/.
+        python: interpreter of its environment.
+        model: what its driver loads.
+        precision: told to its driver.
+        weights: the file that holds its weights.
+        read: share of that file's bytes which a token makes it read, such as a half where fp32 is held as bf16.
+        note: what the name doesn't say.
+        slow: shorter texts do where it is judged beside itself.
+        cold: whether its start as a whole process is timed.
+        environment: folder whose size is that of its installation.
+    """
+
+    name: str
+    family: str
+    driver: str
+    python: str
+    model: str
+    precision: str
+    weights: str
+    read: float = 1.0
+    note: str = ""
+    slow: bool = False
+    cold: bool = False
+    environment: str = ""
+
+    @property
+    def ours(self) -> bool:
+        return self.driver == OURS
+
+    def read_bytes(self) -> int:
+        """Bytes of weights that one step of decoding reads."""
+        return round(Path(self.weights).stat().st_size * self.read)
+
+    def model_bytes(self) -> int:
+        """Bytes of the model on disk, tokenizer included where it comes with one."""
+        path = Path(self.model)
+        return sum(file.stat().st_size for file in ([path] if path.is_file() else path.rglob("*")) if file.is_file())
+
+
+def from_file(path: Path) -> list[Contender]:
+    """Contenders of a JSON list, for comparisons of one's own."""
+    return [Contender(**each) for each in json.loads(path.read_text())]
+
+
+def standard(work: Path) -> list[Contender]:
+    """Those of the report, on what `prepare` has made."""
+    return list(_standard(work))
+
+
+def _standard(work: Path) -> Iterator[Contender]:
+    models = work / "models"
+
+    def contender(name: str, family: str, environment: str, driver: str, model: str, **more: object) -> Contender:
+        weights = str(models / model / str(more.pop("file"))) if "file" in more else str(models / model)
+        python = str(environments.interpreter(work, environment))
+        model, folder = str(models / model), os.fspath(work / "environments" / environment)
+        return Contender(
+            name=name, family=family, driver=driver, python=python, model=model, weights=weights, environment=folder,
+            **more,  # pyright: ignore[reportArgumentType]
+        )  # fmt: skip
+
+    def ours(family: str, name: str, cold: bool = False) -> Contender:
+        file, precision = "onnx/model.onnx_data", name.split()[0]
+        model = f"gpt2onnx-{name.replace(' ', '-')}"
+        return contender(
+            f"gpt2onnx {name}", family, "gpt2onnx", OURS, model, precision=precision, file=file, cold=cold
+        )  # fmt: skip
+
+    def transformers(family: str, precision: str, read: float) -> Contender:
+        return contender(
+            f"transformers {precision}", family, "transformers", "transformers_peer", "checkpoint", read=read, slow=True,
+            precision=precision, file="model.safetensors", cold=precision == "fp32",
+        )  # fmt: skip
+
+    def llama(family: str, kind: str) -> Contender:
+        return contender(
+            f"llama.cpp {kind}", family, "llama.cpp", "llama_cpp_peer", f"gpt2-{kind}.gguf", precision=kind,
+            cold=kind == "q8_0",
+        )  # fmt: skip
+
+    def ctranslate2(precision: str) -> Contender:
+        return contender(
+            f"CTranslate2 {precision}", precision, "ctranslate2", "ctranslate2_peer", f"ctranslate2-{precision}",
+            precision=precision, file="model.bin", cold=precision == "int8", slow=True,
+        )  # fmt: skip
+
+    def openvino(name: str, family: str, weights: str, precision: str, note: str, read: float = 1.0) -> Contender:
+        return contender(
+            f"OpenVINO GenAI {name}", family, "openvino", "openvino_peer", f"openvino-{weights}", precision=precision,
+            file="openvino_model.bin", note=note, read=read, cold=weights == "int8",
+        )  # fmt: skip
+
+    def genai(precision: str) -> Contender:
+        return contender(
+            f"onnxruntime-genai {precision}", precision, "onnxruntime-genai", "genai_peer", f"gpt2onnx-{precision}",
+            precision=precision, file="onnx/model.onnx_data", note="on gpt2onnx's bundle", cold=precision == "int8",
+        )  # fmt: skip
+
+    usual = "as it comes: bf16 arithmetic where the processor has it, 8-bit KV cache"
+    yield ours("fp32", "fp32")
+    yield transformers("fp32", "fp32", 1.0)
+    # Its graph holds the embedding twice; one copy is only looked up in.
+    yield contender(
+        "optimum fp32", "fp32", "optimum", "optimum_peer", "optimum", precision="fp32", file="model.onnx",
+        note="ORTModelForCausalLM on its own export", read=0.763, slow=True, cold=True,
+    )  # fmt: skip
+    yield ctranslate2("fp32")
+    yield llama("fp32", "f32")
+    yield openvino("fp32", "fp32", "fp32", "f32", "told to compute in fp32; 8-bit KV cache, as it comes")
+    yield genai("fp32")
+    yield ours("16 bit", "fp32")
+    yield ours("16 bit", "int8")
+    yield transformers("16 bit", "bf16", 0.5)
+    yield llama("16 bit", "bf16")
+    yield openvino("fp32 as bf16", "16 bit", "fp32", "default", f"fp32 weights, {usual}", 0.5)
+    yield ours("int8", "int8", cold=True)
+    yield ctranslate2("int8")
+    yield llama("int8", "q8_0")
+    yield openvino("int8", "int8", "int8", "default", usual)
+    yield genai("int8")
+    yield ours("int4", "int4")
+    yield ours("int4", "int4 pure")
+    yield llama("int4", "q4_0")
+    yield openvino("int4", "int4", "int4", "default", f"embedding and head int8; {usual}")
+    yield genai("int4")

@@ -1,0 +1,150 @@
+"""Makes what a comparison needs, outside the repository: an environment and the model files of each peer.
+
+    python -m benchmarks.prepare                   everything that isn't there yet; our own part anew
+    python -m benchmarks.prepare llama.cpp         the environments and models of what is named
+    python -m benchmarks.prepare --list            what there is to make
+
+It can be interrupted and called again. To use an environment or a model made elsewhere, put a link in its place.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from . import environments
+from .environments import BUILDERS, ENVIRONMENTS, interpreter
+
+CHECKPOINT = "checkpoint"
+GGUF_KINDS = ("f32", "bf16", "q8_0", "q4_0")
+BUNDLES = {"fp32": ["--dtype", "fp32"], "int8": ["--dtype", "int8"], "int4": ["--dtype", "int4"]}
+BUNDLES["int4-pure"] = ["--dtype", "int4", "--pure"]
+
+Make = Callable[[Path, Path, Path], list[str]]  # work folder, checkpoint, target -> command
+
+
+def default_work() -> Path:
+    """Where everything goes unless a folder is named: the user's cache."""
+    cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(cache) / "gpt2onnx-benchmarks"
+
+
+def models() -> dict[str, tuple[str, Make]]:
+    """Each model file or folder by its name: for whom it is, and the command that makes it from the checkpoint."""
+    made: dict[str, tuple[str, Make]] = {}
+    for kind in GGUF_KINDS:
+        made[f"gpt2-{kind}.gguf"] = "llama.cpp", _gguf(kind)
+    for name, quantization in {"fp32": "float32", "int8": "int8"}.items():
+        made[f"ctranslate2-{name}"] = "ctranslate2", _ctranslate2(quantization)
+    for weights in ("fp32", "int8", "int4"):
+        made[f"openvino-{weights}"] = "openvino", _openvino(weights)
+    made["optimum"] = "optimum", _optimum
+    for name, options in BUNDLES.items():
+        made[f"gpt2onnx-{name}"] = "gpt2onnx", _gpt2onnx(options)
+    return made
+
+
+def _gguf(kind: str) -> Make:
+    script = str(Path(__file__).with_name("models.py"))
+    return lambda work, source, target: [_in(work, "converter"), script, "gguf", str(source), str(target), kind]
+
+
+def _ctranslate2(quantization: str) -> Make:
+    return lambda work, source, target: [
+        _in(work, "converter", "ct2-transformers-converter"), "--model", str(source), "--output_dir", str(target),
+        "--quantization", quantization, "--copy_files", "tokenizer.json",
+    ]  # fmt: skip
+
+
+def _openvino(weights: str) -> Make:
+    return lambda work, source, target: [
+        _in(work, "converter", "optimum-cli"), "export", "openvino", "--model", str(source),
+        "--task", "text-generation-with-past", "--weight-format", weights, str(target),
+    ]  # fmt: skip
+
+
+def _optimum(work: Path, source: Path, target: Path) -> list[str]:
+    command = [_in(work, "optimum", "optimum-cli"), "export", "onnx", "--model", str(source)]
+    return [*command, "--task", "text-generation-with-past", "--no-post-process", str(target)]
+
+
+def _gpt2onnx(options: list[str]) -> Make:
+    # What weights say doesn't matter here, so nothing is done for their sake.
+    unchecked = ["--no-calibrate", "--no-quality", "--no-parity", "--quiet", "--force"]
+    return lambda work, source, target: [
+        _in(work, "exporter", "gpt2onnx"), "export", str(source), str(target), *options, *unchecked
+    ]  # fmt: skip
+
+
+def _in(work: Path, environment: str, program: str = "") -> str:
+    python = interpreter(work, environment)
+    return str(python.with_name(program) if program else python)
+
+
+def make_checkpoint(work: Path) -> Path:
+    """The checkpoint that all models come from."""
+    script = str(Path(__file__).with_name("models.py"))
+    target = work / "models" / CHECKPOINT
+    _make(target, lambda part: [_in(work, "converter"), script, "checkpoint", str(part)])
+    return target
+
+
+def make_model(work: Path, name: str) -> None:
+    """One of `models()`, unless it is there; ours anew, since what makes it changes."""
+    peer, command = models()[name]
+    target = work / "models" / name
+    if peer == "gpt2onnx" and not target.is_symlink():
+        shutil.rmtree(target, ignore_errors=True)
+    _make(target, lambda part: command(work, work / "models" / CHECKPOINT, part))
+
+
+def _make(target: Path, command: Callable[[Path], list[str]]) -> None:
+    if target.exists():
+        return
+    part = target.with_name(f"part-{target.name}")  # an interrupted one is not taken for whole
+    shutil.rmtree(part, ignore_errors=True)
+    arguments = command(part)
+    print("+", *arguments, file=sys.stderr, flush=True)
+    offline = {"HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_TELEMETRY": "1", "CUDA_VISIBLE_DEVICES": ""}
+    subprocess.run(arguments, check=True, cwd=target.parent, env=os.environ | offline)
+    part.rename(target)
+
+
+def main() -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("names", nargs="*", help="environments or models; all if none is named")
+    parser.add_argument("--work", type=Path, default=default_work(), help="folder for all of it (%(default)s)")
+    parser.add_argument("--list", action="store_true", help="print the names")
+    arguments = parser.parse_args()
+    known = [*BUILDERS, *ENVIRONMENTS, CHECKPOINT, *models()]
+    if unknown := set(arguments.names) - set(known):
+        parser.error(f"unknown: {', '.join(sorted(unknown))}; known are {', '.join(known)}")
+    if arguments.list:
+        print("\n".join(known))
+        return
+    wanted = arguments.names or known
+    work = arguments.work.resolve()
+    (work / "models").mkdir(parents=True, exist_ok=True)
+    for name in BUILDERS | ENVIRONMENTS:
+        if name in wanted:
+            environments.create(work, name)
+    if CHECKPOINT in wanted or any(name in models() or models_of(name) for name in wanted):
+        make_checkpoint(work)
+    for name in models():
+        if name in wanted or models()[name][0] in wanted:
+            make_model(work, name)
+
+
+def models_of(peer: str) -> list[str]:
+    """Names of the models that a peer runs."""
+    return [name for name, (whose, _) in models().items() if whose == peer]
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,233 @@
+"""The report as Markdown, with its plots, from the figures alone: `python -m benchmarks.report results.json`.
+
+It is written beside the figures, as README.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterator
+from pathlib import Path
+
+from .figures import Part, Run, Spread
+from .run import COLD, MEMORY, RESULTS
+
+HOW = """\
+Everyone gets the same checkpoint (GPT-2's shape of 124 M parameters, random weights: speed doesn't depend on what they
+say), the same token ids, {threads} threads and the same task, each in a process and an environment of its own. A round
+runs each once, in turn, while the others stand still; one round to warm up is followed by {rounds} that count. Figures
+are medians, with the lowest and highest in brackets. Ratios are taken round by round and are medians, too: above 1
+gpt2onnx is ahead, below 1 the peer is. Read bandwidth is measured in every round. Every round has prompts of its own,
+of the same lengths, as some runtimes keep the prompts that they have seen.
+
+    python -m benchmarks.prepare
+    python -m benchmarks.run
+    python -m benchmarks.report docs/benchmarks/results.json
+"""
+
+
+NONE = "\N{EN DASH}"
+
+
+def report(run: Run, plots: list[tuple[str, str]]) -> str:
+    """The whole page. `plots` are (file name, title)."""
+    blocks = ["# Benchmarks", *_about(run), "## In short", *_short(run)]
+    blocks += [f"![{title}]({name})" for name, title in plots]
+    blocks += ["## Scenario by scenario", *_scenarios(run)]
+    blocks += ["## Whole processes", *_processes(run), "## Who was compared", *_contenders(run)]
+    return "\n\n".join(block.strip("\n") for block in blocks) + "\n"
+
+
+def table(head: list[str], rows: list[list[str]]) -> str:
+    """A Markdown table, figures to the right."""
+    lines = [head, ["---", *["---:"] * (len(head) - 1)], *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def number(value: float) -> str:
+    """Three digits that count, or all before the point."""
+    return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.1f}" if abs(value) >= 10 else f"{value:.2f}"
+
+
+def spread(values: Spread) -> str:
+    """Median [lowest to highest]."""
+    return f"{number(values.median)} [{number(values.low)} to {number(values.high)}]"
+
+
+def _about(run: Run) -> Iterator[str]:
+    facts, bandwidth = run.machine, run.bandwidth()
+    days = sorted({moment[:10] for moment in run.finished})
+    extensions = f" ({', '.join(facts['extensions'])})" if facts.get("extensions") else ""
+    memory = f", {facts['memory_bytes'] / 2**30:.0f} GiB of memory" if "memory_bytes" in facts else ""
+    yield HOW.format(threads=run.threads, rounds=run.rounds)
+    yield (
+        f"Measured {' to '.join(dict.fromkeys([days[0], days[-1]]))} on {facts['processor']}{extensions}, {facts['cores']} "
+        f"cores{memory}, {facts['system']}; commit {facts['commit'] or 'unknown'}. It read "
+        f"{bandwidth.median / 1e9:.1f} GB/s ({bandwidth.low / 1e9:.1f} to {bandwidth.high / 1e9:.1f})."
+    )
+
+
+def _short(run: Run) -> Iterator[str]:
+    yield "Tokens a second, the fastest of each class in bold; a dash where a peer doesn't offer it or wasn't asked."
+    rows = []
+    for family in run.families:
+        parts = [run.part(family, scenario) for scenario in run.scenarios]
+        names = dict.fromkeys(name for part in parts if part for name in part.figures)
+        for name in names:
+            row = [f"{name} ({family})" if len(run.contenders[name]["families"]) > 1 else name]
+            for part in parts:
+                ranked = part.first() if part else {}
+                text = number(ranked[name].median) if name in ranked else NONE
+                row.append(f"**{text}**" if name in ranked and name == next(iter(ranked)) else text)
+            rows.append(row)
+    yield table(["", *(_head(scenario, run) for scenario in run.scenarios)], rows)
+    yield (
+        "gpt2onnx against the best peer of its class, in the same rounds. It has no 16-bit arithmetic on the CPU: in that "
+        "class its neighbours on both sides stand beside the peers."
+    )
+    found: dict[tuple[str, str], dict[str, str]] = {}
+    behind, ahead = [], 0
+    for part, name, peer, ratio in run.against_best():
+        found.setdefault((part.family, name), {})[part.scenario] = f"{ratio.median:.2f} {_short_name(peer)}"
+        if ratio.median < 1:
+            behind.append(
+                (ratio.median, f"{name} in {part.scenario}, class {part.family}: {ratio.median:.2f} of {peer}")
+            )
+        else:
+            ahead += 1
+    scenarios = [each for each in run.scenarios if any(each in row for row in found.values())]
+    rows = [
+        [f"{name}, class {family}", *(row.get(scenario, NONE) for scenario in scenarios)]
+        for (family, name), row in found.items()
+    ]
+    if rows:
+        yield table(["", *(_head(scenario, run) for scenario in scenarios)], rows)
+    if behind:
+        yield f"A peer is ahead in {len(behind)} of {len(behind) + ahead} comparisons:"
+        yield "\n".join(f"- {text}" for _, text in sorted(behind))
+    elif ahead:
+        yield f"No peer is ahead in any of the {ahead} comparisons."
+
+
+def _head(scenario: str, run: Run) -> str:
+    """What contenders are ranked by in it, where that isn't plain."""
+    part = next(part for part in run.parts if part.scenario == scenario)
+    return f"{scenario} {part.measures[0]}" if scenario == "context" else scenario
+
+
+def _short_name(peer: str) -> str:
+    return peer.split()[0]
+
+
+def _scenarios(run: Run) -> Iterator[str]:
+    for scenario in run.scenarios:
+        parts = [part for family in run.families if (part := run.part(family, scenario))]
+        yield f"### {scenario}"
+        yield parts[0].text
+        yield table(_columns(parts[0]), [row for part in parts for row in _rows(run, part)])
+        left = {f"{name}: {why}": None for part in parts for name, why in part.missing.items()}
+        if left:
+            yield f"Not measured: {'; '.join(left)}."
+
+
+def _columns(part: Part) -> list[str]:
+    columns = ["", "class", *part.measures]
+    if part.within:
+        columns.append(f"{part.within[0]} : {part.within[1]}")
+    columns.append("gpt2onnx : it")
+    if part.scenario == "batch 1":
+        columns.append("share of read bandwidth")
+    return [*columns, "same tokens"] if part.same_tokens else columns
+
+
+def _rows(run: Run, part: Part) -> Iterator[list[str]]:
+    ranked = part.first()
+    ours = run.ours({name: ranked[name] for name in part.figures})
+    for name in part.figures:
+        measures = part.figures[name]
+        row = [name, part.family, *(spread(measures[measure]) for measure in part.measures)]
+        if part.within:
+            row.append(_ratio(measures[part.within[0]].over(measures[part.within[1]])))
+        row.append(_ratio(ranked[ours[0]].over(ranked[name])) if ours and name != ours[0] else "")
+        if part.scenario == "batch 1":
+            needed = Spread([rate * run.contenders[name]["read_bytes"] for rate in ranked[name].values])
+            row.append(f"{needed.over(part.bandwidth).median:.0%}")
+        yield [*row, part.same_tokens.get(name, "")] if part.same_tokens else row
+
+
+def _ratio(ratio: Spread) -> str:
+    return f"{ratio.median:.2f} [{ratio.low:.2f} to {ratio.high:.2f}]"
+
+
+def _processes(run: Run) -> Iterator[str]:
+    cold, memory = run.process(COLD), run.process(MEMORY)
+    if cold and cold.figures:
+        yield (
+            "From the call of a process to its first token and to its end, seconds; text in, text out, files in the page "
+            "cache. gpt2onnx is its command `generate`, a peer a script of a few lines."
+        )
+        ours = next((name for name in cold.figures if run.contenders[name]["ours"]), None)
+        rows = []
+        for name, measures in sorted(cold.figures.items(), key=lambda item: item[1]["first token"].median):
+            ratio = measures["first token"].over(cold.figures[ours]["first token"]) if ours and name != ours else None
+            rows.append([name, *(spread(measures[m]) for m in cold.measures), _ratio(ratio) if ratio else ""])
+        yield table(["", *cold.measures, "it : gpt2onnx"], rows)
+        if cold.missing:
+            yield f"Not measured: {'; '.join(f'{name}: {why}' for name, why in cold.missing.items())}."
+    if memory and memory.figures:
+        yield (
+            "Resident memory at most, of a process that has loaded its model and written 128 tokens after 32; of that, "
+            "what is no mapped file; then what the environment's packages and the model take on disk, MB."
+        )
+        yield table(
+            ["", "peak", "not mapped", "peak beyond the weights", "packages", "model"], list(_sizes(run, memory))
+        )
+
+
+def _sizes(run: Run, memory: Part) -> Iterator[list[str]]:
+    for name, measures in memory.figures.items():
+        facts, peak = run.contenders[name], measures["peak"].median
+        anonymous = _megabytes(measures["anonymous"].median) if "anonymous" in measures else ""
+        packages = _megabytes(facts["environment_bytes"]) if "environment_bytes" in facts else ""
+        beyond = _megabytes(peak - facts["weights_bytes"])
+        yield [name, _megabytes(peak), anonymous, beyond, packages, _megabytes(facts["model_bytes"])]
+
+
+def _megabytes(count: float) -> str:
+    return f"{count / 1e6:,.0f}"
+
+
+def _contenders(run: Run) -> Iterator[str]:
+    yield (
+        "Share of read bandwidth: bytes of weights that a token needs (the weights' file; half of it where fp32 is held "
+        "as bf16; without a second copy of the embedding) times tokens a second, over what the memory gave in that round. "
+        "Same tokens: prompts that got from it what they got from gpt2onnx of that class, to be expected in fp32 only. "
+        "Where marked slow, it wrote a quarter of the tokens in scenarios that judge it beside itself: rates are compared."
+    )
+    rows = []
+    for name, facts in run.contenders.items():
+        notes = [facts["note"], "slow" if facts["slow"] else ""]
+        classes = ", ".join(facts["families"])
+        rows.append([name, classes, facts["version"], "; ".join(filter(None, notes)), _megabytes(facts["read_bytes"])])
+    yield table(["", "class", "version", "", "MB read a token"], rows).replace("---:", "---", 3)
+
+
+def main() -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("results", type=Path, nargs="?", default=RESULTS, help="(%(default)s)")
+    parser.add_argument("--no-plots", action="store_true", help="tables only: needs no matplotlib")
+    arguments = parser.parse_args()
+    run = Run(arguments.results)
+    plots = []
+    if not arguments.no_plots:
+        from .plots import draw
+
+        plots = draw(run, arguments.results.parent)
+    page = arguments.results.with_name("README.md")
+    page.write_text(report(run, plots))
+    print(page)
+
+
+if __name__ == "__main__":
+    main()

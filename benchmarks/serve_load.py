@@ -1,0 +1,279 @@
+"""Load on `gpt2onnx serve` over loopback: throughput and waiting times by number of clients, memory, start-up.
+
+    python benchmarks/serve_load.py -m tales-int8 --clients 1 4 16 64 --seconds 8
+    python benchmarks/serve_load.py -m tales-int8 --soak 40000        # requests in a row: does memory grow?
+    python benchmarks/serve_load.py -m tales-int8 --join 400          # what a long prompt does to those that run
+    python benchmarks/serve_load.py -m tales-int8 --join 400 --chunk 0  # and what it would do if it were read at once
+
+Starts the server itself, with --max-batch and --max-queue of its own and the given --server-options. Clients are
+one asyncio process; each sends its next request when the last one is done. A gap is the time between two pieces of a
+text, which hold several tokens where the server has fallen behind. One by one is the same prompts through
+`Model.stream` in this process, before the server starts.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import os
+import random
+import shlex
+import signal
+import statistics
+import subprocess
+import sys
+import time
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import gpt2onnx
+
+WORDS = [
+    "the",
+    "old",
+    "king",
+    "had",
+    "three",
+    "sons",
+    "and",
+    "a",
+    "castle",
+    "by",
+    "sea",
+    "where",
+    "once",
+    "upon",
+    "time",
+]
+
+
+def prompt(random_: random.Random, words: int) -> str:
+    return " ".join(random_.choice(WORDS) for _ in range(words))
+
+
+class Client:
+    """One connection that is kept, and what it has seen."""
+
+    def __init__(self, port: int, tokens: int, words: int, seed: int) -> None:
+        self.port, self.tokens, self.words, self.random = port, tokens, words, random.Random(seed)
+        self.first: list[float] = []
+        self.gaps: list[float] = []
+        self.count = 0
+
+    async def open(self) -> None:
+        self.reader, self.writer = await asyncio.open_connection("127.0.0.1", self.port, limit=2**22)
+
+    async def ask(self, words: int | None = None, stream: bool = True) -> None:
+        text = prompt(self.random, words or self.words)
+        fields = {"prompt": text, "max_tokens": self.tokens, "eos_token_id": -1, "stream": stream}
+        body = json.dumps(fields | {"seed": self.random.randrange(2**31)}).encode()
+        head = f"POST /v1/completions HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\ncontent-length: {len(body)}\r\n\r\n"
+        last = time.perf_counter()
+        self.writer.write(head.encode() + body)
+        status = await self.reader.readuntil(b"\r\n\r\n")
+        assert b" 200 " in status.split(b"\r\n")[0], status
+        if not stream:
+            length = next(line for line in status.lower().split(b"\r\n") if line.startswith(b"content-length"))
+            await self.reader.readexactly(int(length.split(b":")[1]))
+            self.count += self.tokens
+            return
+        started, first = last, True
+        while size := int(await self.reader.readuntil(b"\r\n"), 16):
+            chunk = await self.reader.readexactly(size + 2)
+            if b'"text":' not in chunk:
+                continue
+            now = time.perf_counter()
+            (self.first if first else self.gaps).append(now - (started if first else last))
+            last, first = now, False
+        await self.reader.readexactly(2)
+        self.count += self.tokens  # without an end token it is always as many
+
+
+async def load(port: int, clients: int, seconds: float, tokens: int, words: int) -> dict[str, Any]:
+    everyone = [Client(port, tokens, words, seed) for seed in range(clients)]
+    for client in everyone:
+        await client.open()
+        await asyncio.sleep(0)
+    await asyncio.gather(*(client.ask() for client in everyone))  # warm
+    for client in everyone:
+        client.first, client.gaps, client.count = [], [], 0
+    started = time.perf_counter()
+
+    async def go_on(client: Client) -> None:
+        while time.perf_counter() < started + seconds:
+            await client.ask()
+
+    await asyncio.gather(*map(go_on, everyone))
+    elapsed = time.perf_counter() - started
+    for client in everyone:
+        client.writer.close()
+    first, gaps = (
+        sorted(value for client in everyone for value in getattr(client, name)) for name in ("first", "gaps")
+    )
+    return {
+        "clients": clients,
+        "requests": len(first),
+        "tokens_per_second": sum(client.count for client in everyone) / elapsed,
+        "first_p50": quantile(first, 0.5),
+        "first_p99": quantile(first, 0.99),
+        "gap_p50": quantile(gaps, 0.5),
+        "gap_p99": quantile(gaps, 0.99),
+    }
+
+
+async def join(port: int, clients: int, tokens: int, words: int, long: int) -> dict[str, Any]:
+    """Gaps of those that run while another client sends long prompts, one after the other."""
+    everyone = [Client(port, tokens, words, seed) for seed in range(clients)]
+    intruder = Client(port, 2, long, 99)
+    for client in [*everyone, intruder]:
+        await client.open()
+    await intruder.ask()
+    result = {}
+    for name in ("without", "with"):
+        for client in everyone:
+            client.gaps = []
+        running = asyncio.gather(*(client.ask() for client in everyone))
+        count = 0
+        while not running.done():
+            await asyncio.sleep(0.05)
+            if name == "with" and not running.done():
+                await intruder.ask()
+                count += 1
+        await running
+        gaps = sorted(gap for client in everyone for gap in client.gaps)
+        result[name] = {
+            "gap_p50": quantile(gaps, 0.5),
+            "gap_p99": quantile(gaps, 0.99),
+            "gap_most": gaps[-1],
+            "joined": count,
+        }
+    result["long_first_p50"] = quantile(sorted(intruder.first), 0.5)
+    for client in [*everyone, intruder]:
+        client.writer.close()
+    return result
+
+
+async def soak(port: int, requests: int, pid: int) -> list[tuple[int, float]]:
+    """Memory after each tenth of so many requests of all kinds, some of them given up."""
+    everyone = [Client(port, 8, 10, seed) for seed in range(16)]
+    for client in everyone:
+        await client.open()
+    left, memory = requests, [(0, resident(pid))]
+    for part in range(10):
+
+        async def work(client: Client) -> None:
+            nonlocal left
+            while left > requests - (part + 1) * requests // 10:  # noqa: B023
+                left -= 1
+                client.tokens = client.random.randrange(1, 17)
+                if client.random.random() < 0.05:  # leave in the middle
+                    gone = Client(port, 200, 10, left)
+                    await gone.open()
+                    asking = asyncio.ensure_future(gone.ask())
+                    await asyncio.sleep(0.01)
+                    asking.cancel()
+                    gone.writer.close()
+                await client.ask(client.random.randrange(1, 60), stream=client.random.random() < 0.5)
+                client.first, client.gaps = [], []
+
+        await asyncio.gather(*map(work, everyone))
+        memory.append((requests - left, resident(pid)))
+    for client in everyone:
+        client.writer.close()
+    return memory
+
+
+def quantile(values: list[float], part: float) -> float:
+    return values[min(len(values) - 1, int(part * len(values)))] if values else float("nan")
+
+
+def resident(pid: int) -> float:
+    """Megabytes."""
+    line = next(line for line in Path(f"/proc/{pid}/status").read_text().splitlines() if line.startswith("VmRSS"))
+    return int(line.split()[1]) / 1000
+
+
+def one_by_one(model: str, threads: int, seconds: float, tokens: int, words: int) -> dict[str, Any]:
+    loaded = gpt2onnx.load(model, threads=threads or None)
+    random_, first, gaps, count = random.Random(0), [], [], 0
+    options: dict[str, Any] = {
+        "max_new_tokens": tokens,
+        "do_sample": True,
+        "top_k": 0,
+        "eos_token_id": -1,
+    }
+    list(loaded.stream(prompt(random_, words), **options))
+    begin = time.perf_counter()
+    while (last := time.perf_counter()) < begin + seconds:
+        stream = loaded.stream(prompt(random_, words), seed=random_.randrange(2**31), **options)
+        steps = [after - before for before, after in pairwise([last, *(time.perf_counter() for _ in stream)])]
+        first.append(steps[0])
+        gaps += steps[1:]
+        count += tokens
+    elapsed = time.perf_counter() - begin
+    return {
+        "tokens_per_second": count / elapsed,
+        "first_p50": statistics.median(first),
+        "gap_p50": statistics.median(gaps),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("-m", "--model", default="tales")
+    parser.add_argument("--clients", type=int, nargs="*", default=[])
+    parser.add_argument("--seconds", type=float, default=8)
+    parser.add_argument("--tokens", type=int, default=64)
+    parser.add_argument("--words", type=int, default=16, help="of a prompt")
+    parser.add_argument("--threads", type=int, default=0)
+    parser.add_argument("--max-batch", type=int, default=16)
+    parser.add_argument("--join", type=int, help="words of a long prompt")
+    parser.add_argument("--chunk", type=int, help="tokens of prompts between two steps; 0 for all")
+    parser.add_argument("--soak", type=int, help="requests")
+    parser.add_argument("--server-options", default="")
+    parser.add_argument("--json", type=Path)
+    arguments = parser.parse_args()
+    shape = arguments.tokens, arguments.words
+    report: dict[str, Any] = {"command": shlex.join(sys.argv)}
+    if arguments.clients:
+        report["one_by_one"] = one_by_one(arguments.model, arguments.threads, arguments.seconds, *shape)
+        print("one by one", report["one_by_one"], flush=True)
+    chunk = "" if arguments.chunk is None else f"engine.PREFILL_CHUNK = {arguments.chunk or None}; "
+    run = f"from gpt2onnx.runtime.serving import engine; {chunk}from gpt2onnx.cli.main import main; main()"
+    command = [sys.executable, *(["-c", run] if chunk else ["-m", "gpt2onnx"]), "serve", "-m", arguments.model, "--port", "0", "--max-queue", "256",
+               "--max-batch", str(arguments.max_batch), *shlex.split(arguments.server_options)]  # fmt: skip
+    command += ["--threads", str(arguments.threads)] if arguments.threads else []
+    started = time.perf_counter()
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=os.environ) as server:
+        try:
+            assert server.stderr is not None
+            line = server.stderr.readline()
+            report["start_seconds"] = time.perf_counter() - started
+            port = int(line.rpartition(":")[2])
+            report["idle_megabytes"] = resident(server.pid)
+            print(f"ready after {report['start_seconds']:.2f} s, {report['idle_megabytes']:.0f} MB", flush=True)
+            report["load"] = []
+            for clients in arguments.clients:
+                row = asyncio.run(load(port, clients, arguments.seconds, *shape)) | {"megabytes": resident(server.pid)}
+                report["load"].append(row)
+                print(" ".join(f"{name} {value:.4g}" for name, value in row.items()), flush=True)
+            if arguments.join:
+                report["join"] = asyncio.run(join(port, 8, *shape, arguments.join))
+                print(json.dumps(report["join"]))
+            if arguments.soak:
+                report["soak"] = asyncio.run(soak(port, arguments.soak, server.pid))
+                print("requests, MB:", "  ".join(f"{count} {size:.1f}" for count, size in report["soak"]))
+            server.send_signal(signal.SIGTERM)
+            started = time.perf_counter()
+            report["exit"] = server.wait(60)
+            report["stop_seconds"] = time.perf_counter() - started
+        finally:
+            server.kill()
+    if arguments.json:
+        arguments.json.write_text(json.dumps(report, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,113 @@
+"""What `generate` does with a file of requests on a cluster: its options, and the run."""
+
+import functools
+import json
+import logging
+import os
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import click
+
+from . import console
+from .model_options import bundle_folder
+
+_ENGINES = ("local", "ray")
+
+
+@dataclass(frozen=True)
+class FleetOptions:
+    """The options that only matter to the engine ray; None where not given."""
+
+    address: str | None
+    workers: int | None
+    part_size: int | None
+    format: str | None
+
+
+def fleet_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Adds --engine and what goes with it, which arrive together as `fleet`: None unless the engine is ray."""
+
+    @functools.wraps(command)
+    def gather(engine: str, **given: Any) -> Any:
+        fleet = FleetOptions(*(given.pop(name) for name in ("address", "workers", "part_size", "result_format")))
+        if engine != "ray" and fleet != FleetOptions(None, None, None, None):
+            raise click.UsageError("--address, --workers, --part-size and --format go with --engine ray")
+        return command(fleet=fleet if engine == "ray" else None, **given)
+
+    options = [
+        click.option(
+            "--engine",
+            type=click.Choice(_ENGINES),
+            default="local",
+            show_default=True,
+            help="With --input: ray carries the requests out on a cluster, into a folder of parts.",
+        ),
+        click.option(
+            "--address",
+            help="With --engine ray: HOST:PORT of the cluster, or auto for the one that runs here (default: RAY_ADDRESS,"
+            " or else a cluster on this machine, for this job).",
+        ),
+        click.option(
+            "--workers",
+            type=click.IntRange(min=1),
+            help="With --engine ray: models at work, each with --threads cores, 1 by default (default: what there is room for).",
+        ),
+        click.option(
+            "--part-size",
+            type=click.IntRange(min=1),
+            help="With --engine ray: requests in a part (default: 16 to 1000, by the size of the input).",
+        ),
+        click.option(
+            "--format",
+            "result_format",
+            type=click.Choice(["jsonl", "parquet"]),
+            help="With --engine ray: of the parts (default: jsonl).",
+        ),
+    ]
+    for option in reversed(options):
+        gather = option(gather)
+    return gather
+
+
+def run(
+    fleet: FleetOptions, model: str, input_name: str, output_name: str, *, resume: bool, batch_size: int, device: str,
+    threads: int | None, given: dict[str, Any], as_json: bool, quiet: bool,
+) -> None:  # fmt: skip
+    """Carries out files of requests on a cluster."""
+    from ..models.bundle import GENERATION_CONFIG
+    from ..models.config import read_json
+    from ..runtime.fleet.run import run
+    from ..runtime.fleet.worker import Work
+    from ..runtime.options import GenerationConfig
+
+    console.interrupt_on_sigterm()
+    folder = bundle_folder(model)
+    options = GenerationConfig.from_file_content(read_json(folder / GENERATION_CONFIG)).merged(given)
+    started = time.perf_counter()
+    with console.line_progress(Path(input_name).name, quiet=quiet) as advance:
+        summary = run(
+            folder,
+            input_name,
+            output_name,
+            Work(options, batch_size, "parquet" if fleet.format == "parquet" else "jsonl", device, threads or 1),
+            address=fleet.address or os.environ.get("RAY_ADDRESS") or None,
+            workers=fleet.workers,
+            part_size=fleet.part_size,
+            resume=resume,
+            verbose=logging.getLogger().isEnabledFor(logging.INFO),
+            progress=advance,
+        )
+    seconds = time.perf_counter() - started
+    if as_json:
+        click.echo(json.dumps(asdict(summary) | {"seconds": round(seconds, 3)}))
+    elif console.is_chatty(quiet=quiet):
+        kept = f", {summary.kept:,} were there" if summary.kept else ""
+        click.echo(
+            f"{summary.requests:,} requests ({summary.errors:,} with errors), {summary.tokens:,} tokens,"
+            f" {summary.parts:,} parts written{kept}, in {seconds:,.1f} s",
+            err=True,
+        )
