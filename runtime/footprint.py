@@ -22,15 +22,12 @@ def memory(bundle: Bundle) -> int:
     """Bytes that the loaded weights take at the least.
 
     Measured on GPT-2's 124 million weights, pages of the file aside, which the kernel can drop: fp32 1.0 times the
-    file, int8 1.3, int4 1.5, fp16 on x86 2.2. Matrices are packed anew for the kernels, the quantised embedding is kept
-    a second time for the output head, and x86 processors compute in fp32. Only what is sure counts: a model that
-    would fit must not be refused.
+    file, int8 1.2, int4 1.35, fp16 on x86 2.2. Matrices are packed anew for the kernels, with scales in float32, and x86
+    processors compute in fp32. Only
+    what is sure counts: a model that would fit must not be refused.
     """
-    manifest, config = bundle.manifest, bundle.config
-    if manifest.dtype == "fp16":
-        return _weights(bundle) * (2 if platform.machine() in ("x86_64", "AMD64") else 1)
-    embedding_bits = {"int8": 8, "int4": 4}.get(manifest.dtype, 0)
-    return _weights(bundle) + config.vocab_size * config.n_embd * embedding_bits // 8
+    doubled = bundle.manifest.dtype == "fp16" and platform.machine() in ("x86_64", "AMD64")
+    return _weights(bundle) * (2 if doubled else 1)
 
 
 def _weights(bundle: Bundle) -> int:
