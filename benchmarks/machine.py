@@ -24,11 +24,6 @@ EXTENSIONS = [
 ]
 
 
-def cores() -> int:
-    """Processors that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 def describe() -> dict[str, Any]:
     """Processor, memory, system and the state of the repository."""
     facts = machine.describe()

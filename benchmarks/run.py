@@ -22,6 +22,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from gpt2onnx.runtime import resources  # pyright: ignore[reportMissingImports]
 from gpt2onnx.runtime.experiments.machine import MemoryReader  # pyright: ignore[reportMissingImports]
 
 from . import contenders, environments, machine
@@ -238,7 +239,7 @@ def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=5, help="after one to warm up (%(default)s)")
-    parser.add_argument("--threads", type=int, default=machine.cores(), help="(%(default)s)")
+    parser.add_argument("--threads", type=int, default=resources.cores().usable, help="(%(default)s)")
     parser.add_argument("--families", nargs="*", help="classes of precision (all)")
     parser.add_argument("--scenarios", nargs="*", default=[], help="scenarios whose names begin so (all)")
     parser.add_argument("--minutes", type=float, default=float("inf"), help="begin no part after so long")

@@ -12,6 +12,7 @@ from gpt2onnx.errors import OutputError, PromptError
 
 from ..runtime import jobs
 from ..runtime.generator import Model, Request, Result
+from ..runtime.jsontext import to_line
 from . import console, energy_options, fleet_options
 from .generation_options import generation_options, token_ids
 from .model_options import device_options, load, model_option
@@ -123,7 +124,7 @@ def command(
         started = time.perf_counter()
         if as_json:
             result = _interruptible(loaded, request)
-            click.echo(jobs.to_line(result.to_dict()))
+            click.echo(to_line(result.to_dict()))
         else:
             result = _print_text(loaded, request, stream, sys.stdout.isatty() if echo is None else echo)
     if console.is_chatty(quiet=quiet):
@@ -201,7 +202,7 @@ def _run_job(
                 stack.enter_context(output)
             advance = stack.enter_context(console.line_progress(input_file.name, quiet=quiet))
             for record in jobs.run(model, lines, options, batch_size):
-                output.write(jobs.to_line(record) + "\n")
+                output.write(to_line(record) + "\n")
                 output.flush()
                 advance(1, record.get("usage", {}).get("completion_tokens", 0))
     except OSError as error:

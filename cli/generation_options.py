@@ -57,7 +57,7 @@ _OPTIONS: list[tuple[str, Any, str]] = [
     ("--eos-token-id", token_ids, "Token or tokens that end a sequence."),
     ("--stop", str, "String that ends a sequence; may be given more than once."),
     ("--logprobs", int, "With --json: log probability of each token and of the N likeliest."),
-    ("--prompt-lookup", int, "Length of drafts copied from earlier text and verified in one pass."),
+    ("--prompt-lookup", int, "Greatest length of drafts copied from earlier text and verified in one pass."),
 ]  # fmt: skip
 
 

@@ -6,11 +6,9 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from platformdirs import user_cache_path
-
 from gpt2onnx.errors import BundleError, OutputError
 
-from .models import bundle, tales  # pyright: ignore[reportMissingImports]
+from .models import bundle, tales, user_cache  # pyright: ignore[reportMissingImports]
 from .models.config import GPT2Config, read_json  # pyright: ignore[reportMissingImports]
 
 if TYPE_CHECKING:
@@ -51,7 +49,7 @@ def resolve(model: str | os.PathLike[str]) -> Path:
     if bundle.is_bundle(folder):
         return folder
     source = os.fspath(model)
-    target = cache_folder() / _cache_name(source)
+    target = user_cache.folder() / _cache_name(source)
     try:
         bundle.Bundle.open(target)
     except BundleError:
@@ -81,7 +79,7 @@ def look_up(model: str | os.PathLike[str]) -> "bundle.Bundle | GPT2Config":
         return bundle.Bundle.open(Path(model))
     source = os.fspath(model)
     try:
-        return bundle.Bundle.open(cache_folder() / _cache_name(source))
+        return bundle.Bundle.open(user_cache.folder() / _cache_name(source))
     except BundleError:
         pass
     folder = tales.FOLDER if source == "tales" else Path(source)
@@ -96,12 +94,6 @@ def look_up(model: str | os.PathLike[str]) -> "bundle.Bundle | GPT2Config":
     from .exporter.checkpoint import Checkpoint  # pyright: ignore[reportMissingImports]
 
     return Checkpoint.open(source).config
-
-
-def cache_folder() -> Path:
-    """Where exports are kept that nobody named a place for."""
-    configured = os.environ.get("GPT2ONNX_CACHE")
-    return Path(configured) if configured else user_cache_path("gpt2onnx", appauthor=False)
 
 
 def _cache_name(source: str) -> str:

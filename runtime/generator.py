@@ -18,6 +18,7 @@ from ..models.bundle import GENERATION_CONFIG, TOKENIZER, Bundle
 from ..models.config import read_json
 from ..models.messages import shown
 from .decode import Decoder
+from .jsontext import finite
 from .logits import Tokens
 from .observer import OBSERVER, Observer
 from .options import SAMPLING_OPTIONS, GenerationConfig
@@ -111,7 +112,7 @@ class Result:
         return {
             "prompt": self.prompt,
             "prompt_ids": self.prompt_ids,
-            "sequences": [_json(asdict(sequence)) for sequence in self.sequences],
+            "sequences": [finite(asdict(sequence)) for sequence in self.sequences],
             "usage": self.usage,
             "seconds": round(self.seconds, 6),
             "energy": None if self.energy is None else asdict(self.energy),
@@ -550,12 +551,3 @@ class Stream(Iterator[str]):
                 raise
             again = [request.prompt], request.options, 1
             (self._result,) = run.end([self.result], again=lambda: self._model._all(*again))
-
-
-def _json(value: Any) -> Any:
-    """A value as JSON can hold it: what isn't a finite number becomes null."""
-    if isinstance(value, dict):
-        return {name: _json(part) for name, part in value.items()}
-    if isinstance(value, list | tuple):
-        return [_json(part) for part in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value

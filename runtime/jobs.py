@@ -116,16 +116,6 @@ def identity(line: str) -> Any:
     return content.get("id") if isinstance(content, dict) else None
 
 
-def to_line(record: Record) -> str:
-    """A record as JSON in one line."""
-    text = json.dumps(record, ensure_ascii=False, allow_nan=False)
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError:  # half of a surrogate pair, which only an escape can write
-        text = json.dumps(record, allow_nan=False)
-    return text
-
-
 def _load(line: str) -> Any:
     try:
         return json.loads(line, parse_constant=_no_number)

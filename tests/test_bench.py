@@ -192,3 +192,24 @@ def test_the_best_reading_counts(monkeypatch: pytest.MonkeyPatch) -> None:
     with machine.MemoryReader(2, size=1 << 20) as reader:
         # By this clock each way of reading takes a second.
         assert reader.read() == reader.best == 1 << 20
+
+
+def test_every_option_arrives(command_line: CommandLine, monkeypatch: pytest.MonkeyPatch, tales_bundle: Path) -> None:
+    taken: dict[str, object] = {}
+
+    def measure(model: object, **given: object) -> None:
+        taken.update(given, model=model)
+        raise OptionError("enough")
+
+    monkeypatch.setattr("gpt2onnx.cli.bench.load", lambda model, device, threads: (model, device, threads))
+    monkeypatch.setattr("gpt2onnx.runtime.experiments.benchmark.benchmark", measure)
+    finished = command_line(
+        "bench", "-m", tales_bundle, "--prompt-tokens", 2, "--new-tokens", 3, "--batch-size", 5, "--repetitions", 7,
+        "--seed", 11, "--device", "cuda", "--threads", 13,
+    )  # fmt: skip
+    assert finished.err == "gpt2onnx: enough\n"
+    del taken["progress"]
+    assert taken == {
+        "model": (str(tales_bundle), "cuda", 13), "prompt_tokens": 2, "new_tokens": 3, "batch_size": 5, "repetitions": 7,
+        "seed": 11,
+    }  # fmt: skip

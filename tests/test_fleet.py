@@ -229,6 +229,38 @@ def test_wrong_usage_is_said_at_once(command_line: CommandLine, tales_bundle: Pa
     assert not (tmp_path / "o").exists()
 
 
+def test_every_option_arrives(
+    command_line: CommandLine, monkeypatch: pytest.MonkeyPatch, tales_bundle: Path, tmp_path: Path
+) -> None:
+    taken: dict[str, Any] = {}
+
+    def carry_out(*places: Any, **given: Any) -> Summary:
+        *taken["places"], taken["work"] = places
+        taken.update(given)
+        return Summary()
+
+    monkeypatch.setattr("gpt2onnx.runtime.fleet.run.run", carry_out)
+    job = ["generate", "-m", tales_bundle, "--input", "in", "--output", tmp_path / "out", "--engine", "ray"]
+    assert command_line(*job).code == 0
+    plain = taken["work"]
+    assert (plain.batch_size, plain.format, plain.device, plain.threads) == (8, "jsonl", "cpu", 1)
+    assert (taken["address"], taken["workers"], taken["part_size"], taken["resume"]) == (None, None, None, False)
+
+    more = ["--address", "h:1", "--workers", 2, "--part-size", 3, "--format", "parquet", "--resume", "--batch-size", 5,
+            "--device", "cuda", "--threads", 7, "--num-beams", 4]  # fmt: skip
+    assert command_line(*job, *more).code == 0
+    work = taken["work"]
+    assert taken["places"] == [tales_bundle, "in", str(tmp_path / "out")]
+    assert (work.batch_size, work.format, work.device, work.threads, work.options.num_beams) == (
+        5,
+        "parquet",
+        "cuda",
+        7,
+        4,
+    )
+    assert (taken["address"], taken["workers"], taken["part_size"], taken["resume"]) == ("h:1", 2, 3, True)
+
+
 def test_without_ray_the_extra_is_named(
     command_line: CommandLine, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

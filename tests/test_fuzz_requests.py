@@ -25,6 +25,7 @@ from gpt2onnx.errors import OptionError
 from gpt2onnx.models.bundle import GENERATION_CONFIG, GRAPH, WEIGHTS, Manifest, describe_files
 from gpt2onnx.runtime import jobs
 from gpt2onnx.runtime.generator import Result
+from gpt2onnx.runtime.jsontext import to_line
 from gpt2onnx.runtime.options import GenerationConfig
 
 OPTIONS = [field.name for field in dataclasses.fields(GenerationConfig)]
@@ -71,7 +72,7 @@ def check_result(result: Any) -> None:
         assert all(0 <= token < VOCABULARY for token in sequence.token_ids)
         assert sequence.finish_reason in ("stop", "length", "context")
         sequence.text.encode("utf-8")
-    json.loads(jobs.to_line(result.to_dict()))
+    json.loads(to_line(result.to_dict()))
 
 
 @inputs(few=200)
@@ -167,7 +168,7 @@ def test_request_lines(model: gpt2onnx.Model, lines: list[str], batch_size: int)
     assert isinstance(records, list), records
     assert len(records) == sum(1 for line in lines if line.strip())
     for record in records:
-        line = jobs.to_line(record)
+        line = to_line(record)
         assert "\n" not in line
         json.loads(line)
         assert ("error" in record) != ("sequences" in record)
@@ -196,7 +197,7 @@ def test_bundles(bundle: Path, tmp_path_factory: pytest.TempPathFactory, data: s
 
     result = ends_well(use)
     if isinstance(result, Result):
-        json.loads(jobs.to_line(result.to_dict()))
+        json.loads(to_line(result.to_dict()))
 
 
 @inputs(few=40)
@@ -260,7 +261,7 @@ def test_weights_that_are_no_numbers(pattern: str, options: dict[str, Any], bund
     if pattern in ("nan", "infinity"):
         assert "not a number" in str(result)
     else:
-        json.loads(jobs.to_line(result.to_dict()))
+        json.loads(to_line(result.to_dict()))
 
 
 ARGUMENTS = st.one_of(

@@ -12,6 +12,7 @@ import pytest
 
 import gpt2onnx
 from gpt2onnx.runtime import jobs
+from gpt2onnx.runtime.jsontext import to_line
 
 GOOD = '{"id": "good", "prompt": "Once upon a time", "max_new_tokens": 2}'
 BAD = {
@@ -49,8 +50,8 @@ BAD = {
 def run(model: gpt2onnx.Model, lines: list[str], batch_size: int = 3, **options: Any) -> list[dict[str, Any]]:
     records = list(jobs.run(model, lines, model.generation_config.merged(options), batch_size))
     for record in records:
-        json.loads(jobs.to_line(record), parse_constant=pytest.fail)
-        assert "\n" not in jobs.to_line(record)
+        json.loads(to_line(record), parse_constant=pytest.fail)
+        assert "\n" not in to_line(record)
     return records
 
 
@@ -112,7 +113,7 @@ def test_impossible_log_probability_is_null(tales_model: gpt2onnx.Model) -> None
     everything = list(range(8192))
     line = json.dumps({"prompt": "a", "suppress_tokens": everything, "max_new_tokens": 1, "logprobs": 1})
     ((record),) = run(tales_model, [line])
-    assert json.loads(jobs.to_line(record))["sequences"][0]["logprobs"][0]["processed_logprob"] is None
+    assert json.loads(to_line(record))["sequences"][0]["logprobs"][0]["processed_logprob"] is None
 
 
 def test_killed_and_resumed(tales_bundle: Path, tales_model: gpt2onnx.Model, tmp_path: Path) -> None:

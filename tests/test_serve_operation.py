@@ -471,3 +471,31 @@ def test_missing_extra(tales_bundle: Path) -> None:
         assert result.returncode == 1
         assert "pip install 'gpt2onnx[serve]'" in result.stderr
         assert result.stderr.count("\n") == 1
+
+
+def test_every_option_arrives(command_line: CommandLine, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    taken: dict[str, Any] = {}
+    monkeypatch.setattr("gpt2onnx.cli.serve.load", lambda *arguments: taken.update(loaded=arguments))
+    monkeypatch.setattr(
+        serving_server, "serve", lambda model, listener, settings, ready: taken.update(settings=settings)
+    )
+    assert command_line("serve", "--port", 0).code == 0
+    plain = serving_server.Settings(name="tales", admission=Admission(keys=[]))
+    assert taken == {"loaded": ("tales", "cpu", None), "settings": plain}
+
+    keys = tmp_path / "keys"
+    keys.write_text("open sesame\n")
+    log = logging.getLogger("gpt2onnx.runtime.serving")
+    monkeypatch.setattr(log, "level", log.level)  # put back at the end
+    finished = command_line(
+        "serve", "-m", "some/model", "--port", 0, "--name", "mine", "--api-key-file", keys, "--max-batch", 3, "--max-queue", 5,
+        "--max-prompt-tokens", 7, "--max-tokens", 11, "--max-body", 13, "--timeout", 17, "--shutdown-timeout", 19,
+        "--energy", "--country", "FRA", "--log-prompts", "--device", "cuda", "--threads", 23,
+    )  # fmt: skip
+    assert finished.code == 0, finished.err
+    assert taken["loaded"] == ("some/model", "cuda", 23)
+    assert taken["settings"] == serving_server.Settings(
+        name="mine", max_batch=3, max_queue=5, limits=Limits(prompt_tokens=7, max_tokens=11, seconds=17),
+        admission=Admission(keys=[b"open sesame"], only_local=False, body_bytes=13), energy=True, country="FRA",
+        log_prompts=True, shutdown_seconds=19,
+    )  # fmt: skip

@@ -15,10 +15,10 @@ from typing import Any
 
 from gpt2onnx.errors import OptionError, OutputError
 
-from .. import jobs
 from ..csvlog import to_csv
 from ..energy import EnergyTracker
 from ..generator import Model, Result
+from ..jsontext import to_line
 from . import grid, report
 from .grid import Strategy
 from .metrics import distinct, repeated
@@ -95,7 +95,7 @@ def run(sweep: Sweep, folder: Path, tracker: EnergyTracker | None = None, *, res
             file.truncate(end)
             for prompt, strategy in islice(sweep.runs(), len(done), None):
                 record = _run(sweep, prompt, strategy, tracker)
-                file.write((jobs.to_line(record) + "\n").encode())
+                file.write((to_line(record) + "\n").encode())
                 file.flush()
                 yield record
     except OSError as error:

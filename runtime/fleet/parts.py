@@ -12,6 +12,7 @@ from pyarrow import parquet
 from ray.data.datasource import FileBasedDatasource
 
 from .. import jobs
+from ..jsontext import to_line
 
 Format = Literal["jsonl", "parquet"]
 FORMATS: tuple[Format, ...] = ("jsonl", "parquet")
@@ -110,7 +111,7 @@ def cut(lines: Iterable[str], file: int, size: int) -> Iterator[tuple[Part, list
 def encode(part: Part, records: Sequence[jobs.Record], format: Format) -> bytes:  # noqa: A002
     """The file of a part's results: result lines, or a Parquet table of SCHEMA."""
     if format == "jsonl":
-        return "".join(jobs.to_line(record) + "\n" for record in records).encode()
+        return "".join(to_line(record) + "\n" for record in records).encode()
     rows = [
         {"file": part.file, "index": index} | _clean({**record, "id": _name(record["id"])})
         for index, record in enumerate(records, part.first)

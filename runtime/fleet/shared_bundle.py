@@ -1,7 +1,6 @@
 """A bundle on every machine of a fleet: where all see its folder, that one; else a copy, once per machine."""
 
 import fcntl
-import hashlib
 import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
@@ -9,10 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import ray
-from platformdirs import user_cache_path
 
 from gpt2onnx.errors import BackendError, BundleError
 
+from ...models import user_cache
 from ...models.bundle import MANIFEST, Bundle, sha256_of
 
 _CHUNK = 64 << 20  # bytes of an object in Ray's store
@@ -56,8 +55,7 @@ class SharedBundle:
         """
         if _is(Path(self.folder), self.digest):
             return Path(self.folder)
-        configured = os.environ.get("GPT2ONNX_CACHE")
-        cache = (Path(configured) if configured else user_cache_path("gpt2onnx", appauthor=False)) / "fleet"
+        cache = user_cache.folder() / "fleet"
         target = cache / self.digest[:16]
         try:
             cache.mkdir(parents=True, exist_ok=True)
@@ -86,7 +84,7 @@ class SharedBundle:
 
 def _is(folder: Path, digest: str) -> bool:
     try:
-        return hashlib.sha256((folder / MANIFEST).read_bytes()).hexdigest() == digest
+        return sha256_of(folder / MANIFEST) == digest
     except OSError:
         return False
 

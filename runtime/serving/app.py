@@ -25,9 +25,9 @@ from .call import Bell, Call
 from .completions import Service
 from .engine import QueueFullError, UnavailableError
 from .guard import Admission, Guard
-from .jsontext import to_json
 from .metrics import Metrics
 from .protocol import Completion, CompletionRequest, ErrorBody, Health, ServedModel, ServedModels
+from .sent import to_json
 from .stream import EventStream, Left, watched
 
 PAGE = Path(__file__).parent / "page"

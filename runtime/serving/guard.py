@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from .api_error import ApiError
-from .jsontext import to_json
 from .metrics import Metrics
+from .sent import to_json
 
 Scope = MutableMapping[str, Any]
 Message = MutableMapping[str, Any]

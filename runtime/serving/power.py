@@ -21,7 +21,6 @@ class Power:
         self._meter = PowerMeter(country)
         self._metrics = metrics
         self.watts: float | None = None
-        self.g_co2eq_per_kwh = 0.0
         self.method = f"{self._meter.method.name}; a share of the machine's mean power"
         self.seconds = max(_STRETCH, self._meter.method.seconds)
         self._stopped = threading.Event()

@@ -111,7 +111,8 @@ class CompletionRequest(_Strict):
         Annotated[int, Field(ge=-1, lt=2**31)] | Annotated[list[TokenId], Field(max_length=_MOST_IDS)] | None
     ) = Field(None, description="Token or tokens that end a text; -1 for none.")
     prompt_lookup: Annotated[int, Field(ge=0, le=_MOST_IDS)] | None = Field(
-        None, description="Length of drafts copied from earlier text and verified in one pass, while nothing else runs."
+        None,
+        description="Most tokens of a draft copied from earlier text and verified in one pass, while nothing else runs.",
     )
 
 

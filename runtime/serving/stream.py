@@ -15,8 +15,8 @@ except ImportError as error:
 
 from .call import Call
 from .guard import Receive, Scope, Send
-from .jsontext import to_json
 from .metrics import Metrics
+from .sent import to_json
 
 # A comment after so many seconds without news, so that nobody in between thinks that the connection is dead.
 _COMMENT_AFTER = 15.0

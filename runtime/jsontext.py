@@ -1,0 +1,33 @@
+"""Results as JSON in one line."""
+
+import json
+import math
+from typing import Any
+
+
+def to_line(record: Any, *, compact: bool = False) -> str:
+    """JSON in one line.
+
+    Args:
+        record: what JSON can hold; see `finite`.
+        compact: without a space anywhere.
+
+    Raises:
+        ValueError: a number in it isn't finite.
+    """
+    separators = (",", ":") if compact else None
+    text = json.dumps(record, ensure_ascii=False, allow_nan=False, separators=separators)
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:  # half of a surrogate pair, which only an escape can write
+        text = json.dumps(record, allow_nan=False, separators=separators)
+    return text
+
+
+def finite(value: Any) -> Any:
+    """A value as JSON can hold it: what isn't a finite number becomes null."""
+    if isinstance(value, dict):
+        return {name: finite(part) for name, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(part) for part in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
