@@ -32,9 +32,9 @@ PACKAGE = str(getattr(ort, "package_name", "onnxruntime"))
 _log = logging.getLogger(__name__)
 # onnxruntime's severities. What it would log as an error is raised, too.
 _SILENT, _WARNINGS = 4, 2
-# Long enough for the way from one operator to the next. By default it is far longer: processes side by side then take
-# each other's cores while they wait.
-_SPIN_MICROSECONDS = "50"
+# Long enough for the way from one forward pass to the next: a thread that sleeps meanwhile is slow to wake, above all in
+# virtual machines. By default it is far longer: processes side by side then take each other's cores while they wait.
+_SPIN_MICROSECONDS = "1000"
 
 
 def available() -> list[str]:
