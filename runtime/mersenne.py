@@ -2,7 +2,7 @@
 
 A draw takes two words for each entry of a vocabulary, though few entries can win it. MT19937 makes words by the
 block: a twist renews all 624 of its state, then each word is tempered by itself. Twisting is the small part, so
-blocks are twisted one after another by NumPy's own code, and words are tempered where they are asked for.
+NumPy's own code is made to twist block after block, and asked only for the words that are wanted.
 Source: Matsumoto and Nishimura, "Mersenne Twister", ACM TOMACS 8 (1998), section 2.
 """
 
@@ -15,9 +15,7 @@ import numpy.typing as npt
 Words = npt.NDArray[np.uint32]
 
 _BLOCK = 624
-_11, _7, _15, _18 = np.array([11, 7, 15, 18], np.uint32)
-_MASK_B, _MASK_C = np.array([0x9D2C5680, 0xEFC60000], np.uint32)
-_FEW = 16  # where fewer entries than one in so many are wanted, blocks are twisted by hand
+_FEW = 400  # where fewer entries than one in so many are wanted, the others are skipped
 
 
 class MersenneTwister:
@@ -56,43 +54,32 @@ class MersenneTwister:
         if not self._known or len(wanted) * _FEW > entries:
             pairs = self._draws.integers(0, 2**64, size=entries, dtype=np.uint64)
             return pairs if len(wanted) == entries else pairs[wanted]
-        # Words from the start of the current block on.
-        first = 2 * wanted + self._position.value
-        block, place = np.divmod(np.stack([first, first + 1]), _BLOCK)
-        blocks = self._blocks(2 * entries, set(block.ravel().tolist()))
-        raw = np.concatenate(list(blocks.values())).reshape(-1, _BLOCK)
-        upper, lower = _tempered(raw[np.searchsorted(list(blocks), block), place]).astype(np.uint64)
-        words: npt.NDArray[np.uint64] = upper << np.uint64(32) | lower
-        return words
+        position, following, address, start = self._position, self._next, self._address, self._position.value
+        words, block = [], 0
+        for entry in wanted.tolist():
+            block = self._move(block, start + 2 * entry)
+            words.append(following(address) << 32 | following(address))
+            block += position.value == 1  # its last word came first: NumPy has twisted
+        self._move(block, start + 2 * entries)
+        return np.array(words, np.uint64)
 
     def skip(self, entries: int) -> None:
         """Takes two words for each entry from the stream."""
         if self._known:
-            self._blocks(2 * entries, set())
+            self._move(0, self._position.value + 2 * entries)
         else:
             self._draws.integers(0, 2**64, size=entries, dtype=np.uint64)
 
-    def _blocks(self, count: int, wanted: set[int]) -> dict[int, Words]:
-        """Moves on by so many words, and returns some of the blocks on the way, by their number, untempered."""
-        position, following, address, key = self._position, self._next, self._address, self._state[:_BLOCK]
-        last, rest = divmod(position.value + count, _BLOCK)
-        passed = {0: key.copy()} if 0 in wanted else {}
-        for block in range(1, last + 1):
+    def _move(self, block: int, word: int) -> int:
+        """Moves on to a word, counted from the start of the block with number 0, from another block to its own."""
+        position, following, address = self._position, self._next, self._address
+        last, place = divmod(word, _BLOCK)
+        for _ in range(last - block):
             position.value = _BLOCK  # all its words are used: the next one makes NumPy twist
             following(address)
-            if block in wanted:
-                passed[block] = key.copy()
-        position.value = rest
-        return passed
+        position.value = place
+        return last
 
     def _lies_as_expected(self) -> bool:
         state = cast("Any", self._bits.state)["state"]
         return np.array_equal(self._state[:_BLOCK], state["key"]) and self._position.value == state["pos"]
-
-
-def _tempered(words: Words) -> Words:
-    words = words ^ (words >> _11)
-    words ^= (words << _7) & _MASK_B
-    words ^= (words << _15) & _MASK_C
-    tempered: Words = words ^ (words >> _18)
-    return tempered

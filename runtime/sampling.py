@@ -7,6 +7,10 @@ without replacement). Each q takes two 32-bit words, the higher one first; the l
 Source: ATen/native/Distributions.cpp, ATen/core/DistributionsHelper.h and CPUGeneratorImpl.cpp.
 """
 
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
 import numpy as np
 import numpy.typing as npt
 
@@ -14,10 +18,69 @@ from .mersenne import MersenneTwister
 from .topk import largest
 
 Logits = npt.NDArray[np.float32]
+Indices = npt.NDArray[np.int64]
 Words = npt.NDArray[np.uint64]
 
 _LOW_53_BITS = np.uint64(2**53 - 1)
 _ROUNDING = np.float32(0.9999)  # wider than float32 rounds
+_FEW = 256  # so many entries race each other without heats
+
+
+@dataclass(frozen=True)
+class Candidates:
+    """What may be drawn, of so many entries.
+
+    Attributes:
+        scores: unnormalised log probabilities of those that are left, float32 [left].
+        indices: which they are, rising, int64 [left].
+        entries: how many there were at first.
+    """
+
+    scores: Logits
+    indices: Indices
+    entries: int
+
+    @classmethod
+    def all(cls, scores: Logits) -> "Candidates":
+        """Every entry, given their scores, float32 [entries]."""
+        return cls(scores, _every(len(scores)), len(scores))
+
+    @classmethod
+    def joined(cls, parts: Sequence["Candidates"]) -> "Candidates":
+        """Those of several parts with as many entries each, which are numbered on from part to part."""
+        indices = [part.indices + number * part.entries for number, part in enumerate(parts)]
+        scores = np.concatenate([part.scores for part in parts])
+        return cls(scores, np.concatenate(indices), len(parts) * parts[0].entries)
+
+    def keep(self, places: Indices) -> "Candidates":
+        """Those at some places, rising, among the ones that are left."""
+        return Candidates(self.scores[places], self.indices[places], self.entries)
+
+    def only(self, indices: Indices) -> "Candidates":
+        """Those of some entries that are left."""
+        return self.keep(np.flatnonzero(np.isin(self.indices, indices)))
+
+    def possible(self) -> "Candidates":
+        """Those with any chance: minus infinity is the score of what is forbidden."""
+        if self.scores.min(initial=np.inf) > -np.inf:
+            return self
+        return self.keep(np.flatnonzero(self.scores > -np.inf))
+
+    def dense(self, out: float = -np.inf) -> Logits:
+        """Scores of all entries, float32 [entries], with another one for those that are out."""
+        if len(self.scores) == self.entries:
+            return self.scores
+        scores = np.full(self.entries, out, np.float32)
+        scores[self.indices] = self.scores
+        return scores
+
+
+@functools.lru_cache(maxsize=4)
+def _every(entries: int) -> Indices:
+    """All indices: the same for each token."""
+    indices = np.arange(entries)
+    indices.flags.writeable = False
+    return indices
 
 
 class Generator:
@@ -26,31 +89,26 @@ class Generator:
     def __init__(self, seed: int | None) -> None:
         self._words = MersenneTwister(seed)
 
-    def multinomial(self, scores: Logits, count: int = 1) -> npt.NDArray[np.int64]:
+    def multinomial(self, candidates: Candidates, count: int = 1) -> Indices:
         """Draws entries without replacement.
-
-        Args:
-            scores: unnormalised log probabilities, float32 [entries].
-            count: how many to draw.
 
         Returns:
             Indices, int64 [count], in the order in which they were drawn.
         """
-        candidates = np.flatnonzero(scores > -np.inf)
-        if not len(candidates):  # transformers fails here; as greedy decoding does, go on with the first
-            self.skip(len(scores))
-            return largest(scores, count)
-        words = self._words.pairs(len(scores), candidates)
-        probabilities = softmax(scores[candidates])
-        if len(candidates) >= count:
+        entries, possible = candidates.entries, candidates.possible()
+        if not len(possible.scores):  # transformers fails here; as greedy decoding does, go on with the first
+            self.skip(entries)
+            return largest(candidates.dense(), count)
+        words = self._words.pairs(entries, possible.indices)
+        probabilities = softmax(possible.scores)
+        if len(probabilities) > max(count, _FEW):
             finalists = _finalists(probabilities, words, count)
-            race = _race(probabilities[finalists], words[finalists])
-            if np.count_nonzero(race) >= count:
-                return candidates[finalists[[race.argmax()] if count == 1 else largest(race, count)]]
+            possible, probabilities, words = possible.keep(finalists), probabilities[finalists], words[finalists]
+        race = _race(probabilities, words)
+        if np.count_nonzero(race) >= count:
+            return possible.indices[[race.argmax()] if count == 1 else largest(race, count)]
         # Too few entries are possible, so impossible ones are drawn as well.
-        whole_race = np.zeros(len(scores), np.float32)
-        whole_race[candidates] = _race(probabilities, words)
-        return largest(whole_race, count)
+        return largest(replace(possible, scores=race).dense(0.0), count)
 
     def skip(self, entries: int) -> None:
         """Moves on as if one entry of so many had been drawn."""
@@ -65,10 +123,10 @@ def _race(probabilities: Logits, words: Words) -> Logits:
         return probabilities / exponential
 
 
-def _finalists(probabilities: Logits, words: Words, count: int) -> npt.NDArray[np.int64]:
+def _finalists(probabilities: Logits, words: Words, count: int) -> Indices:
     """Entries among which are those of the `count` largest p / q.
 
-    Few logarithms are taken: as q is at least u, p / u bounds p / q from above.
+    Few logarithms are taken: as q is at least u, p / u bounds p / q from above. All where fewer have any chance.
     """
     uniform = (words & _LOW_53_BITS).astype(np.float32)
     uniform *= np.float32(2.0**-53)

@@ -5,16 +5,18 @@ pass `advance` lengthens them and says which row of the last pass each row of th
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 import numpy as np
+import numpy.typing as npt
 
 from .logits import Tokens, process, processors
 from .options import GenerationConfig
-from .sampling import Generator, Logits, log_softmax
+from .sampling import Candidates, Generator, Indices, Logits, log_softmax
 from .speculate import Drafts
 from .topk import largest
+from .warpers import warp, warpers
 
 # Whether a sequence ends with the tokens it has now; the search's own end tokens and lengths aside.
 Stop = Callable[[Tokens], bool]
@@ -131,6 +133,7 @@ class Sampling:
         self._options = options
         self._limits = _Limits(prompt, options, context, stop)
         self._processors = processors(options, len(prompt))
+        self._warpers = warpers(options)
         self._generator = Generator(options.seed) if options.do_sample else None
         count = options.num_return_sequences
         self._buffer = np.zeros((count, max(self._limits.max_length, len(prompt))), np.int64)
@@ -184,10 +187,16 @@ class Sampling:
         return self._results
 
     def _extend(self, index: int, result: Continuation, logits: Logits) -> None:
-        scores = process(self._processors, result.tokens, logits)
-        token = int(scores.argmax() if self._generator is None else self._generator.multinomial(scores)[0])
-        if self._options.logprobs is not None:
-            result.logprobs.append(token_logprobs(token, logits, scores, self._options.logprobs))
+        scores, logprobs = process(self._processors, result.tokens, logits), self._options.logprobs
+        if self._generator is None:
+            token = int(scores.argmax())
+        else:
+            candidates = warp(self._warpers, scores)
+            token = int(self._generator.multinomial(candidates)[0])
+            if logprobs is not None:
+                scores = candidates.dense()
+        if logprobs is not None:
+            result.logprobs.append(token_logprobs(token, logits, scores, logprobs))
         length = len(result.tokens)
         self._buffer[index, length] = token
         result.tokens = self._buffer[index, : length + 1]
@@ -217,10 +226,11 @@ class BeamSearch:
         self._options = options
         self._limits = _Limits(prompt, options, context, stop)
         self._processors = processors(options, len(prompt))
+        self._warpers = warpers(options)
         self._generator = Generator(options.seed) if options.do_sample else None
         # Enough candidates that num_beams go on even if all better ones end.
         self._candidates = max(2, 1 + len(options.eos_token_ids)) * self.rows
-        self._running = [prompt] * self.rows
+        self._running = np.tile(prompt, (self.rows, 1))
         # All rows are still the same: only the first may be continued.
         self._scores = np.full(self.rows, _NEVER, np.float32)
         self._scores[0] = 0
@@ -242,26 +252,22 @@ class BeamSearch:
 
     def advance(self, logits: Logits) -> list[int]:
         scores = log_softmax(logits)
-        for row, tokens in enumerate(self._running if self._processors else ()):
-            scores[row] = process(self._processors, tokens, scores[row])
-        scores += self._scores[:, None]
-        flat = scores.reshape(-1)
-        if self._generator is None:
-            chosen = largest(flat, self._candidates)
-        else:
-            chosen = self._generator.multinomial(flat, self._candidates)
+        for row, sequence in zip(scores, self._running, strict=True):
+            for processor in self._processors:
+                processor(sequence, row)
+        chosen, log_probs = self._choose(scores)
         beams, tokens = np.divmod(chosen, logits.shape[-1])
-        sequences = [np.append(self._running[beam], token) for beam, token in zip(beams, tokens, strict=True)]
+        sequences = np.concatenate([self._running[beams], tokens[:, None]], axis=1)
         ended = np.array([self._limits.reason(sequence) is not None for sequence in sequences])
 
         # Those that ended don't go on; what goes on is chosen after they were told apart.
-        running_scores = np.where(ended, flat[chosen] + _NEVER, flat[chosen])
+        running_scores = np.where(ended, log_probs + _NEVER, log_probs)
         going_on = largest(running_scores, self.rows)
-        self._update_best(flat[chosen], sequences, ended)
-        self._running = [sequences[candidate] for candidate in going_on]
+        self._update_best(log_probs, sequences, ended)
+        self._running = sequences[going_on]
         self._scores = running_scores[going_on]
         self._update_done(all_ended=bool(ended.all()))
-        return [int(beams[candidate]) for candidate in going_on]
+        return beams[going_on].tolist()
 
     def cancel(self) -> None:
         self._done = True
@@ -270,22 +276,33 @@ class BeamSearch:
         best = self._best[: self._options.num_return_sequences]
         return [Continuation(one.tokens, self._limits.reason(one.tokens) if one.finished else None) for one in best]
 
-    def _update_best(
-        self, log_probs: Logits, sequences: list[Tokens], ended: np.ndarray[tuple[int], np.dtype[np.bool_]]
-    ) -> None:
+    def _choose(self, scores: Logits) -> tuple[Indices, Logits]:
+        """Which of all next tokens [rows * vocabulary] may go on, and the log probabilities of the beams they make."""
+        if self._generator is None:
+            scores += self._scores[:, None]
+            flat = scores.reshape(-1)
+            chosen = largest(flat, self._candidates)
+        else:
+            rows = [warp(self._warpers, row) for row in scores]
+            beams = [replace(row, scores=row.scores + score) for row, score in zip(rows, self._scores, strict=True)]
+            candidates = Candidates.joined(beams)
+            chosen, flat = self._generator.multinomial(candidates, self._candidates), candidates.dense()
+        return chosen, flat[chosen]
+
+    def _update_best(self, log_probs: Logits, sequences: Tokens, ended: npt.NDArray[np.bool_]) -> None:
         """Lets candidates that ended among the first num_beams take the place of worse ones."""
         new_tokens = len(sequences[0]) - len(self.prompt)
         scores = log_probs / _power(new_tokens, self._options.length_penalty)
         full = all(one.finished for one in self._best) and self._options.early_stopping is True
         eligible = ended & (np.arange(len(ended)) < self.rows)
-        for excluded in (np.full(len(ended), full), np.full(len(ended), not self._improvable), ~eligible):
-            scores = scores + excluded.astype(np.float32) * _NEVER
-        candidates = self._best + [
-            _Hypothesis(score, sequence, finished=bool(flag))
-            for score, sequence, flag in zip(scores, sequences, eligible, strict=True)
-        ]
-        ranking = largest(np.array([one.score for one in candidates], np.float32), self.rows)
-        self._best = [candidates[index] for index in ranking]
+        for excluded in (full, not self._improvable, ~eligible):
+            scores = scores + np.multiply(excluded, _NEVER)
+
+        def hypothesis(candidate: int) -> _Hypothesis:
+            return _Hypothesis(scores[candidate], sequences[candidate], finished=bool(eligible[candidate]))
+
+        ranking = largest(np.append(np.array([one.score for one in self._best]), scores), self.rows).tolist()
+        self._best = [self._best[rank] if rank < self.rows else hypothesis(rank - self.rows) for rank in ranking]
 
     def _update_done(self, *, all_ended: bool) -> None:
         options = self._options

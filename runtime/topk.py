@@ -13,7 +13,8 @@ import numpy.typing as npt
 Values = npt.NDArray[np.float32]
 Entry = tuple[float, int]  # value and index
 
-_GROUP = 32
+_GROUP = 32  # entries at least
+_LEADERS, _ENOUGH = 512, 8  # so many groups, and so many for each wanted entry, bound it closely
 _SMALL = 16  # so many entries std::sort leaves to insertion sort
 
 
@@ -37,10 +38,11 @@ def largest(values: Values, count: int) -> npt.NDArray[np.int64]:
 def best(values: Values, k: int) -> npt.NDArray[np.int64]:
     """Indices of the k largest values and of whatever ties with the last of them, rising; of at least k values."""
     # The largest of each of many groups are that many entries, so the k-th of them bounds the k-th of all from below.
-    groups = len(values) // _GROUP
+    groups = min(len(values) // _GROUP, max(_ENOUGH * k, _LEADERS))
     if k > groups:
         return np.flatnonzero(values >= np.partition(values, len(values) - k)[len(values) - k])
-    leaders = values[: groups * _GROUP].reshape(_GROUP, groups).max(axis=0)
+    size = len(values) // groups
+    leaders = values[: size * groups].reshape(size, groups).max(axis=0)
     near: npt.NDArray[np.int64] = np.flatnonzero(values >= np.partition(leaders, groups - k)[groups - k])
     chosen = values[near]
     winners: npt.NDArray[np.int64] = near[chosen >= np.partition(chosen, len(chosen) - k)[len(chosen) - k]]
@@ -62,11 +64,14 @@ def _partial_sort(values: Values, count: int) -> list[int]:
     heap = [(float(value), index) for index, value in enumerate(values[:count])]
     for parent in range((count - 2) // 2, -1, -1):
         _sift(heap, parent, count, heap[parent])
-    # The top only grows, so what doesn't exceed it now never will.
-    for index in (np.flatnonzero(values[count:] > heap[0][0]) + count).tolist():
-        value = float(values[index])
-        if value > heap[0][0]:
-            _sift(heap, 0, count, (value, index))
+    # The top only grows, so what doesn't exceed it now never will. It is looked at again whenever as many have passed.
+    begin = count
+    while begin < len(values):
+        for index in (np.flatnonzero(values[begin : 2 * begin] > heap[0][0]) + begin).tolist():
+            value = float(values[index])
+            if value > heap[0][0]:
+                _sift(heap, 0, count, (value, index))
+        begin *= 2
     for end in range(count - 1, 0, -1):
         last, heap[end] = heap[end], heap[0]
         _sift(heap, 0, end, last)

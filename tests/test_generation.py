@@ -7,7 +7,7 @@ from conftest import MakeCheckpoint, assert_same_tokens, load_reference, referen
 
 import gpt2onnx
 from gpt2onnx.exporter.cases import Case, cases
-from gpt2onnx.runtime.sampling import Generator
+from gpt2onnx.runtime.sampling import Candidates, Generator
 from gpt2onnx.runtime.topk import ascending, largest
 
 CHECKPOINTS = {
@@ -118,7 +118,7 @@ def test_multinomial_draws_as_torch_does(size: int, count: int) -> None:
         for _ in range(3):
             probabilities = torch.from_numpy(scores).softmax(-1)
             expected = torch.multinomial(probabilities, count).tolist()
-            assert ours.multinomial(scores, count).tolist() == expected
+            assert ours.multinomial(Candidates.all(scores), count).tolist() == expected
 
 
 def test_order_of_ties_is_torchs() -> None:
@@ -130,6 +130,17 @@ def test_order_of_ties_is_torchs() -> None:
             assert ascending(values).tolist() == torch.from_numpy(values).sort().indices.tolist()
             for count in {1, 2, 7, 20, size} & set(range(size + 1)):
                 assert largest(values, count).tolist() == torch.from_numpy(values).topk(count).indices.tolist()
+
+
+@pytest.mark.parametrize("steps", [2, 40, 1000, 10**9])
+def test_order_of_ties_is_torchs_in_a_beams_vocabularies(steps: int) -> None:
+    """In six times GPT-2's vocabulary; the fewer steps between values, the more of them are equal."""
+    values = np.random.default_rng(steps).normal(-10, 2, 6 * 50257)
+    values = (np.round(values * steps) / steps).astype(np.float32)
+    values[:50257] = -np.inf
+    for count in (1, 12, 18, 300):
+        expected = torch.from_numpy(values).topk(count).indices.tolist()
+        assert_same_tokens(largest(values, count).tolist(), expected, f"{count} largest")
 
 
 def test_nothing_possible_is_no_crash(pair) -> None:

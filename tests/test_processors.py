@@ -1,4 +1,4 @@
-"""Every processor against the transformers class of the same job, alone and composed."""
+"""Every processor and warper against the transformers class of the same job, alone and composed."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -11,7 +11,9 @@ from hypothesis import strategies as st
 from transformers.generation import logits_process as reference
 
 from gpt2onnx.runtime import logits as ours
+from gpt2onnx.runtime import warpers as our_warpers
 from gpt2onnx.runtime.options import GenerationConfig
+from gpt2onnx.runtime.sampling import Candidates
 
 SIZE = 60
 INF = float("inf")
@@ -47,13 +49,26 @@ LOGITS = {name: values.astype(np.float32) for name, values in hand_made().items(
     f"random {seed}": np.random.default_rng(seed).normal(0, scale, 1500).astype(np.float32)
     for seed, scale in enumerate((0.5, 1, 2, 4, 8))
 }
+# Enough entries that not all are sorted, many of which tie, some forbidden.
+LOGITS |= {
+    f"many with ties, {kinds} a unit": np.where(
+        np.arange(1500) % 7, np.round(LOGITS["random 2"] * kinds) / kinds, np.float32(-INF)
+    )
+    for kinds in (1, 4, 16)
+}
 PROMPTS = ([7], [3, 5, 3], [1, 2, 3, 1, 2, 3, 1, 2], list(range(12)) * 2)
 
-PAIRS: dict[str, tuple[Callable[[], ours.Processor], Callable[[], Any]]] = {}
+# What makes scores out of tokens and scores.
+Way = Callable[[np.ndarray, np.ndarray], np.ndarray]
+PAIRS: dict[str, tuple[Callable[[], Way], Callable[[], Any]]] = {}
 
 
 def pair(name: str, mine: Callable[[], ours.Processor], theirs: Callable[[], Any]) -> None:
-    PAIRS[name] = mine, theirs
+    PAIRS[name] = lambda: lambda tokens, scores: ours.process([mine()], tokens, scores), theirs
+
+
+def warper_pair(name: str, mine: Callable[[], our_warpers.Warper], theirs: Callable[[], Any]) -> None:
+    PAIRS[name] = lambda: lambda _, scores: our_warpers.warp([mine()], scores).dense(), theirs
 
 
 for penalty in (0.5, 1.3, 7.0):
@@ -68,15 +83,15 @@ for length, ends in ((0, [9]), (5, [9]), (50, [3, 9]), (50, [9, 100_000]), (3, [
 for tokens in ([0], [3, 17, 30, 59], list(range(SIZE)), [2, 100_000]):
     pair(f"suppress {len(tokens)}, {tokens[-1]}", lambda t=tokens: ours.suppress(t), lambda t=tokens: reference.SuppressTokensLogitsProcessor(t))  # fmt: skip
 for value in (0.01, 0.7, 1.9, 300.0):
-    pair(f"temperature {value}", lambda t=value: ours.temperature(t), lambda t=value: reference.TemperatureLogitsWarper(t))  # fmt: skip
+    warper_pair(f"temperature {value}", lambda t=value: our_warpers.temperature(t), lambda t=value: reference.TemperatureLogitsWarper(t))  # fmt: skip
 for keep in (1, 2, 3):
     for k in (1, 2, 5, 59, 60, 61, 10_000):
-        pair(f"top-k {k}, at least {keep}", lambda k=k, m=keep: ours.top_k(k, m), lambda k=k, m=keep: reference.TopKLogitsWarper(k, min_tokens_to_keep=m))  # fmt: skip
+        warper_pair(f"top-k {k}, at least {keep}", lambda k=k, m=keep: our_warpers.top_k(k, m), lambda k=k, m=keep: reference.TopKLogitsWarper(k, min_tokens_to_keep=m))  # fmt: skip
     for p in (0.0, 1e-6, 0.1, 0.5, 0.9, 0.999, 1.0):
-        pair(f"top-p {p}, at least {keep}", lambda p=p, m=keep: ours.top_p(p, m), lambda p=p, m=keep: reference.TopPLogitsWarper(p, min_tokens_to_keep=m))  # fmt: skip
-        pair(f"min-p {p}, at least {keep}", lambda p=p, m=keep: ours.min_p(p, m), lambda p=p, m=keep: reference.MinPLogitsWarper(p, min_tokens_to_keep=m))  # fmt: skip
+        warper_pair(f"top-p {p}, at least {keep}", lambda p=p, m=keep: our_warpers.top_p(p, m), lambda p=p, m=keep: reference.TopPLogitsWarper(p, min_tokens_to_keep=m))  # fmt: skip
+        warper_pair(f"min-p {p}, at least {keep}", lambda p=p, m=keep: our_warpers.min_p(p, m), lambda p=p, m=keep: reference.MinPLogitsWarper(p, min_tokens_to_keep=m))  # fmt: skip
     for p in (1e-6, 0.1, 0.5, 0.9, 0.999):
-        pair(f"typical-p {p}, at least {keep}", lambda p=p, m=keep: ours.typical_p(p, m), lambda p=p, m=keep: reference.TypicalLogitsWarper(p, min_tokens_to_keep=m))  # fmt: skip
+        warper_pair(f"typical-p {p}, at least {keep}", lambda p=p, m=keep: our_warpers.typical_p(p, m), lambda p=p, m=keep: reference.TypicalLogitsWarper(p, min_tokens_to_keep=m))  # fmt: skip
 
 
 def assert_same(actual: np.ndarray, expected: np.ndarray, label: str) -> None:
@@ -105,6 +120,27 @@ def test_equals_transformers(name: str) -> None:
             assert actual.dtype == np.float32
             expected = apply_reference(theirs, prompt, scores)
             assert_same(actual, expected, f"{name} on {label} after {prompt}")
+
+
+@pytest.mark.parametrize("kind", ["normal", "flat", "steep"])
+def test_warpers_in_a_large_vocabulary(kind: str) -> None:
+    """Where few of very many are left, and nearly all; alone and one after another."""
+    normal = np.random.default_rng(7).normal(0, 1, 50257)
+    scores = {"normal": normal * 3, "flat": normal * 0.3, "steep": -1.2 * np.log(np.arange(50257) + 2.0) + normal - 80}[
+        kind
+    ].astype(np.float32)
+    make = {
+        "temperature": (our_warpers.temperature(0.8), reference.TemperatureLogitsWarper(0.8)),
+        "top-k": (our_warpers.top_k(5000), reference.TopKLogitsWarper(5000)),
+        "top-p": (our_warpers.top_p(0.95), reference.TopPLogitsWarper(0.95)),
+        "min-p": (our_warpers.min_p(1e-3), reference.MinPLogitsWarper(1e-3)),
+        "typical-p": (our_warpers.typical_p(0.9), reference.TypicalLogitsWarper(0.9)),
+    }
+    candidates, expected = Candidates.all(scores), scores
+    for name, (mine, theirs) in make.items():
+        assert_same(mine(Candidates.all(scores)).dense(), apply_reference(theirs, [1], scores), name)
+        candidates, expected = mine(candidates), apply_reference(theirs, [1], expected)
+        assert_same(candidates.dense(), expected, f"{name} after those before it")
 
 
 def composed(options: dict[str, Any]) -> reference.LogitsProcessorList:
@@ -145,13 +181,19 @@ OPTIONS = st.fixed_dictionaries(
 )
 def test_composed_as_transformers_does(options: dict[str, Any], scores: str, tokens: list[int]) -> None:
     chain = ours.processors(GenerationConfig(**options), 3)
+    warpers = our_warpers.warpers(GenerationConfig(**options))
     expected = LOGITS[scores]
     theirs = composed(options | {"top_k": options.get("top_k", 50)})
     # Compared after each one, as later ones may find nothing but -inf, and transformers NaN.
-    assert len(chain) == len(theirs), f"transformers has {[type(one).__name__ for one in theirs]}"
-    for index, (mine, their) in enumerate(zip(chain, theirs, strict=True)):
+    assert len(chain) + len(warpers) == len(theirs), f"transformers has {[type(one).__name__ for one in theirs]}"
+    for mine, their in zip(chain, theirs, strict=False):
+        actual = ours.process([mine], np.array(tokens), expected)
+        expected = apply_reference(their, tokens, expected)
+        assert_same(actual, expected, type(their).__name__)
+    candidates = Candidates.all(expected)
+    for warper, their in zip(warpers, theirs[len(chain) :], strict=True):
         if (expected == -INF).all():
             return
-        actual = mine(np.array(tokens), expected)
+        candidates = warper(candidates)
         expected = apply_reference(their, tokens, expected)
-        assert_same(actual, expected, f"{type(their).__name__}, number {index}")
+        assert_same(candidates.dense(), expected, type(their).__name__)

@@ -17,8 +17,9 @@ from gpt2onnx.errors import OptionError, PromptError
 from ..generator import Model, Prompt
 from ..logits import Tokens, process, processors
 from ..options import GenerationConfig
-from ..sampling import Generator, Logits, softmax
+from ..sampling import Candidates, Generator, Logits, softmax
 from ..topk import largest
+from ..warpers import warp, warpers
 
 # Called with the draws made so far and in all.
 Progress = Callable[[int, int], None]
@@ -157,8 +158,9 @@ def choose(
     way = stages(logits, options, np.zeros(0, np.int64) if tokens is None else tokens)
     generator = Generator(options.seed)
     counts = np.zeros(len(logits), np.int64)
+    candidates = Candidates.all(way[-1].scores).possible()
     for index in range(draws):
-        counts[generator.multinomial(way[-1].scores)[0]] += 1
+        counts[generator.multinomial(candidates)[0]] += 1
         if report is not None and (index + 1) % 100 == 0:
             report(index + 1)
     return Choice(options, way, draws, counts)
@@ -173,8 +175,8 @@ def stages(logits: Logits, options: GenerationConfig, tokens: Tokens) -> list[St
         steps[name] = unfiltered = replace(unfiltered, **{name: value})
     result = [Stage("logits", logits, softmax(logits))]
     for name, so_far in steps.items():
-        # Each time from the start, so that `processors` alone decides about order.
-        scores = process(processors(so_far, len(tokens)), tokens, logits)
+        # Each time from the start, so that `processors` and `warpers` alone decide about order.
+        scores = warp(warpers(so_far), process(processors(so_far, len(tokens)), tokens, logits)).dense()
         if name != "penalties" or scores is not logits:
             result.append(Stage(name, scores, softmax(scores)))
     return result
