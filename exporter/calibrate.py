@@ -4,6 +4,7 @@ That needs no data: sampled from the network's own unaltered distribution, a tex
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -16,9 +17,12 @@ from ..models.config import GPT2Config
 from ..runtime import devices, providers
 from ..runtime.session import Session
 from .inputs import Inputs
+from .twins import Twins
 
-# Twice as many tokens lower int4's divergence by another 6 %, at twice the time.
-_ROWS, _LENGTH = 16, 256
+_LENGTH = 256  # of a text
+# Inputs of each matrix that are kept as they are.
+_KEPT = 256
+_HEAD = "lm_head"
 
 
 def sample(session: Session, rows: int, length: int, seed: int = 0) -> npt.NDArray[np.int64]:
@@ -35,31 +39,56 @@ def sample(session: Session, rows: int, length: int, seed: int = 0) -> npt.NDArr
     return tokens
 
 
+@dataclass(frozen=True)
+class Calibration:
+    """What a network wrote, and what reached its matrices then.
+
+    Attributes:
+        tokens: the texts, int64 [texts, length].
+        inputs: of each matrix of the blocks, by its layer's name; without those that overflow.
+        head: second moment of the output head's inputs, float32 [in, in].
+        threads: of one operator.
+    """
+
+    tokens: npt.NDArray[np.int64]
+    inputs: dict[str, Inputs]
+    head: npt.NDArray[np.float32]
+    threads: int
+
+    def twins(self) -> Twins:
+        """The network and its quantised twin, before the first operator."""
+        return Twins(self.tokens, self.head, threads=self.threads)
+
+
 def observe(
-    reference: Bundle, *, threads: int | None = None, progress: Callable[[float], None] = lambda share: None
-) -> dict[str, Inputs]:
+    reference: Bundle,
+    *,
+    threads: int | None = None,
+    texts: int = 32,
+    progress: Callable[[float], None] = lambda share: None,
+) -> Calibration:
     """Lets a network write, and looks at what reaches its matrices.
 
     Args:
         reference: its fp32 bundle; another graph is written beside that one.
         threads: of one operator.
+        texts: how many.
         progress: called with the share that is done.
-
-    Returns:
-        The inputs of each matrix of the blocks by its layer's name. Layers whose inputs overflow are left out.
 
     Raises:
         BackendError: ONNX Runtime can't load or run the graph.
     """
     session = Session(reference, threads=threads)
-    tokens = sample(session, _ROWS, min(_LENGTH, reference.config.n_positions))
+    tokens = sample(session, texts, min(_LENGTH, reference.config.n_positions))
     threads = session.threads
     del session
     progress(0.5)
     graph, values = _with_inputs_as_outputs(reference.folder / GRAPH)
     network = providers.open_graph(graph, devices.CPU, threads=threads, name=graph)
-    sums: dict[str, npt.NDArray[np.float32]] = {}
-    squares: dict[str, npt.NDArray[np.float32]] = {}
+    means: dict[str, list[npt.NDArray[np.float32]]] = {name: [] for name in values}
+    kept: dict[str, list[npt.NDArray[np.float32]]] = {name: [] for name in values}
+    step = -(-tokens.size // _KEPT)
+    head = np.zeros((reference.config.n_embd, reference.config.n_embd), np.float32)
     for row in range(len(tokens)):
         try:
             found = network.run(list(values.values()), _feeds(reference.config, tokens[row : row + 1]))
@@ -67,20 +96,16 @@ def observe(
             raise providers.failure("ONNX Runtime failed", error) from error
         for name, x in zip(values, found, strict=True):
             flat = np.asarray(x)[0]
-            width = flat.shape[-1]
-            sums.setdefault(name, np.zeros(width, np.float32))
-            squares.setdefault(name, np.zeros((width, width), np.float32))
-            sums[name] += flat.sum(0)
-            squares[name] += flat.T @ flat
+            if name == _HEAD:
+                head += flat.T @ flat / np.float32(tokens.size)
+            means[name].append(flat.mean(0))
+            # Each text from another position on, the first one from the very first.
+            kept[name].append(flat[row * step // len(tokens) :: step].copy())
         progress(0.5 + 0.5 * (row + 1) / len(tokens))
-    inputs = {}
-    for name in values:
-        mean = sums[name] / np.float32(tokens.size)
-        covariance = squares.pop(name) / np.float32(tokens.size)
-        covariance -= np.outer(mean, mean)
-        if np.isfinite(covariance).all():
-            inputs[name] = Inputs(mean, covariance)
-    return inputs
+    inputs = {name: Inputs(np.mean(means[name], axis=0), np.concatenate(kept[name])) for name in values}
+    finite = {name: each for name, each in inputs.items() if np.isfinite(each.mean).all()}
+    finite.pop(_HEAD, None)
+    return Calibration(tokens, finite, head, threads)
 
 
 def _with_inputs_as_outputs(graph: Path) -> tuple[Path, dict[str, str]]:
@@ -88,6 +113,7 @@ def _with_inputs_as_outputs(graph: Path) -> tuple[Path, dict[str, str]]:
     model = load(graph, load_external_data=False)
     suffix = ".matmul"
     values = {node.name.removesuffix(suffix): node.input[0] for node in model.graph.node if node.name.endswith(suffix)}
+    (values[_HEAD],) = (node.input[0] for node in model.graph.node if node.name == "kept")
     model.graph.output.extend(helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for name in values.values())
     target = graph.with_name("inputs.onnx")
     target.write_bytes(model.SerializeToString())

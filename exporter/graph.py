@@ -6,7 +6,8 @@ Operators: https://github.com/microsoft/onnxruntime/blob/main/docs/ContribOperat
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
@@ -14,12 +15,14 @@ from onnx import ModelProto, TensorProto, ValueInfoProto, helper
 
 from ..models import contract
 from ..models.config import GPT2Config
-from .inputs import Inputs
-from .operators import MICROSOFT, Graph, Precision, StoredMatrix, activation
+from .inputs import of_both_uses
+from .operators import MICROSOFT, Graph, Precision, StoredMatrix, activation, as_model
+from .quantize import dequantize, quantize
 from .weights import WeightsFile
 
-OPSET = 20  # the first with Gelu
-IR_VERSION = 10  # what ONNX Runtime 1.18 and later read
+if TYPE_CHECKING:
+    from .twins import Twins
+
 _HEAD_SIZE_UNIT = 8  # GroupQueryAttention takes multiples only
 
 Tensor = Callable[[str], npt.NDArray[np.float32]]
@@ -32,7 +35,7 @@ def build(
     tied: bool,
     precision: Precision,
     weights: WeightsFile,
-    inputs: Mapping[str, Inputs] | None = None,
+    twins: "Twins | None" = None,
 ) -> ModelProto:
     """Writes the network as an ONNX model that fulfils `models.contract`.
 
@@ -42,12 +45,12 @@ def build(
         tied: whether the output head is the token embedding, which is then stored once.
         precision: how weights are stored.
         weights: takes the weights as external data, in the order in which the network uses them.
-        inputs: what reaches the matrices, by their layers' names; they are then quantised for that.
+        twins: two networks that follow the graph on texts; its matrices are then quantised for them.
 
     Returns:
         The model, its weights referring to the file of `weights`.
     """
-    graph = Graph(precision, weights, inputs or {})
+    graph = Graph(precision, weights, twins)
     epsilon = float(config.layer_norm_epsilon)
 
     # The mask only says how many positions are in use: GroupQueryAttention takes that as int32 numbers.
@@ -73,7 +76,7 @@ def build(
         )
 
     def linear(x: str, name: str) -> str:
-        return graph.linear(x, name, tensor(f"{name}.weight"), tensor(f"{name}.bias"))
+        return graph.linear(x, name, tensor(f"{name}.weight"), tensor(f"{name}.bias"), beside=residual)
 
     x = graph.op("LayerNormalization", [residual, *norm_weights("h.0.ln_1")], "h.0.ln_1", axis=-1, epsilon=epsilon)
     for layer in range(config.n_layer):
@@ -137,7 +140,10 @@ def _embedding(graph: Graph, config: GPT2Config, tensor: Tensor, *, tied: bool) 
         if tied:
             return embedded, graph.view("lm_head.weight", table, config.vocab_size, config.n_embd)
         return embedded, graph.vector("lm_head.weight", tensor("lm_head.weight"))
-    matrix = graph.quantized("wte", tensor("wte.weight"), blocks)
+    exact = tensor("wte.weight")
+    head = None if graph.twins is None else of_both_uses(graph.twins.head)
+    quantized = quantize(exact, blocks.bits, blocks.size, head if tied else None)
+    matrix = graph.stored("wte", quantized)
     # MatMulNBits wants [out, blocks, bytes], GatherBlockQuantized [out, bytes]: one stored array serves both.
     stored_blocks = -(-matrix.width // blocks.size)
     flat = graph.view("wte.flat", matrix.data, matrix.rows, stored_blocks * blocks.size * blocks.bits // 8)
@@ -147,6 +153,8 @@ def _embedding(graph: Graph, config: GPT2Config, tensor: Tensor, *, tied: bool) 
     )  # fmt: skip
     if config.n_embd % blocks.size:
         embedded = graph.first(embedded, "wte.unpadded", config.n_embd)
+    if graph.twins is not None:
+        graph.twins.look_up(embedded, exact, dequantize(quantized))
     return embedded, matrix if tied else graph.quantized("lm_head", tensor("lm_head.weight"), blocks)
 
 
@@ -195,9 +203,4 @@ def _model(graph: Graph, config: GPT2Config) -> ModelProto:
     # An input that also has an initializer is optional; required inputs come first.
     inputs.append(value(contract.LOGITS_TO_KEEP, TensorProto.INT64, 1))
     proto = helper.make_graph(graph.nodes, "gpt2", inputs, outputs, graph.initializers, value_info=inner)
-    return helper.make_model(
-        proto,
-        ir_version=IR_VERSION,
-        opset_imports=[helper.make_opsetid("", OPSET), helper.make_opsetid(MICROSOFT, 1)],
-        producer_name="gpt2onnx",
-    )
+    return as_model(proto)

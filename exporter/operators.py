@@ -5,22 +5,27 @@ Operators: https://github.com/microsoft/onnxruntime/blob/main/docs/ContribOperat
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
-from onnx import NodeProto, TensorProto, helper, numpy_helper
+from onnx import GraphProto, ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
 from gpt2onnx.errors import CheckpointError
 
 from ..models.precision import Blocks
-from .inputs import Inputs
 from .quantize import QuantizedMatrix, dequantize, quantize
+from .rounding import OneScale, choose
 from .weights import WeightsFile
 
+if TYPE_CHECKING:
+    from .twins import Twins
+
 MICROSOFT = "com.microsoft"
+OPSET = 20  # the first with Gelu
+IR_VERSION = 10  # what ONNX Runtime 1.18 and later read
 
 
 @dataclass(frozen=True)
@@ -30,10 +35,12 @@ class Precision:
     Attributes:
         floats: type of activations, biases, norms and whatever isn't quantised.
         blocks: how a layer's matrix is quantised, by the layer's name; None keeps it in `floats`.
+        one_scale: whether a matrix may have one scale for each output instead, where its input allows it; with 8 bits.
     """
 
     floats: type[np.float32] | type[np.float16] = np.float32
     blocks: Callable[[str], Blocks | None] = lambda name: None
+    one_scale: bool = False
 
     @property
     def onnx_type(self) -> int:
@@ -59,12 +66,12 @@ class Graph:
     Attributes:
         precision: how weights are stored.
         weights: takes them as external data.
-        inputs: what reaches the matrices that are quantised, by their layers' names, where that is known.
+        twins: two networks that follow the graph on texts, so that matrices are quantised for them; or none.
     """
 
     precision: Precision
     weights: WeightsFile
-    inputs: Mapping[str, Inputs] = field(default_factory=dict)
+    twins: "Twins | None" = None
     nodes: list[NodeProto] = field(default_factory=list)
     initializers: list[TensorProto] = field(default_factory=list)
 
@@ -127,19 +134,83 @@ class Graph:
             return self.weight(name, array)
         return self.op("Cast", [self.weight(f"{name}.half", half)], name, to=TensorProto.FLOAT)
 
-    def linear(self, x: str, name: str, weight: npt.NDArray[np.float32], bias: npt.NDArray[np.float32]) -> str:
-        """x @ weight + bias, with weight [in, out] as GPT-2's Conv1D stores it."""
+    def linear(
+        self, x: str, name: str, weight: npt.NDArray[np.float32], bias: npt.NDArray[np.float32], *, beside: str
+    ) -> str:
+        """x @ weight + bias, with weight [in, out] as GPT-2's Conv1D stores it.
+
+        Args:
+            x: its input.
+            name: the layer's.
+            weight: float32 [in, out].
+            bias: float32 [out].
+            beside: another value that operators behind this one need.
+        """
         blocks = self.precision.blocks(name)
         if blocks is None:
             product = self.op("MatMul", [x, self.vector(f"{name}.weight", weight)], f"{name}.matmul")
             return self.op("Add", [product, self.vector(f"{name}.bias", bias)], name)
-        known = self.inputs.get(name)
-        matrix = quantize(weight.T, blocks.bits, blocks.size, None if known is None else known.covariance)
-        if known is not None:
-            # What rounding adds to the output on average is taken off its bias.
-            bias = np.add(bias, (weight.T - dequantize(matrix)) @ known.mean, dtype=np.float32)
-        stored = self.stored(name, matrix)
-        return self.matmul_quantized(x, stored, f"{name}.matmul", self.vector(f"{name}.bias", bias))
+        one_scale, covariance, fitted = None, None, weight
+        seen = None if self.twins is None else self.twins.reach(self.part, x, beside, weight, bias)
+        if seen is not None:
+            fitted, covariance = seen.fitted(weight), seen.covariance
+            rounding = choose(seen.sample, weight, blocks.size) if self.precision.one_scale else None
+            one_scale = rounding if isinstance(rounding, OneScale) else None
+        matrix = quantize(fitted.T, blocks.bits, len(weight) if one_scale else blocks.size, covariance)
+        if seen is not None:
+            bias = seen.bias(dequantize(matrix).T)
+        if one_scale is not None:
+            product = self._matmul_one_scale(x, matrix, one_scale, name, bias)
+        else:
+            stored = self.stored(name, matrix)
+            product = self.matmul_quantized(x, stored, f"{name}.matmul", self.vector(f"{name}.bias", bias))
+        if self.twins is not None:
+            self.twins.multiply(x, product, dequantize(matrix).T, bias)
+        return product
+
+    def part(self, wanted: Sequence[str], held: Collection[str]) -> bytes:
+        """A model of the nodes that make some values out of others, all float32 [batch, length, width], for a prompt."""
+        nodes: list[NodeProto] = []
+        needed = set(wanted)
+        for node in reversed(self.nodes):
+            if needed & set(node.output):
+                nodes.append(NodeProto())
+                nodes[-1].CopyFrom(node)
+                if node.op_type == "GroupQueryAttention":
+                    nodes[-1].input[3:5] = ["", ""]  # there is no past
+                needed |= set(nodes[-1].input) - {*held, ""}
+        initializers = [each for each in self.initializers if each.name in needed]
+        made = {name for node in nodes for name in node.output} | {each.name for each in initializers} | {""}
+        proto = helper.make_graph(
+            nodes[::-1],
+            "part",
+            [
+                helper.make_tensor_value_info(name, TensorProto.FLOAT if name in held else TensorProto.INT64, None)
+                for name in sorted({name for node in nodes for name in node.input} - made)
+            ],
+            [helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for name in wanted],
+            [self.weights.read(each) if each.external_data else each for each in initializers],
+        )
+        return bytes(as_model(proto).SerializeToString())
+
+    def _matmul_one_scale(
+        self, x: str, matrix: QuantizedMatrix, rounding: OneScale, name: str, bias: npt.NDArray[np.float32]
+    ) -> str:
+        """x @ matrix.T + bias, where each output of the matrix has one scale."""
+        # The operator takes [in, out], signed.
+        data = self.weight(f"{name}.data", (matrix.data[:, 0].T ^ np.uint8(128)).view(np.int8))
+        weights = [data, self.vector(f"{name}.scales", matrix.scales[:, 0])]
+        stored_bias = self.vector(f"{name}.bias", bias)
+        kind, product = "DynamicQuantizeMatMul", f"{name}.matmul"
+        if rounding.least is None:
+            return self.op(kind, [x, *weights, "", stored_bias], product, domain=MICROSOFT)
+        last = self.constant(f"{name}.last_axis", np.array([-1], np.int64))
+        greatest = self.op("ReduceMax", [x, last], f"{name}.greatest", keepdims=1)
+        least = self.constant(f"{name}.least", np.array(rounding.least, np.float32))
+        row_scale = self.op("Max", [greatest, least], f"{name}.row_scale")
+        scaled = self.op("Div", [x, row_scale], f"{name}.scaled")
+        product = self.op(kind, [scaled, *weights], product, domain=MICROSOFT)
+        return self.op("Add", [self.op("Mul", [product, row_scale], f"{name}.rescaled"), stored_bias], name)
 
     def quantized(self, name: str, matrix: npt.NDArray[np.float32], blocks: Blocks) -> StoredMatrix:
         """Quantises [out, in] and stores it."""
@@ -179,12 +250,14 @@ class Graph:
         self, x: str, residual: str, name: str, weight: str, bias: str, epsilon: float
     ) -> tuple[str, str]:
         """Layer norm of x + residual, and that sum."""
-        total = f"{name}.sum"
-        normalized = self.op(
-            "SkipLayerNormalization", [x, residual, weight, bias], name, domain=MICROSOFT,
-            outputs=[name, "", "", total], epsilon=epsilon,
-        )  # fmt: skip
-        return normalized, total
+        total = self.op("Add", [x, residual], f"{name}.sum")
+        return self.op("LayerNormalization", [total, weight, bias], name, axis=-1, epsilon=epsilon), total
+
+
+def as_model(graph: GraphProto) -> ModelProto:
+    """A model of the graph, in the versions of ONNX and its operators that all graphs here are in."""
+    opsets = [helper.make_opsetid("", OPSET), helper.make_opsetid(MICROSOFT, 1)]
+    return helper.make_model(graph, ir_version=IR_VERSION, opset_imports=opsets, producer_name="gpt2onnx")
 
 
 def activation(graph: Graph, function: str, x: str, name: str) -> str:

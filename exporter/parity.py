@@ -6,7 +6,8 @@ errors of a known size do to the same network in PyTorch:
 1. Are the weights that the bundle holds the checkpoint's? They are equal, or the nearest in float16. Where they are
    quantised, no block is off by more than rounding can be, and all of them together change the logits little more
    than rounding every weight to the nearest value does. Only the latter can be said of weights that were rounded for
-   known inputs: each of them makes up for the errors of others, and biases for what is left.
+   known inputs: each of them makes up for the errors of others, biases for what is left, and norms may divide inputs
+   by what matrices are multiplied by.
 2. Are its logits those of a network with exactly these weights? They differ by what kernels round: about as much as
    when activations in PyTorch are rounded as in kernels of that precision.
 3. In fp32: does it generate the very tokens of `transformers.generate`?
@@ -34,6 +35,7 @@ from ..runtime.session import Session
 from .cases import MIN_POSITIONS, MIN_VOCAB_SIZE, Case, Suite, cases
 from .checkpoint import Checkpoint
 from .reference import Logits, Reference, same_random_numbers
+from .rounding import Rounding
 from .stored import StoredWeights, deviation, in_axis, rounded_to_nearest
 
 _PROMPT_LENGTHS = (1, 2, 7, 33, 128)
@@ -75,26 +77,26 @@ def check(folder: Path, checkpoint: Checkpoint, suite: str = "quick") -> dict[st
     tokens = _tokens(model, reference, suite, judged=not lossy)
 
     report: dict[str, Any] = {"suite": suite, "precision": manifest.dtype, "reference": reference.name}
-    blocks: dict[str, int] = {}
+    roundings: dict[str, Rounding] = {}
     expected = nearest = original
     if manifest.graph == "fused":
         stored = StoredWeights(model.bundle)
         for name in weight_shapes(checkpoint.config, tied=False):
-            if kind := stored.blocks("wte.weight" if checkpoint.tied and name == "lm_head.weight" else name):
-                blocks[name] = kind.size
+            if kind := stored.rounding("wte.weight" if checkpoint.tied and name == "lm_head.weight" else name):
+                roundings[name] = kind
         report["weights"] = _weights(stored, checkpoint)
-        if blocks:
+        if roundings:
             reference.take(lambda name: _nearest(stored, checkpoint, name))
             nearest = reference.logits(prompts)
         if lossy:
             reference.take(stored.tensor)
             expected = reference.logits(prompts)
             report["loss"] = _figures(_whole(session, prompts), original)
-        if blocks:
+        if roundings:
             report["rounded"] = _judged(
                 iter(expected), original, _TIMES_NEAREST * _largest(nearest, original), _NOISE_OF_SCALES
             )
-    with reference.rounding(blocks.get, half=manifest.dtype == "fp16"):
+    with reference.rounding(roundings.get, half=manifest.dtype == "fp16"):
         allowed = times * _largest(reference.logits(prompts), expected)
     for name, run in (("whole", _whole), ("cached", _cached), ("ragged", _ragged)):
         report[name] = _judged(run(session, prompts), expected, allowed, _NOISE)
@@ -120,21 +122,29 @@ def _weights(stored: StoredWeights, checkpoint: Checkpoint) -> dict[str, Any]:
             steps[name] = deviation(found, wanted, blocks, along=in_axis(name))
         elif not np.array_equal(found, wanted.astype(np.float16) if stored.is_half(name) else wanted):
             unequal.append(name)
-    # Rounding for known inputs begins with norms, whose biases take the inputs' mean off.
-    calibrated = bool(steps) and any(name.endswith((".ln_1.bias", ".ln_2.bias")) for name in unequal)
+    # Rounding for known inputs begins with norms: their biases take the inputs' mean off, their weights smooth inputs.
+    quantized, calibrated = len(steps), bool(steps) and any(map(_is_norm, unequal))
     if calibrated:
-        unequal = [name for name in unequal if not name.endswith(".bias")]
+        if any(_is_norm(name) and name.endswith(".weight") for name in unequal):
+            # A matrix that is multiplied by what inputs were divided by can't be compared weight by weight.
+            steps = {name: most for name, most in steps.items() if not name.startswith("h.")}
+        unequal = [name for name in unequal if not (_is_norm(name) or name.endswith(".bias"))]
     furthest = max(steps, key=steps.__getitem__, default=None)
     most = steps[furthest] if furthest else 0.0
     return {
         "tensors": len(shapes),
-        "quantized": len(steps),
+        "quantized": quantized,
         "calibrated": calibrated,
         "unequal": unequal,
         "most_steps": most,
         "furthest": furthest,
         "passed": not unequal and (calibrated or most <= _MOST_STEPS),
     }
+
+
+def _is_norm(name: str) -> bool:
+    """Whether a weight is that of a norm inside a block."""
+    return ".ln_1." in name or ".ln_2." in name
 
 
 def _nearest(stored: StoredWeights, checkpoint: Checkpoint, name: str) -> Logits:

@@ -22,7 +22,9 @@ _RANGE_SHARES = {8: (1.0, 128 / 127), 4: (0.65, 0.7, 0.75, 0.8, 0.85, 0.9, 0.95,
 _AT_ONCE = 1 << 16
 # With feedback so many rows at a time, which bounds the memory that their errors take.
 _ROWS_WITH_FEEDBACK = 4096
-# Added to each input's variance, as a share of their mean: a sample never shows all that can come.
+# Errors of earlier columns are added up for so many columns in one product of matrices.
+_COLUMNS_AT_ONCE = 64
+# Added to each input's variance, as a share of their mean.
 _DAMPING = 0.01
 
 
@@ -88,6 +90,11 @@ def dequantize(quantized: QuantizedMatrix) -> npt.NDArray[np.float32]:
     return matrix.reshape(len(matrix), -1)[:, : quantized.width]
 
 
+def damping(covariance: npt.NDArray[np.float32]) -> float:
+    """What is added to the variance of each input: a sample never shows all that can come."""
+    return _DAMPING * (abs(float(np.trace(covariance, dtype=np.float64))) / len(covariance) or 1.0)
+
+
 def _fit(blocks: npt.NDArray[np.float32], bits: int) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:
     """Signed whole values and scales for blocks [rows, blocks, block_size]."""
     low, high = -(1 << (bits - 1)), (1 << (bits - 1)) - 1
@@ -118,16 +125,17 @@ def _feedback(covariance: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
     is the sum over the columns of error (1 + U), squared, times D. Each of them is as small as rounding allows if
     the weight takes the errors before it, times its column of U, on itself.
     """
-    damped = covariance.astype(np.float64)
-    damping = _DAMPING * (abs(np.trace(damped)) / len(damped) or 1.0)
+    # The factor that NumPy gives is the lower one; both axes turned round make it the upper one. NumPy takes several
+    # times as long where the axes are turned but their memory isn't.
+    turned = covariance[::-1, ::-1].astype(np.float64, order="C")
+    added = damping(covariance)
     while True:
-        damped[np.diag_indices_from(damped)] += damping
+        turned[np.diag_indices_from(turned)] += added
         try:
-            # The factor that NumPy gives is the lower one; both axes turned round make it the upper one.
-            factor = np.linalg.cholesky(damped[::-1, ::-1])[::-1, ::-1]
+            factor = np.linalg.cholesky(turned)[::-1, ::-1]
             break
         except np.linalg.LinAlgError:  # inputs that hardly vary beside their mean: float32 has lost their variance
-            damping *= 10
+            added *= 10
     return np.triu(factor / np.diagonal(factor), 1).astype(np.float32)
 
 
@@ -146,14 +154,24 @@ def _fit_with_feedback(
         wanted = columns[start:end] + feedback[:start, start:end].T @ errors[:start]
         block = np.zeros((rows, 1, block_size), np.float32)
         block[:, 0, : end - start] = wanted.T
-        scale = _fit(block, bits)[1][:, 0]
+        scale = _as_stored(_fit(block, bits)[1][:, 0])
         scale[scale == 0] = 1  # of a block of zeros
-        for column in range(start, end):
-            target = wanted[column - start] + feedback[start:column, column] @ errors[start:column]
-            values[column] = np.clip(np.rint(target / scale), low, high)
-            errors[column] = columns[column] - values[column] * scale
+        for first in range(start, end, _COLUMNS_AT_ONCE):
+            last = min(first + _COLUMNS_AT_ONCE, end)
+            targets = wanted[first - start : last - start] + feedback[start:first, first:last].T @ errors[start:first]
+            for column in range(first, last):
+                target = targets[column - first] + feedback[first:column, column] @ errors[first:column]
+                values[column] = np.clip(np.rint(target / scale), low, high)
+                errors[column] = columns[column] - values[column] * scale
         scales[:, start // block_size] = scale
     return values.T.reshape(rows, -1, block_size), scales
+
+
+def _as_stored(scales: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+    """Scales as float16 has them, in which they are kept where they are in its range."""
+    with np.errstate(over="ignore"):
+        rounded = scales.astype(np.float16).astype(np.float32)
+    return np.where(np.abs(rounded - scales) <= 2**-11 * np.abs(scales), rounded, scales)
 
 
 def _pack(values: npt.NDArray[np.float32], bits: int) -> npt.NDArray[np.uint8]:

@@ -16,9 +16,10 @@ from gpt2onnx.errors import CheckpointError, MissingExtraError
 from ..models.bundle import CONFIG
 from ..models.shapes import weight_shapes
 from ..runtime.logits import Tokens
-from ..runtime.sampling import Generator
+from ..runtime.sampling import Candidates, Generator
 from .cases import Case
 from .checkpoint import Checkpoint
+from .rounding import Rounding
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -67,11 +68,11 @@ class Reference:
         _fill(self._model, self._checkpoint, tensor)
 
     @contextmanager
-    def rounding(self, blocks: Callable[[str], int | None], *, half: bool) -> Iterator[None]:
+    def rounding(self, kinds: Callable[[str], Rounding | None], *, half: bool) -> Iterator[None]:
         """Lets every linear layer round as the kernels of a lower precision do.
 
         Args:
-            blocks: for a weight's name, how many inputs are rounded to int8 with one scale; None for none.
+            kinds: for a weight's name, how its inputs are rounded to 8 bits; None for not at all.
             half: whether inputs and outputs are rounded to float16.
         """
         import torch
@@ -80,15 +81,15 @@ class Reference:
         generator = torch.Generator().manual_seed(0)
 
         def rounded(name: str) -> Callable[[Any, tuple["Tensor"]], tuple["Tensor"]]:
-            size = blocks(name)
+            kind = kinds(name)
 
             def hook(_: Any, inputs: tuple["Tensor"]) -> tuple["Tensor"]:
                 (x,) = inputs
                 noise = _FLOAT32_NOISE * x.square().mean().sqrt() * torch.randn(x.shape, generator=generator)
                 if half:
                     x = x.half().float()
-                if size is not None:
-                    x = _to_int8(x, size)
+                if kind is not None:
+                    x = torch.from_numpy(kind.rounded(x.numpy()))
                 return (x + noise,)
 
             return hook
@@ -132,16 +133,6 @@ class Reference:
         return sequences
 
 
-def _to_int8(x: "Tensor", size: int) -> "Tensor":
-    """Each stretch of so many numbers along the last axis rounded to int8 with a scale of its own."""
-    import torch
-
-    width = x.shape[-1]
-    blocks = torch.nn.functional.pad(x, (0, -width % size)).unflatten(-1, (-1, size))
-    scale = (blocks.abs().amax(-1, keepdim=True) / 127).clamp_min(torch.finfo(x.dtype).tiny)
-    return ((blocks / scale).round() * scale).flatten(-2)[..., :width]
-
-
 def _load(checkpoint: Checkpoint) -> "GPT2LMHeadModel":
     import torch
     from transformers import GPT2Config, GPT2LMHeadModel
@@ -181,4 +172,4 @@ def same_random_numbers() -> bool:
     finally:
         torch.random.set_rng_state(state)
     generator = Generator(0)
-    return theirs == [int(generator.multinomial(logits)[0]) for _ in range(8)]
+    return theirs == [int(generator.multinomial(Candidates.all(logits))[0]) for _ in range(8)]

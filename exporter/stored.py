@@ -14,6 +14,7 @@ from ..models.bundle import GRAPH, Bundle
 from ..models.precision import Blocks
 from ..models.shapes import weight_shapes
 from .quantize import QuantizedMatrix, dequantize
+from .rounding import InBlocks, OneScale, Rounding
 
 Matrix = npt.NDArray[np.float32]
 
@@ -36,15 +37,27 @@ class StoredWeights:
             raise BundleError(f"{path} can't be read: {error}") from error
         self._tensors: dict[str, TensorProto] = {tensor.name: tensor for tensor in graph.initializer}
         self._blocks: dict[str, Blocks] = {}
+        self._one_scale: dict[str, OneScale] = {}
         for node in graph.node:
             numbers = {attribute.name: attribute.i for attribute in node.attribute}
-            for name in node.input:
-                if name.endswith(_SCALES):
-                    self._blocks[name.removesuffix(_SCALES)] = Blocks(numbers["bits"], numbers["block_size"])
+            for name in (each.removesuffix(_SCALES) for each in node.input if each.endswith(_SCALES)):
+                if node.op_type == "DynamicQuantizeMatMul":
+                    least = self._tensors.get(f"{name}.least")
+                    self._one_scale[name] = OneScale(None if least is None else float(numpy_helper.to_array(least)))
+                    self._blocks[name] = Blocks(8, self._tensors[f"{name}.data"].dims[0])
+                else:
+                    self._blocks[name] = Blocks(numbers["bits"], numbers["block_size"])
 
     def blocks(self, name: str) -> Blocks | None:
         """How a weight is quantised; None where it isn't."""
         return self._blocks.get(name.removesuffix(".weight"))
+
+    def rounding(self, name: str) -> Rounding | None:
+        """How what a weight is multiplied with is rounded to 8 bits; None where it isn't."""
+        blocks = self.blocks(name)
+        if blocks is None:
+            return None
+        return self._one_scale.get(name.removesuffix(".weight"), InBlocks(blocks.size))
 
     def tensor(self, name: str) -> npt.NDArray[np.float32]:
         """A weight in float32; matrices are [in, out], the token embedding and the head [vocabulary, width].
@@ -56,9 +69,12 @@ class StoredWeights:
         if blocks is None:
             return self._read(name).astype(np.float32, copy=False)
         base, along = name.removesuffix(".weight"), in_axis(name)
-        data = self._read(f"{base}.data").view(np.uint8)
-        scales = self._read(f"{base}{_SCALES}").astype(np.float32).reshape(data.shape[:2])
-        matrix = dequantize(QuantizedMatrix(data, scales, blocks.bits, blocks.size, self._shapes[name][along]))
+        data, scales = self._read(f"{base}.data"), self._read(f"{base}{_SCALES}").astype(np.float32)
+        if base in self._one_scale:
+            return data.astype(np.float32) * scales
+        scales = scales.reshape(data.shape[:2])
+        quantized = QuantizedMatrix(data.view(np.uint8), scales, blocks.bits, blocks.size, self._shapes[name][along])
+        matrix = dequantize(quantized)
         return matrix if along == 1 else matrix.T
 
     def is_half(self, name: str) -> bool:

@@ -6,6 +6,7 @@ from typing import BinaryIO
 import numpy as np
 import numpy.typing as npt
 from onnx import StringStringEntryProto, TensorProto, helper
+from onnx.external_data_helper import load_external_data_for_tensor
 
 # ONNX Runtime memory-maps each weight where it lies: large ones begin with a page, small ones with a cache line.
 _PAGE, _CACHE_LINE = 4096, 64
@@ -31,3 +32,13 @@ class WeightsFile:
             data_location=TensorProto.EXTERNAL,
             external_data=[StringStringEntryProto(key=key, value=value) for key, value in place.items()],
         )
+
+    def read(self, tensor: TensorProto) -> TensorProto:
+        """The same initializer with its bytes in it instead of a place in the file."""
+        self._file.flush()
+        read = TensorProto()
+        read.CopyFrom(tensor)
+        load_external_data_for_tensor(read, str(self._path.parent))
+        read.ClearField("external_data")
+        read.data_location = TensorProto.DEFAULT
+        return read

@@ -6,6 +6,7 @@ process's own too: https://docs.kernel.org/admin-guide/cgroup-v2.html) and from 
 
 import math
 import os
+import platform
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -61,6 +62,17 @@ def memory(root: Path = _ROOT) -> Memory | None:
     Pages of files that the kernel would drop, and free swap space, count as available.
     """
     return min(_memory_limits(root), key=lambda limit: limit.available, default=None)
+
+
+def sums_of_byte_products_overflow(root: Path = _ROOT) -> bool:
+    """Whether the processor may add up products of bytes in 16 bits, as x86 does without VNNI, or doesn't say.
+
+    https://www.intel.com/content/www/us/en/docs/onednn/developer-guide-reference/2025-0/nuances-of-int8-computations.html
+    """
+    if platform.machine() not in ("x86_64", "AMD64"):
+        return False
+    flags = _text(root / "proc/cpuinfo")
+    return "avx512_vnni" not in flags and "avx_vnni" not in flags
 
 
 def shortage(needed: int, root: Path = _ROOT) -> str | None:

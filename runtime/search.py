@@ -245,7 +245,8 @@ class BeamSearch:
         return self._done
 
     def tokens(self, row: int) -> Tokens:
-        return self._running[row]
+        tokens: Tokens = self._running[row]
+        return tokens
 
     def draft(self) -> Tokens:
         return self.prompt[:0]
@@ -267,7 +268,7 @@ class BeamSearch:
         self._running = sequences[going_on]
         self._scores = running_scores[going_on]
         self._update_done(all_ended=bool(ended.all()))
-        return beams[going_on].tolist()
+        return [int(beam) for beam in beams[going_on]]
 
     def cancel(self) -> None:
         self._done = True

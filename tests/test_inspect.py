@@ -82,8 +82,8 @@ def expected_tensors(model: transformers.GPT2LMHeadModel) -> list[tuple[str, tor
 def test_memory_is_what_an_export_stores(
     settings: dict[str, Any], dtype: str, make_checkpoint: MakeCheckpoint, tmp_path: Path
 ) -> None:
-    quality = False if dtype in ("int8", "int4") else None
-    bundle = gpt2onnx.export(make_checkpoint(**settings), tmp_path / "bundle", dtype=dtype, quality=quality)
+    options = {"quality": False, "calibrate": False} if dtype in ("int8", "int4") else {}
+    bundle = gpt2onnx.export(make_checkpoint(**settings), tmp_path / "bundle", dtype=dtype, **options)
     graph = onnx.load(bundle.folder / GRAPH, load_external_data=False).graph
     places = [{entry.key: entry.value for entry in tensor.external_data} for tensor in graph.initializer]
     # Two names may stand for the same bytes.

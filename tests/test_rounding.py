@@ -1,0 +1,179 @@
+"""How matrices' inputs are rounded, and which operator a matrix gets: against ONNX Runtime's operators and PyTorch."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+from conftest import MakeCheckpoint, load_reference
+from onnx import TensorProto, helper
+from test_graph import TOKENS, assert_close, random_tokens, torch_logits
+from test_quantize import replace_graph
+
+import gpt2onnx
+from gpt2onnx.exporter.calibrate import observe
+from gpt2onnx.exporter.checkpoint import Checkpoint
+from gpt2onnx.exporter.graph import build
+from gpt2onnx.exporter.inputs import Inputs
+from gpt2onnx.exporter.operators import Precision
+from gpt2onnx.exporter.rounding import InBlocks, OneScale, choose
+from gpt2onnx.exporter.smoothing import smooth
+from gpt2onnx.exporter.weights import WeightsFile
+from gpt2onnx.models import bundle
+from gpt2onnx.models.bundle import Bundle
+from gpt2onnx.runtime import resources
+from gpt2onnx.runtime.session import Session
+
+WIDTH, BLOCK = 256, 32
+LARGEST = np.int8(127)  # of 8-bit weights
+
+
+def multiplied_by_one(x: np.ndarray, kind: str) -> np.ndarray:
+    """What an operator makes of x times the identity: x as it rounds it."""
+    size = x.shape[-1]
+    if kind == "DynamicQuantizeMatMul":
+        weights: dict[str, np.ndarray] = {
+            "w": LARGEST * np.eye(size, dtype=np.int8),
+            "s": np.full(size, 1 / LARGEST, np.float32),
+        }
+        attributes: dict[str, Any] = {}
+    else:
+        values = (np.uint8(LARGEST) * np.eye(size, dtype=np.uint8) + 128).reshape(size, -1, BLOCK)
+        weights = {"w": values, "s": np.full((size, size // BLOCK), 1 / LARGEST, np.float32)}
+        attributes = {"K": size, "N": size, "bits": 8, "block_size": BLOCK, "accuracy_level": 4}
+    node = helper.make_node(kind, ["x", "w", "s"], ["y"], domain="com.microsoft", **attributes)
+    graph = helper.make_graph(
+        [node], "one",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, x.shape)],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, x.shape)],
+        [onnx.numpy_helper.from_array(array, name) for name, array in weights.items()],
+    )  # fmt: skip
+    opsets = [helper.make_opsetid("", 20), helper.make_opsetid("com.microsoft", 1)]
+    model = helper.make_model(graph, opset_imports=opsets, ir_version=10)
+    session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+    return np.asarray(session.run(None, {"x": x})[0])
+
+
+NUMBERS = np.random.default_rng(0).standard_normal((5, WIDTH)).astype(np.float32)
+LARGER_ROW = np.array([[1], [50], [1], [1], [1]], np.float32)
+
+
+@pytest.mark.parametrize("x", [NUMBERS, np.abs(NUMBERS) + 1, NUMBERS * LARGER_ROW, 0 * NUMBERS])
+def test_rounding_is_that_of_the_operators(x: np.ndarray) -> None:
+    for kind, rounding in (("DynamicQuantizeMatMul", OneScale()), ("MatMulNBits", InBlocks(BLOCK))):
+        found = multiplied_by_one(x, kind)
+        off = np.abs(found - rounding.rounded(x)) / max(1, np.abs(x).max())
+        # What lies halfway between two of at least 127 steps may go either way.
+        assert off.max() <= 1 / 126, f"{kind}: {off.max()}"
+        assert np.mean(off <= 1e-4) > 0.99, f"{kind}: {np.sort(off)[-20:]}"
+
+
+def test_outliers_decide_about_the_operator() -> None:
+    random = np.random.default_rng(0)
+    usual = random.standard_normal((64, WIDTH)).astype(np.float32)
+    weight = random.standard_normal((WIDTH, 40)).astype(np.float32)
+    assert choose(usual, weight, BLOCK) == OneScale()
+    # A few tokens whose numbers are all far larger: rows have to be scaled.
+    rows = usual.copy()
+    rows[:3] *= 200
+    found = choose(rows, weight, BLOCK)
+    assert isinstance(found, OneScale)
+    assert found.least is not None
+    assert 0 < found.least < np.median(rows.max(-1))
+    # A few channels: blocks keep them from the others.
+    channels = usual.copy()
+    channels[:, :3] *= 200
+    assert choose(channels, weight, BLOCK) == InBlocks(BLOCK)
+    assert choose(np.zeros_like(usual), weight, BLOCK) == InBlocks(BLOCK)
+
+
+def test_smoothed_network_is_the_same_network(make_checkpoint: MakeCheckpoint, tmp_path: Path) -> None:
+    source = make_checkpoint()
+    folder = gpt2onnx.export(source, tmp_path / "fp32").folder
+    inputs = observe(Bundle.open(folder), threads=1).inputs
+    checkpoint = Checkpoint.open(str(source))
+    tensor, after = smooth(checkpoint.config, checkpoint.tensor, inputs)
+    with (folder / bundle.WEIGHTS).open("wb") as file:
+        weights = WeightsFile(folder / bundle.WEIGHTS, file)
+        model = build(checkpoint.config, tensor, tied=True, precision=Precision(), weights=weights)
+    replace_graph(folder, model)
+
+    session = Session(Bundle.open(folder), threads=1)
+    tokens = random_tokens(checkpoint.config, 1)
+    expected = torch_logits(load_reference(source), tokens)
+    found = session.forward(session.new_cache(1, TOKENS), slice(0, 1), tokens, keep=TOKENS)
+    assert_close(found, expected, "smoothed", 1e-5 * np.abs(expected).max())
+
+    for name, found_inputs in observe(Bundle.open(folder), threads=1).inputs.items():
+        spread = after[name].sample.std(0)
+        np.testing.assert_allclose(found_inputs.sample.std(0), spread, rtol=0.02, err_msg=name)
+        np.testing.assert_allclose(found_inputs.mean, after[name].mean, atol=0.02 * spread.max(), err_msg=name)
+
+
+def test_smoothing_evens_channels_out(make_checkpoint: MakeCheckpoint, tmp_path: Path) -> None:
+    checkpoint = Checkpoint.open(str(make_checkpoint()))
+    random = np.random.default_rng(0)
+    sample = random.standard_normal((64, 32)).astype(np.float32)
+    sample[:, 5] *= 100
+    inputs = {"h.1.mlp.c_fc": Inputs(sample.mean(0), sample)}
+    _, after = smooth(checkpoint.config, checkpoint.tensor, inputs)
+    largest = np.abs(after["h.1.mlp.c_fc"].sample).max(0)
+    assert largest.max() / np.median(largest) < 15
+
+
+@pytest.fixture(scope="module")
+def int8(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    return gpt2onnx.export("tales", tmp_path_factory.mktemp("int8") / "bundle", dtype="int8", quality=False)
+
+
+def operators(made: Bundle) -> list[str]:
+    graph = onnx.load(made.folder / bundle.GRAPH, load_external_data=False).graph
+    return [node.op_type for node in graph.node if "MatMul" in node.op_type]
+
+
+def test_inputs_are_rounded_with_one_scale(int8: Bundle) -> None:
+    found = operators(int8)
+    assert set(found[:-1]) == {"DynamicQuantizeMatMul", "MatMulNBits"}
+    assert found.count("DynamicQuantizeMatMul") > 20  # of 24
+    assert found[-1] == "MatMulNBits"  # the head, which shares its bytes with the embedding
+
+
+@pytest.mark.parametrize(
+    "options", [{"dtype": "int8", "block_size": 16}, {"dtype": "int8", "calibrate": False}, {"dtype": "int4"}]
+)
+def test_inputs_are_rounded_in_blocks(options: dict[str, Any], make_checkpoint: MakeCheckpoint, tmp_path: Path) -> None:
+    made = gpt2onnx.export(make_checkpoint(), tmp_path / "bundle", quality=False, **options)
+    assert set(operators(made)) == {"MatMulNBits"}
+
+
+def test_exact_sums_where_the_processor_has_none(int8: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The kernels for processors without VNNI give what those with it give, from the same 8-bit numbers."""
+    tokens = random_tokens(int8.config, 1)
+    logits = []
+    for overflow in (False, True):
+        monkeypatch.setattr(resources, "sums_of_byte_products_overflow", lambda overflow=overflow: overflow)
+        session = Session(int8, threads=1)
+        logits.append(session.forward(session.new_cache(1, TOKENS), slice(0, 1), tokens, keep=TOKENS).copy())
+    np.testing.assert_allclose(logits[1], logits[0], rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("machine", "flags", "overflow"),
+    [
+        ("x86_64", "fpu avx2 avx512f avx512_vnni", False),
+        ("x86_64", "fpu avx2 avx_vnni", False),
+        ("x86_64", "fpu avx2 avx512f", True),
+        ("AMD64", None, True),
+        ("aarch64", "asimd", False),
+    ],
+)
+def test_processors_without_exact_sums_are_known(
+    machine: str, flags: str | None, overflow: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(resources.platform, "machine", lambda: machine)
+    if flags is not None:
+        (tmp_path / "proc").mkdir()
+        (tmp_path / "proc/cpuinfo").write_text(f"processor\t: 0\nflags\t\t: {flags}\n")
+    assert resources.sums_of_byte_products_overflow(tmp_path) is overflow
