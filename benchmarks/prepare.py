@@ -74,8 +74,9 @@ def _optimum(work: Path, source: Path, target: Path) -> list[str]:
 
 
 def _gpt2onnx(options: list[str]) -> Make:
-    # What weights say doesn't matter here, so nothing is done for their sake.
-    unchecked = ["--no-calibrate", "--no-quality", "--no-parity", "--quiet", "--force"]
+    # What weights say doesn't matter here, so nothing is done for their sake; but int8 chooses operators by calibration.
+    unchecked = ["--no-quality", "--no-parity", "--quiet", "--force"]
+    unchecked += [] if "int8" in options else ["--no-calibrate"]
     return lambda work, source, target: [
         _in(work, "exporter", "gpt2onnx"), "export", str(source), str(target), *options, *unchecked
     ]  # fmt: skip

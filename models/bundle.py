@@ -57,7 +57,7 @@ class Manifest:
         source_sha256: hash over the checkpoint's weight files.
         graph: "fused" or "portable".
         dtype: "fp32", "fp16", "int8" or "int4".
-        block_size: weights that share a scale; None where nothing is quantised.
+        block_size: weights that share a scale, in most matrices that are quantised in blocks; None where none are.
         files: every file but the manifest, by its path inside the bundle.
         parity: the parity report against PyTorch, where one was made.
         quality: what the precision costs against fp32, where it was measured; see `exporter.quality`.
