@@ -134,10 +134,9 @@ def operators(made: Bundle) -> list[str]:
 
 
 def test_inputs_are_rounded_with_one_scale(int8: Bundle) -> None:
-    found = operators(int8)
-    assert set(found[:-1]) == {"DynamicQuantizeMatMul", "MatMulNBits"}
-    assert found.count("DynamicQuantizeMatMul") > 20  # of 24
-    assert found[-1] == "MatMulNBits"  # the head, which shares its bytes with the embedding
+    *blocks, head = operators(int8)
+    assert blocks.count("DynamicQuantizeMatMul") > 20  # of 24
+    assert head == "MatMulNBits"  # which shares its bytes with the embedding
 
 
 @pytest.mark.parametrize(
