@@ -30,7 +30,9 @@ from . import parity as parity_report
     help="portable: optimum's graph of standard operators, for execution providers without ONNX Runtime's own.",
 )
 @click.option(
-    "--block-size", type=int, help="With int8 or int4: weights that share a scale (16 to 256, a power of two)."
+    "--block-size",
+    type=int,
+    help="With int8 or int4: weights that share a scale, in all matrices (16 to 256, a power of two).",
 )
 @click.option(
     "--calibrate/--no-calibrate",

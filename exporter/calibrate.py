@@ -46,13 +46,13 @@ class Calibration:
     Attributes:
         tokens: the texts, int64 [texts, length].
         inputs: of each matrix of the blocks, by its layer's name; without those that overflow.
-        head: second moment of the output head's inputs, float32 [in, in].
+        head: second moment of the output head's inputs, float32 [in, in]; None where they overflow or are all zero.
         threads: of one operator.
     """
 
     tokens: npt.NDArray[np.int64]
     inputs: dict[str, Inputs]
-    head: npt.NDArray[np.float32]
+    head: npt.NDArray[np.float32] | None
     threads: int
 
     def twins(self) -> Twins:
@@ -105,7 +105,8 @@ def observe(
     inputs = {name: Inputs(np.mean(means[name], axis=0), np.concatenate(kept[name])) for name in values}
     finite = {name: each for name, each in inputs.items() if np.isfinite(each.mean).all()}
     finite.pop(_HEAD, None)
-    return Calibration(tokens, finite, head, threads)
+    usable = bool(np.isfinite(head).all()) and np.trace(head) > 0
+    return Calibration(tokens, finite, head if usable else None, threads)
 
 
 def _with_inputs_as_outputs(graph: Path) -> tuple[Path, dict[str, str]]:

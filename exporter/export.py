@@ -75,11 +75,13 @@ def export(
     Args:
         source: the embedded model `tales`, a checkpoint folder or file, or a Hugging Face id such as `gpt2`.
         target: the bundle's folder. It must not exist, unless `force` is given and it is a bundle.
-        dtype: "fp32", "fp16", "int8" or "int4"; the last two store weights in blocks that share a scale.
+        dtype: "fp32", "fp16", "int8" or "int4"; the last two store weights in blocks that share a scale, and
+            int8, where it is calibrated, most matrices with one scale for each output.
         pure: with "int4", 4 bits for every matrix; otherwise those where that would cost most have 8.
         graph: "fused", ONNX Runtime's own operators, updating the cache in place; or "portable",
             optimum's graph of standard operators for execution providers without those, fp32 only.
-        block_size: weights that share a scale, a power of two from 16 to 256; chosen by default.
+        block_size: weights that share a scale, a power of two from 16 to 256; chosen by default. With "int8" all
+            matrices are then in blocks.
         calibrate: with "int8" or "int4", round the weights for the inputs that reach them in texts which the fp32
             model writes itself; by default for models of up to 200 million weights, where it takes up to a minute.
         quality: with "int8" or "int4", compare the predictions with those of fp32 on such texts, and put the figures
@@ -247,7 +249,7 @@ def _write_graph(
 ) -> None:
     config, total, done = checkpoint.config, _weights_in(checkpoint), 0
     weight, inputs = centre(config, checkpoint.tensor, calibration.inputs if calibration else {})
-    if precision.one_scale:
+    if precision.one_scale and inputs:
         weight, _ = smooth(config, weight, inputs)
 
     def tensor(name: str) -> npt.NDArray[np.float32]:

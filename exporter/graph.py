@@ -141,8 +141,8 @@ def _embedding(graph: Graph, config: GPT2Config, tensor: Tensor, *, tied: bool) 
             return embedded, graph.view("lm_head.weight", table, config.vocab_size, config.n_embd)
         return embedded, graph.vector("lm_head.weight", tensor("lm_head.weight"))
     exact = tensor("wte.weight")
-    head = None if graph.twins is None else of_both_uses(graph.twins.head)
-    quantized = quantize(exact, blocks.bits, blocks.size, head if tied else None)
+    head = graph.twins.head if graph.twins and tied else None
+    quantized = quantize(exact, blocks.bits, blocks.size, None if head is None else of_both_uses(head))
     matrix = graph.stored("wte", quantized)
     # MatMulNBits wants [out, blocks, bytes], GatherBlockQuantized [out, bytes]: one stored array serves both.
     stored_blocks = -(-matrix.width // blocks.size)

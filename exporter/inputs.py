@@ -65,7 +65,9 @@ class Moments:
         least = damping(self.covariance)
         damped[np.diag_indices_from(damped)] += least
         try:
-            fitted: npt.NDArray[np.float32] = np.linalg.solve(damped, self.cross + least * weight).astype(np.float32)
+            fitted: npt.NDArray[np.float32] = np.linalg.solve(
+                damped, self.cross + least * weight.astype(np.float64)
+            ).astype(np.float32)
         except np.linalg.LinAlgError:
             return weight
         return fitted

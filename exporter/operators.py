@@ -157,15 +157,16 @@ class Graph:
             rounding = choose(seen.sample, weight, blocks.size) if self.precision.one_scale else None
             one_scale = rounding if isinstance(rounding, OneScale) else None
         matrix = quantize(fitted.T, blocks.bits, len(weight) if one_scale else blocks.size, covariance)
+        rounded = dequantize(matrix).T if self.twins else weight
         if seen is not None:
-            bias = seen.bias(dequantize(matrix).T)
+            bias = seen.bias(rounded)
         if one_scale is not None:
             product = self._matmul_one_scale(x, matrix, one_scale, name, bias)
         else:
             stored = self.stored(name, matrix)
             product = self.matmul_quantized(x, stored, f"{name}.matmul", self.vector(f"{name}.bias", bias))
         if self.twins is not None:
-            self.twins.multiply(x, product, dequantize(matrix).T, bias)
+            self.twins.multiply(x, product, rounded, bias)
         return product
 
     def part(self, wanted: Sequence[str], held: Collection[str]) -> bytes:

@@ -36,7 +36,7 @@ class QuantizedMatrix:
         data: uint8 [out, blocks, block_size * bits / 8]; of two 4-bit values in a byte the first is the low half.
         scales: float32 [out, blocks].
         bits: 8 or 4.
-        block_size: a power of two from 16.
+        block_size: a power of two from 16, or `width` for one scale an output.
         width: `in`, before it was padded to whole blocks.
     """
 
@@ -58,7 +58,7 @@ def quantize(
     Args:
         matrix: float32 [out, in].
         bits: 8 or 4.
-        block_size: a power of two from 16.
+        block_size: a power of two from 16, or `in` for one scale an output.
         covariance: of the matrix' inputs, float32 [in, in]; with it the variance of the output's error is minimised.
     """
     rows, width = matrix.shape

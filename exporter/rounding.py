@@ -79,12 +79,16 @@ def choose(sample: Array, weight: Array, block_size: int) -> Rounding:
         block_size: weights that share a scale where rounding goes by blocks.
     """
     blocks = InBlocks(block_size)
-    energy = np.square(sample @ weight).mean()
-    if not energy > 0:
+
+    def energy(x: Array) -> float:
+        return float(np.square(x @ weight, dtype=np.float64).mean())
+
+    whole = energy(sample)
+    if not 0 < whole < np.inf:
         return blocks
 
     def added(rounding: Rounding) -> float:
-        return float(np.square((rounding.rounded(sample) - sample) @ weight).mean() / energy)
+        return energy(rounding.rounded(sample) - sample) / whole
 
     allowed = max(_HARMLESS, _TIMES_BLOCKS * added(blocks))
     candidates = [OneScale()]

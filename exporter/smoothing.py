@@ -16,6 +16,7 @@ from .inputs import Inputs, Tensor
 
 # How much of a channel's outliers moves into the matrix, as an exponent.
 _STRENGTH = 0.6
+_LEAST_SHARE = np.float32(0.01)
 
 
 def smooth(config: GPT2Config, tensor: Tensor, inputs: Mapping[str, Inputs]) -> tuple[Tensor, dict[str, Inputs]]:
@@ -65,6 +66,8 @@ def smooth(config: GPT2Config, tensor: Tensor, inputs: Mapping[str, Inputs]) -> 
 def _factors(sample: npt.NDArray[np.float32], weight: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
     """Of the channels of a matrix [in, out]; about 1 on average."""
     ours, theirs = np.abs(sample).max(0), np.abs(weight).max(1)
+    # What hardly varies in the sample may do so elsewhere.
+    ours = np.maximum(ours, _LEAST_SHARE * ours.max())
     usable = (ours > 0) & (theirs > 0)
     logarithm = np.zeros(len(weight), np.float32)
     logarithm[usable] = _STRENGTH * np.log(ours[usable]) - (1 - _STRENGTH) * np.log(theirs[usable])

@@ -1,7 +1,8 @@
 """A network in fp32, and the same with the matrices that are quantised already, side by side on the same texts.
 
 While a graph is being built both are taken through it, from one matrix to the next. So each matrix is quantised for
-what really reaches it, and for what the fp32 network makes of the texts there.
+what the quantised ones before it let through (that inputs are rounded, too, is left out), and for what the fp32 network
+makes of the texts there.
 """
 
 from collections.abc import Callable, Collection, Sequence
@@ -23,11 +24,11 @@ class Twins:
 
     Args:
         tokens: the texts, int64 [texts, length].
-        head: second moment of what reaches the output head in fp32, float32 [in, in].
+        head: second moment of what reaches the output head in fp32, float32 [in, in]; None where it isn't known.
         threads: of one operator.
     """
 
-    def __init__(self, tokens: npt.NDArray[np.int64], head: Array, *, threads: int) -> None:
+    def __init__(self, tokens: npt.NDArray[np.int64], head: Array | None, *, threads: int) -> None:
         self.head = head
         self._tokens, self._threads = tokens, threads
         # The graph's values there, float32 [2, texts, length, width]: the fp32 network's, then the other's.

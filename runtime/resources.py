@@ -4,6 +4,7 @@ Knows no ONNX Runtime. Limits come from the scheduler's affinity, from control g
 process's own too: https://docs.kernel.org/admin-guide/cgroup-v2.html) and from the address-space limit.
 """
 
+import functools
 import math
 import os
 import platform
@@ -64,12 +65,13 @@ def memory(root: Path = _ROOT) -> Memory | None:
     return min(_memory_limits(root), key=lambda limit: limit.available, default=None)
 
 
+@functools.cache
 def sums_of_byte_products_overflow(root: Path = _ROOT) -> bool:
     """Whether the processor may add up products of bytes in 16 bits, as x86 does without VNNI, or doesn't say.
 
     https://www.intel.com/content/www/us/en/docs/onednn/developer-guide-reference/2025-0/nuances-of-int8-computations.html
     """
-    if platform.machine() not in ("x86_64", "AMD64"):
+    if platform.machine().lower() not in ("x86_64", "amd64"):
         return False
     flags = _text(root / "proc/cpuinfo")
     return "avx512_vnni" not in flags and "avx_vnni" not in flags

@@ -1,6 +1,7 @@
 """Prompt lookup: guesses at what follows, copied from the text so far, for one forward pass to verify.
 
-Knows tokens only. Which guesses are kept is the decoding loop's: tokens are the same with any guesses, or none.
+Knows tokens only. Which guesses are kept is the decoding loop's: tokens are the same with any guesses, or none, but
+for what an int8 or int4 network rounds otherwise where several tokens pass through it at once.
 """
 
 import numpy as np

@@ -27,6 +27,7 @@ PRECISIONS: dict[str, dict[str, Any]] = {
     "int4": {"dtype": "int4", "quality": False, "calibrate": False},
     "int4 pure": {"dtype": "int4", "pure": True, "quality": False, "calibrate": False},
     "int4 for known inputs": {"dtype": "int4", "quality": False, "calibrate": True},
+    "int8 for known inputs": {"dtype": "int8", "quality": False, "calibrate": True},
 }
 # A vocabulary too small for the token cases, which would only cost time here.
 NETWORKS: dict[str, dict[str, Any]] = {

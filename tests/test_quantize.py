@@ -40,7 +40,7 @@ PRECISIONS: dict[str, dict[str, Any]] = {
     "int8 in blocks of 16": {"dtype": "int8", "block_size": 16, "calibrate": False},
     "int4 in blocks of 256": {"dtype": "int4", "block_size": 256, "calibrate": False},
 }
-# Of the embedded model: mean KL divergence from fp32 in nats per token, as docs/export.md promises it.
+# Of the embedded model: mean KL divergence from fp32 in nats per token, on texts of its own.
 LIMITS = {"int8": 0.001, "int4": 0.0075, "int4 pure": 0.025}
 # Logits of some tens, summed over matrices of some hundred columns in float32.
 EXACT_TOLERANCE = 2e-4

@@ -13,11 +13,13 @@ from test_graph import TOKENS, assert_close, random_tokens, torch_logits
 from test_quantize import replace_graph
 
 import gpt2onnx
+from gpt2onnx.exporter import operators as operators_module
 from gpt2onnx.exporter.calibrate import observe
 from gpt2onnx.exporter.checkpoint import Checkpoint
 from gpt2onnx.exporter.graph import build
 from gpt2onnx.exporter.inputs import Inputs
 from gpt2onnx.exporter.operators import Precision
+from gpt2onnx.exporter.parity import check
 from gpt2onnx.exporter.rounding import InBlocks, OneScale, choose
 from gpt2onnx.exporter.smoothing import smooth
 from gpt2onnx.exporter.weights import WeightsFile
@@ -149,6 +151,8 @@ def test_inputs_are_rounded_in_blocks(options: dict[str, Any], make_checkpoint: 
 
 def test_exact_sums_where_the_processor_has_none(int8: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
     """The kernels for processors without VNNI give what those with it give, from the same 8-bit numbers."""
+    if resources.sums_of_byte_products_overflow():
+        pytest.skip("this processor has no VNNI to compare with")
     tokens = random_tokens(int8.config, 1)
     logits = []
     for overflow in (False, True):
@@ -156,6 +160,19 @@ def test_exact_sums_where_the_processor_has_none(int8: Bundle, monkeypatch: pyte
         session = Session(int8, threads=1)
         logits.append(session.forward(session.new_cache(1, TOKENS), slice(0, 1), tokens, keep=TOKENS).copy())
     np.testing.assert_allclose(logits[1], logits[0], rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("function", ["relu", "relu2", "gelu_new"])
+def test_rows_are_scaled_where_some_are_large_or_all_zero(
+    function: str, make_checkpoint: MakeCheckpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The scaled form's nodes, forced on every matrix, against PyTorch; zeros are what is left of most rows by relu."""
+    monkeypatch.setattr(operators_module, "choose", lambda sample, weight, size: OneScale(0.01))
+    source = make_checkpoint(activation_function=function, initializer_range=0.1)
+    made = gpt2onnx.export(source, tmp_path / "bundle", dtype="int8", quality=False)
+    assert operators(made).count("DynamicQuantizeMatMul") == 4 * made.config.n_layer
+    report = check(made.folder, Checkpoint.open(str(source)))
+    assert report["passed"], report
 
 
 @pytest.mark.parametrize(
