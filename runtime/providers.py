@@ -35,8 +35,6 @@ _SILENT, _WARNINGS = 4, 2
 # Long enough for the way from one forward pass to the next: a thread that sleeps meanwhile is slow to wake, above all in
 # virtual machines. By default it is far longer: processes side by side then take each other's cores while they wait.
 _SPIN_MICROSECONDS = "300"
-# The CPU's sum with a norm in one operator takes three times as long as the sum and the norm one after another.
-_SLOWER_ON_CPU = ["SkipLayerNormFusion"]
 
 
 def available() -> list[str]:
@@ -90,10 +88,7 @@ def open_graph(graph: Path | bytes, provider: str, *, threads: int, name: object
         # What it would log as it falls back is told by `why_not`.
         ort.set_default_logger_severity(_SILENT)
     try:
-        session = ort.InferenceSession(
-            graph, options, providers=[provider], enable_fallback=False,
-            disabled_optimizers=None if elsewhere else _SLOWER_ON_CPU,
-        )  # fmt: skip
+        session = ort.InferenceSession(graph, options, providers=[provider], enable_fallback=False)
     except Exception as error:
         raise failure(f"ONNX Runtime can't load {name}", error) from error
     finally:

@@ -63,7 +63,8 @@ for (const prompt of JSON.parse(prompts)) {
 console.log(JSON.stringify(found));
 """
 
-PROMPTS = [PROMPT, "The fox said:", "A"]
+# None leads to a near tie in any precision: those are decided by how a prompt and rows are rounded together.
+PROMPTS = [PROMPT, "Little Red Riding Hood", "A"]
 PEERS = {
     "optimum": lambda *arguments: peers.run_python(OPTIMUM, *arguments),
     "onnxruntime-genai": lambda *arguments: peers.run_python(GENAI, *arguments),
