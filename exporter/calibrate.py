@@ -16,12 +16,10 @@ from ..models.bundle import GRAPH, Bundle
 from ..models.config import GPT2Config
 from ..runtime import devices, providers
 from ..runtime.session import Session
-from .inputs import Inputs
+from .inputs import SAMPLE, Inputs
 from .twins import Twins
 
 _LENGTH = 256  # of a text
-# Inputs of each matrix that are kept as they are.
-_KEPT = 256
 _HEAD = "lm_head"
 
 
@@ -87,15 +85,11 @@ def observe(
     network = providers.open_graph(graph, devices.CPU, threads=threads, name=graph)
     means: dict[str, list[npt.NDArray[np.float32]]] = {name: [] for name in values}
     kept: dict[str, list[npt.NDArray[np.float32]]] = {name: [] for name in values}
-    step = -(-tokens.size // _KEPT)
+    step = -(-tokens.size // SAMPLE)
     head = np.zeros((reference.config.n_embd, reference.config.n_embd), np.float32)
     for row in range(len(tokens)):
-        try:
-            found = network.run(list(values.values()), _feeds(reference.config, tokens[row : row + 1]))
-        except Exception as error:
-            raise providers.failure("ONNX Runtime failed", error) from error
-        for name, x in zip(values, found, strict=True):
-            flat = np.asarray(x)[0]
+        found = providers.run(network, list(values.values()), _feeds(reference.config, tokens[row : row + 1]))
+        for name, (flat,) in zip(values, found, strict=True):
             if name == _HEAD:
                 head += flat.T @ flat / np.float32(tokens.size)
             means[name].append(flat.mean(0))

@@ -250,7 +250,7 @@ def _write_graph(
     config, total, done = checkpoint.config, _weights_in(checkpoint), 0
     weight, inputs = centre(config, checkpoint.tensor, calibration.inputs if calibration else {})
     if precision.one_scale and inputs:
-        weight, _ = smooth(config, weight, inputs)
+        weight = smooth(config, weight, inputs)
 
     def tensor(name: str) -> npt.NDArray[np.float32]:
         nonlocal done

@@ -10,7 +10,7 @@ from ..models.config import GPT2Config
 from .quantize import damping
 
 # Inputs of a matrix that are kept as they are.
-_SAMPLE = 256
+SAMPLE = 256
 
 Tensor = Callable[[str], npt.NDArray[np.float32]]
 
@@ -54,7 +54,7 @@ class Moments:
         centred = inputs - mean
         covariance, cross = centred.T @ centred / count, centred.T @ (outputs - wanted) / count
         # An odd step meets all positions of texts whose length is a power of two.
-        return cls(mean, covariance, wanted, cross, inputs[:: -(-len(inputs) // _SAMPLE) | 1].copy())
+        return cls(mean, covariance, wanted, cross, inputs[:: -(-len(inputs) // SAMPLE) | 1].copy())
 
     def fitted(self, weight: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
         """The matrix [in, out] that comes closest to fp32's outputs, for these inputs.

@@ -170,7 +170,7 @@ class Graph:
         return product
 
     def part(self, wanted: Sequence[str], held: Collection[str]) -> bytes:
-        """A model of the nodes that make some values out of others, all float32 [batch, length, width], for a prompt."""
+        """A model of the nodes that make values, float32 [batch, length, width], out of others like that, for a prompt."""
         nodes: list[NodeProto] = []
         needed = set(wanted)
         for node in reversed(self.nodes):
@@ -190,7 +190,7 @@ class Graph:
                 for name in sorted({name for node in nodes for name in node.input} - made)
             ],
             [helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for name in wanted],
-            [self.weights.read(each) if each.external_data else each for each in initializers],
+            [self.weights.read(each) for each in initializers],
         )
         return bytes(as_model(proto).SerializeToString())
 

@@ -5,7 +5,6 @@ scale for a whole input then suits more of its channels. That is SmoothQuant (ht
 """
 
 from collections.abc import Mapping
-from dataclasses import replace
 from functools import cache
 
 import numpy as np
@@ -19,7 +18,7 @@ _STRENGTH = 0.6
 _LEAST_SHARE = np.float32(0.01)
 
 
-def smooth(config: GPT2Config, tensor: Tensor, inputs: Mapping[str, Inputs]) -> tuple[Tensor, dict[str, Inputs]]:
+def smooth(config: GPT2Config, tensor: Tensor, inputs: Mapping[str, Inputs]) -> Tensor:
     """The same network with smoother inputs, wherever a layer before the matrix can divide by the factors.
 
     That is so behind a norm, and behind the values that attention averages; not behind the activation function.
@@ -30,7 +29,7 @@ def smooth(config: GPT2Config, tensor: Tensor, inputs: Mapping[str, Inputs]) -> 
         inputs: from `calibrate.observe`.
 
     Returns:
-        The network's weights by name, and its matrices' inputs.
+        The network's weights by name.
     """
 
     @cache
@@ -60,7 +59,7 @@ def smooth(config: GPT2Config, tensor: Tensor, inputs: Mapping[str, Inputs]) -> 
                 return (array.T * factors(f"{layer}mlp.c_fc")).T
         return array
 
-    return smoothed, {name: _divided(each, factors(name)) for name, each in inputs.items()}
+    return smoothed
 
 
 def _factors(sample: npt.NDArray[np.float32], weight: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
@@ -74,9 +73,3 @@ def _factors(sample: npt.NDArray[np.float32], weight: npt.NDArray[np.float32]) -
     if usable.any():
         logarithm[usable] -= logarithm[usable].mean()
     return np.exp(logarithm)
-
-
-def _divided(inputs: Inputs, factors: npt.NDArray[np.float32] | float) -> Inputs:
-    if isinstance(factors, float):
-        return inputs
-    return replace(inputs, mean=inputs.mean / factors, sample=inputs.sample / factors)

@@ -6,7 +6,6 @@ import numpy as np
 import numpy.typing as npt
 import onnx
 from onnx import TensorProto, numpy_helper
-from onnx.external_data_helper import load_external_data_for_tensor
 
 from gpt2onnx.errors import BundleError
 
@@ -15,6 +14,7 @@ from ..models.precision import Blocks
 from ..models.shapes import weight_shapes
 from .quantize import QuantizedMatrix, dequantize
 from .rounding import InBlocks, OneScale, Rounding
+from .weights import loaded
 
 Matrix = npt.NDArray[np.float32]
 
@@ -89,12 +89,7 @@ class StoredWeights:
         return tensor
 
     def _read(self, name: str) -> npt.NDArray[np.generic]:
-        tensor = TensorProto()
-        tensor.CopyFrom(self._stored(name))
-        if tensor.data_location == TensorProto.EXTERNAL:
-            load_external_data_for_tensor(tensor, str((self._folder / GRAPH).parent))
-            tensor.data_location = TensorProto.DEFAULT
-        return numpy_helper.to_array(tensor)
+        return numpy_helper.to_array(loaded(self._stored(name), (self._folder / GRAPH).parent))
 
 
 def in_axis(name: str) -> int:

@@ -82,11 +82,8 @@ class Twins:
                 name: prompt[name] if name in prompt else np.ascontiguousarray(self._values[name][:, text])
                 for name in fed
             }
-            try:
-                outputs = network.run(wanted, feeds)
-            except Exception as error:
-                raise providers.failure("ONNX Runtime failed", error) from error
-            for name, output in zip(wanted, outputs, strict=True):
-                array = np.asarray(output)
-                found.setdefault(name, np.empty((2, texts, *array.shape[1:]), np.float32))[:, text] = array
+            for name, output in zip(wanted, providers.run(network, wanted, feeds), strict=True):
+                if name not in found:
+                    found[name] = np.empty((2, texts, *output.shape[1:]), np.float32)
+                found[name][:, text] = output
         self._values |= found

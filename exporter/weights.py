@@ -34,11 +34,23 @@ class WeightsFile:
         )
 
     def read(self, tensor: TensorProto) -> TensorProto:
-        """The same initializer with its bytes in it instead of a place in the file."""
+        """The same initializer with its bytes in it, if need be those that were written here."""
         self._file.flush()
-        read = TensorProto()
-        read.CopyFrom(tensor)
-        load_external_data_for_tensor(read, str(self._path.parent))
-        read.ClearField("external_data")
-        read.data_location = TensorProto.DEFAULT
-        return read
+        return loaded(tensor, self._path.parent)
+
+
+def loaded(tensor: TensorProto, folder: Path) -> TensorProto:
+    """The same initializer with its bytes in it instead of a place in a file, where it has one.
+
+    Args:
+        tensor: the initializer.
+        folder: that of the graph it is in.
+    """
+    if tensor.data_location != TensorProto.EXTERNAL:
+        return tensor
+    read = TensorProto()
+    read.CopyFrom(tensor)
+    load_external_data_for_tensor(read, str(folder))
+    read.ClearField("external_data")
+    read.data_location = TensorProto.DEFAULT
+    return read

@@ -1,7 +1,8 @@
 """The precisions: how many bits a weight has, how many share a scale, and what a network takes in each.
 
-Stored sizes follow the layout of exporter.quantize: matrices in blocks along their input (calibrated int8 has some
-with one scale an output instead), each block with a float16 scale; positions beside them in float16; and everything else (biases, norms) in floats.
+Stored sizes follow the layout of exporter.quantize: matrices in blocks along their input, each block with a float16
+scale (calibrated int8 has some with one scale an output instead); positions beside them in float16; and everything
+else (biases, norms) in floats.
 """
 
 import math

@@ -8,9 +8,12 @@ import io
 import logging
 import os
 import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from gpt2onnx.errors import BackendError, MissingExtraError
 
@@ -117,6 +120,20 @@ def why_not(provider: str) -> str | None:
         except Exception as error:  # noqa: BLE001  # of any kind: it is what was asked for
             return devices.said(one_line(error))
     return None if provider in session.get_providers() else devices.said(log())
+
+
+def run(
+    session: ort.InferenceSession, outputs: Sequence[str], inputs: Mapping[str, npt.NDArray[np.generic]]
+) -> list[npt.NDArray[Any]]:
+    """Some outputs of a graph for these inputs.
+
+    Raises:
+        BackendError: ONNX Runtime failed.
+    """
+    try:
+        return [np.asarray(each) for each in session.run(list(outputs), dict(inputs))]
+    except Exception as error:
+        raise failure("ONNX Runtime failed", error) from error
 
 
 def failure(what: str, error: Exception) -> BackendError:

@@ -172,12 +172,8 @@ class Session:
             for part, name in enumerate(contract.past_names(layer)):
                 inputs[name] = cache.data[layer, part, rows, :, :past]
             names += contract.present_names(layer)
-        try:
-            outputs = self._session.run(names, {name: inputs[name] for name in self._inputs})
-        except Exception as error:
-            raise providers.failure("ONNX Runtime failed", error) from error
         logits: npt.NDArray[np.float32]
-        logits, *present = (np.asarray(each) for each in outputs)
+        logits, *present = providers.run(self._session, names, {name: inputs[name] for name in self._inputs})
         for index, array in enumerate(present):
             layer, part = divmod(index, 2)
             for row, length in enumerate(lengths):

@@ -49,6 +49,16 @@ def warp(chain: Sequence[Warper], scores: Logits) -> Candidates:
     return candidates
 
 
+def _among_possible(warper: Warper) -> Warper:
+    """A warper that gets those with any chance only, and isn't asked where there are none."""
+
+    def among_possible(candidates: Candidates) -> Candidates:
+        candidates = candidates.possible()
+        return warper(candidates) if len(candidates.scores) else candidates
+
+    return among_possible
+
+
 def temperature(value: float) -> Warper:
     """Divides the scores (TemperatureLogitsWarper)."""
     divisor = np.float32(value)
@@ -73,11 +83,9 @@ def top_p(p: float, keep: int = 1) -> Warper:
     """Drops the least likely tokens whose probabilities together stay within 1 - p (TopPLogitsWarper)."""
     dropped_mass = np.float32(1 - p)
 
+    @_among_possible
     def warper(candidates: Candidates) -> Candidates:
-        candidates = candidates.possible()
         scores = candidates.scores
-        if not len(scores):
-            return candidates
         probabilities = softmax(scores)
         dropped, least = _reach(scores, probabilities, probabilities, np.less_equal, dropped_mass)
         least_left = min(keep, len(scores))
@@ -94,10 +102,8 @@ def min_p(p: float, keep: int = 1) -> Warper:
     """Drops tokens less likely than p times the likeliest (MinPLogitsWarper)."""
     share = np.float32(p)
 
+    @_among_possible
     def warper(candidates: Candidates) -> Candidates:
-        candidates = candidates.possible()
-        if not len(candidates.scores):
-            return candidates
         probabilities = softmax(candidates.scores)
         kept = np.flatnonzero(probabilities >= share * probabilities.max())
         if len(kept) < keep:
@@ -111,11 +117,9 @@ def typical_p(mass: float, keep: int = 1) -> Warper:
     """Keeps the tokens whose surprise is nearest to the entropy, up to a probability mass (TypicalLogitsWarper)."""
     limit = np.float32(mass)
 
+    @_among_possible
     def warper(candidates: Candidates) -> Candidates:
-        candidates = candidates.possible()
         scores = candidates.scores
-        if not len(scores):
-            return candidates
         logs = log_softmax(scores)
         entropy = -(logs * np.exp(logs)).sum()
         distance = np.abs(-logs - entropy)

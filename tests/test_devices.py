@@ -177,14 +177,12 @@ class FallenBack:
         self.asked: list[Sequence[str]] = []
         real = onnxruntime.InferenceSession
 
-        def create(
-            graph: object, options: object = None, *, providers: Sequence[str], enable_fallback: bool, **others: Any
-        ) -> object:
+        def create(graph: object, options: object = None, *, providers: Sequence[str], enable_fallback: bool) -> object:
             assert not enable_fallback
             self.asked.append(providers)
             if providers != [devices.CPU] and isinstance(graph, bytes):
                 os.write(2, self.LOG.encode())
-            return real(graph, options, providers=[devices.CPU], **others)
+            return real(graph, options, providers=[devices.CPU])
 
         monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: [devices.CUDA, devices.CPU])
         monkeypatch.setattr(onnxruntime, "InferenceSession", create)

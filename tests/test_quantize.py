@@ -22,7 +22,7 @@ from gpt2onnx.exporter import quality
 from gpt2onnx.exporter.calibrate import Calibration, observe, sample
 from gpt2onnx.exporter.checkpoint import Checkpoint
 from gpt2onnx.exporter.graph import build
-from gpt2onnx.exporter.inputs import Moments, centre
+from gpt2onnx.exporter.inputs import Moments, Tensor, centre
 from gpt2onnx.exporter.operators import Precision
 from gpt2onnx.exporter.quantize import QuantizedMatrix, dequantize, quantize
 from gpt2onnx.exporter.twins import Part, Twins
@@ -41,7 +41,7 @@ PRECISIONS: dict[str, dict[str, Any]] = {
     "int4 in blocks of 256": {"dtype": "int4", "block_size": 256, "calibrate": False},
 }
 # Of the embedded model: mean KL divergence from fp32 in nats per token, on texts of its own.
-LIMITS = {"int8": 0.001, "int4": 0.0075, "int4 pure": 0.025}
+LIMITS = {"int8": 0.001, "int4": 0.0065, "int4 pure": 0.022}
 # Logits of some tens, summed over matrices of some hundred columns in float32.
 EXACT_TOLERANCE = 2e-4
 # accuracy_level 4 lets MatMulNBits round its other operand, the activations, to 8 bits in each block: by up
@@ -141,6 +141,14 @@ def replace_graph(folder: Path, model: onnx.ModelProto) -> None:
     dataclasses.replace(bundle.Manifest.read(folder), files=bundle.describe_files(folder)).write(folder)
 
 
+def rebuild(folder: Path, checkpoint: Checkpoint, tensor: Tensor) -> None:
+    """Makes an fp32 bundle's network anew, of other weights."""
+    with (folder / bundle.WEIGHTS).open("wb") as file:
+        weights = WeightsFile(folder / bundle.WEIGHTS, file)
+        model = build(checkpoint.config, tensor, tied=True, precision=Precision(), weights=weights)
+    replace_graph(folder, model)
+
+
 @pytest.mark.parametrize("precision", PRECISIONS)
 @pytest.mark.parametrize("name", QUANTIZED)
 def test_logits_are_those_of_the_stored_weights(
@@ -214,7 +222,7 @@ def test_feedback_lowers_the_error_of_what_was_not_calibrated_with(bits: int, bl
 def test_feedback_without_correlations_is_rounding_to_nearest(bits: int) -> None:
     matrix = np.random.default_rng(0).standard_normal((7, 40)).astype(np.float32)
     plain, fed_back = quantize(matrix, bits, 16), quantize(matrix, bits, 16, np.diag(np.full(40, 3.0, np.float32)))
-    np.testing.assert_allclose(fed_back.scales, plain.scales, rtol=2**-11)  # as float16 has them
+    np.testing.assert_array_equal(fed_back.scales, plain.scales.astype(np.float16))  # in which they are stored
     # What lies halfway between two values may go either way, since scales are refitted after rounding.
     moved = np.abs(dequantize(fed_back) - matrix).sum() / np.abs(dequantize(plain) - matrix).sum()
     assert moved <= 1 + 1e-3
@@ -365,11 +373,8 @@ def test_centred_network_is_the_same_network(
 ) -> None:
     checkpoint = Checkpoint.open(str(tales_checkpoint))
     tensor, after = centre(checkpoint.config, checkpoint.tensor, observed.inputs)
-    folder = shutil.copytree(gpt2onnx.export(tales_checkpoint, tmp_path / "fp32").folder, tmp_path / "centred")
-    with (folder / bundle.WEIGHTS).open("wb") as file:
-        weights = WeightsFile(folder / bundle.WEIGHTS, file)
-        model = build(checkpoint.config, tensor, tied=True, precision=Precision(), weights=weights)
-    replace_graph(folder, model)
+    folder = gpt2onnx.export(tales_checkpoint, tmp_path / "centred").folder
+    rebuild(folder, checkpoint, tensor)
 
     session = Session(Bundle.open(folder), threads=1)
     tokens = random_tokens(checkpoint.config, 1)

@@ -10,19 +10,17 @@ import pytest
 from conftest import MakeCheckpoint, load_reference
 from onnx import TensorProto, helper
 from test_graph import TOKENS, assert_close, random_tokens, torch_logits
-from test_quantize import replace_graph
+from test_quantize import rebuild
 
 import gpt2onnx
+from gpt2onnx.exporter import calibrate
 from gpt2onnx.exporter import operators as operators_module
-from gpt2onnx.exporter.calibrate import observe
+from gpt2onnx.exporter.calibrate import Calibration, observe
 from gpt2onnx.exporter.checkpoint import Checkpoint
-from gpt2onnx.exporter.graph import build
-from gpt2onnx.exporter.inputs import Inputs
-from gpt2onnx.exporter.operators import Precision
+from gpt2onnx.exporter.inputs import Inputs, Tensor
 from gpt2onnx.exporter.parity import check
 from gpt2onnx.exporter.rounding import InBlocks, OneScale, choose
 from gpt2onnx.exporter.smoothing import smooth
-from gpt2onnx.exporter.weights import WeightsFile
 from gpt2onnx.models import bundle
 from gpt2onnx.models.bundle import Bundle
 from gpt2onnx.runtime import resources
@@ -91,16 +89,21 @@ def test_outliers_decide_about_the_operator() -> None:
     assert choose(np.zeros_like(usual), weight, BLOCK) == InBlocks(BLOCK)
 
 
+def divided(inputs: Inputs, checkpoint: Checkpoint, tensor: Tensor, layer: str) -> Inputs:
+    """A matrix' inputs divided by what smoothing multiplied it by, channel by channel."""
+    name = f"{layer}.weight"
+    factors = tensor(name)[:, 0] / checkpoint.tensor(name)[:, 0]
+    return Inputs(inputs.mean / factors, inputs.sample / factors)
+
+
 def test_smoothed_network_is_the_same_network(make_checkpoint: MakeCheckpoint, tmp_path: Path) -> None:
     source = make_checkpoint()
     folder = gpt2onnx.export(source, tmp_path / "fp32").folder
     inputs = observe(Bundle.open(folder), threads=1).inputs
     checkpoint = Checkpoint.open(str(source))
-    tensor, after = smooth(checkpoint.config, checkpoint.tensor, inputs)
-    with (folder / bundle.WEIGHTS).open("wb") as file:
-        weights = WeightsFile(folder / bundle.WEIGHTS, file)
-        model = build(checkpoint.config, tensor, tied=True, precision=Precision(), weights=weights)
-    replace_graph(folder, model)
+    tensor = smooth(checkpoint.config, checkpoint.tensor, inputs)
+    after = {name: divided(each, checkpoint, tensor, name) for name, each in inputs.items()}
+    rebuild(folder, checkpoint, tensor)
 
     session = Session(Bundle.open(folder), threads=1)
     tokens = random_tokens(checkpoint.config, 1)
@@ -120,8 +123,8 @@ def test_smoothing_evens_channels_out(make_checkpoint: MakeCheckpoint, tmp_path:
     sample = random.standard_normal((64, 32)).astype(np.float32)
     sample[:, 5] *= 100
     inputs = {"h.1.mlp.c_fc": Inputs(sample.mean(0), sample)}
-    _, after = smooth(checkpoint.config, checkpoint.tensor, inputs)
-    largest = np.abs(after["h.1.mlp.c_fc"].sample).max(0)
+    tensor = smooth(checkpoint.config, checkpoint.tensor, inputs)
+    largest = np.abs(divided(inputs["h.1.mlp.c_fc"], checkpoint, tensor, "h.1.mlp.c_fc").sample).max(0)
     assert largest.max() / np.median(largest) < 15
 
 
@@ -154,12 +157,60 @@ def test_exact_sums_where_the_processor_has_none(int8: Bundle, monkeypatch: pyte
     if resources.sums_of_byte_products_overflow():
         pytest.skip("this processor has no VNNI to compare with")
     tokens = random_tokens(int8.config, 1)
-    logits = []
+    logits, asked = [], []
+    real = onnxruntime.InferenceSession
+
+    def create(graph: object, options: onnxruntime.SessionOptions, **others: Any) -> object:
+        try:
+            asked.append(options.get_session_config_entry("session.x64quantprecision"))
+        except RuntimeError:  # not set
+            asked.append("")
+        return real(graph, options, **others)
+
+    monkeypatch.setattr(onnxruntime, "InferenceSession", create)
     for overflow in (False, True):
         monkeypatch.setattr(resources, "sums_of_byte_products_overflow", lambda overflow=overflow: overflow)
         session = Session(int8, threads=1)
         logits.append(session.forward(session.new_cache(1, TOKENS), slice(0, 1), tokens, keep=TOKENS).copy())
+    assert asked == ["", "1"]
     np.testing.assert_allclose(logits[1], logits[0], rtol=0, atol=1e-4)
+
+
+def test_norms_stay_apart_from_the_sums_before_them(int8: Bundle, tmp_path: Path) -> None:
+    options = onnxruntime.SessionOptions()
+    options.optimized_model_filepath = str(tmp_path / "optimised.onnx")
+    options.log_severity_level = 3  # it warns that the file is for this machine only
+    onnxruntime.InferenceSession(int8.folder / bundle.GRAPH, options, providers=["CPUExecutionProvider"])
+    graph = onnx.load(tmp_path / "optimised.onnx", load_external_data=False).graph
+    norms = [node.op_type for node in graph.node if "Normalization" in node.op_type]
+    assert norms == ["LayerNormalization"] * (2 * int8.config.n_layer + 1)
+
+
+@pytest.mark.parametrize(
+    ("options", "size", "texts"),
+    [
+        ({"dtype": "int8"}, 128, 16),
+        ({"dtype": "int4"}, 32, 32),
+        ({"dtype": "int4", "pure": True}, 64, 32),
+        ({"dtype": "int4", "pure": True, "block_size": 16}, 16, 32),
+    ],
+)
+def test_blocks_and_texts_are_those_of_the_documents(
+    options: dict[str, Any], size: int, texts: int, make_checkpoint: MakeCheckpoint, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    taken: dict[str, Any] = {}
+
+    def observed(*bundles: Bundle, **given: Any) -> Calibration:
+        taken.update(given)
+        return observe(*bundles, **given | {"texts": 1})
+
+    monkeypatch.setattr(calibrate, "observe", observed)
+    made = gpt2onnx.export(make_checkpoint(n_embd=128), tmp_path / "bundle", quality=False, **options)
+    assert (made.manifest.block_size, taken["texts"]) == (size, texts)
+    graph = onnx.load(made.folder / bundle.GRAPH, load_external_data=False).graph
+    sizes = [each.i for node in graph.node for each in node.attribute if each.name == "block_size"]
+    assert set(sizes) == {size} if options.get("pure") else size in sizes
 
 
 @pytest.mark.parametrize("function", ["relu", "relu2", "gelu_new"])
