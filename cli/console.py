@@ -2,6 +2,7 @@
 
 import signal
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -53,14 +54,16 @@ def progress_bar(label: str, unit: str | None = None, *, quiet: bool) -> Iterato
     if not is_chatty(quiet=quiet):
         yield None
         return
-    from rich.console import Console
-    from rich.progress import BarColumn, DownloadColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+    from tqdm import tqdm
 
-    amount = [DownloadColumn()] if unit is None else [MofNCompleteColumn(), TextColumn(unit)]
-    columns = (TextColumn("{task.description}"), BarColumn(), *amount, TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
-        task = progress.add_task(label, total=None)
-        yield lambda done, total: progress.update(task, completed=done, total=total)
+    unit_of_bar = "B" if unit is None else f" {unit}"
+    with tqdm(desc=label, unit=unit_of_bar, unit_scale=unit is None, leave=False, dynamic_ncols=True) as bar:
+
+        def move(done: int, total: int) -> None:
+            bar.total = total
+            bar.update(done - bar.n)
+
+        yield move
 
 
 @contextmanager
@@ -69,22 +72,16 @@ def line_progress(label: str, *, quiet: bool) -> Iterator[Callable[[int, int], N
     if not is_chatty(quiet=quiet):
         yield lambda lines, tokens: None
         return
-    from rich.console import Console
-    from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+    from tqdm import tqdm
 
-    columns = (
-        SpinnerColumn(),
-        TextColumn("{task.description}  {task.completed:,.0f} lines  {task.fields[rate]} tokens/s"),
-        TimeElapsedColumn(),
-    )
-    with Progress(*columns, console=Console(stderr=True)) as progress:
-        task = progress.add_task(label, total=None, rate="-")
-        total = 0
+    start, total = time.monotonic(), 0
+    with tqdm(desc=label, dynamic_ncols=True, bar_format="{desc}  {n_fmt} lines{postfix}  {elapsed}") as bar:
 
         def advance(lines: int, tokens: int) -> None:
             nonlocal total
             total += tokens
-            elapsed = progress.tasks[0].elapsed or 0
-            progress.update(task, advance=lines, rate=f"{total / elapsed:,.0f}" if elapsed else "-")
+            elapsed = time.monotonic() - start
+            bar.set_postfix_str(f"{total / elapsed:,.0f} tokens/s" if elapsed else "", refresh=False)
+            bar.update(lines)
 
         yield advance

@@ -504,7 +504,7 @@ def test_command_line(bundle: Path, archive: Path, tmp_path: Path, command_line:
 
 
 def test_needs_the_standard_library_alone(bundle: Path, tmp_path: Path) -> None:
-    absent = (*REFERENCES, *EXPORT_ONLY, "onnxruntime", "numpy", "tokenizers", "rich", "platformdirs")
+    absent = (*REFERENCES, *EXPORT_ONLY, "onnxruntime", "numpy", "tokenizers", "tqdm", "platformdirs")
     main = "from gpt2onnx.cli.main import main; main()"
     for command in (["pack", bundle, tmp_path / "x.tar.gz"], ["unpack", tmp_path / "x.tar.gz", tmp_path / "unpacked"]):
         status, _, err = run(main, *command, without=absent)

@@ -324,3 +324,40 @@ def test_verbose_logs_to_standard_error_only(tales_bundle: Path) -> None:
         out, _ = process.communicate(timeout=60)
     assert process.returncode == 0
     assert json.loads(out)["prompt"] == PROMPT
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no pseudo-terminals")
+@pytest.mark.parametrize("quiet", [False, True])
+def test_a_person_at_a_terminal_sees_progress(quiet: bool, tales_bundle: Path, tmp_path: Path) -> None:
+    """Bytes of an export and lines of a job on standard error, where that is a terminal; results stay without them."""
+    import fcntl
+    import pty
+    import struct
+    import termios
+
+    requests = tmp_path / "requests.jsonl"
+    requests.write_text('{"prompt": "Once"}\n' * 3)
+    commands = {
+        "B/s": ("export", "tales", tmp_path / "bundle", "--no-parity"),
+        "3 lines": ("generate", "-m", tales_bundle, "--input", requests, "--max-new-tokens", 2),
+    }
+    for expected, arguments in commands.items():
+        master, slave = pty.openpty()
+        fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 100, 0, 0))
+        process = subprocess.Popen(
+            [sys.executable, "-m", "gpt2onnx", *map(str, arguments), *(["-q"] if quiet else [])],
+            stdout=subprocess.PIPE, stderr=slave,
+        )  # fmt: skip
+        os.close(slave)
+        shown = b""
+        while True:
+            try:
+                shown += os.read(master, 4096)
+            except OSError:  # the other end is closed
+                break
+        out, _ = process.communicate(timeout=60)
+        os.close(master)
+        assert process.returncode == 0
+        assert (expected in shown.decode()) == (not quiet), shown.decode()
+        assert b"lines" not in out
+        assert b"B/s" not in out

@@ -72,7 +72,8 @@ class Environment:
     def site_size(self) -> int:
         """Bytes of everything that was installed, compiled modules too, without pip and setuptools."""
         (site,) = self.folder.glob("venv/lib/python*/site-packages")
-        parts = [part for part in site.iterdir() if part.name.split("-")[0] not in ("pip", "setuptools")]
+        installers = ("pip", "setuptools", "pkg_resources", "_distutils_hack")  # the last two are setuptools', too
+        parts = [part for part in site.iterdir() if part.name.split("-")[0] not in installers]
         return sum(path.stat().st_size for part in parts for path in [part, *part.rglob("*")] if path.is_file())
 
 
