@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from .twins import Twins
 
 _HEAD_SIZE_UNIT = 8  # GroupQueryAttention takes multiples only
+_LARGEST_PART = 40 << 20  # bytes of the output head that one operator multiplies with
+_ROWS_UNIT = 1024  # so many rows of the head fill whole pages, which can be mapped
 
 Tensor = Callable[[str], npt.NDArray[np.float32]]
 
@@ -132,14 +134,12 @@ def _attention_scale(config: GPT2Config, layer: int) -> float:
 
 
 def _embedding(graph: Graph, config: GPT2Config, tensor: Tensor, *, tied: bool) -> tuple[str, StoredMatrix | str]:
-    """The token embeddings of the input, and the output head: a stored float matrix's name, or a quantised matrix."""
+    """The token embeddings of the input, and the output head: the stored weight that it is, or a quantised matrix."""
     blocks = graph.precision.blocks("wte")
     if blocks is None:
         table = graph.vector("wte.weight", tensor("wte.weight"))
         embedded = graph.op("Gather", [table, contract.INPUT_IDS], "wte", axis=0)
-        if tied:
-            return embedded, graph.view("lm_head.weight", table, config.vocab_size, config.n_embd)
-        return embedded, graph.vector("lm_head.weight", tensor("lm_head.weight"))
+        return embedded, table if tied else graph.vector("lm_head.weight", tensor("lm_head.weight"))
     exact = tensor("wte.weight")
     head = graph.twins.head if graph.twins and tied else None
     quantized = quantize(exact, blocks.bits, blocks.size, None if head is None else of_both_uses(head))
@@ -165,7 +165,7 @@ def _head(graph: Graph, config: GPT2Config, x: str, head: StoredMatrix | str) ->
     if isinstance(head, str):
         # Gemm multiplies by the transposed table without copying it, but takes two dimensions only.
         rows = graph.reshape(x, "head.rows", -1, config.n_embd)
-        product = graph.op("Gemm", [rows, head], "head.product", transB=1)
+        product = _head_in_parts(graph, config, rows, head)
         batch = graph.op("Shape", [x], "head.batch", start=0, end=2)
         vocabulary = graph.constant("vocab_size", np.array([config.vocab_size], np.int64))
         shape = graph.op("Concat", [batch, vocabulary], "head.shape", axis=0)
@@ -174,6 +174,20 @@ def _head(graph: Graph, config: GPT2Config, x: str, head: StoredMatrix | str) ->
         graph.matmul_quantized(x, head, logits)
     if halves:
         graph.op("Cast", [logits], contract.LOGITS, to=TensorProto.FLOAT)
+
+
+def _head_in_parts(graph: Graph, config: GPT2Config, rows: str, head: str) -> str:
+    """Logits of rows [count, width]. While ONNX Runtime loads a weight it holds it twice, so a large head comes in parts."""
+    width = config.n_embd
+    row_bytes = width * np.dtype(graph.precision.floats).itemsize
+    parts = -(-config.vocab_size * row_bytes // _LARGEST_PART)
+    step = -(-config.vocab_size // (parts * _ROWS_UNIT)) * _ROWS_UNIT if parts > 1 else config.vocab_size
+    products = []
+    for part, first in enumerate(range(0, config.vocab_size, step)):
+        count = min(step, config.vocab_size - first)
+        weight = graph.view(f"head.weight.{part}", head, count, width, first=first * row_bytes)
+        products.append(graph.op("Gemm", [rows, weight], f"head.product.{part}", transB=1))
+    return products[0] if len(products) == 1 else graph.op("Concat", products, "head.product", axis=1)
 
 
 def _model(graph: Graph, config: GPT2Config) -> ModelProto:

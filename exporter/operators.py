@@ -100,17 +100,26 @@ class Graph:
         self.initializers.append(self.weights.append(name, array))
         return name
 
-    def view(self, name: str, weight: str, *shape: int) -> str:
+    def view(self, name: str, weight: str, *shape: int, first: int = 0) -> str:
         """The same bytes of the external data as another weight, under a name and a shape of its own.
 
         A weight that two operators use stays in memory for the one as it is, although the other packs a copy of it;
         and a Reshape of a weight is a copy of it. What two names read from the file is mapped once.
+
+        Args:
+            name: the view's.
+            weight: whose bytes it reads.
+            shape: its own, of no more bytes.
+            first: byte of the weight that it begins with.
         """
         (stored,) = (each for each in self.initializers if each.name == weight)
         again = TensorProto()
         again.CopyFrom(stored)
         again.name = name
         again.dims[:] = shape
+        place = {entry.key: entry for entry in again.external_data}
+        place["offset"].value = str(int(place["offset"].value) + first)
+        place["length"].value = str(int(place["length"].value) * math.prod(shape) // math.prod(stored.dims))
         self.initializers.append(again)
         return name
 

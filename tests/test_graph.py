@@ -13,6 +13,7 @@ from transformers.activations import ACT2CLS
 
 import gpt2onnx
 from gpt2onnx.errors import CheckpointError
+from gpt2onnx.exporter import graph
 from gpt2onnx.models import bundle
 from gpt2onnx.models.bundle import Bundle
 from gpt2onnx.models.config import ACTIVATIONS, GPT2Config
@@ -194,3 +195,30 @@ def test_general_names_of_config_fields(make_checkpoint: MakeCheckpoint, tmp_pat
     (checkpoint / "config.json").write_text(json.dumps(renamed))
     gpt2onnx.export(checkpoint, tmp_path / "bundle")
     assert_matches_pytorch(tmp_path / "bundle", checkpoint)
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "fp16"])
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_large_head_comes_in_parts(
+    dtype: str, tied: bool, make_checkpoint: MakeCheckpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each part begins with a page, where it can be mapped, and together they are the head."""
+    monkeypatch.setattr(graph, "_LARGEST_PART", 40_000)
+    checkpoint = make_checkpoint(vocab_size=5000, n_embd=8, n_head=1, tie_word_embeddings=tied, initializer_range=0.3)
+    folder = gpt2onnx.export(checkpoint, tmp_path / "bundle", dtype=dtype, parity=False, quality=False).folder
+    model = onnx.load(folder / bundle.GRAPH, load_external_data=False)
+    weights = {each.name: each for each in model.graph.initializer}
+    parts = [weights[node.input[1]] for node in model.graph.node if node.op_type == "Gemm"]
+    assert len(parts) == {"fp32": 3, "fp16": 2}[dtype], [list(part.dims) for part in parts]
+    assert sum(part.dims[0] for part in parts) == 5000
+    places = [
+        {entry.key: int(entry.value) for entry in part.external_data if entry.key != "location"} for part in parts
+    ]
+    assert all((place["offset"] - places[0]["offset"]) % 4096 == 0 for place in places)
+    if dtype == "fp32":
+        assert_matches_pytorch(folder, checkpoint)
+    else:
+        tokens = random_tokens(Bundle.open(folder).config, 1)
+        session = Session(Bundle.open(folder), threads=1)
+        logits = session.forward(session.new_cache(1, TOKENS), slice(0, 1), tokens, keep=TOKENS)
+        assert_close(logits, torch_logits(load_reference(checkpoint), tokens), dtype, tolerance=0.05)
