@@ -11,8 +11,9 @@ import click
 from gpt2onnx.errors import OutputError, PromptError
 
 from ..runtime import jobs
-from ..runtime.generator import Model, Request, Result
+from ..runtime.generator import Model
 from ..runtime.jsontext import to_line
+from ..runtime.results import Request, Result
 from . import console, energy_options, fleet_options
 from .generation_options import generation_options, token_ids
 from .model_options import device_options, load, model_option

@@ -28,9 +28,10 @@ from gpt2onnx.errors import Gpt2OnnxError
 
 from ..models.config import GPT2Config
 from ..models.shapes import weight_shapes
-from ..runtime.generator import Model, Request
+from ..runtime.generator import Model
 from ..runtime.logits import Tokens
 from ..runtime.options import GenerationConfig
+from ..runtime.results import Request
 from ..runtime.session import Session
 from .cases import MIN_POSITIONS, MIN_VOCAB_SIZE, Case, Suite, cases
 from .checkpoint import Checkpoint

@@ -19,8 +19,8 @@ if TYPE_CHECKING:
     from .loading import load as load
     from .runtime.energy import track_energy as track_energy  # pyright: ignore[reportMissingImports]
     from .runtime.generator import Model as Model  # pyright: ignore[reportMissingImports]
-    from .runtime.generator import Result as Result  # pyright: ignore[reportMissingImports]
     from .runtime.options import GenerationConfig as GenerationConfig  # pyright: ignore[reportMissingImports]
+    from .runtime.results import Result as Result  # pyright: ignore[reportMissingImports]
 
 # Started in a clone of the repository, Python finds this folder before the installed package, and the others beside it.
 _CLONE = os.path.dirname(__path__[0])  # noqa: PTH120  # pathlib takes longer to import than all of this
@@ -31,7 +31,7 @@ _HOME = {
     "export": "exporter.export",
     "load": "loading",
     "Model": "runtime.generator",
-    "Result": "runtime.generator",
+    "Result": "runtime.results",
     "GenerationConfig": "runtime.options",
     "track_energy": "runtime.energy",
 }

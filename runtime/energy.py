@@ -23,7 +23,8 @@ from .power import DEFAULT_SECONDS, MOST_SECONDS, PowerMeter, Reading
 from .providers import VERSION
 
 if TYPE_CHECKING:
-    from .generator import Model, Result
+    from .generator import Model
+    from .results import Result
 
 
 @dataclass(frozen=True, kw_only=True)

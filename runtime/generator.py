@@ -3,12 +3,10 @@
 Prompts are encoded and checked, decoded together by the loop, and their tokens turned back into text.
 """
 
-import math
-import time
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, cast
+from typing import Any, Literal, cast
 
 import numpy as np
 
@@ -18,130 +16,18 @@ from ..models.bundle import GENERATION_CONFIG, TOKENIZER, Bundle
 from ..models.config import read_json
 from ..models.messages import shown
 from .decode import Decoder
-from .jsontext import finite
+from .generation import Generation, PromptLogprobs
 from .logits import Tokens
 from .observer import OBSERVER, Observer
 from .options import SAMPLING_OPTIONS, GenerationConfig
-from .sampling import Logits, log_softmax
-from .search import Continuation, Search, Stop, TokenLogprobs, start, token_logprobs
+from .results import Outcome, Prompt, Request, Result, Score
+from .sampling import log_softmax
+from .search import Search, Stop, start
 from .session import Session
 from .tokenizer import Tokenizer, find_stop
 
-if TYPE_CHECKING:
-    from .energy import Energy
-
-# A text, or the ids of its tokens.
-Prompt = str | Sequence[int]
-
 _LETTERS_PER_TOKEN = 1000  # the longest of GPT-2's has 128
 _SCORED_AT_ONCE = 128  # positions whose logits are in memory together
-
-
-@dataclass(frozen=True)
-class Request:
-    """A prompt and how to continue it.
-
-    Attributes:
-        prompt: a text, or token ids.
-        options: how to continue it.
-        id: the caller's own; comes back with the result.
-        error: why it can't be carried out, where that is known already; becomes its outcome.
-        prompt_logprobs: also find out the log probability of each token of the prompt and of so many likeliest ones.
-    """
-
-    prompt: Prompt
-    options: GenerationConfig
-    id: Any = None
-    error: Gpt2OnnxError | None = None
-    prompt_logprobs: int | None = None
-
-
-@dataclass(frozen=True)
-class GeneratedSequence:
-    """One continuation.
-
-    Attributes:
-        text: of the new tokens, without special tokens, cut before a stop string.
-        token_ids: the new tokens, an end token included.
-        finish_reason: "stop" (end token or stop string), "length", or "context" (the window is full);
-            None where decoding was interrupted.
-        logprobs: of each new token, where they were asked for.
-    """
-
-    text: str
-    token_ids: list[int]
-    finish_reason: str | None
-    logprobs: list[TokenLogprobs] | None
-
-
-@dataclass(frozen=True)
-class Result:
-    """What became of one prompt.
-
-    Attributes:
-        prompt: its text.
-        prompt_ids: its tokens.
-        sequences: its continuations, best first where they are ranked.
-        seconds: from joining the batch to the last token.
-        energy: what it took, where that was measured; see `track_energy`.
-        prompt_logprobs: of each token of the prompt but the first, where they were asked for.
-    """
-
-    prompt: str
-    prompt_ids: list[int]
-    sequences: list[GeneratedSequence]
-    seconds: float
-    energy: "Energy | None" = None
-    prompt_logprobs: list[TokenLogprobs] | None = None
-
-    @property
-    def text(self) -> str:
-        """The first continuation's text."""
-        return self.sequences[0].text
-
-    @property
-    def usage(self) -> dict[str, int]:
-        """Tokens of the prompt and of all continuations."""
-        return {
-            "prompt_tokens": len(self.prompt_ids),
-            "completion_tokens": sum(len(sequence.token_ids) for sequence in self.sequences),
-        }
-
-    def to_dict(self) -> dict[str, Any]:
-        """The result as JSON holds it."""
-        return {
-            "prompt": self.prompt,
-            "prompt_ids": self.prompt_ids,
-            "sequences": [finite(asdict(sequence)) for sequence in self.sequences],
-            "usage": self.usage,
-            "seconds": round(self.seconds, 6),
-            "energy": None if self.energy is None else asdict(self.energy),
-        }
-
-
-Outcome = Result | Gpt2OnnxError
-
-
-@dataclass(frozen=True)
-class Score:
-    """How likely the model finds a text.
-
-    Attributes:
-        token_ids: its tokens.
-        logprobs: natural log probability of each token given those before it; without a prompt, of all but the first.
-    """
-
-    token_ids: list[int]
-    logprobs: list[float]
-
-    @property
-    def mean_logprob(self) -> float:
-        """In nats per token."""
-        return math.fsum(self.logprobs) / len(self.logprobs)
-
-    @property
-    def perplexity(self) -> float:
-        return math.exp(-self.mean_logprob)
 
 
 class Model:
@@ -295,7 +181,7 @@ class Model:
 
     def follow(
         self, requests: Iterable[Request | None], batch_size: int = 1, chunk: int | None = None
-    ) -> "Iterator[tuple[Request, Generation | Gpt2OnnxError]]":
+    ) -> Iterator[tuple[Request, Generation | Gpt2OnnxError]]:
         """As `complete`, but yields each request whenever it has got further, and it can be cancelled meanwhile.
 
         Args:
@@ -398,7 +284,7 @@ class Model:
         search = start(ids, options, self.config.n_positions, self._stop(options.stop_strings, len(ids)))
         self.session.check_room(search.rows, search.positions, self._decoder.held_bytes)
         if request.prompt_logprobs is not None:
-            search.reader = _PromptLogprobs(ids, request.prompt_logprobs)
+            search.reader = PromptLogprobs(ids, request.prompt_logprobs)
         return Generation(request, search, self.tokenizer)
 
     def check_options(self, options: GenerationConfig, prompt_length: int) -> None:
@@ -441,68 +327,6 @@ class Model:
             return find_stop(self.tokenizer.decode(tail.tolist()), strings) is not None
 
         return stop
-
-
-class Generation:
-    """A request under way; made by `Model.follow`.
-
-    Attributes:
-        request: what is carried out.
-        search: how far it has come.
-    """
-
-    def __init__(self, request: Request, search: Search, tokenizer: Tokenizer) -> None:
-        self.request, self.search = request, search
-        self._tokenizer = tokenizer
-        self._started = time.perf_counter()
-
-    @property
-    def done(self) -> bool:
-        return self.search.done
-
-    @property
-    def prompt_logprobs(self) -> list[TokenLogprobs] | None:
-        """Of each token of the prompt but the first, where they were asked for."""
-        reader = self.search.reader
-        return reader.logprobs if isinstance(reader, _PromptLogprobs) else None
-
-    def cancel(self) -> None:
-        """Ends it where it is, and frees its rows of the batch."""
-        self.search.cancel()
-
-    def continuations(self) -> list[Continuation]:
-        """What there is so far, prompt included, best first where they are ranked."""
-        return self.search.continuations()
-
-    def result(self) -> Result:
-        """The result as far as decoding has come."""
-        prompt, ids = self.request.prompt, self.search.prompt.tolist()
-        text = prompt if isinstance(prompt, str) else self._tokenizer.decode(ids)
-        seconds = time.perf_counter() - self._started
-        sequences = [self._sequence(continuation) for continuation in self.continuations()]
-        return Result(text, ids, sequences, seconds, prompt_logprobs=self.prompt_logprobs)
-
-    def _sequence(self, continuation: Continuation) -> GeneratedSequence:
-        options = self.request.options
-        new = continuation.tokens[len(self.search.prompt) :].tolist()
-        text = self._tokenizer.decode(new)
-        logprobs = None if options.logprobs is None else continuation.logprobs
-        return GeneratedSequence(
-            text[: find_stop(text, options.stop_strings)], new, continuation.finish_reason, logprobs
-        )
-
-
-class _PromptLogprobs:
-    """Reads the log probabilities of a prompt's tokens, and of so many likeliest ones in their places."""
-
-    def __init__(self, prompt: Tokens, count: int) -> None:
-        self._prompt, self._count = prompt, count
-        self.logprobs: list[TokenLogprobs] = []
-
-    def __call__(self, logits: Logits) -> None:
-        following = self._prompt[len(self.logprobs) + 1 :]  # nothing follows the last token
-        for token, scores in zip(following.tolist(), logits, strict=False):
-            self.logprobs.append(token_logprobs(token, scores, scores, self._count))
 
 
 class Stream(Iterator[str]):

@@ -11,9 +11,10 @@ from typing import Any
 
 from gpt2onnx.errors import Gpt2OnnxError, OptionError, PromptError
 
-from .generator import Model, Outcome, Request
+from .generator import Model
 from .observer import OBSERVER, Observer
 from .options import GenerationConfig
+from .results import Outcome, Request
 
 Record = dict[str, Any]
 

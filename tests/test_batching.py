@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 import gpt2onnx
 from gpt2onnx.runtime.cache import Cache, Copy
 from gpt2onnx.runtime.decode import Decoder
-from gpt2onnx.runtime.generator import Request
 from gpt2onnx.runtime.options import GenerationConfig
+from gpt2onnx.runtime.results import Request
 from gpt2onnx.runtime.search import Search, start
 
 VOCABULARY = 13

@@ -23,7 +23,7 @@ from gpt2onnx.errors import BackendError, OptionError
 from gpt2onnx.models.bundle import Bundle
 from gpt2onnx.runtime import devices, helper_graphs, providers
 from gpt2onnx.runtime.cache import Cache, Copy
-from gpt2onnx.runtime.generator import Request
+from gpt2onnx.runtime.results import Request
 from gpt2onnx.runtime.session import Session, device_storage
 
 BUILT_IN = ["AzureExecutionProvider", "CPUExecutionProvider"]

@@ -24,9 +24,9 @@ from gpt2onnx.cli import main as command_line
 from gpt2onnx.errors import OptionError
 from gpt2onnx.models.bundle import GENERATION_CONFIG, GRAPH, WEIGHTS, Manifest, describe_files
 from gpt2onnx.runtime import jobs
-from gpt2onnx.runtime.generator import Result
 from gpt2onnx.runtime.jsontext import to_line
 from gpt2onnx.runtime.options import GenerationConfig
+from gpt2onnx.runtime.results import Result
 
 OPTIONS = [field.name for field in dataclasses.fields(GenerationConfig)]
 CONTEXT, VOCABULARY = 64, 257
@@ -144,7 +144,7 @@ def test_contradictions_are_named(options: dict[str, Any], names: tuple[str, ...
 
 def test_beams_cannot_be_streamed(model: gpt2onnx.Model) -> None:
     with pytest.raises(OptionError, match="num_beams"):
-        model.open_stream(gpt2onnx.runtime.generator.Request("Once", model.options({"num_beams": 2})))
+        model.open_stream(gpt2onnx.runtime.results.Request("Once", model.options({"num_beams": 2})))
 
 
 LINES = st.one_of(

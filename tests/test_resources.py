@@ -17,7 +17,7 @@ from gpt2onnx.errors import BackendError, OptionError
 from gpt2onnx.models.bundle import Bundle, FileRecord
 from gpt2onnx.runtime import footprint, resources
 from gpt2onnx.runtime.cache import Cache
-from gpt2onnx.runtime.generator import Request
+from gpt2onnx.runtime.results import Request
 
 V2 = "40 30 0:35 / /sys/fs/cgroup rw,nosuid shared:9 - cgroup2 cgroup2 rw,nsdelegate\n"
 V1 = (

@@ -14,8 +14,9 @@ from test_batching import CONTEXT, REQUESTS, VOCABULARY, HashingNetwork, results
 import gpt2onnx
 from gpt2onnx.errors import OptionError
 from gpt2onnx.runtime.decode import Decoder
-from gpt2onnx.runtime.generator import Generation, Request
+from gpt2onnx.runtime.generation import Generation
 from gpt2onnx.runtime.options import GenerationConfig
+from gpt2onnx.runtime.results import Request
 from gpt2onnx.runtime.search import Search, start
 
 

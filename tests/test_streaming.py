@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 
 import gpt2onnx
 from gpt2onnx.errors import OptionError
-from gpt2onnx.runtime.generator import Request
+from gpt2onnx.runtime.results import Request
 from gpt2onnx.runtime.tokenizer import find_stop
 
 PROMPT = "Once upon a time"

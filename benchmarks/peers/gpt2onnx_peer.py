@@ -3,7 +3,7 @@
 from importlib.metadata import version
 
 import gpt2onnx
-from gpt2onnx.runtime.generator import Request
+from gpt2onnx.runtime.results import Request
 
 
 class Driver:

@@ -14,9 +14,10 @@ import numpy.typing as npt
 
 from gpt2onnx.errors import OptionError, PromptError
 
-from ..generator import Model, Prompt
+from ..generator import Model
 from ..logits import Tokens, process, processors
 from ..options import GenerationConfig
+from ..results import Prompt
 from ..sampling import Candidates, Generator, Logits, softmax
 from ..topk import largest
 from ..warpers import warp, warpers

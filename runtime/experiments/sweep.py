@@ -17,8 +17,9 @@ from gpt2onnx.errors import OptionError, OutputError
 
 from ..csvlog import to_csv
 from ..energy import EnergyTracker
-from ..generator import Model, Result
+from ..generator import Model
 from ..jsontext import to_line
+from ..results import Result
 from . import grid, report
 from .grid import Strategy
 from .metrics import distinct, repeated

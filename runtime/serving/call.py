@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING
 
 from gpt2onnx.errors import OptionError
 
-from ..generator import Request
 from ..options import GenerationConfig
+from ..results import Request
 from .answer import Answer, Record
 from .api_error import ApiError
 from .engine import Job, Piece

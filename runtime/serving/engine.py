@@ -12,7 +12,9 @@ from dataclasses import dataclass, field
 
 from gpt2onnx.errors import BackendError, Gpt2OnnxError
 
-from ..generator import Generation, Model, Request
+from ..generation import Generation
+from ..generator import Model
+from ..results import Request
 from ..search import TokenLogprobs
 from .metrics import Metrics
 from .power import Power
