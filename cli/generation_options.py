@@ -55,7 +55,7 @@ _OPTIONS: list[tuple[str, Any, str]] = [
     ("--num-return-sequences", int, "Continuations of each prompt."),
     ("--seed", int, "Seed of the random draws."),
     ("--eos-token-id", token_ids, "Token or tokens that end a sequence."),
-    ("--stop", str, "String that ends a sequence; may be given more than once."),
+    ("--stop", str, "String in the new text that ends a sequence; may be given more than once."),
     ("--logprobs", int, "With --json: log probability of each token and of the N likeliest."),
     ("--prompt-lookup", int, "Greatest length of drafts copied from earlier text and verified in one pass."),
 ]  # fmt: skip

@@ -3,19 +3,20 @@
 That needs no data: sampled from the network's own unaltered distribution, a text is what it would say.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
-from onnx import TensorProto, helper, load
+from onnx import ModelProto, TensorProto, helper, load
 
 from ..models import contract
 from ..models.bundle import GRAPH, Bundle
 from ..models.config import GPT2Config
 from ..runtime import devices, providers
 from ..runtime.session import Session
+from .gradients import Gradients
 from .inputs import SAMPLE, Inputs
 from .twins import Twins
 
@@ -45,17 +46,20 @@ class Calibration:
         tokens: the texts, int64 [texts, length].
         inputs: of each matrix of the blocks, by its layer's name; without those that overflow.
         head: second moment of the output head's inputs, float32 [in, in]; None where they overflow or are all zero.
+        gradients: second moments of the loss' gradients by outputs, float32 [out, out], by matrices' layers; of
+            those where they were asked for and matter.
         threads: of one operator.
     """
 
     tokens: npt.NDArray[np.int64]
     inputs: dict[str, Inputs]
     head: npt.NDArray[np.float32] | None
+    gradients: dict[str, npt.NDArray[np.float32]]
     threads: int
 
     def twins(self) -> Twins:
         """The network and its quantised twin, before the first operator."""
-        return Twins(self.tokens, self.head, threads=self.threads)
+        return Twins(self.tokens, self.head, self.gradients, threads=self.threads)
 
 
 def observe(
@@ -63,6 +67,7 @@ def observe(
     *,
     threads: int | None = None,
     texts: int = 32,
+    gradients: bool = True,
     progress: Callable[[float], None] = lambda share: None,
 ) -> Calibration:
     """Lets a network write, and looks at what reaches its matrices.
@@ -71,6 +76,7 @@ def observe(
         reference: its fp32 bundle; another graph is written beside that one.
         threads: of one operator.
         texts: how many.
+        gradients: also go back through the network from the loss.
         progress: called with the share that is done.
 
     Raises:
@@ -81,38 +87,49 @@ def observe(
     threads = session.threads
     del session
     progress(0.5)
-    graph, values = _with_inputs_as_outputs(reference.folder / GRAPH)
+    model = load(reference.folder / GRAPH, load_external_data=False)
+    values = _inputs_of_matrices(model)
+    loss = Gradients(model, (reference.folder / GRAPH).parent, reference.config, threads=threads) if gradients else None
+    wanted: list[str] = sorted({*values.values(), *(loss.values if loss else ())})
+    graph = _with_outputs(model, wanted, (reference.folder / GRAPH).with_name("inputs.onnx"))
     network = providers.open_graph(graph, devices.CPU, threads=threads, name=graph)
     means: dict[str, list[npt.NDArray[np.float32]]] = {name: [] for name in values}
     kept: dict[str, list[npt.NDArray[np.float32]]] = {name: [] for name in values}
     step = -(-tokens.size // SAMPLE)
     head = np.zeros((reference.config.n_embd, reference.config.n_embd), np.float32)
-    for row in range(len(tokens)):
-        found = providers.run(network, list(values.values()), _feeds(reference.config, tokens[row : row + 1]))
-        for name, (flat,) in zip(values, found, strict=True):
+    for row, text in enumerate(tokens):
+        outputs = providers.run(network, wanted, _feeds(reference.config, text[None]))
+        found = {name: flat for name, (flat,) in zip(wanted, outputs, strict=True)}
+        for name, value in values.items():
+            flat = found[value]
             if name == _HEAD:
                 head += flat.T @ flat / np.float32(tokens.size)
             means[name].append(flat.mean(0))
             # Each text from another position on, the first one from the very first.
             kept[name].append(flat[row * step // len(tokens) :: step].copy())
+        if loss is not None:
+            loss.add(text, found)
         progress(0.5 + 0.5 * (row + 1) / len(tokens))
     inputs = {name: Inputs(np.mean(means[name], axis=0), np.concatenate(kept[name])) for name in values}
     finite = {name: each for name, each in inputs.items() if np.isfinite(each.mean).all()}
     finite.pop(_HEAD, None)
     usable = bool(np.isfinite(head).all()) and np.trace(head) > 0
-    return Calibration(tokens, finite, head if usable else None, threads)
+    return Calibration(tokens, finite, head if usable else None, loss.moments() if loss else {}, threads)
 
 
-def _with_inputs_as_outputs(graph: Path) -> tuple[Path, dict[str, str]]:
-    """A copy of a graph that also gives the inputs of its matrices, and their names by the layers'."""
-    model = load(graph, load_external_data=False)
+def _inputs_of_matrices(model: ModelProto) -> dict[str, str]:
+    """The values of a graph that its matrices multiply, by the matrices' layers."""
     suffix = ".matmul"
     values = {node.name.removesuffix(suffix): node.input[0] for node in model.graph.node if node.name.endswith(suffix)}
     (values[_HEAD],) = (node.input[0] for node in model.graph.node if node.name == "kept")
-    model.graph.output.extend(helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for name in values.values())
-    target = graph.with_name("inputs.onnx")
+    return values
+
+
+def _with_outputs(model: ModelProto, values: Sequence[str], target: Path) -> Path:
+    """Writes a graph that gives more of its values, beside the external data that it refers to."""
+    model.graph.output.extend(helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for name in values)
     target.write_bytes(model.SerializeToString())
-    return target, values
+    return target
 
 
 def _feeds(config: GPT2Config, tokens: npt.NDArray[np.int64]) -> dict[str, npt.NDArray[np.generic]]:

@@ -17,6 +17,7 @@ SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt")
 _NAMES = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
 # How the names of what transformers' Trainer and accelerate leave beside the weights begin.
 _NO_WEIGHTS = ("training_args", "optimizer", "scheduler", "scaler", "rng_state", "random_states")
+_ADAPTER = "adapter_config.json"  # peft's
 _STATE_DICTS = ("model_state_dict", "state_dict", "model")
 
 
@@ -48,6 +49,10 @@ def open_weights(source: Path) -> SavedWeights:
 
 
 def _weights_of(folder: Path) -> Path:
+    if (folder / _ADAPTER).is_file():
+        raise CheckpointError(
+            f"{folder} holds an adapter ({_ADAPTER}), not a whole model: merge it with peft's merge_and_unload, and save that"
+        )
     for name in _NAMES:
         if (folder / name).is_file():
             return folder / name

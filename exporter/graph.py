@@ -65,11 +65,14 @@ def build(
     total_length = graph.op("Cast", [mask_width], "total_sequence_length", to=TensorProto.INT32)
 
     embedded, head = _embedding(graph, config, tensor, tied=tied)
+    positions = tensor("wpe.weight")
     # Where matrices are quantised, the digits that float16 lacks don't count.
-    store = graph.vector if precision.blocks("wte") is None else graph.halved
-    table = store("wpe.weight", tensor("wpe.weight"))
-    positions = graph.op("Gather", [table, contract.POSITION_IDS], "wpe", axis=0)
-    residual = graph.op("Add", [embedded, positions], "embedding")
+    if precision.blocks("wte") is None:
+        table = graph.vector("wpe.weight", positions)
+    else:
+        table = graph.halved("wpe.weight", positions, small=2**-12)
+    placed = graph.op("Gather", [table, contract.POSITION_IDS], "wpe", axis=0)
+    residual = graph.op("Add", [embedded, placed], "embedding")
 
     def norm_weights(name: str) -> tuple[str, str]:
         return (

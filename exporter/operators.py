@@ -135,11 +135,17 @@ class Graph:
             raise CheckpointError(f"{name} has numbers beyond float16's range: export in another precision")
         return self.weight(name, rounded)
 
-    def halved(self, name: str, array: npt.NDArray[np.float32]) -> str:
-        """A float32 weight kept as float16 where that has its digits; ONNX Runtime turns it back once, at loading."""
+    def halved(self, name: str, array: npt.NDArray[np.float32], *, small: float = 0.0) -> str:
+        """A float32 weight kept as float16 where that has its digits; ONNX Runtime turns it back once, at loading.
+
+        Args:
+            name: the weight's.
+            array: float32.
+            small: errors up to this share of the mean don't matter.
+        """
         with np.errstate(over="ignore"):
             half = array.astype(np.float16)
-        if not np.allclose(half, array, rtol=2**-10, atol=2**-12 * float(np.abs(array).mean())):
+        if not np.allclose(half, array, rtol=2**-10, atol=small * float(np.abs(array).mean())):
             return self.weight(name, array)
         return self.op("Cast", [self.weight(f"{name}.half", half)], name, to=TensorProto.FLOAT)
 
@@ -160,12 +166,14 @@ class Graph:
             product = self.op("MatMul", [x, self.vector(f"{name}.weight", weight)], f"{name}.matmul")
             return self.op("Add", [product, self.vector(f"{name}.bias", bias)], name)
         one_scale, covariance, fitted = None, None, weight
+        # With 8 bits errors are too small to matter together.
+        gradients = self.twins.gradients.get(name) if self.twins and blocks.bits < 8 else None
         seen = None if self.twins is None else self.twins.reach(self.part, x, beside, weight, bias)
         if seen is not None:
             fitted, covariance = seen.fitted(weight), seen.covariance
             rounding = choose(seen.sample, weight, blocks.size) if self.precision.one_scale else None
             one_scale = rounding if isinstance(rounding, OneScale) else None
-        matrix = quantize(fitted.T, blocks.bits, len(weight) if one_scale else blocks.size, covariance)
+        matrix = quantize(fitted.T, blocks.bits, len(weight) if one_scale else blocks.size, covariance, gradients)
         rounded = dequantize(matrix).T if self.twins else weight
         if seen is not None:
             bias = seen.bias(rounded)

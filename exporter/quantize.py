@@ -6,7 +6,9 @@ Layout: https://github.com/microsoft/onnxruntime/blob/main/docs/ContribOperators
 
 Where it is known what the matrix will be multiplied with, rounding minimises the error of its output instead of its
 own: along `in`, each weight also makes up for the errors of those before it. That is GPTQ
-(https://arxiv.org/abs/2210.17323) in the form of LDLQ (https://arxiv.org/abs/2307.13304, section 3).
+(https://arxiv.org/abs/2210.17323) in the form of LDLQ (https://arxiv.org/abs/2307.13304, section 3). Where it is known
+how much errors of the outputs matter together, later outputs make up for those of earlier ones, too: the same along
+`out`, as in YAQA (https://arxiv.org/abs/2505.22988).
 """
 
 from dataclasses import dataclass
@@ -22,10 +24,12 @@ _RANGE_SHARES = {8: (1.0, 128 / 127), 4: (0.65, 0.7, 0.75, 0.8, 0.85, 0.9, 0.95,
 _AT_ONCE = 1 << 16
 # With feedback so many rows at a time, which bounds the memory that their errors take.
 _ROWS_WITH_FEEDBACK = 4096
+# Rows that make up for others' errors are rounded in so many groups, one after another.
+_GROUPS = 16
 # Errors of earlier columns are added up for so many columns in one product of matrices.
 _COLUMNS_AT_ONCE = 64
-# Added to each input's variance, as a share of their mean.
-_DAMPING = 0.01
+# Added to the variance of each input, and to the mean square of the gradient by each output, as shares of their means.
+_DAMPING, _DAMPING_OF_GRADIENTS = 0.01, 0.2
 
 
 @dataclass(frozen=True)
@@ -52,6 +56,7 @@ def quantize(
     bits: int,
     block_size: int,
     covariance: npt.NDArray[np.float32] | None = None,
+    gradients: npt.NDArray[np.float32] | None = None,
 ) -> QuantizedMatrix:
     """Quantises a matrix [out, in] with the scales of least squared error among those tried.
 
@@ -60,23 +65,30 @@ def quantize(
         bits: 8 or 4.
         block_size: a power of two from 16, or `in` for one scale an output.
         covariance: of the matrix' inputs, float32 [in, in]; with it the variance of the output's error is minimised.
+        gradients: second moment of a loss' gradients by the outputs, float32 [out, out]; with it, and a covariance,
+            what that error e costs, e^T gradients e.
     """
     rows, width = matrix.shape
     blocks = -(-width // block_size)
     data = np.empty((rows, blocks, block_size * bits // 8), np.uint8)
     scales = np.empty((rows, blocks), np.float32)
-    feedback = None if covariance is None else _feedback(covariance)
+    feedback = None if covariance is None else _feedback(covariance, _DAMPING)
+    between = None if feedback is None or gradients is None else _BetweenRows(matrix, gradients)
+    order = np.arange(rows) if between is None else between.order
     step = max(1, _AT_ONCE // width) if feedback is None else _ROWS_WITH_FEEDBACK
+    step = step if between is None else -(-rows // _GROUPS)
     for start in range(0, rows, step):
-        part = matrix[start : start + step]
+        part = order[start : start + step]
         if feedback is None:
             padded = np.zeros((len(part), blocks * block_size), np.float32)
-            padded[:, :width] = part
-            values, part_scales = _fit(padded.reshape(len(part), blocks, block_size), bits)
+            padded[:, :width] = matrix[part]
+            values, scales[part] = _fit(padded.reshape(len(part), blocks, block_size), bits)
         else:
-            values, part_scales = _fit_with_feedback(part, bits, block_size, feedback)
-        data[start : start + len(part)] = _pack(values, bits)
-        scales[start : start + len(part)] = part_scales
+            wanted = matrix[part] if between is None else between.wanted(start, start + step)
+            values, scales[part] = _fit_with_feedback(wanted, bits, block_size, feedback)
+            if between is not None:
+                between.add(start, _multiplied(values, scales[part], width))
+        data[part] = _pack(values, bits)
     return QuantizedMatrix(data, scales, bits, block_size, width)
 
 
@@ -86,13 +98,12 @@ def dequantize(quantized: QuantizedMatrix) -> npt.NDArray[np.float32]:
     if quantized.bits == 4:
         data = np.stack([data & 15, data >> 4], axis=-1).reshape(*data.shape[:2], -1)
     values = data.astype(np.float32) - (1 << (quantized.bits - 1))
-    matrix = values * quantized.scales[..., None]
-    return matrix.reshape(len(matrix), -1)[:, : quantized.width]
+    return _multiplied(values, quantized.scales, quantized.width)
 
 
-def damping(covariance: npt.NDArray[np.float32]) -> float:
-    """What is added to the variance of each input: a sample never shows all that can come."""
-    return _DAMPING * (abs(float(np.trace(covariance, dtype=np.float64))) / len(covariance) or 1.0)
+def damping(covariance: npt.NDArray[np.float32], share: float = _DAMPING) -> float:
+    """What is added to each variance, as a share of their mean: a sample never shows all that can come."""
+    return share * (abs(float(np.trace(covariance, dtype=np.float64))) / len(covariance) or 1.0)
 
 
 def _fit(blocks: npt.NDArray[np.float32], bits: int) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:
@@ -118,17 +129,54 @@ def _fit(blocks: npt.NDArray[np.float32], bits: int) -> tuple[npt.NDArray[np.flo
     return best_values, best_scales
 
 
-def _feedback(covariance: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+class _BetweenRows:
+    """What rows of a matrix [out, in] are to make up for, of the errors of the rows before them.
+
+    Args:
+        matrix: float32 [out, in].
+        gradients: second moment of a loss' gradients by the outputs, float32 [out, out].
+    """
+
+    def __init__(self, matrix: npt.NDArray[np.float32], gradients: npt.NDArray[np.float32]) -> None:
+        # Neighbours, such as the rows of one head, depend on each other most: each is in another group.
+        self.order = np.concatenate([np.arange(first, len(matrix), _GROUPS) for first in range(_GROUPS)])
+        self._feedback = _feedback(gradients[np.ix_(self.order, self.order)], _DAMPING_OF_GRADIENTS)
+        self._matrix = matrix[self.order]
+        self._errors = np.empty_like(self._matrix)
+
+    def wanted(self, start: int, end: int) -> npt.NDArray[np.float32]:
+        """What some rows, in this order, are to be rounded to; those before them are known."""
+        # Within a group rows don't wait for each other, so what they owe is shared out among them at once.
+        own = self._feedback[start:end, start:end].T
+        owed = np.linalg.solve(own + np.eye(len(own)), self._feedback[:start, start:end].T).astype(np.float32)
+        wanted: npt.NDArray[np.float32] = self._matrix[start:end] + owed @ self._errors[:start]
+        return wanted
+
+    def add(self, start: int, found: npt.NDArray[np.float32]) -> None:
+        """Takes the rows from `start` on as they are after rounding."""
+        end = start + len(found)
+        self._errors[start:end] = self._matrix[start:end] - found
+
+
+def _multiplied(
+    values: npt.NDArray[np.float32], scales: npt.NDArray[np.float32], width: int
+) -> npt.NDArray[np.float32]:
+    """The matrix [rows, width] of signed values [rows, blocks, block_size] and scales."""
+    matrix: npt.NDArray[np.float32] = (values * scales[..., None]).reshape(len(values), -1)
+    return matrix[:, :width]
+
+
+def _feedback(covariance: npt.NDArray[np.float32], share: float) -> npt.NDArray[np.float32]:
     """How much of each weight's error [earlier weight, later weight] the later weight is to make up for.
 
     With covariance = (1 + U) D (1 + U)^T, U strictly upper triangular and D diagonal, the variance of the output's error
     is the sum over the columns of error (1 + U), squared, times D. Each of them is as small as rounding allows if
-    the weight takes the errors before it, times its column of U, on itself.
+    the weight takes the errors before it, times its column of U, on itself. `share` is that of the damping.
     """
     # The factor that NumPy gives is the lower one; both axes turned round make it the upper one. NumPy takes several
     # times as long where the axes are turned but their memory isn't.
     turned = covariance[::-1, ::-1].astype(np.float64, order="C")
-    added = damping(covariance)
+    added = damping(covariance, share)
     while True:
         turned[np.diag_indices_from(turned)] += added
         try:
@@ -144,7 +192,7 @@ def _fit_with_feedback(
 ) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:
     """As `_fit`, for a matrix [rows, in] that isn't padded yet."""
     rows, width = matrix.shape
-    low, high = -(1 << (bits - 1)), (1 << (bits - 1)) - 1
+    low, high = np.float32(-(1 << (bits - 1))), np.float32((1 << (bits - 1)) - 1)
     columns = np.ascontiguousarray(matrix.T)
     errors = np.empty_like(columns)
     values = np.zeros((-(-width // block_size) * block_size, rows), np.float32)
@@ -161,7 +209,8 @@ def _fit_with_feedback(
             targets = wanted[first - start : last - start] + feedback[start:first, first:last].T @ errors[start:first]
             for column in range(first, last):
                 target = targets[column - first] + feedback[first:column, column] @ errors[first:column]
-                values[column] = np.clip(np.rint(target / scale), low, high)
+                # For so few numbers np.clip would take several times as long.
+                values[column] = np.minimum(np.maximum(np.rint(target / scale), low), high)
                 errors[column] = columns[column] - values[column] * scale
         scales[:, start // block_size] = scale
     return values.T.reshape(rows, -1, block_size), scales

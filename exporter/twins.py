@@ -5,7 +5,7 @@ what the quantised ones before it let through (that inputs are rounded, too, is 
 makes of the texts there.
 """
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -25,15 +25,18 @@ class Twins:
     Args:
         tokens: the texts, int64 [texts, length].
         head: second moment of what reaches the output head in fp32, float32 [in, in]; None where it isn't known.
+        gradients: second moments of the loss' gradients by matrices' outputs, by their layers, as far as they are known.
         threads: of one operator.
     """
 
-    def __init__(self, tokens: npt.NDArray[np.int64], head: Array | None, *, threads: int) -> None:
-        self.head = head
+    def __init__(
+        self, tokens: npt.NDArray[np.int64], head: Array | None, gradients: Mapping[str, Array], *, threads: int
+    ) -> None:
+        self.head, self.gradients = head, gradients
         self._tokens, self._threads = tokens, threads
         # The graph's values there, float32 [2, texts, length, width]: the fp32 network's, then the other's.
         self._values: dict[str, Array] = {}
-        self._outputs: Array  # of the last matrix in fp32
+        self._outputs: Array  # of the last matrix, of either network as soon as it is known
 
     def look_up(self, name: str, exact: Array, rounded: Array) -> None:
         """Begins with the tokens' embeddings: the graph's value `name`, from either network's [vocabulary, width]."""
@@ -57,16 +60,18 @@ class Twins:
             self._run(part(wanted, self._values.keys()), wanted)
         self._values = {name: self._values[name] for name in (x, beside)}
         exact, ours = self._values[x]
+        self._outputs = np.empty((2, *self._tokens.shape, len(bias)), np.float32)
         with np.errstate(over="ignore", invalid="ignore"):
-            self._outputs = exact @ weight + bias
-            moments = Moments.of(ours.reshape(-1, len(weight)), self._outputs.reshape(-1, len(bias)))
+            outputs = _multiply(exact, weight, bias, self._outputs[0])
+            moments = Moments.of(ours.reshape(-1, len(weight)), outputs)
         return moments if np.isfinite(moments.covariance).all() and np.isfinite(moments.cross).all() else None
 
     def multiply(self, x: str, product: str, weight: Array, bias: Array) -> None:
         """Goes on to the matrix' output, the graph's value `product`, with the other network's weight and bias."""
         ours = self._values.pop(x)[1]
         with np.errstate(over="ignore", invalid="ignore"):
-            self._values[product] = np.stack([self._outputs, ours @ weight + bias])
+            _multiply(ours, weight, bias, self._outputs[1])
+        self._values[product] = self._outputs
 
     def _run(self, model: bytes, wanted: Sequence[str]) -> None:
         network = providers.open_graph(model, devices.CPU, threads=self._threads, name=wanted[0])
@@ -87,3 +92,11 @@ class Twins:
                     found[name] = np.empty((2, texts, *output.shape[1:]), np.float32)
                 found[name][:, text] = output
         self._values |= found
+
+
+def _multiply(x: Array, weight: Array, bias: Array, out: Array) -> Array:
+    """x @ weight + bias into `out`, and that without its first axes: [count, out]. Large arrays are slow to allocate."""
+    flat = out.reshape(-1, len(bias))
+    np.matmul(x.reshape(-1, len(weight)), weight, out=flat)
+    flat += bias
+    return flat

@@ -19,6 +19,7 @@ _BLOCK_SIZE_PURE = 64  # a fifth faster than 32, which is what `pure` is for
 # The runtime rounds a matrix' input to 8 bits, in blocks as long as the weights'. What leaves the activation function has
 # outliers, so its blocks are short.
 _BLOCK_SIZE_AFTER_ACTIVATION = 32
+_LAST_LAYERS = 3  # whose c_fc has 8 bits in int4
 _FLOAT_BYTES = {"fp32": 4, "fp16": 2, "int8": 4, "int4": 4}
 _MATRIX_BITS = {"int8": 8, "int4": 4}
 _HALF_BYTES = 2
@@ -65,7 +66,7 @@ def blocks(
     """How a matrix is quantised; None where it isn't.
 
     In int4 some matrices have 8 bits, since 4 would cost most there for what they save: the embedding with the
-    output head, the last block, and the output projection of every attention.
+    output head, the output projection of every attention, and the last three matrices before an activation function.
 
     Args:
         config: the network.
@@ -77,8 +78,8 @@ def blocks(
     bits = _MATRIX_BITS.get(dtype)
     if bits is None:
         return None
-    last_block = f"h.{config.n_layer - 1}."
-    if not pure and (name in _EMBEDDINGS or name.startswith(last_block) or name.endswith(".attn.c_proj")):
+    last = [f"h.{layer}.mlp.c_fc" for layer in range(config.n_layer)[-_LAST_LAYERS:]]
+    if not pure and (name in _EMBEDDINGS or name.endswith(".attn.c_proj") or name in last):
         bits = 8
     if pure:
         size = _BLOCK_SIZE_PURE

@@ -323,8 +323,10 @@ class Model:
         reach = max(len(string.encode("utf-8", "replace")) for string in strings)
 
         def stop(tokens: Tokens) -> bool:
-            tail = tokens[max(prompt_length, len(tokens) - reach) :]
-            return find_stop(self.tokenizer.decode(tail.tolist()), strings) is not None
+            tail = tokens[max(prompt_length, len(tokens) - reach) :].tolist()
+            # A special token may be the stop string, or stand in the middle of one.
+            texts = (self.tokenizer.decode(tail, skip_special_tokens=skip) for skip in (True, False))
+            return any(find_stop(text, strings) is not None for text in texts)
 
         return stop
 

@@ -66,7 +66,8 @@ class GenerationConfig:
         num_return_sequences: continuations of each prompt.
         seed: of the random draws, modulo 2**32; fresh ones where None.
         eos_token_id: token or tokens that end a sequence.
-        stop: string or strings that end a sequence; the text is cut before them.
+        stop: string or strings that end a sequence where its new tokens spell them, special tokens included; the text is
+            cut before them.
         logprobs: also return the log probability of each token and of so many likeliest ones.
         prompt_lookup: greatest length of drafts copied from earlier text and verified in one pass; 0 for none.
     """
@@ -114,9 +115,9 @@ class GenerationConfig:
             raise OptionError(f"do_sample must be true or false, not {shown(self.do_sample)}")
         if not isinstance(self.early_stopping, bool) and self.early_stopping != "never":
             raise OptionError(f"early_stopping must be true, false or 'never', not {shown(self.early_stopping)}")
-        # transformers takes -1 for an end token that never comes.
+        # transformers takes -1 for a token that never comes.
         self._token_ids("eos_token_id", self.eos_token_ids, least=-1)
-        self._token_ids("suppress_tokens", () if self.suppress_tokens is None else self.suppress_tokens)
+        self._token_ids("suppress_tokens", () if self.suppress_tokens is None else self.suppress_tokens, least=-1)
         self._check_bad_words()
         texts = isinstance(self.stop, Sequence) and all(isinstance(text, str) and text for text in self.stop)
         if not texts or self.stop == "":
@@ -169,6 +170,9 @@ class GenerationConfig:
     def from_file_content(cls, content: Mapping[str, Any]) -> "GenerationConfig":
         """The options of a generation_config.json; a warning is logged for what transformers would apply and this can't.
 
+        Without do_sample, options that only matter to sampling may be out of range, as in transformers: temperature 0, for
+        one, is how some files say greedy. They then count as not given.
+
         Raises:
             OptionError: a value is out of range.
         """
@@ -177,7 +181,20 @@ class GenerationConfig:
                 _log.warning("generation_config.json asks for %s, which gpt2onnx doesn't apply", name)
         known = {field.name for field in fields(cls)}
         given = {name: value for name, value in content.items() if name in known}
+        if not given.get("do_sample"):
+            given = {
+                name: value for name, value in given.items() if name not in SAMPLING_OPTIONS or cls._takes(name, value)
+            }
         return cls().merged({"stop": content.get("stop_strings")} | given)
+
+    @classmethod
+    def _takes(cls, name: str, value: Any) -> bool:
+        """Whether a value of an option is in range."""
+        try:
+            cls().merged({name: value})
+        except OptionError:
+            return False
+        return True
 
     def _has_no_default(self, name: str) -> bool:
         """Whether None stands for an option's absence."""

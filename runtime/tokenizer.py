@@ -88,10 +88,16 @@ class Tokenizer:
                 f" {vocab_size - 1}: export the bundle again"
             )
 
-    def encode(self, text: str) -> list[int]:
-        """The ids of a text; special tokens written in it count as such."""
+    def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
+        """The ids of a text; special tokens written in it count as such.
+
+        Args:
+            text: any.
+            add_special_tokens: with those that the tokenizer puts around a text.
+        """
         # Half of a surrogate pair can't be written in UTF-8; transformers' tokenizers refuse it, too.
-        return list(self._tokenizer.encode(text.encode("utf-8", "replace").decode("utf-8")).ids)
+        clean = text.encode("utf-8", "replace").decode("utf-8")
+        return list(self._tokenizer.encode(clean, add_special_tokens=add_special_tokens).ids)
 
     def encode_with_spans(self, text: str) -> Encoded:
         """As `encode`, and where in the text each token stands."""
@@ -124,9 +130,9 @@ class Tokenizer:
         except UnicodeDecodeError:
             return content
 
-    def decode(self, ids: Sequence[int]) -> str:
-        """The text of ids, without special tokens; bytes that make no whole character become U+FFFD."""
-        text = str(self._tokenizer.decode(list(ids), skip_special_tokens=True))
+    def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
+        """The text of ids, as a rule without special tokens; bytes that make no whole character become U+FFFD."""
+        text = str(self._tokenizer.decode(list(ids), skip_special_tokens=skip_special_tokens))
         return _clean_up(text) if self._cleans_up else text
 
     def stream(self, stop: Sequence[str] = ()) -> "TextStream":

@@ -11,6 +11,7 @@ import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -141,6 +142,12 @@ def make_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> MakeCheckpoint:
         return folder
 
     return make
+
+
+@pytest.fixture
+def one_scale_at_any_width(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lets int8 treat small networks as it treats wide ones, so that tests of that needn't be large."""
+    monkeypatch.setattr(import_module("gpt2onnx.exporter.export"), "_ONE_SCALE_WIDTH", 0)
 
 
 @pytest.fixture

@@ -106,7 +106,10 @@ def test_every_form_and_type_is_read(form: str, dtype: torch.dtype, folder: Path
 
 
 @pytest.mark.parametrize("form", SAVE)
-@pytest.mark.parametrize("prefix", ["transformer.", "", "_orig_mod.transformer.", "module.transformer."])
+@pytest.mark.parametrize(
+    "prefix",
+    ["transformer.", "", "_orig_mod.transformer.", "module.transformer.", "gpt2.", "base_model.model.transformer."],
+)
 def test_prefixes_and_old_mask_buffers_don_t_matter(form: str, prefix: str, folder: Path, state: State) -> None:
     renamed = {name.replace("transformer.", prefix): tensor for name, tensor in state.items()}
     for layer in range(2):
@@ -120,6 +123,12 @@ def test_safetensors_come_before_pickles(folder: Path, state: State) -> None:
     SAVE["safetensors"](state, folder)
     SAVE["pytorch"]({name: tensor + 1 for name, tensor in state.items()}, folder)
     assert_reads(Checkpoint.open(str(folder)), state)
+
+
+def test_an_adapter_is_no_model(folder: Path, state: State) -> None:
+    SAVE["safetensors"](state, folder)
+    (folder / "adapter_config.json").write_text('{"peft_type": "LORA"}')
+    assert "merge_and_unload" in refused(folder)
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "some.bin", "some.pt", "some.pth"])

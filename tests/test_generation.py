@@ -1,9 +1,13 @@
 """Whole generations against transformers.generate, token for token."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 from conftest import MakeCheckpoint, assert_same_tokens, load_reference, reference_tokens
+from tokenizers import Tokenizer
+from transformers import PreTrainedTokenizerFast
 
 import gpt2onnx
 from gpt2onnx.exporter.cases import Case, cases
@@ -179,3 +183,33 @@ def test_logprobs(pair) -> None:
         assert min(abs(one.processed_logprob - float(value)) for value in processed) < 2e-4
         assert [token for token, _ in one.top] == best.indices.tolist()
         np.testing.assert_allclose([value for _, value in one.top], best.values, atol=2e-4)
+
+
+def test_special_tokens_stop_as_in_transformers(make_checkpoint: MakeCheckpoint, tmp_path: Path) -> None:
+    """A stop string may be a special token, which no text shows, or hold one."""
+    folder = make_checkpoint(vocab_size=290, eos_token_id=None)
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    tokenizer.add_special_tokens([f"<{index}>" for index in range(290 - tokenizer.get_vocab_size())])
+    tokenizer.save(str(folder / "tokenizer.json"))
+    reference, its_tokenizer = load_reference(folder), PreTrainedTokenizerFast(tokenizer_object=tokenizer)
+    model = gpt2onnx.load(gpt2onnx.export(folder, tmp_path / "bundle").folder, threads=1)
+    met = 0
+    for prompt in ("a", "the", "Once", "xyz", "0"):
+        ids = model.generate(prompt, max_new_tokens=40).sequences[0].token_ids
+        special = next((index for index, token in enumerate(ids) if index and token > 256), None)
+        if special is None:
+            continue
+        met += 1
+        stop = tokenizer.decode(ids[special : special + 1], skip_special_tokens=False)
+        (expected,) = reference_tokens(
+            reference,
+            model.prompt_ids(prompt).tolist(),
+            max_new_tokens=40,
+            stop_strings=[stop],
+            tokenizer=its_tokenizer,
+        )
+        sequence = model.generate(prompt, max_new_tokens=40, stop=stop).sequences[0]
+        assert_same_tokens(sequence.token_ids, expected, stop)
+        assert (sequence.token_ids, sequence.finish_reason) == (ids[: special + 1], "stop")
+        assert stop not in sequence.text
+    assert met

@@ -15,7 +15,7 @@ from transformers import GPT2LMHeadModel, LogitsProcessorList
 
 import gpt2onnx
 from gpt2onnx.models.tales import FOLDER
-from gpt2onnx.runtime.experiments.next_token import choose, next_token, stages
+from gpt2onnx.runtime.experiments.next_token import choose, next_token, stages, token_of
 from gpt2onnx.runtime.options import GenerationConfig
 from gpt2onnx.runtime.tokenizer import Tokenizer
 
@@ -243,6 +243,19 @@ def test_a_bundle_s_own_options_hold(make_checkpoint: MakeCheckpoint, tmp_path: 
     assert [stage.name for stage in choice.stages] == ["logits", "penalties", "temperature", "top_k"]
     assert choice.options.temperature == 0.5
     assert np.count_nonzero(choice.probabilities) == 3
+
+
+def test_a_token_is_named_without_what_stands_around_a_text(make_checkpoint: MakeCheckpoint, tmp_path: Path) -> None:
+    folder = make_checkpoint()
+    tokenizer = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+    start = tokenizer.id_to_token(256)
+    tokenizer.post_processor = tokenizers.processors.TemplateProcessing(
+        single=f"{start} $A", special_tokens=[(start, 256)]
+    )
+    tokenizer.save(str(folder / "tokenizer.json"))
+    model = gpt2onnx.load(gpt2onnx.export(folder, tmp_path / "bundle").folder, threads=1)
+    assert len(model.prompt_ids("a")) == 2
+    assert [token_of(model, "a")] == tokenizer.encode("a", add_special_tokens=False).ids
 
 
 @pytest.mark.parametrize(

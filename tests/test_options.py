@@ -9,7 +9,7 @@ import transformers
 from conftest import MakeCheckpoint, assert_same_tokens, load_reference, reference_tokens
 
 import gpt2onnx
-from gpt2onnx.errors import OptionError
+from gpt2onnx.errors import CheckpointError, OptionError
 from gpt2onnx.runtime.options import GenerationConfig
 
 PROMPT = [40, 41, 42]
@@ -111,8 +111,12 @@ def test_merged_lengths() -> None:
         {"do_sample": True, "top_k": 3, "temperature": 1.5},
         {"do_sample": True, "top_k": 0, "top_p": 0.5, "min_p": 0.02},
         {"do_sample": False, "temperature": 0.3, "top_k": 2},
+        {"do_sample": False, "temperature": 0.0, "top_k": -1, "top_p": 0.5},
+        {"temperature": 0, "suppress_tokens": [-1, 70]},
+        {"bos_token_id": None, "eos_token_id": None},
         {"eos_token_id": [50, 60, 70, 80, 90], "repetition_penalty": 1.4},
         {"eos_token_id": -1},
+        {"eos_token_id": []},
         {"num_beams": 3, "length_penalty": 0.1, "early_stopping": True, "eos_token_id": list(range(0, 250, 5))},
         {"num_beams": None, "num_return_sequences": None, "min_length": None, "repetition_penalty": None},
         {"max_length": 14},
@@ -134,6 +138,35 @@ def test_generation_config_file_counts_as_in_transformers(
         result = model.generate(PROMPT, seed=seed, do_sample=do_sample, **length)
         (expected,) = reference_tokens(load_reference(folder), PROMPT, seed, **length)
         assert_same_tokens(result.sequences[0].token_ids, expected, content)
+
+
+@pytest.mark.parametrize(
+    ("content", "hint"),
+    [
+        ({"eos_token_id": "<|endoftext|>"}, "eos_token_id must hold token ids"),
+        ({"do_sample": True, "temperature": 0.0}, "temperature must be a number from 1e-30"),
+        ({"min_length": -1}, "min_length must be a whole number from 0"),
+    ],
+)
+def test_an_export_refuses_options_that_no_bundle_can_have(
+    content: dict[str, Any], hint: str, make_checkpoint: MakeCheckpoint, tmp_path: Path
+) -> None:
+    folder = make_checkpoint()
+    (folder / "generation_config.json").write_text(json.dumps(content))
+    with pytest.raises(CheckpointError, match=f"generation_config.json: {hint}"):
+        gpt2onnx.export(folder, tmp_path / "bundle")
+    assert not (tmp_path / "bundle").exists()
+
+
+def test_no_null_reaches_other_runtimes(make_checkpoint: MakeCheckpoint, tmp_path: Path) -> None:
+    """onnxruntime-genai reads numbers only, and needs an end token."""
+    folder = make_checkpoint()
+    for ends in (None, []):
+        content = {"bos_token_id": None, "eos_token_id": ends, "pad_token_id": None}
+        (folder / "generation_config.json").write_text(json.dumps(content))
+        bundle = gpt2onnx.export(folder, tmp_path / "bundle", force=True).folder
+        written = json.loads((bundle / "genai_config.json").read_text())["model"]
+        assert [written[f"{name}_token_id"] for name in ("bos", "eos", "pad")] == [256] * 3
 
 
 def test_sampling_options_turn_sampling_on(tales_model: gpt2onnx.Model) -> None:

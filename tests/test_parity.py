@@ -20,6 +20,7 @@ from gpt2onnx.exporter.checkpoint import Checkpoint
 from gpt2onnx.exporter.parity import check
 from gpt2onnx.models.bundle import GRAPH, Bundle, describe_files
 
+pytestmark = pytest.mark.usefixtures("one_scale_at_any_width")
 PRECISIONS: dict[str, dict[str, Any]] = {
     "fp32": {},
     "fp16": {"dtype": "fp16"},
@@ -52,6 +53,21 @@ def test_int8_bundle_of_tales_passes(tales_int8_bundle: Path) -> None:
     report = check(tales_int8_bundle, Checkpoint.open("tales"))
     assert report["passed"], json.dumps(report, indent=2)
     assert report["loss"]["max_abs"] > 1e-4, "int8 can't be this close: is it what was compared?"
+
+
+@pytest.mark.parametrize("precision", ["int8", "int4", "int4 pure"])
+def test_channels_that_are_nearly_dead_are_stored_as_well_as_others(
+    precision: str, make_checkpoint: MakeCheckpoint, tmp_path: Path
+) -> None:
+    """Scales of weights this small are beyond what float16 tells apart."""
+    folder = make_checkpoint(vocab_size=29)
+    weights = load_file(folder / "model.safetensors")
+    weights["transformer.h.0.mlp.c_fc.weight"][:, 3] *= 3e-3
+    weights["transformer.h.1.mlp.c_fc.weight"][:, 5] *= 1e-6
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    made = gpt2onnx.export(folder, tmp_path / "bundle", **PRECISIONS[precision])
+    report = check(made.folder, Checkpoint.open(str(folder)))
+    assert report["passed"], json.dumps(report, indent=2)
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)

@@ -1,5 +1,6 @@
 """How matrices' inputs are rounded, and which operator a matrix gets: against ONNX Runtime's operators and PyTorch."""
 
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from gpt2onnx.models.bundle import Bundle
 from gpt2onnx.runtime import resources
 from gpt2onnx.runtime.session import Session
 
+export_module = import_module("gpt2onnx.exporter.export")
 WIDTH, BLOCK = 256, 32
 LARGEST = np.int8(127)  # of 8-bit weights
 
@@ -130,7 +132,10 @@ def test_smoothing_evens_channels_out(make_checkpoint: MakeCheckpoint, tmp_path:
 
 @pytest.fixture(scope="module")
 def int8(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
-    return gpt2onnx.export("tales", tmp_path_factory.mktemp("int8") / "bundle", dtype="int8", quality=False)
+    """The embedded model as if it were wide enough for the operator."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(export_module, "_ONE_SCALE_WIDTH", 0)
+        return gpt2onnx.export("tales", tmp_path_factory.mktemp("int8") / "bundle", dtype="int8", quality=False)
 
 
 def operators(made: Bundle) -> list[str]:
@@ -144,6 +149,15 @@ def test_inputs_are_rounded_with_one_scale(int8: Bundle) -> None:
     assert head == "MatMulNBits"  # which shares its bytes with the embedding
 
 
+@pytest.mark.parametrize("width", [504, 512])
+def test_only_wide_networks_are_rounded_with_one_scale(
+    width: int, make_checkpoint: MakeCheckpoint, tmp_path: Path
+) -> None:
+    made = gpt2onnx.export(make_checkpoint(n_embd=width, n_layer=1), tmp_path / "bundle", dtype="int8", quality=False)
+    assert ("DynamicQuantizeMatMul" in operators(made)) == (width == 512)
+
+
+@pytest.mark.usefixtures("one_scale_at_any_width")
 @pytest.mark.parametrize(
     "options", [{"dtype": "int8", "block_size": 16}, {"dtype": "int8", "calibrate": False}, {"dtype": "int4"}]
 )
@@ -190,7 +204,7 @@ def test_norms_stay_apart_from_the_sums_before_them(int8: Bundle, tmp_path: Path
     ("options", "size", "texts"),
     [
         ({"dtype": "int8"}, 128, 16),
-        ({"dtype": "int4"}, 32, 32),
+        ({"dtype": "int4"}, 32, 64),
         ({"dtype": "int4", "pure": True}, 64, 32),
         ({"dtype": "int4", "pure": True, "block_size": 16}, 16, 32),
     ],
@@ -213,6 +227,7 @@ def test_blocks_and_texts_are_those_of_the_documents(
     assert set(sizes) == {size} if options.get("pure") else size in sizes
 
 
+@pytest.mark.usefixtures("one_scale_at_any_width")
 @pytest.mark.parametrize("function", ["relu", "relu2", "gelu_new"])
 def test_rows_are_scaled_where_some_are_large_or_all_zero(
     function: str, make_checkpoint: MakeCheckpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

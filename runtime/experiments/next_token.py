@@ -189,7 +189,7 @@ def token_of(model: Model, text: str) -> int:
     Raises:
         PromptError: it is several, or none.
     """
-    ids = model.tokenizer.encode(text)
+    ids = model.tokenizer.encode(text, add_special_tokens=False)
     if len(ids) == 1:
         return ids[0]
     pieces = " ".join(repr(model.tokenizer.piece(token)) for token in ids)
