@@ -149,8 +149,7 @@ class _BetweenRows:
         # Within a group rows don't wait for each other, so what they owe is shared out among them at once.
         own = self._feedback[start:end, start:end].T
         owed = np.linalg.solve(own + np.eye(len(own)), self._feedback[:start, start:end].T).astype(np.float32)
-        wanted: npt.NDArray[np.float32] = self._matrix[start:end] + owed @ self._errors[:start]
-        return wanted
+        return np.asarray(self._matrix[start:end] + owed @ self._errors[:start], np.float32)
 
     def add(self, start: int, found: npt.NDArray[np.float32]) -> None:
         """Takes the rows from `start` on as they are after rounding."""
