@@ -24,7 +24,7 @@ EXPORTS: dict[str, dict[str, Any]] = {
     "fp16": {"dtype": "fp16"},
     "int8": {"dtype": "int8"},
     "int8 in blocks of 32": {"dtype": "int8", "block_size": 32, "quality": False},
-    "int4": {"dtype": "int4"},
+    "int4": {"dtype": "int4", "calibrate": False},
     "int4, pure": {"dtype": "int4", "pure": True, "quality": False},
 }
 # Weights of other types and shapes, whose graphs have other operators than those of `tales`.

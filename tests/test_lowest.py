@@ -5,6 +5,7 @@ makes it. Where the variable isn't set, these tests are skipped.
 """
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -23,7 +24,6 @@ EXTRAS = ("cpu", "export", "energy", "sweep")
 # ONNX Runtime's kernels of low precision round in other ways in each of its versions, and so a near tie may
 # end otherwise. What holds is how well a bundle does.
 LOW_PRECISION = ("int8", "int4")
-CLOSE = 0.01
 LISTING = """
 import json
 from importlib.metadata import distributions
@@ -93,6 +93,10 @@ def test_same_quality(results: tuple[dict[str, Any], dict[str, Any]]) -> None:
     compared = [name for name in newest if name.startswith("quality")]
     assert len(compared) == 2
     for name in compared:
-        for figure in ("perplexity", "kl"):
-            difference = abs(lowest[name][figure] - newest[name][figure]) / newest[name]["perplexity"]
-            assert difference < CLOSE, f"{name}: {figure} {lowest[name][figure]:.4f}, {newest[name][figure]:.4f}"
+        old, new = lowest[name], newest[name]
+        # Where they are calibrated, each on texts of its own, they are rounded differently, and over so few tokens the rise
+        # of perplexity scatters by sqrt(2 KL / tokens); see docs/export.md.
+        scatter = math.sqrt(2 * (old["kl"] + new["kl"]) / new["tokens"])
+        difference = abs(math.log(old["perplexity"] / new["perplexity"]))
+        assert difference < 4 * scatter, f"{name}: perplexity {old['perplexity']:.4f}, {new['perplexity']:.4f}"
+        assert 2 / 3 < old["kl"] / new["kl"] < 3 / 2, f"{name}: KL {old['kl']:.5f}, {new['kl']:.5f}"

@@ -62,7 +62,7 @@ def test_defaults_are_those_of_transformers() -> None:
         {"eos_token_id": [1, None]},
         {"eos_token_id": 10**30},
         {"suppress_tokens": 5},
-        {"suppress_tokens": [-1]},
+        {"suppress_tokens": [-2]},
         {"suppress_tokens": {"a": 1}},
         {"bad_words_ids": []},
         {"bad_words_ids": [[]]},
