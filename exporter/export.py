@@ -328,9 +328,9 @@ def _generation_config(checkpoint: Checkpoint) -> dict[str, Any]:
 
 def _genai_config(config: GPT2Config, generation: dict[str, Any]) -> dict[str, Any]:
     """What onnxruntime-genai reads; see https://onnxruntime.ai/docs/genai/reference/config.html."""
-    # It can't do without an end token.
-    end = generation.get("eos_token_id") if generation.get("eos_token_id") != [] else None
-    end = config.vocab_size - 1 if end is None else end
+    end = generation.get("eos_token_id")
+    if end in (None, []):  # it can't do without one
+        end = config.vocab_size - 1
     first_end = end[0] if isinstance(end, list) else end
     return {
         "model": {

@@ -16,6 +16,7 @@ from onnx import ModelProto, TensorProto, helper, numpy_helper
 from ..models.config import GPT2Config
 from ..runtime import devices, providers
 from .operators import as_model
+from .weights import mapped
 
 Array = npt.NDArray[np.float32]
 _HEADS = ("lm_head.weight", "wte.weight")  # the latter where it is tied to the embedding
@@ -38,7 +39,7 @@ class Gradients:
     def __init__(self, model: ModelProto, folder: Path, config: GPT2Config, *, threads: int) -> None:
         self._config, self._tokens = config, 0
         self._weights = {
-            each.name: _mapped(each, folder) for each in model.graph.initializer if each.data_type == TensorProto.FLOAT
+            each.name: mapped(each, folder) for each in model.graph.initializer if each.data_type == TensorProto.FLOAT
         }
         nodes = {node.name: node for node in model.graph.node}
         self._attention_scales = [
@@ -188,11 +189,3 @@ class _Attention:
         by_query, by_key, by_value = providers.run(self._session, self._OUTPUTS, feeds)
         found = np.stack([by_query * np.float32(scale), by_key, by_value])
         return found.transpose(2, 0, 1, 3).reshape(length, -1)
-
-
-def _mapped(tensor: TensorProto, folder: Path) -> Array:
-    """A float32 initializer, mapped from the external data where it lies there."""
-    if tensor.data_location != TensorProto.EXTERNAL:
-        return numpy_helper.to_array(tensor)
-    place = {each.key: each.value for each in tensor.external_data}
-    return np.memmap(folder / place["location"], np.float32, "r", int(place["offset"]), tuple(tensor.dims))

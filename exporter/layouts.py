@@ -18,10 +18,10 @@ from gpt2onnx.errors import CheckpointError
 
 from .arrays import FLOATS, ConstantArray, StoredArray
 
-# Wrappers leave these before every name: torch.compile, DistributedDataParallel, Lightning, GPT2LMHeadModel.
-_PREFIX = re.compile(r"^(?:_orig_mod\.|module\.|model\.|transformer\.)+")
-# And a wrapper of somebody's own leaves the attribute that it keeps the network in.
-_OWN_PREFIX = re.compile(r"^(.*?)(?:transformer\.)?(?:wte|tok_emb)\.weight$")
+# Wrappers leave something before every name: torch.compile `_orig_mod.`, DistributedDataParallel `module.`, others the
+# attribute that they keep the network in. GPT2LMHeadModel does so, too, but not before its head.
+_TRANSFORMER = "transformer."
+_WRAPPERS = re.compile(rf"^(.*?)(?:{re.escape(_TRANSFORMER)})?(?:wte|tok_emb)\.weight$")
 _BLOCK = re.compile(r"^trf_blocks\.(\d{1,4})\.")
 _NANO_BLOCK = re.compile(r"^h\.(\d{1,4})\.")
 
@@ -106,8 +106,8 @@ def arrange(
     Raises:
         CheckpointError: the layout isn't known, or the architecture can't be.
     """
-    own = next((match[1] for name in arrays if (match := _OWN_PREFIX.match(name))), "")
-    named = {_PREFIX.sub("", name.removeprefix(own)): array for name, array in arrays.items()}
+    wrappers = next((match[1] for name in arrays if (match := _WRAPPERS.match(name))), "")
+    named = {name.removeprefix(wrappers).removeprefix(_TRANSFORMER): array for name, array in arrays.items()}
     if "tok_emb.weight" in named:
         return _Book(named, path).arrange(settings, config)
     if "wte.weight" not in named:

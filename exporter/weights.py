@@ -1,11 +1,11 @@
 """The external data file: weights one after another, each at an aligned offset."""
 
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
 import numpy.typing as npt
-from onnx import StringStringEntryProto, TensorProto, helper
+from onnx import StringStringEntryProto, TensorProto, helper, numpy_helper
 from onnx.external_data_helper import load_external_data_for_tensor
 
 # ONNX Runtime memory-maps each weight where it lies: large ones begin with a page, small ones with a cache line.
@@ -54,3 +54,17 @@ def loaded(tensor: TensorProto, folder: Path) -> TensorProto:
     read.ClearField("external_data")
     read.data_location = TensorProto.DEFAULT
     return read
+
+
+def mapped(tensor: TensorProto, folder: Path) -> npt.NDArray[Any]:
+    """The numbers of an initializer, mapped into memory where they lie in a file.
+
+    Args:
+        tensor: the initializer.
+        folder: that of the graph it is in.
+    """
+    if tensor.data_location != TensorProto.EXTERNAL:
+        return numpy_helper.to_array(tensor)
+    place = {each.key: each.value for each in tensor.external_data}
+    dtype = helper.tensor_dtype_to_np_dtype(tensor.data_type)
+    return np.memmap(folder / place["location"], dtype, "r", int(place["offset"]), tuple(tensor.dims))

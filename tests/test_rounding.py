@@ -10,6 +10,7 @@ import onnxruntime
 import pytest
 from conftest import MakeCheckpoint, load_reference
 from onnx import TensorProto, helper
+from safetensors.numpy import load_file
 from test_graph import TOKENS, assert_close, random_tokens, torch_logits
 from test_quantize import rebuild
 
@@ -225,6 +226,40 @@ def test_blocks_and_texts_are_those_of_the_documents(
     graph = onnx.load(made.folder / bundle.GRAPH, load_external_data=False).graph
     sizes = [each.i for node in graph.node for each in node.attribute if each.name == "block_size"]
     assert set(sizes) == {size} if options.get("pure") else size in sizes
+
+
+def test_large_networks_are_calibrated_on_fewer_texts(
+    make_checkpoint: MakeCheckpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    taken: list[int] = []
+
+    def observed(*bundles: Bundle, **given: Any) -> Calibration:
+        taken.append(given["texts"])
+        return observe(*bundles, **given | {"texts": 1})
+
+    monkeypatch.setattr(calibrate, "observe", observed)
+    source = make_checkpoint()
+    weights = sum(array.size for array in load_file(source / "model.safetensors").values())
+    for most in (weights, weights - 1):
+        monkeypatch.setattr(export_module, "_MANY_WEIGHTS", most)
+        gpt2onnx.export(source, tmp_path / "bundle", dtype="int4", quality=False, force=True)
+    assert taken == [64, 32]
+
+
+@pytest.mark.parametrize("pure", [False, True])
+def test_matrices_with_8_bits_in_int4_are_those_of_the_documents(
+    pure: bool, make_checkpoint: MakeCheckpoint, tmp_path: Path
+) -> None:
+    made = gpt2onnx.export(
+        make_checkpoint(n_layer=5), tmp_path / "bundle", dtype="int4", pure=pure, calibrate=False, quality=False
+    )
+    graph = onnx.load(made.folder / bundle.GRAPH, load_external_data=False).graph
+    bits = {node.name: each.i for node in graph.node for each in node.attribute if each.name == "bits"}
+    eight = {name for name, number in bits.items() if number == 8}
+    attention = {f"h.{layer}.attn.c_proj.matmul" for layer in range(5)}
+    expected = {"wte.gather", "logits", *attention, *(f"h.{layer}.mlp.c_fc.matmul" for layer in (2, 3, 4))}
+    assert eight == (set() if pure else expected)
+    assert len(bits) == 2 + 4 * 5
 
 
 @pytest.mark.usefixtures("one_scale_at_any_width")
