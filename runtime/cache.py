@@ -142,12 +142,13 @@ class Cache:
             check_room(new, self.positions, self.nbytes * new // self.rows)
         self._claimed = max(rows, self._claimed)
 
-    def advance(self, rows: slice, count: int) -> npt.NDArray[np.int64]:
-        """Takes the next `count` positions of each row into use and returns them, int64 [rows, count]."""
+    def advance(self, rows: slice, count: int, lengths: npt.NDArray[np.int64] | None = None) -> npt.NDArray[np.int64]:
+        """Takes the next `count` positions of each row, or so many of them, into use; returns all, int64 [rows, count]."""
         positions: npt.NDArray[np.int64] = self.lengths[rows, None] + np.arange(count)
-        for row, length in enumerate(self.lengths[rows].tolist(), rows.start):
-            self.mask[row, length : length + count] = 1
-        self.lengths[rows] += count
+        counts = [count] * len(positions) if lengths is None else lengths.tolist()
+        for row, (length, used) in enumerate(zip(self.lengths[rows].tolist(), counts, strict=True), rows.start):
+            self.mask[row, length : length + used] = 1
+        self.lengths[rows] += counts
         return positions
 
     def trim(self, row: int, length: int) -> None:

@@ -21,6 +21,8 @@ from .search import Search
 
 _POSITIONS_STEP = 64  # the cache grows by so many positions at a time
 _LEAST_PASS = 16  # tokens of a prompt: a pass over fewer takes about as long
+_FULL_PASS = 128  # tokens: a pass over more takes no less time for each
+_PADDING = 8  # tokens that take less time than a pass of its own for another prompt
 _MOST_READ = 128  # positions whose logits are in memory together, where all of them are wanted
 
 
@@ -29,7 +31,14 @@ class Network(Protocol):
 
     def new_cache(self, rows: int, positions: int) -> Cache: ...
 
-    def forward(self, cache: Cache, rows: slice, tokens: npt.NDArray[np.int64], keep: int = 1) -> Logits: ...
+    def forward(
+        self,
+        cache: Cache,
+        rows: slice,
+        tokens: npt.NDArray[np.int64],
+        keep: int = 1,
+        lengths: npt.NDArray[np.int64] | None = None,
+    ) -> Logits: ...
 
 
 @dataclass
@@ -53,20 +62,26 @@ class _Joining:
 class _Queue:
     """Searches that wait for room, and the one that is joining."""
 
-    waiting: Iterator[Search | None]
-    put_back: list[Search] = field(default_factory=list)
+    source: Iterator[Search | None]
+    waiting: list[Search] = field(default_factory=list)
     joining: _Joining | None = None
     open: bool = True
 
-    def next(self) -> Search | None:
-        """The next one; None where there is none now, or none any more."""
-        if self.put_back:
-            return self.put_back.pop()
-        try:
-            return next(self.waiting)
-        except StopIteration:
-            self.open = False
-            return None
+    def fill(self, count: int) -> bool:
+        """Lets so many wait, if there are as many; says whether the source has none just now."""
+        # Those that were cancelled before they began don't count.
+        self.waiting = [search for search in self.waiting if not search.done]
+        while self.open and len(self.waiting) < count:
+            try:
+                search = next(self.source)
+            except StopIteration:
+                self.open = False
+                break
+            if search is None:
+                return True
+            if not search.done:
+                self.waiting.append(search)
+        return False
 
 
 class Decoder:
@@ -121,7 +136,7 @@ class Decoder:
 
     def _run(self, queue: _Queue, batch_size: int, chunk: int | None) -> Iterator[Search | None]:
         active: list[_Running] = []
-        while queue.open or active:
+        while queue.open or queue.waiting or active:
             yield from self._admit(queue, active, batch_size, chunk)
             active = self._going_on(active)
             if not active:
@@ -140,29 +155,40 @@ class Decoder:
     ) -> Iterator[Search | None]:
         """Lets searches join while there is room, and adds them to the active ones."""
         left = chunk
-        while len(active) < batch_size and not (active and left is not None and left <= 0):
+        while len(active) < batch_size:
+            most = left if active else None
+            if most is not None and chunk is not None and most < min(chunk, _LEAST_PASS):
+                return
             if queue.joining is None:
-                search = queue.next()
-                if search is None:
-                    if queue.open:
-                        yield None
+                if queue.fill(batch_size - len(active)):
+                    yield None
+                if not queue.waiting:
                     if active or not queue.open:
                         return
                     continue
-                if search.done:  # cancelled before it began
-                    continue
+                searches = self._together(queue.waiting, most)
                 try:
-                    queue.joining = self._enter(search, batch_size)
+                    self._make_room(searches, queue.waiting, batch_size)
                 except OptionError:
                     # There is no memory for it beside the others: it waits for one of them to end.
                     if not active:
                         raise
-                    queue.put_back.append(search)
                     return
+                queue.waiting = [search for search in queue.waiting if search not in searches]
+                if len(searches) > 1:
+                    joined = self._join_together(searches)
+                    if left is not None:
+                        left -= len(searches) * max(len(search.prompt) for search in searches)
+                    active += joined
+                    for running in joined:
+                        yield running.search
+                    active[:] = self._going_on(active)
+                    continue
+                queue.joining = self._enter(searches[0])
             joining = queue.joining
             if not joining.search.done:  # otherwise it was cancelled on the way
                 begin = joining.length
-                logits = self._prefill(joining, left if active else None)
+                logits = self._prefill(joining, most)
                 if left is not None:
                     left -= max(joining.length - begin, _LEAST_PASS)
                 if joining.length < len(joining.search.prompt):
@@ -175,15 +201,57 @@ class Decoder:
 
     def _going_on(self, active: list[_Running]) -> list[_Running]:
         """Those that aren't done; the rows of others are freed, also where they were cancelled from outside."""
-        for running in active:
+        # From the last row on, so that none is moved to the place of another and freed there.
+        for running in sorted(active, key=lambda running: max(running.slots, default=-1), reverse=True):
             if running.search.done:
                 self._rearrange(running, [])
         return [running for running in active if not running.search.done]
 
-    def _enter(self, search: Search, batch_size: int) -> _Joining:
-        """Makes room for a search, and takes over what the cache holds of its prompt."""
+    def _together(self, waiting: list[Search], most: int | None) -> list[Search]:
+        """The first that waits, with others whose prompts pass through the network with its own in less time than alone.
+
+        Args:
+            waiting: at least one.
+            most: so many tokens at most; None for no limit.
+        """
+        most = _FULL_PASS if most is None else min(most, _FULL_PASS)
+        together: list[Search] = []
+        for search in sorted(waiting, key=lambda search: abs(len(search.prompt) - len(waiting[0].prompt))):
+            lengths = [len(each.prompt) for each in (*together, search)]
+            tokens = max(lengths) * len(lengths)
+            if tokens <= most and tokens - sum(lengths) <= _PADDING * len(together) and self._is_new(search, together):
+                together.append(search)
+            elif not together:
+                break
+        return together or waiting[:1]
+
+    def _is_new(self, search: Search, others: list[Search]) -> bool:
+        """Whether a search is of one row and begins as nothing that the cache holds or is about to hold."""
+        if search.rows > 1 or search.reader is not None:
+            return False
+        known = [*self._held, *(other.prompt for other in others)]
+        return all(common_prefix(search.prompt, held) < _LEAST_PASS for held in known)
+
+    def _join_together(self, searches: list[Search]) -> list[_Running]:
+        """Lets searches of one row begin on the first rows that are free, their prompts in one pass."""
         first = len(self._owners)
-        self._make_room(first + search.rows, search.positions, spare=max(0, batch_size - 1 - first))
+        lengths = np.array([len(search.prompt) for search in searches])
+        tokens = np.zeros((len(searches), lengths.max()), np.int64)
+        for row, search in enumerate(searches):
+            tokens[row, : lengths[row]] = self._held[first + row] = search.prompt
+            self._cache.trim(first + row, 0)
+        keep = int(lengths.max() - lengths.min()) + 1
+        rows = slice(first, first + len(searches))
+        logits = self._network.forward(self._cache, rows, tokens, keep, lengths)
+        joined = [_Running(search, [slot]) for slot, search in enumerate(searches, first)]
+        self._owners += joined
+        for row, running in enumerate(joined):
+            running.search.advance(logits[row, lengths[row] - lengths.max() - 1][None])
+        return joined
+
+    def _enter(self, search: Search) -> _Joining:
+        """Takes over what the cache holds of a search's prompt."""
+        first = len(self._owners)
         # The last token has to pass through the network in any case, for its logits; where all are wanted, every token.
         beginning = search.prompt[:-1] if search.reader is None else search.prompt[:0]
         shared = [common_prefix(beginning, held) for held in self._held]
@@ -231,7 +299,8 @@ class Decoder:
         logits = self._network.forward(self._cache, slice(0, len(self._owners)), tokens)[:, -1]
         parents = [running.search.advance(_rows(logits, running.slots)) for running in active]
         for running, rows in zip(active, parents, strict=True):
-            self._rearrange(running, [running.slots[row] for row in rows])
+            if not running.search.done:
+                self._rearrange(running, [running.slots[row] for row in rows])
 
     def _verify(self, running: _Running, draft: Tokens) -> None:
         """Runs the last token and a draft of what follows through the network, and keeps what the search would have chosen."""
@@ -279,17 +348,27 @@ class Decoder:
         for one, tokens in zip(copies, held, strict=True):
             self._held[one.target] = tokens
 
-    def _make_room(self, rows: int, positions: int, spare: int) -> None:
-        """For so many rows and positions, and `spare` rows that others may need soon."""
+    def _make_room(self, searches: list[Search], waiting: list[Search], batch_size: int) -> None:
+        """For searches that are to join, and in the same piece of memory for those that wait."""
+        rows = len(self._owners) + sum(search.rows for search in searches)
+        spare = max(0, batch_size - len(self._owners) - len(searches))
+        positions = max(search.positions for search in searches)
         if rows + spare <= self._cache.rows and positions <= self._cache.positions:
             self._cache.claim(rows)
             return
-        positions = -(-positions // _POSITIONS_STEP) * _POSITIONS_STEP
-        larger = self._network.new_cache(max(rows + spare, self._cache.rows), max(positions, self._cache.positions))
-        larger.claim(rows)
+        try:
+            larger = self._larger_cache(rows, spare, max(search.positions for search in waiting))
+        except OptionError:
+            larger = self._larger_cache(rows, spare, positions)
         larger.take_over(self._cache)
         self._cache = larger
         self._held += [np.zeros(0, np.int64)] * (larger.rows - len(self._held))
+
+    def _larger_cache(self, rows: int, spare: int, positions: int) -> Cache:
+        positions = -(-positions // _POSITIONS_STEP) * _POSITIONS_STEP
+        larger = self._network.new_cache(max(rows + spare, self._cache.rows), max(positions, self._cache.positions))
+        larger.claim(rows)
+        return larger
 
 
 def common_prefix(one: Tokens, other: Tokens) -> int:

@@ -117,15 +117,22 @@ class Session:
             ) from error
 
     def forward(
-        self, cache: Cache, rows: slice, tokens: npt.NDArray[np.int64], keep: int = 1
+        self,
+        cache: Cache,
+        rows: slice,
+        tokens: npt.NDArray[np.int64],
+        keep: int = 1,
+        lengths: npt.NDArray[np.int64] | None = None,
     ) -> npt.NDArray[np.float32]:
         """Runs the next tokens of each row through the network, and takes them into the cache.
 
         Args:
             cache: from `new_cache`.
-            rows: of the cache, one after another; only one where more than one token is given.
+            rows: of the cache, one after another; where they have a past, either one row or one token in each.
             tokens: int64 [rows, count].
             keep: of how many last positions the logits are wanted.
+            lengths: int64 [rows], how many of each row's tokens count, where the rows have no past; the others are
+                padding. All of them by default.
 
         Returns:
             Logits, float32 [rows, keep, vocabulary]; the array is overwritten by the next call of this shape.
@@ -134,9 +141,9 @@ class Session:
             BackendError: ONNX Runtime failed.
         """
         if not self._in_place:
-            return self._forward_copying(cache, rows, tokens, keep)
-        binding = self._binding(cache, rows, tokens.shape[1], keep)
-        positions = cache.advance(rows, tokens.shape[1])
+            return self._forward_copying(cache, rows, tokens, keep, lengths)
+        positions = cache.advance(rows, tokens.shape[1], lengths)
+        binding = self._binding(cache, rows, tokens.shape[1], keep, padded=lengths is not None)
         if self._memory is None:
             binding.input_ids[:] = tokens
             binding.position_ids[:] = positions
@@ -153,19 +160,24 @@ class Session:
         return _finite(binding.logits)
 
     def _forward_copying(
-        self, cache: Cache, rows: slice, tokens: npt.NDArray[np.int64], keep: int
+        self,
+        cache: Cache,
+        rows: slice,
+        tokens: npt.NDArray[np.int64],
+        keep: int,
+        lengths: npt.NDArray[np.int64] | None,
     ) -> npt.NDArray[np.float32]:
         """As `forward`, on a graph that returns keys and values in arrays of its own, past and new ones.
 
         It appends behind the longest row's past; what lies between a shorter row's past and that is masked.
         """
-        count, lengths = tokens.shape[1], cache.lengths[rows].copy()
-        past = int(lengths.max(initial=0))
+        count, pasts = tokens.shape[1], cache.lengths[rows].copy()
+        past = int(pasts.max(initial=0))
         ones = np.ones((len(tokens), count), np.int64)
         inputs = {
             contract.INPUT_IDS: tokens,
             contract.ATTENTION_MASK: np.concatenate([cache.mask[rows, :past], ones], axis=1),
-            contract.POSITION_IDS: cache.advance(rows, count),
+            contract.POSITION_IDS: cache.advance(rows, count, lengths),
         }
         names = [contract.LOGITS]
         for layer in range(self.config.n_layer):
@@ -176,20 +188,24 @@ class Session:
         logits, *present = providers.run(self._session, names, {name: inputs[name] for name in self._inputs})
         for index, array in enumerate(present):
             layer, part = divmod(index, 2)
-            for row, length in enumerate(lengths):
+            for row, length in enumerate(pasts):
                 cache.data[layer, part, rows.start + row, :, length : length + count] = array[row, :, past:]
         return _finite(logits[:, -keep:])
 
-    def _binding(self, cache: Cache, rows: slice, count: int, keep: int) -> _Binding:
+    def _binding(self, cache: Cache, rows: slice, count: int, keep: int, *, padded: bool) -> _Binding:
+        # GroupQueryAttention takes several tokens in several rows where the mask is as wide: then there is no past.
+        if padded:
+            return self._bind(cache, rows, count, keep, cache.mask[rows, :count].copy())
         key = (rows.start, rows.stop, count, keep, cache.storage.base)
         binding = cache.bindings.get(key)
         if binding is None:
-            binding = self._bind(cache, rows, count, keep)
+            # As wide as the cache: its ones say how far each row reaches, so it never has to grow.
+            binding = self._bind(cache, rows, count, keep, cache.mask[rows])
             if count <= _KEPT_SEQUENCE:
                 cache.bindings[key] = binding
         return binding
 
-    def _bind(self, cache: Cache, rows: slice, count: int, keep: int) -> _Binding:
+    def _bind(self, cache: Cache, rows: slice, count: int, keep: int, mask: npt.NDArray[np.int64]) -> _Binding:
         batch = rows.stop - rows.start
         input_ids = np.zeros((batch, count), np.int64)
         position_ids = np.zeros((batch, count), np.int64)
@@ -204,8 +220,7 @@ class Session:
 
         io.bind_ortvalue_input(contract.INPUT_IDS, value(input_ids))
         io.bind_ortvalue_input(contract.POSITION_IDS, value(position_ids))
-        # The mask is as wide as the cache: its ones say how far each row reaches, so it never has to grow.
-        io.bind_ortvalue_input(contract.ATTENTION_MASK, value(cache.mask[rows]))
+        io.bind_ortvalue_input(contract.ATTENTION_MASK, value(mask))
         io.bind_ortvalue_input(contract.LOGITS_TO_KEEP, value(np.array([keep], np.int64)))
         io.bind_ortvalue_output(contract.LOGITS, value(logits))
         shape = [batch, self.config.n_head, cache.positions, self.config.head_size]

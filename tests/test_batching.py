@@ -4,7 +4,8 @@ The keys in the fake cache are the very tokens, and each logit is a hash of all 
 reads a wrong, stale or moved position gets other tokens.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from itertools import groupby
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import gpt2onnx
+from gpt2onnx.errors import OptionError
 from gpt2onnx.runtime.cache import Cache, Copy
 from gpt2onnx.runtime.decode import Decoder
 from gpt2onnx.runtime.options import GenerationConfig
@@ -35,15 +37,18 @@ class HashingNetwork:
         cache.data[:] = -7.0  # what nobody should read
         return cache
 
-    def forward(self, cache: Cache, rows: slice, tokens: np.ndarray, keep: int = 1) -> np.ndarray:
+    def forward(
+        self, cache: Cache, rows: slice, tokens: np.ndarray, keep: int = 1, lengths: np.ndarray | None = None
+    ) -> np.ndarray:
         assert tokens.shape[0] == rows.stop - rows.start
-        assert tokens.shape[1] == 1 or tokens.shape[0] == 1
+        assert tokens.shape[1] == 1 or tokens.shape[0] == 1 or (lengths is not None and not cache.lengths[rows].any())
         self.passes.append(tokens.shape)
-        positions = cache.advance(rows, tokens.shape[1])
+        positions = cache.advance(rows, tokens.shape[1], lengths)
         logits = np.empty((*tokens.shape, VOCABULARY), np.float32)
         for index, row in enumerate(range(rows.start, rows.stop)):
             cache.data[0, 0, row, 0, positions[index], 0] = tokens[index]
-            assert cache.mask[row].sum() == cache.lengths[row] == positions[index, -1] + 1
+            used = positions[index, -1] + 1 if lengths is None else lengths[index]
+            assert cache.mask[row].sum() == cache.lengths[row] == used
             assert cache.mask[row, : cache.lengths[row]].all()
             for column, position in enumerate(positions[index]):
                 logits[index, column] = self.logits(cache.data[0, 0, row, 0, : position + 1, 0].astype(int).tolist())
@@ -159,10 +164,105 @@ def test_batch_stays_full() -> None:
 
 
 def test_shared_beginning_is_prefilled_once() -> None:
-    beginning = [1, 2, 3, 4, 5, 6]
+    beginning = [1, 2, 3, 4, 5, 6] * 3
     network = HashingNetwork()
     run(network, [([*beginning, last], {"max_new_tokens": 4}) for last in range(4)], 4)
-    assert [shape for shape in network.passes if shape[0] == 1] == [(1, 7), (1, 1), (1, 1), (1, 1)]
+    assert [shape for shape in network.passes if shape[0] == 1] == [(1, 19), (1, 1), (1, 1), (1, 1)]
+
+
+def prompts(*lengths: int) -> list[list[int]]:
+    """That begin with different tokens each."""
+    return [[first, *range(length - 1)] for first, length in enumerate(lengths)]
+
+
+@pytest.mark.parametrize(
+    ("lengths", "passes"),
+    [
+        # Each takes those along that are about as long, as far as 128 tokens go.
+        ([9, 30, 8, 7, 29], [(3, 9), (2, 30)]),
+        ([30, 30, 30, 30, 30], [(4, 30), (1, 30)]),
+        ([2, 30, 2], [(2, 2), (1, 30)]),
+        ([12, 16, 20, 24], [(4, 24)]),
+        ([12, 17, 22, 28], [(3, 22), (1, 28)]),
+        ([70, 70], [(1, 70), (1, 70)]),
+    ],
+)
+def test_short_prompts_of_about_one_length_are_read_together(
+    lengths: list[int], passes: list[tuple[int, int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("test_batching.VOCABULARY", 80)
+    network = HashingNetwork()
+    requests = [(prompt, {"max_new_tokens": 2}) for prompt in prompts(*lengths)]
+    searches = [start(np.array(prompt), GenerationConfig(**options), 100) for prompt, options in requests]
+    done = [search for search in Decoder(network).run(searches, 8) if search is not None and search.done]
+    assert network.passes == [*passes, (len(lengths), 1)]
+    assert len(done) == len(searches)
+    for (prompt, options), search in zip(requests, searches, strict=True):
+        alone = start(np.array(prompt), GenerationConfig(**options), 100)
+        list(Decoder(HashingNetwork()).run([alone]))
+        assert results([search]) == results([alone])
+
+
+def test_prompts_are_read_together_only_as_far_as_running_texts_can_wait() -> None:
+    """In parts of 20 tokens, while one runs; several sequences of a prompt are read by themselves."""
+    network = HashingNetwork()
+    running = start(np.array([12]), GenerationConfig(max_new_tokens=9), CONTEXT)
+    short = [start(np.array(each), GenerationConfig(max_new_tokens=1), CONTEXT) for each in prompts(9, 9, 9)]
+    three = GenerationConfig(max_new_tokens=1, do_sample=True, seed=1, num_return_sequences=3)
+    several = [start(np.array(each), three, CONTEXT) for each in ([5, 9, 9, 9], [6, 9, 9, 9])]
+
+    def arriving() -> Iterator[Search | None]:
+        yield running
+        yield None
+        yield None
+        yield from short
+        yield None
+        yield from several
+
+    for _ in Decoder(network).run(arriving(), 8, chunk=20):
+        pass
+    between = [list(group) for one, group in groupby(network.passes, lambda shape: shape == (1, 1)) if not one]
+    assert between == [[(2, 9)], [(1, 9)], [(1, 4)], [(1, 4)]]
+    assert all(search.done for search in (running, *short, *several))
+
+
+def test_memory_is_taken_once_for_all_that_wait() -> None:
+    """A longer text that waits has its room from the start; where that doesn't fit, the first one doesn't wait for it."""
+    made: list[tuple[int, int]] = []
+
+    class Recording(HashingNetwork):
+        def new_cache(self, rows: int, positions: int) -> Cache:
+            made.append((rows, positions))
+            if positions > most:
+                raise OptionError("no memory")
+            return super().new_cache(rows, positions)
+
+    requests = [([1], {"max_new_tokens": 3}), ([2], {"max_new_tokens": 100}), ([3], {"max_new_tokens": 3})]
+    most = 1000
+    expected = [start(np.array(prompt), GenerationConfig(**options), 200) for prompt, options in requests]
+    for _ in Decoder(Recording()).run(expected, 3):
+        pass
+    assert made[1:] == [(3, 128)]
+    made.clear()
+    most = 64
+    first = start(np.array([1, 2] * 40), GenerationConfig(max_new_tokens=40), 200)
+    second = start(np.array([1]), GenerationConfig(max_new_tokens=40), 200)
+    with pytest.raises(OptionError, match="no memory"):
+        for _ in Decoder(Recording()).run([second, first], 2):
+            pass
+    assert second.done
+    assert made[1:3] == [(2, 128), (2, 64)]
+
+
+def test_finished_rows_are_not_moved(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Texts that end together leave nothing to rearrange."""
+    copied: list[list[Copy]] = []
+    copy = Cache.copy
+    monkeypatch.setattr(
+        Cache, "copy", lambda cache, copies: [copied.append(copies) if copies else None, copy(cache, copies)]
+    )
+    run(HashingNetwork(), [([first, 1, 2], {"max_new_tokens": 5}) for first in range(5)], 5)
+    assert copied == []
 
 
 def test_session_prefills_only_what_is_new() -> None:
@@ -202,7 +302,18 @@ def test_cache_against_lists(data: st.DataObject) -> None:
     cache = Cache((2, 2, rows, 1, positions, 1))
     lists: list[list[int]] = [[] for _ in range(rows)]
     for _ in range(data.draw(st.integers(1, 15))):
-        match data.draw(st.sampled_from(["advance", "trim", "copy", "grow"])):
+        match data.draw(st.sampled_from(["pad", "advance", "trim", "copy", "grow"])):
+            case "pad":
+                empty = [row for row in range(rows) if not lists[row]]
+                if not empty:
+                    continue
+                row = empty[0]
+                count = data.draw(st.integers(2, 3))
+                length = data.draw(st.integers(1, count))
+                at = cache.advance(slice(row, row + 1), count, np.array([length]))
+                assert at.tolist() == [list(range(count))]
+                cache.data[:, :, row, 0, :count, 0] = 3
+                lists[row] = [3] * length
             case "advance":
                 first = data.draw(st.integers(0, rows - 1))
                 last = data.draw(st.integers(first + 1, rows))

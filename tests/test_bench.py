@@ -4,6 +4,7 @@ import json
 import sys
 from itertools import count
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -34,10 +35,12 @@ class CountingNetwork:
     def new_cache(self, rows: int, positions: int) -> Cache:
         return Cache((1, 2, rows, 1, positions, 1))
 
-    def forward(self, cache: Cache, rows: slice, tokens: np.ndarray, keep: int = 1) -> np.ndarray:
+    def forward(
+        self, cache: Cache, rows: slice, tokens: np.ndarray, keep: int = 1, lengths: np.ndarray | None = None
+    ) -> np.ndarray:
         self.passes.append(tokens.shape)
         self.now += PREFILL if tokens.shape[1] > 1 else STEP
-        cache.advance(rows, tokens.shape[1])
+        cache.advance(rows, tokens.shape[1], lengths)
         logits = np.zeros((len(tokens), keep, VOCABULARY), np.float32)
         logits[..., 0] = 1
         return logits
@@ -50,12 +53,15 @@ def counted(batch: int, length: int, new: int) -> tuple[CountingNetwork, Run]:
     return network, run
 
 
-@given(batch=st.integers(1, 5), length=st.integers(2, 20), new=st.integers(1, 20))
+@given(batch=st.integers(1, 5), length=st.one_of(st.integers(2, 20), st.integers(65, 80)), new=st.integers(1, 20))
 def test_every_token_is_counted_once_in_its_phase(batch: int, length: int, new: int) -> None:
+    """Short prompts pass through the network together, long ones one by one."""
     network, run = counted(batch, length, new)
-    assert network.passes == [(1, length)] * batch + [(batch, 1)] * (new - 1)
-    assert run.prefill_seconds == batch * PREFILL
-    assert run.first_token_seconds == [PREFILL * (row + 1) for row in range(batch)]
+    together = batch if length <= 20 else 1
+    passes = batch // together
+    assert network.passes == [(together, length)] * passes + [(batch, 1)] * (new - 1)
+    assert run.prefill_seconds == passes * PREFILL
+    assert run.first_token_seconds == [PREFILL * (row // together + 1) for row in range(batch)]
     assert run.decode_seconds == STEP * (new - 1)
     assert run.token_seconds == [STEP] * (batch * (new - 1))
 
@@ -110,11 +116,11 @@ def test_prompts_are_the_seed_s_and_end_tokens_end_nothing(
     prompts: list[list[int]] = []
     forward = model.session.forward
 
-    def counting(cache: Cache, rows: slice, tokens: np.ndarray, keep: int = 1) -> np.ndarray:
+    def counting(cache: Cache, rows: slice, tokens: np.ndarray, *more: Any) -> np.ndarray:
         shapes.append(tokens.shape)
         if len(prompts) < 1:
             prompts.append(tokens[0].tolist())
-        return forward(cache, rows, tokens, keep)
+        return forward(cache, rows, tokens, *more)
 
     monkeypatch.setattr(model.session, "forward", counting)
     benchmark(model, prompt_tokens=6, new_tokens=20, repetitions=1, seed=3)

@@ -21,9 +21,11 @@ class CountingNetwork:
     def new_cache(self, rows: int, positions: int) -> Cache:
         return Cache((1, 2, rows, 1, positions, 1))
 
-    def forward(self, cache: Cache, rows: slice, tokens: np.ndarray, keep: int = 1) -> np.ndarray:
+    def forward(
+        self, cache: Cache, rows: slice, tokens: np.ndarray, keep: int = 1, lengths: np.ndarray | None = None
+    ) -> np.ndarray:
         self.passes.append(tokens.shape)
-        cache.advance(rows, tokens.shape[1])
+        cache.advance(rows, tokens.shape[1], lengths)
         following = (tokens[:, -keep:] + 1) % VOCABULARY
         return 10 * np.eye(VOCABULARY, dtype=np.float32)[following]
 
@@ -62,10 +64,16 @@ def test_no_pass_after_the_context_is_full() -> None:
     assert (passes, new) == ([(1, CONTEXT - 2), (1, 1), (1, 1)], [2, 3, 4])
 
 
-def test_prompts_of_a_batch_are_prefilled_alone_and_stepped_together() -> None:
+def test_a_batch_costs_one_prefill_and_n_minus_1_steps() -> None:
     passes, new = decode([[1], [7, 6, 5]], batch_size=2, max_new_tokens=4)
     assert new == [[2, 3, 4, 5], [6, 7, 8, 9]]
-    assert passes == [(1, 1), (1, 3)] + [(2, 1)] * 3
+    assert passes == [(2, 3)] + [(2, 1)] * 3
+
+
+def test_prompts_of_unequal_lengths_are_prefilled_alone_and_stepped_together() -> None:
+    passes, new = decode([[1], [5] * 20], batch_size=2, max_new_tokens=4)
+    assert new == [[2, 3, 4, 5], [6, 7, 8, 9]]
+    assert passes == [(1, 1), (1, 20)] + [(2, 1)] * 3
 
 
 def test_a_shared_beginning_is_prefilled_once() -> None:
@@ -90,4 +98,4 @@ def test_every_row_of_a_batch_ends_by_itself() -> None:
     passes, new = decode([[1], [7], [3]], batch_size=2, max_new_tokens=20, eos_token_id=9)
     assert new == [[2, 3, 4, 5, 6, 7, 8, 9], [8, 9], [4, 5, 6, 7, 8, 9]]
     # The third prompt takes the second one's place after its 2 tokens, and both end 6 tokens later.
-    assert passes == [(1, 1)] * 2 + [(2, 1)] + [(1, 1)] + [(2, 1)] * 5 + [(1, 1)]
+    assert passes == [(2, 1)] * 2 + [(1, 1)] + [(2, 1)] * 5 + [(1, 1)]

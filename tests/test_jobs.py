@@ -87,7 +87,12 @@ def test_options_of_a_line(tales_model: gpt2onnx.Model) -> None:
     lines = [json.dumps({"prompt": "Once upon a time", "max_new_tokens": 12} | one) for one in requests]
     for request, record in zip(requests, run(tales_model, lines), strict=True):
         expected = tales_model.generate("Once upon a time", max_new_tokens=12, **{"do_sample": False} | request)
-        assert record["sequences"] == expected.to_dict()["sequences"], request
+        (sequence,), (alone,) = record["sequences"], expected.to_dict()["sequences"]
+        for one, other in zip(sequence.pop("logprobs") or [], alone.pop("logprobs") or [], strict=True):
+            assert one["token_id"] == other["token_id"]
+            assert one["logprob"] == pytest.approx(other["logprob"], abs=1e-4)
+            assert [token for token, _ in one["top"]] == [token for token, _ in other["top"]]
+        assert sequence == alone, request
         assert record["prompt_ids"] == expected.prompt_ids
         assert record["usage"] == expected.usage
 

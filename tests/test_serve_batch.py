@@ -82,10 +82,18 @@ def test_alone_it_is_read_at_once() -> None:
 
 def test_many_short_prompts_do_not_stall_either() -> None:
     network = HashingNetwork()
-    searches = [begin([index], {"max_new_tokens": 12}) for index in range(8)]
-    list(Decoder(network).run(searches, 8, chunk=32))
-    # A pass counts as 16 tokens at least.
-    assert network.passes[:9] == [(1, 1), (1, 1), (2, 1), (1, 1), (1, 1), (4, 1), (1, 1), (1, 1), (6, 1)]
+    one, *others = [begin([index] * 10, {"max_new_tokens": 12}) for index in range(8)]
+    list(Decoder(network).run([one, None, None, *others], 8, chunk=32))
+    assert network.passes[:7] == [(1, 10), (1, 1), (3, 10), (4, 1), (3, 10), (7, 1), (1, 10)]
+
+
+def test_passes_over_few_tokens_do_not_stall_either() -> None:
+    network = HashingNetwork()
+    beginning = [*range(10), *range(10)]
+    one, *others = [begin([*beginning, index], {"max_new_tokens": 12}) for index in range(8)]
+    list(Decoder(network).run([one, None, *others], 8, chunk=32))
+    # Each begins like the first, and is read from there; a pass counts as 16 tokens at least.
+    assert network.passes[:7] == [(1, 21), (1, 1), (1, 1), (1, 1), (3, 1), (1, 1), (1, 1)]
 
 
 def test_nothing_waits_is_not_the_end() -> None:
@@ -103,7 +111,7 @@ def test_nothing_waits_is_not_the_end() -> None:
     seen = list(Decoder(network).run(source(), 2))
     assert [search is None for search in seen].count(True) == 6
     assert network.passes == [(1, 1)] * 5
-    assert asked == [1, 2, 3, 3, 3, 3]
+    assert asked == [0, 1, 2, 3, 3, 3]
 
 
 @pytest.mark.parametrize("chunk", [None, 3])
