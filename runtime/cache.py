@@ -73,9 +73,18 @@ class HostStorage:
         self.base = int(self.data.ctypes.data)
 
     def copy(self, copies: Sequence[Copy]) -> None:
-        parts = [self.data[:, :, one.source, :, one.start : one.end].copy() for one in copies]
-        for one, part in zip(copies, parts, strict=True):
-            self.data[:, :, one.target, :, one.start : one.end] = part
+        pending = list(copies)
+        # What nobody reads any more can be written at once; rows that trade places have to be set aside.
+        while ready := [one for one in pending if one.target not in {other.source for other in pending}]:
+            for one in ready:
+                self._part(one.target, one)[:] = self._part(one.source, one)
+            pending = [one for one in pending if one not in ready]
+        parts = [self._part(one.source, one).copy() for one in pending]
+        for one, part in zip(pending, parts, strict=True):
+            self._part(one.target, one)[:] = part
+
+    def _part(self, row: int, copy: Copy) -> npt.NDArray[Any]:
+        return self.data[:, :, row, :, copy.start : copy.end]
 
     def take_over(self, smaller: "HostStorage", rows: int) -> None:
         positions = smaller.data.shape[4]

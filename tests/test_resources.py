@@ -268,10 +268,10 @@ def _with_weights(bundle: Bundle, size: int, **changes: object) -> Bundle:
 
 
 def test_threads_are_no_more_than_the_weights_are_worth(tales_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Eight megabytes of weights keep one core busy, whatever the machine has; more weights take more of them."""
+    """Four megabytes of weights keep one core busy, whatever the machine has; more weights take more of them."""
     bundle = Bundle.open(tales_bundle)
     monkeypatch.setattr(resources, "cores", lambda: resources.Cores(4, 4, None))
-    for size, threads in ((7_000_000, 1), (25_000_000, 3), (10**9, 4)):
+    for size, threads in ((5_000_000, 1), (7_000_000, 2), (12_000_000, 3), (10**9, 4)):
         assert footprint.threads(_with_weights(bundle, size)) == threads
     monkeypatch.setattr(resources, "cores", lambda: resources.Cores(4, 4, 1.5))
     assert footprint.threads(_with_weights(bundle, 10**9)) == 2
