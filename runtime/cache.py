@@ -153,11 +153,12 @@ class Cache:
 
     def advance(self, rows: slice, count: int, lengths: npt.NDArray[np.int64] | None = None) -> npt.NDArray[np.int64]:
         """Takes the next `count` positions of each row, or so many of them, into use; returns all, int64 [rows, count]."""
-        positions: npt.NDArray[np.int64] = self.lengths[rows, None] + np.arange(count)
-        counts = [count] * len(positions) if lengths is None else lengths.tolist()
-        for row, (length, used) in enumerate(zip(self.lengths[rows].tolist(), counts, strict=True), rows.start):
-            self.mask[row, length : length + used] = 1
-        self.lengths[rows] += counts
+        begins = self.lengths[rows]
+        ends = begins + (count if lengths is None else lengths)
+        positions: npt.NDArray[np.int64] = begins[:, None] + np.arange(count) if count > 1 else begins[:, None].copy()
+        for row, (begin, end) in enumerate(zip(begins.tolist(), ends.tolist(), strict=True), rows.start):
+            self.mask[row, begin:end] = 1
+        self.lengths[rows] = ends
         return positions
 
     def trim(self, row: int, length: int) -> None:

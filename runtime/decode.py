@@ -201,10 +201,12 @@ class Decoder:
 
     def _going_on(self, active: list[_Running]) -> list[_Running]:
         """Those that aren't done; the rows of others are freed, also where they were cancelled from outside."""
+        done = [running for running in active if running.search.done]
+        if not done:
+            return active
         # From the last row on, so that none is moved to the place of another and freed there.
-        for running in sorted(active, key=lambda running: max(running.slots, default=-1), reverse=True):
-            if running.search.done:
-                self._rearrange(running, [])
+        for running in sorted(done, key=lambda running: max(running.slots, default=-1), reverse=True):
+            self._rearrange(running, [])
         return [running for running in active if not running.search.done]
 
     def _together(self, waiting: list[Search], most: int | None) -> list[Search]:

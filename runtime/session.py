@@ -312,7 +312,10 @@ def _load_on(provider: str, bundle: Bundle, threads: int) -> ort.InferenceSessio
 
 def _finite(logits: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
     """The logits, which no search could choose from if they were no numbers."""
-    if not np.isfinite(logits.max()):
+    # NaN counts as the largest, too. After a pass no code is in the processor's caches any more, so that each function of
+    # NumPy takes long the first time: greedy search goes on with this one.
+    flat = logits.reshape(-1)
+    if not math.isfinite(flat[flat.argmax()]):
         raise BackendError(
             "the network's output is not a number: its weights are damaged, or too large for its precision"
             " ('gpt2onnx verify' tells the former, an export in fp32 helps with the latter)"

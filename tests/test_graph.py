@@ -99,6 +99,16 @@ def assert_matches_pytorch(folder: Path, checkpoint: Path) -> None:
         step = session.forward(cache, slice(0, 2), tokens[[0, 1], columns][:, None])
         assert_close(step[:, 0], expected[[0, 1], columns], f"ragged step {index}")
 
+    # Two prompts of unequal length in one pass, not on the first row, and the token that follows each.
+    cache = session.new_cache(3, TOKENS + 3)
+    lengths = np.array([TOKENS - 4, TOKENS - 1])
+    padded = tokens[:, : TOKENS - 1].copy()
+    padded[0, lengths[0] :] = 0
+    together = session.forward(cache, slice(1, 3), padded, keep=4, lengths=lengths)
+    assert_close(together[[0, 1], [0, 3]], expected[[0, 1], lengths - 1], "prompts together")
+    step = session.forward(cache, slice(1, 3), tokens[[0, 1], lengths][:, None])
+    assert_close(step[:, 0], expected[[0, 1], lengths], "step after prompts together")
+
     # Several tokens on top of a past.
     cache = session.new_cache(1, TOKENS + 3)
     session.forward(cache, slice(0, 1), tokens[:1, :4])
