@@ -67,11 +67,13 @@ class _Queue:
     joining: _Joining | None = None
     open: bool = True
 
-    def fill(self, count: int) -> bool:
-        """Lets so many wait, if there are as many; says whether the source has none just now."""
+    def fill(self, count: int, tokens: int | None) -> bool:
+        """Lets so many wait, or prompts of so many tokens, if there are as many; says whether the source has none just now."""
         # Those that were cancelled before they began don't count.
         self.waiting = [search for search in self.waiting if not search.done]
         while self.open and len(self.waiting) < count:
+            if self.waiting and tokens is not None and sum(len(each.prompt) for each in self.waiting) >= tokens:
+                break
             try:
                 search = next(self.source)
             except StopIteration:
@@ -160,7 +162,7 @@ class Decoder:
             if most is not None and chunk is not None and most < min(chunk, _LEAST_PASS):
                 return
             if queue.joining is None:
-                if queue.fill(batch_size - len(active)):
+                if queue.fill(batch_size - len(active), left):
                     yield None
                 if not queue.waiting:
                     if active or not queue.open:

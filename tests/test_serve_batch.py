@@ -96,6 +96,20 @@ def test_passes_over_few_tokens_do_not_stall_either() -> None:
     assert network.passes[:7] == [(1, 21), (1, 1), (1, 1), (1, 1), (3, 1), (1, 1), (1, 1)]
 
 
+def test_no_more_are_taken_than_may_be_read_now() -> None:
+    network = HashingNetwork()
+    asked: list[int] = []
+
+    def source() -> Iterator[Search | None]:
+        for index in range(7):
+            asked.append(len(network.passes))
+            yield begin([index] * 10, {"max_new_tokens": 12})
+
+    list(Decoder(network).run(source(), 8, chunk=32))
+    assert network.passes[:4] == [(4, 10), (4, 1), (3, 10), (7, 1)]
+    assert asked == [0, 0, 0, 0, 2, 2, 2]
+
+
 def test_nothing_waits_is_not_the_end() -> None:
     """A None lets what runs take a step; where nothing runs, the source is asked again."""
     network = HashingNetwork()

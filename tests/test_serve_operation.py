@@ -17,6 +17,7 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import httpx
@@ -26,10 +27,13 @@ from serving import Running, serving, wait_until
 
 import gpt2onnx
 from gpt2onnx.errors import BackendError, OptionError
+from gpt2onnx.runtime.results import Request
 from gpt2onnx.runtime.serving import guard, stream
 from gpt2onnx.runtime.serving import server as serving_server
 from gpt2onnx.runtime.serving.completions import Limits
+from gpt2onnx.runtime.serving.engine import Engine, Job
 from gpt2onnx.runtime.serving.guard import Admission, is_loopback
+from gpt2onnx.runtime.serving.metrics import Metrics
 
 LONG = {"max_tokens": 500, "eos_token_id": -1, "temperature": 0}
 
@@ -411,6 +415,30 @@ def test_energy(model: gpt2onnx.Model) -> None:
             assert "power" in energy["method"]
         total = sum(usage["energy"]["joules"] for usage in usages)
         assert total == pytest.approx(server.metric("joules_total"), rel=0.05)
+
+
+def test_prompts_read_together_share_what_that_took(model: gpt2onnx.Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By their tokens, though a pass over both is the first one's news."""
+    forward, shapes = model.session.forward, []
+
+    def slow(cache: Any, rows: slice, tokens: Any, *more: Any) -> Any:
+        shapes.append(tokens.shape)
+        time.sleep(0.3 if tokens.shape[1] > 1 else 0)
+        return forward(cache, rows, tokens, *more)
+
+    monkeypatch.setattr(model.session, "forward", slow)
+    power: Any = SimpleNamespace(watts=10.0)
+    engine = Engine(model, max_batch=4, max_queue=4, metrics=Metrics(), power=power)
+    jobs = [Job(wake=lambda: None, rows=1, streamed=False) for _ in range(2)]
+    options = model.options({"max_new_tokens": 2, "eos_token_id": -1})
+    engine.submit([Request([5] * length, options, id=job) for length, job in zip((12, 18), jobs, strict=True)])
+    engine.start()
+    engine.close()
+    engine.join(60)
+    assert engine.failure is None
+    assert shapes == [(2, 18), (2, 1)]
+    assert jobs[1].joules / jobs[0].joules == pytest.approx(18 / 12, rel=0.1)
+    assert sum(job.joules for job in jobs) >= 3
 
 
 def test_command_line(tales_bundle: Path, command_line: CommandLine, tmp_path: Path) -> None:

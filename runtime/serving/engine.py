@@ -132,6 +132,9 @@ class Engine:
         self._advanced: set[Job] = set()
         # What one row that was always in the batch would have taken.
         self._joules_per_row = 0.0
+        # Whose prompts were read since the last step, how many tokens those have, and what that has taken.
+        self._read: dict[Job, int] = {}
+        self._joules_read = 0.0
         self._mean_seconds = 1.0
         self._failures = 0
 
@@ -238,7 +241,7 @@ class Engine:
             job.error = state
             self._leave(job)
             return
-        self._account(job)
+        self._account(job, len(state.search.prompt))
         self._look(job, state)
         if job.cancelled:
             state.cancel()
@@ -272,8 +275,8 @@ class Engine:
         job.last = now
         self._metrics.completion_tokens.inc(new)
 
-    def _account(self, job: Job) -> None:
-        """Shares the time since the last news out: a prompt's reading is its own, a step is of all rows alike."""
+    def _account(self, job: Job, prompt: int) -> None:
+        """Shares the time since the last news out: reading is of the prompts by their tokens, a step is of all rows alike."""
         now = time.perf_counter()
         seconds, self._last = now - self._last, now
         if job in self._advanced:  # the next step has begun
@@ -284,11 +287,23 @@ class Engine:
         if watts is not None:
             self._metrics.joules.inc(seconds * watts)
             if job.first is None:
-                job.joules += seconds * watts
+                # Several may have been read in one pass, of which the first one has the news.
+                self._read[job] = prompt
+                self._joules_read += seconds * watts
             else:
+                self._settle()
                 self._joules_per_row += seconds * watts / max(1, self._rows)
 
+    def _settle(self) -> None:
+        """Gives those whose prompts were read their shares."""
+        tokens = sum(self._read.values())
+        for job, prompt in self._read.items():
+            job.joules += self._joules_read * prompt / tokens
+        self._read.clear()
+        self._joules_read = 0.0
+
     def _leave(self, job: Job) -> None:
+        self._settle()
         job.joules += (self._joules_per_row - job.joules_per_row) * job.rows
         job.ended = time.perf_counter()
         with self._news:
