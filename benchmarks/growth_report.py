@@ -160,8 +160,8 @@ def _page(known: dict[str, Any], laws: list[str]) -> str:
         "# How time grows",
         "",
         "Written by `python -m benchmarks.growth`; its docstring says how to measure again. Random weights of GPT-2's"
-        " shapes (int8 in blocks of 128, without calibration), random prompts, greedy, the product's own loop. Points are medians over rounds in which all points"
-        " of a plot take turns, bars reach from the fastest to the slowest round. A law's factors are fitted to the"
+        " shapes (int8 in blocks of 128, without calibration), random prompts, greedy, the product's own loop. Points"
+        " are medians over rounds in which all points of a plot take turns, bars reach from the fastest to the slowest round. A law's factors are fitted to the"
         " points (least squares of relative distances); dotted is what reading a step's weights, keys and values would"
         " take at the machine's read bandwidth, measured in the same rounds. Shares above 100 % say that this isn't"
         " the memory's limit: NumPy doesn't reach it in every round, and caches keep a part of small networks.",

@@ -73,12 +73,13 @@ class HostStorage:
         self.base = int(self.data.ctypes.data)
 
     def copy(self, copies: Sequence[Copy]) -> None:
-        pending = list(copies)
         # What nobody reads any more can be written at once; rows that trade places have to be set aside.
-        while ready := [one for one in pending if one.target not in {other.source for other in pending}]:
+        pending, sources = list(copies), {one.source for one in copies}
+        while ready := [one for one in pending if one.target not in sources]:
             for one in ready:
                 self._part(one.target, one)[:] = self._part(one.source, one)
-            pending = [one for one in pending if one not in ready]
+            pending = [one for one in pending if one.target in sources]
+            sources = {one.source for one in pending}
         parts = [self._part(one.source, one).copy() for one in pending]
         for one, part in zip(pending, parts, strict=True):
             self._part(one.target, one)[:] = part
@@ -155,7 +156,7 @@ class Cache:
         """Takes the next `count` positions of each row, or so many of them, into use; returns all, int64 [rows, count]."""
         begins = self.lengths[rows]
         ends = begins + (count if lengths is None else lengths)
-        positions: npt.NDArray[np.int64] = begins[:, None] + np.arange(count) if count > 1 else begins[:, None].copy()
+        positions: npt.NDArray[np.int64] = begins[:, None] + np.arange(count)
         for row, (begin, end) in enumerate(zip(begins.tolist(), ends.tolist(), strict=True), rows.start):
             self.mask[row, begin:end] = 1
         self.lengths[rows] = ends

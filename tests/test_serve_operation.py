@@ -441,6 +441,36 @@ def test_prompts_read_together_share_what_that_took(model: gpt2onnx.Model, monke
     assert sum(job.joules for job in jobs) >= 3
 
 
+def test_what_a_failed_batch_took_is_its_own(model: gpt2onnx.Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It fails at the first step, between the reading of one prompt and that of the next."""
+    forward, steps = model.session.forward, []
+
+    def failing(cache: Any, rows: slice, tokens: Any, *more: Any) -> Any:
+        if tokens.shape[1] > 1:
+            time.sleep(0.3)
+            return forward(cache, rows, tokens, *more)
+        steps.append(rows)
+        if len(steps) == 1:
+            raise BackendError("ONNX Runtime failed")
+        return forward(cache, rows, tokens, *more)
+
+    monkeypatch.setattr(model.session, "forward", failing)
+    power: Any = SimpleNamespace(watts=10.0)
+    engine = Engine(model, max_batch=4, max_queue=4, metrics=Metrics(), power=power)
+    failed, other = (Job(wake=lambda: None, rows=1, streamed=False) for _ in range(2))
+    options = model.options({"max_new_tokens": 2, "eos_token_id": -1})
+    engine.submit([Request([5] * 36, options, id=failed)])
+    engine.start()
+    wait_until(lambda: failed.done)
+    engine.submit([Request([6] * 12, options, id=other)])
+    engine.close()
+    engine.join(60)
+    assert isinstance(failed.error, BackendError)
+    assert other.error is None
+    assert failed.joules >= 3
+    assert other.joules >= 3
+
+
 def test_command_line(tales_bundle: Path, command_line: CommandLine, tmp_path: Path) -> None:
     environment = os.environ | {"PYTHONUNBUFFERED": "1"}
     arguments = [

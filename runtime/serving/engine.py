@@ -202,6 +202,7 @@ class Engine:
                 except Gpt2OnnxError as error:
                     # Such as a network that gives no numbers for one of the prompts; the others can't be told from it.
                     _log.error("the batch has failed: %s", error)
+                    self._settle()
                     self._give_up(error)
                     self._failures += isinstance(error, BackendError)
                     if self._failures == _MOST_FAILURES:
