@@ -34,6 +34,7 @@ with warnings.catch_warnings():
     import ray
     from pyarrow import fs, parquet
     from ray.cluster_utils import Cluster
+    from ray.exceptions import OutOfDiskError
 
 from gpt2onnx.runtime.fleet.attempts import MOST_ATTEMPTS, Attempts
 from gpt2onnx.runtime.fleet.parts import Part, cut, encode
@@ -297,6 +298,13 @@ def test_bundle_reaches_machines_that_do_not_see_it(
     with pytest.raises(BundleError, match=r"model\.onnx_data"):
         SharedBundle.share(tmp_path / "gone", elsewhere=True)
 
+    def full(chunk: bytes) -> None:
+        raise OutOfDiskError
+
+    monkeypatch.setattr(ray, "put", full)
+    with pytest.raises(BackendError, match="doesn't fit into Ray's object store"):
+        SharedBundle.share(tales_bundle, elsewhere=True)
+
 
 def test_what_kills_every_worker_ends_the_job(cluster: Cluster, tales_bundle: Path) -> None:
     attempts = Attempts.remote()
@@ -345,6 +353,8 @@ def test_three_workers_and_a_lost_machine(
     table = pyarrow.concat_tables(parquet.read_table(part) for part in sorted(tmp_path.glob("part-*.parquet")))
     assert table["index"].to_pylist() == list(range(len(expected)))
     _assert_same(_from_parquet(table), _in_utf8(expected))
+    # The process stays in the cluster, whose store is rid of the bundle.
+    assert not ray._private.worker.global_worker.core_worker.get_all_reference_counts()
 
 
 def _in_utf8(records: list[Record]) -> list[Record]:

@@ -1,5 +1,6 @@
 """Ray: joined or started, quiet, and left at the end."""
 
+import gc
 import logging
 import os
 import socket
@@ -43,6 +44,8 @@ def joined(address: str | None, cores: int, *, verbose: bool) -> Iterator[None]:
     """
     if ray.is_initialized():
         yield
+        # Ray's datasets refer to themselves: the job's bundle would stay in the store until Python came to collect it.
+        gc.collect()
         return
     if address is not None and address != "auto":
         _reach(address)

@@ -100,10 +100,10 @@ def run(
         return summary
     written = []
     with joined(address, (workers or 1) * work.threads, verbose=verbose):
-        shared = SharedBundle.share(bundle, elsewhere=address is not None or len(ray.nodes()) > 1)
-        dataset = _pipeline(plan, done, shared, output, workers)
+        shared = SharedBundle.share(bundle, elsewhere=address is not None or len(_machines()) > 1)
+        rows = _rows(_pipeline(plan, done, shared, output, workers))
         plans.begin(plan, output, frozenset(done))
-        for row in _rows(dataset):
+        for row in rows:
             if row["content"] is not None:
                 with writing(output):
                     output.write(row["name"], row["content"])
@@ -154,8 +154,7 @@ def _pipeline(plan: Plan, done: list[Part], bundle: SharedBundle, output: Place,
 
 def _check_room(needs: dict[str, int]) -> None:
     """Refuses what Ray would wait for without end: workers that no machine has room for."""
-    machines = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    if not any(all(has.get(name, 0) >= amount for name, amount in needs.items()) for has in machines):
+    if not any(all(has.get(name, 0) >= amount for name, amount in needs.items()) for has in _machines()):
         gpu = ", a GPU" if needs["GPU"] else ""
         raise BackendError(
             f"no machine of the cluster has room for a worker: {needs['CPU']} cores,"
@@ -189,6 +188,11 @@ def _rows(dataset: Dataset) -> Iterator[dict[str, Any]]:
         if isinstance(error, RayError) and not isinstance(error, RayTaskError):
             raise BackendError(f"Ray gave up: {error}") from error
         raise
+
+
+def _machines() -> list[dict[str, float]]:
+    """What each machine of the cluster has; those that are lost don't count."""
+    return [node["Resources"] for node in ray.nodes() if node["Alive"]]
 
 
 def _this_machine() -> str:

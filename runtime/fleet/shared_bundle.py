@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import ray
+from ray.exceptions import ObjectStoreFullError, OutOfDiskError
 
 from gpt2onnx.errors import BackendError, BundleError
 
@@ -37,13 +38,20 @@ class SharedBundle:
 
         Raises:
             BundleError: it is not what its manifest says.
+            BackendError: Ray has no room for it.
         """
         bundle = Bundle.open(folder)
         chunks = {}
         if elsewhere:
             bundle.verify()
             names = [MANIFEST, *bundle.manifest.files]
-            chunks = {name: [ray.put(chunk) for chunk in _read(folder / name)] for name in names}
+            try:
+                chunks = {name: [ray.put(chunk) for chunk in _read(folder / name)] for name in names}
+            except (ObjectStoreFullError, OutOfDiskError) as error:
+                raise BackendError(
+                    "the bundle doesn't fit into Ray's object store on this machine, and its disk is nearly full:"
+                    " free some of it, or start Ray with a larger --object-store-memory"
+                ) from error
         return cls(os.path.abspath(folder), sha256_of(folder / MANIFEST), chunks)  # noqa: PTH100
 
     def here(self) -> Path:
