@@ -74,9 +74,8 @@ def _optimum(work: Path, source: Path, target: Path) -> list[str]:
 
 
 def _gpt2onnx(options: list[str]) -> Make:
-    # What weights say doesn't matter here, so nothing is done for their sake; but int8 chooses operators by calibration.
+    # What weights say doesn't matter here; but calibration decides about the second graph.
     unchecked = ["--no-quality", "--no-parity", "--quiet", "--force"]
-    unchecked += [] if "int8" in options else ["--no-calibrate"]
     return lambda work, source, target: [
         _in(work, "exporter", "gpt2onnx"), "export", str(source), str(target), *options, *unchecked
     ]  # fmt: skip

@@ -51,7 +51,7 @@ def command(
     from ..runtime.experiments.evaluation import evaluate
 
     text = _read(text_file)
-    loaded = load(model, device, threads)
+    loaded = load(model, device, threads, wide_after=0)
     with console.progress_bar(f"Evaluating {text_file.name}", "tokens", quiet=quiet) as progress:
         result = evaluate(
             loaded,

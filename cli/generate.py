@@ -117,7 +117,8 @@ def command(
             from ..runtime.energy import track_energy
 
             stack.enter_context(track_energy(energy_file, **energy_options.settings(country, energy_seconds)))
-        loaded = load(model, device, threads)
+        # A job's results don't depend on those before, which a resumed one hasn't computed.
+        loaded = load(model, device, threads, **({} if input_file is None else {"wide_after": 0}))
         if input_file is not None:
             _run_job(loaded, input_file, output_file, resume, batch_size, quiet, given)
             return

@@ -47,12 +47,12 @@ def device_options(command: Callable[..., Any]) -> Callable[..., Any]:
     )(command)
 
 
-def load(model: str, device: str, threads: int | None) -> "Model":
-    """Loads a model; its packages are imported only now, after the options have been read."""
+def load(model: str, device: str, threads: int | None, **others: Any) -> "Model":
+    """Loads a model as `gpt2onnx.load` does; its packages are imported only now, after the options have been read."""
     from gpt2onnx.loading import load
 
     verify = bool(click.get_current_context().meta.get(_VERIFY))
-    return load(model, device=device, threads=threads, verify=verify)
+    return load(model, device=device, threads=threads, verify=verify, **others)
 
 
 def bundle_folder(model: str) -> Path:

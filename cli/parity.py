@@ -51,7 +51,7 @@ def table(report: dict[str, Any]) -> str:
             f"  in PyTorch       {rounded['positions']:4} positions   difference {rounded['difference']:.1e}"
             f" (allowed {rounded['allowed']:.1e})   {_verdict(rounded)}"
         )
-    for name in ("whole", "cached", "ragged"):
+    for name in (each for each in ("whole", "cached", "ragged", "wide") if each in report):
         figures = report[name]
         lines.append(
             f"  logits, {name:8} {figures['positions']:4} positions   difference {figures['difference']:.1e}"

@@ -89,7 +89,7 @@ def command(
             click.echo(f"warning: whoever reaches {host} can use this server: give --api-key-file", err=True)
         if log_prompts:
             logging.getLogger("gpt2onnx.runtime.serving").setLevel(logging.INFO)
-        loaded = load(model, device, threads)
+        loaded = load(model, device, threads, wide_after=0)
 
         def ready(address: str) -> None:
             if not quiet:

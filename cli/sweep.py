@@ -78,7 +78,7 @@ def command(
         tracker = EnergyTracker(**energy_options.settings(country, energy_seconds))
     elif energy is None and not quiet:
         click.echo("no energy is measured: that needs pip install 'gpt2onnx[energy]'", err=True)
-    loaded = load(model, device, threads)
+    loaded = load(model, device, threads, wide_after=0)
     tried = grid.load(grid_file, loaded.generation_config, {"seed": seed, "max_new_tokens": max_new_tokens})
     if not (prompts or tried.prompts):
         raise click.UsageError("give --prompt, at least once")

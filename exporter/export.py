@@ -25,6 +25,7 @@ from ..models.shapes import weight_shapes
 from ..runtime.options import GenerationConfig
 
 try:
+    from . import wide
     from .checkpoint import Checkpoint
     from .graph import build
     from .inputs import centre
@@ -45,8 +46,8 @@ _QUANTIZED = ("int8", "int4")
 # large networks would take too long; in `pure` more texts lower the divergence, but raise the perplexity.
 _CALIBRATION_TEXTS = {"int8": 16, "int4": 32}
 _MORE_TEXTS, _MANY_WEIGHTS = 64, 50_000_000
-# For narrower networks the operator's fixed cost is more than it saves a single token.
-_ONE_SCALE_WIDTH = 512
+# For narrower networks a second graph's operators cost about as much as they save.
+_WIDE_WIDTH = 512
 _REFERENCE = "fp32"  # folder for the same weights in fp32 while a bundle is being made
 # Above this many weights, calibration and checks take long and much memory, so they have to be asked for.
 _CHECKED_WEIGHTS = 200_000_000
@@ -84,8 +85,7 @@ def export(
         pure: with "int4", 4 bits for every matrix; otherwise those where that would cost most have 8.
         graph: "fused", ONNX Runtime's own operators, updating the cache in place; or "portable",
             optimum's graph of standard operators for execution providers without those, fp32 only.
-        block_size: weights that share a scale, a power of two from 16 to 256; chosen by default. With "int8" all
-            matrices are then in blocks.
+        block_size: weights that share a scale, a power of two from 16 to 256; chosen by default.
         calibrate: with "int8" or "int4", round the weights for the inputs that reach them in texts which the fp32
             model writes itself; by default for models of up to 200 million weights, where it takes up to a minute.
         quality: with "int8" or "int4", compare the predictions with those of fp32 on such texts, and put the figures
@@ -239,10 +239,13 @@ def _quality(checkpoint: Checkpoint, manifest: Manifest, folder: Path, texts: Ma
 
 
 def _precision(config: GPT2Config, dtype: str, *, pure: bool, block_size: int | None) -> Precision:
+    wide = dtype in _QUANTIZED and config.n_embd >= _WIDE_WIDTH
     return Precision(
         floats=np.float16 if dtype == "fp16" else np.float32,
         blocks=lambda layer: blocks(config, dtype, layer, pure=pure, block_size=block_size),
-        one_scale=dtype == "int8" and block_size is None and config.n_embd >= _ONE_SCALE_WIDTH,
+        wide=wide,
+        # Smooth inputs make for rougher weights, which 4 bits can't afford.
+        smooth=wide and dtype == "int8",
     )
 
 
@@ -255,7 +258,7 @@ def _write_graph(
 ) -> None:
     config, total, done = checkpoint.config, _weights_in(checkpoint), 0
     weight, inputs = centre(config, checkpoint.tensor, calibration.inputs if calibration else {})
-    if precision.one_scale and inputs:
+    if precision.smooth and inputs:
         weight = smooth(config, weight, inputs)
 
     def tensor(name: str) -> npt.NDArray[np.float32]:
@@ -268,8 +271,11 @@ def _write_graph(
     with (folder / bundle.WEIGHTS).open("wb") as file:
         weights = WeightsFile(folder / bundle.WEIGHTS, file)
         twins = calibration.twins() if calibration else None
-        model = build(config, tensor, tied=checkpoint.tied, precision=precision, weights=weights, twins=twins)
+        model, layers = build(config, tensor, tied=checkpoint.tied, precision=precision, weights=weights, twins=twins)
     (folder / bundle.GRAPH).write_bytes(model.SerializeToString())
+    if layers:
+        for name, made in zip((bundle.WIDE_GRAPH, bundle.WIDE_WEIGHTS), wide.build(model, layers), strict=True):
+            (folder / name).write_bytes(made.SerializeToString())
 
 
 @contextmanager

@@ -6,7 +6,7 @@ Operators: https://github.com/microsoft/onnxruntime/blob/main/docs/ContribOperat
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -16,7 +16,7 @@ from onnx import ModelProto, TensorProto, ValueInfoProto, helper
 from ..models import contract
 from ..models.config import GPT2Config
 from .inputs import of_both_uses
-from .operators import MICROSOFT, Graph, Precision, StoredMatrix, activation, as_model
+from .operators import MICROSOFT, Graph, Layer, Precision, StoredMatrix, activation, as_model
 from .quantize import dequantize, quantize
 from .weights import WeightsFile
 
@@ -38,7 +38,7 @@ def build(
     precision: Precision,
     weights: WeightsFile,
     twins: "Twins | None" = None,
-) -> ModelProto:
+) -> tuple[ModelProto, Mapping[str, Layer]]:
     """Writes the network as an ONNX model that fulfils `models.contract`.
 
     Args:
@@ -50,9 +50,10 @@ def build(
         twins: two networks that follow the graph on texts; its matrices are then quantised for them.
 
     Returns:
-        The model, its weights referring to the file of `weights`.
+        The model, its weights referring to the file of `weights`; and which of its layers `wide` can run, by their
+        nodes' names.
     """
-    graph = Graph(precision, weights, twins)
+    graph = Graph(precision=precision, weights=weights, twins=twins)
     epsilon = float(config.layer_norm_epsilon)
 
     # The mask only says how many positions are in use: GroupQueryAttention takes that as int32 numbers.
@@ -103,7 +104,7 @@ def build(
     start = graph.op("Neg", [everything], "first_kept")
     kept = graph.op("Slice", [x, start, graph.constant("end", np.array([2**31 - 1], np.int64)), axis_1], "kept")
     _head(graph, config, kept, head)
-    return _model(graph, config)
+    return _model(graph, config), graph.wide
 
 
 def _attention(graph: Graph, config: GPT2Config, layer: int, qkv: str, seqlens_k: str, total_length: str) -> str:

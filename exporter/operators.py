@@ -35,12 +35,14 @@ class Precision:
     Attributes:
         floats: type of activations, biases, norms and whatever isn't quantised.
         blocks: how a layer's matrix is quantised, by the layer's name; None keeps it in `floats`.
-        one_scale: whether a matrix may have one scale for each output instead, where its input allows it; with 8 bits.
+        wide: whether layers are looked for that a second graph can run in another way; see `wide`.
+        smooth: whether inputs are smoothed for that.
     """
 
     floats: type[np.float32] | type[np.float16] = np.float32
     blocks: Callable[[str], Blocks | None] = lambda name: None
-    one_scale: bool = False
+    wide: bool = False
+    smooth: bool = False
 
     @property
     def onnx_type(self) -> int:
@@ -49,8 +51,9 @@ class Precision:
 
 @dataclass(frozen=True)
 class StoredMatrix:
-    """A quantised matrix [rows, width] in the external data, by the names of its parts."""
+    """A quantised matrix [rows, width] in the external data, by its name and those of its parts."""
 
+    name: str
     data: str
     scales: str
     rows: int
@@ -59,19 +62,25 @@ class StoredMatrix:
     block_size: int
 
 
-@dataclass
-class Graph:
-    """Nodes and initializers under construction; each method appends and returns value names.
+@dataclass(frozen=True)
+class Layer:
+    """A linear layer whose input can be rounded with one scale.
 
     Attributes:
-        precision: how weights are stored.
-        weights: takes them as external data.
-        twins: two networks that follow the graph on texts, so that matrices are quantised for them; or none.
+        matrix: its stored one.
+        bias: name of its bias.
+        rounding: how that suits its input.
     """
 
-    precision: Precision
-    weights: WeightsFile
-    twins: "Twins | None" = None
+    matrix: StoredMatrix
+    bias: str
+    rounding: OneScale
+
+
+@dataclass
+class Nodes:
+    """Nodes and small constants under construction; each method appends and returns a value's name."""
+
     nodes: list[NodeProto] = field(default_factory=list)
     initializers: list[TensorProto] = field(default_factory=list)
 
@@ -94,6 +103,23 @@ class Graph:
         """A small value kept inside the graph file."""
         self.initializers.append(numpy_helper.from_array(array, name))
         return name
+
+
+@dataclass(kw_only=True)
+class Graph(Nodes):
+    """The network under construction, with its weights.
+
+    Attributes:
+        precision: how weights are stored.
+        weights: takes them as external data.
+        twins: two networks that follow the graph on texts, so that matrices are quantised for them; or none.
+        wide: the layers that may be rounded in another way where many rows pass at once, by their nodes' names.
+    """
+
+    precision: Precision
+    weights: WeightsFile
+    twins: "Twins | None" = None
+    wide: dict[str, Layer] = field(default_factory=dict)
 
     def weight(self, name: str, array: npt.NDArray[np.generic]) -> str:
         """A weight kept in the external data."""
@@ -165,23 +191,21 @@ class Graph:
         if blocks is None:
             product = self.op("MatMul", [x, self.vector(f"{name}.weight", weight)], f"{name}.matmul")
             return self.op("Add", [product, self.vector(f"{name}.bias", bias)], name)
-        one_scale, covariance, fitted = None, None, weight
+        covariance, rounding, fitted = None, None, weight
         # With 8 bits errors are too small to matter together.
         gradients = self.twins.gradients.get(name) if self.twins and blocks.bits < 8 else None
         seen = None if self.twins is None else self.twins.reach(self.part, x, beside, weight, bias)
         if seen is not None:
             fitted, covariance = seen.fitted(weight), seen.covariance
-            rounding = choose(seen.sample, weight, blocks.size) if self.precision.one_scale else None
-            one_scale = rounding if isinstance(rounding, OneScale) else None
-        matrix = quantize(fitted.T, blocks.bits, len(weight) if one_scale else blocks.size, covariance, gradients)
+            rounding = choose(seen.sample, weight, blocks.size) if self.precision.wide else None
+        matrix = quantize(fitted.T, blocks.bits, blocks.size, covariance, gradients)
         rounded = dequantize(matrix).T if self.twins else weight
         if seen is not None:
             bias = seen.bias(rounded)
-        if one_scale is not None:
-            product = self._matmul_one_scale(x, matrix, one_scale, name, bias)
-        else:
-            stored = self.stored(name, matrix)
-            product = self.matmul_quantized(x, stored, f"{name}.matmul", self.vector(f"{name}.bias", bias))
+        stored, stored_bias = self.stored(name, matrix), self.vector(f"{name}.bias", bias)
+        product = self.matmul_quantized(x, stored, f"{name}.matmul", stored_bias)
+        if isinstance(rounding, OneScale) and len(weight) % blocks.size == 0:
+            self.wide[product] = Layer(stored, stored_bias, rounding)
         if self.twins is not None:
             self.twins.multiply(x, product, rounded, bias)
         return product
@@ -211,25 +235,6 @@ class Graph:
         )
         return bytes(as_model(proto).SerializeToString())
 
-    def _matmul_one_scale(
-        self, x: str, matrix: QuantizedMatrix, rounding: OneScale, name: str, bias: npt.NDArray[np.float32]
-    ) -> str:
-        """x @ matrix.T + bias, where each output of the matrix has one scale."""
-        # The operator takes [in, out], signed.
-        data = self.weight(f"{name}.data", (matrix.data[:, 0].T ^ np.uint8(128)).view(np.int8))
-        weights = [data, self.vector(f"{name}.scales", matrix.scales[:, 0])]
-        stored_bias = self.vector(f"{name}.bias", bias)
-        kind, product = "DynamicQuantizeMatMul", f"{name}.matmul"
-        if rounding.least is None:
-            return self.op(kind, [x, *weights, "", stored_bias], product, domain=MICROSOFT)
-        last = self.constant(f"{name}.last_axis", np.array([-1], np.int64))
-        greatest = self.op("ReduceMax", [x, last], f"{name}.greatest", keepdims=1)
-        least = self.constant(f"{name}.least", np.array(rounding.least, np.float32))
-        row_scale = self.op("Max", [greatest, least], f"{name}.row_scale")
-        scaled = self.op("Div", [x, row_scale], f"{name}.scaled")
-        product = self.op(kind, [scaled, *weights], product, domain=MICROSOFT)
-        return self.op("Add", [self.op("Mul", [product, row_scale], f"{name}.rescaled"), stored_bias], name)
-
     def quantized(self, name: str, matrix: npt.NDArray[np.float32], blocks: Blocks) -> StoredMatrix:
         """Quantises [out, in] and stores it."""
         return self.stored(name, quantize(matrix, blocks.bits, blocks.size))
@@ -237,7 +242,7 @@ class Graph:
     def stored(self, name: str, matrix: QuantizedMatrix) -> StoredMatrix:
         """Stores a quantised matrix."""
         data, scales = self.weight(f"{name}.data", matrix.data), self.halved(f"{name}.scales", matrix.scales)
-        return StoredMatrix(data, scales, len(matrix.data), matrix.width, matrix.bits, matrix.block_size)
+        return StoredMatrix(name, data, scales, len(matrix.data), matrix.width, matrix.bits, matrix.block_size)
 
     def reshape(self, x: str, name: str, *shape: int) -> str:
         """Reshape; 0 keeps a dimension, one -1 takes what is left."""
@@ -273,9 +278,9 @@ class Graph:
         return self.op("LayerNormalization", [total, weight, bias], name, axis=-1, epsilon=epsilon), total
 
 
-def as_model(graph: GraphProto) -> ModelProto:
-    """A model of the graph, in the versions of ONNX and its operators that all graphs here are in."""
-    opsets = [helper.make_opsetid("", OPSET), helper.make_opsetid(MICROSOFT, 1)]
+def as_model(graph: GraphProto, opset: int = OPSET) -> ModelProto:
+    """A model of the graph, in the version of ONNX that all graphs here are in."""
+    opsets = [helper.make_opsetid("", opset), helper.make_opsetid(MICROSOFT, 1)]
     return helper.make_model(graph, ir_version=IR_VERSION, opset_imports=opsets, producer_name="gpt2onnx")
 
 

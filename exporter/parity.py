@@ -9,7 +9,8 @@ errors of a known size do to the same network in PyTorch:
    known inputs: each of them makes up for the errors of others, biases for what is left, and norms may divide inputs
    by what matrices are multiplied by.
 2. Are its logits those of a network with exactly these weights? They differ by what kernels round: about as much as
-   when activations in PyTorch are rounded as in kernels of that precision.
+   when activations in PyTorch are rounded as in kernels of that precision. A second graph, for prompts and batches, is
+   asked the same, with its own weights and its own rounding.
 3. In fp32: does it generate the very tokens of `transformers.generate`?
 
 What a precision loses against the checkpoint is reported besides. The report is plain data, so a bundle can carry it
@@ -26,13 +27,16 @@ import numpy.typing as npt
 
 from gpt2onnx.errors import Gpt2OnnxError
 
+from ..models.bundle import WIDE_GRAPH, Bundle
 from ..models.config import GPT2Config
+from ..models.precision import Blocks
 from ..models.shapes import weight_shapes
 from ..runtime.generator import Model
 from ..runtime.logits import Tokens
 from ..runtime.options import GenerationConfig
 from ..runtime.results import Request
 from ..runtime.session import Session
+from ..runtime.wide import FEWEST
 from .cases import MIN_POSITIONS, MIN_VOCAB_SIZE, Case, Suite, cases
 from .checkpoint import Checkpoint
 from .reference import Logits, Reference, same_random_numbers
@@ -71,7 +75,7 @@ def check(folder: Path, checkpoint: Checkpoint, suite: str = "quick") -> dict[st
     """
     reference = Reference(checkpoint)
     model = Model(folder)
-    manifest, session = model.bundle.manifest, model.session
+    manifest, session = model.bundle.manifest, Session(model.bundle, wide_after=None)
     lossy, times = manifest.dtype in _LOSSY, _TIMES_ROUNDING[manifest.dtype]
     prompts = _prompts(model.config)
     original = reference.logits(prompts)
@@ -82,9 +86,7 @@ def check(folder: Path, checkpoint: Checkpoint, suite: str = "quick") -> dict[st
     expected = nearest = original
     if manifest.graph == "fused":
         stored = StoredWeights(model.bundle)
-        for name in weight_shapes(checkpoint.config, tied=False):
-            if kind := stored.rounding("wte.weight" if checkpoint.tied and name == "lm_head.weight" else name):
-                roundings[name] = kind
+        roundings = _roundings(stored, checkpoint)
         report["weights"] = _weights(stored, checkpoint)
         if roundings:
             reference.take(lambda name: _nearest(stored, checkpoint, name))
@@ -101,6 +103,9 @@ def check(folder: Path, checkpoint: Checkpoint, suite: str = "quick") -> dict[st
         allowed = times * _largest(reference.logits(prompts), expected)
     for name, run in (("whole", _whole), ("cached", _cached), ("ragged", _ragged)):
         report[name] = _judged(run(session, prompts), expected, allowed, _NOISE)
+    many = [prompt for prompt in prompts if len(prompt) >= FEWEST]
+    if WIDE_GRAPH in manifest.files and many:
+        report["wide"] = _wide(model.bundle, checkpoint, reference, many)
     report["tokens"] = tokens
     report["passed"] = all(part["passed"] for part in report.values() if isinstance(part, dict) and "passed" in part)
     return report
@@ -146,6 +151,32 @@ def _weights(stored: StoredWeights, checkpoint: Checkpoint) -> dict[str, Any]:
 def _is_norm(name: str) -> bool:
     """Whether a weight is that of a norm inside a block."""
     return ".ln_1." in name or ".ln_2." in name
+
+
+def _roundings(stored: StoredWeights, checkpoint: Checkpoint) -> dict[str, Rounding]:
+    """How inputs are rounded, by the names of the weights that they are multiplied with."""
+    roundings = {}
+    for name in weight_shapes(checkpoint.config, tied=False):
+        if kind := stored.rounding("wte.weight" if checkpoint.tied and name == "lm_head.weight" else name):
+            roundings[name] = kind
+    return roundings
+
+
+def _wide(bundle: Bundle, checkpoint: Checkpoint, reference: Reference, prompts: list[Tokens]) -> dict[str, Any]:
+    """The second graph's weights against the first one's, and its logits."""
+    first, second = StoredWeights(bundle), StoredWeights(bundle, wide=True)
+    steps = 0.0
+    for name in second.made:
+        wanted = first.tensor(name)
+        steps = max(steps, deviation(second.tensor(name), wanted, Blocks(8, len(wanted)), along=in_axis(name)))
+    reference.take(second.tensor)
+    expected = reference.logits(prompts)
+    with reference.rounding(_roundings(second, checkpoint).get, half=False):
+        allowed = _TIMES_ROUNDING[bundle.manifest.dtype] * _largest(reference.logits(prompts), expected)
+    session = Session(bundle, wide_after=0)
+    session.open_wide()
+    figures = _judged(_whole(session, prompts), expected, allowed, _NOISE)
+    return figures | {"most_steps": steps, "passed": figures["passed"] and steps <= _MOST_STEPS}
 
 
 def _nearest(stored: StoredWeights, checkpoint: Checkpoint, name: str) -> Logits:

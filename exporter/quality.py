@@ -7,6 +7,7 @@ unaltered distribution: the mean divergence is then that over what the model rea
 equals, in expectation, the logarithm of the rise in perplexity.
 """
 
+import itertools
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -20,10 +21,11 @@ from ..models.bundle import TOKENIZER, Bundle
 from ..runtime.cache import Cache
 from ..runtime.session import Session
 from ..runtime.tokenizer import Tokenizer
+from .calibrate import sample
 
 # A window's logits are held twice: 128 positions of a vocabulary of 50,257 are 26 MB each.
 _WINDOW = 128
-_ROWS = 4
+_TEXTS = 4
 
 
 @dataclass(frozen=True)
@@ -57,27 +59,35 @@ def on_text(bundle: Bundle, reference: Bundle, text: str, *, name: str = "text",
     tokens = Tokenizer(bundle.folder / TOKENIZER).encode(text)
     if len(tokens) < 2:
         raise OptionError("quality is measured on a text of at least two tokens")
-    ours, theirs = Session(bundle, threads=threads), Session(reference, threads=threads)
+    ours, theirs = _sessions(bundle, reference, threads)
     return _summary(name, _windows(ours, theirs, tokens))
 
 
 def on_own_samples(
-    bundle: Bundle, reference: Bundle, *, tokens: int = 256, seed: int = 0, threads: int | None = None
+    bundle: Bundle, reference: Bundle, *, tokens: int = 256, seed: int = 1, threads: int | None = None
 ) -> Quality:
     """Compares a bundle with the same checkpoint's fp32 bundle on texts that the latter samples.
 
     Raises:
         BackendError: ONNX Runtime can't load or run a graph.
     """
-    ours, theirs = Session(bundle, threads=threads), Session(reference, threads=threads)
-    return _summary("own samples", _samples(ours, theirs, tokens, np.random.default_rng(seed)))
+    ours, theirs = _sessions(bundle, reference, threads)
+    texts = sample(theirs, _TEXTS, min(theirs.config.n_positions, -(-tokens // _TEXTS) + 1), seed)
+    return _summary("own samples", itertools.chain.from_iterable(_windows(ours, theirs, text) for text in texts))
+
+
+def _sessions(bundle: Bundle, reference: Bundle, threads: int | None) -> tuple[Session, Session]:
+    """Where a bundle has a second graph, that is the one that rounds more, and it's prompts and batches that are compared."""
+    ours = Session(bundle, threads=threads, wide_after=0)
+    ours.open_wide()
+    return ours, Session(reference, threads=threads)
 
 
 # For predicted positions: the losses of fp32 and of the bundle, and their divergence.
 _Figures = tuple[npt.NDArray[np.float64], npt.NDArray[np.float64], npt.NDArray[np.float64]]
 
 
-def _windows(ours: Session, theirs: Session, tokens: Sequence[int]) -> Iterator[_Figures]:
+def _windows(ours: Session, theirs: Session, tokens: Sequence[int] | npt.NDArray[np.int64]) -> Iterator[_Figures]:
     length = theirs.config.n_positions
     for start in range(0, len(tokens) - 1, length):
         window = np.array(tokens[start : start + length], np.int64)[None]
@@ -86,21 +96,6 @@ def _windows(ours: Session, theirs: Session, tokens: Sequence[int]) -> Iterator[
             part = window[:, first : first + _WINDOW]
             following = window[0, first + 1 : first + 1 + part.shape[1]]
             yield _compare(ours, theirs, caches, part, following)
-
-
-def _samples(ours: Session, theirs: Session, tokens: int, random: np.random.Generator) -> Iterator[_Figures]:
-    length = min(theirs.config.n_positions, -(-tokens // _ROWS))
-    caches = ours.new_cache(_ROWS, length), theirs.new_cache(_ROWS, length)
-    # A first token of their own for each text, so that they differ from the start.
-    current = random.integers(theirs.config.vocab_size, size=(_ROWS, 1))
-    rows = slice(0, _ROWS)
-    for _ in range(length):
-        candidate = _log_softmax(ours.forward(caches[0], rows, current)[:, -1])
-        truth = _log_softmax(theirs.forward(caches[1], rows, current)[:, -1])
-        drawn = (np.exp(truth).cumsum(-1) < random.random((_ROWS, 1))).sum(-1)
-        drawn = np.minimum(drawn, theirs.config.vocab_size - 1)
-        yield _figures(candidate, truth, drawn)
-        current = drawn[:, None]
 
 
 def _compare(

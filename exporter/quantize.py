@@ -40,7 +40,7 @@ class QuantizedMatrix:
         data: uint8 [out, blocks, block_size * bits / 8]; of two 4-bit values in a byte the first is the low half.
         scales: float32 [out, blocks].
         bits: 8 or 4.
-        block_size: a power of two from 16, or `width` for one scale an output.
+        block_size: a power of two from 16.
         width: `in`, before it was padded to whole blocks.
     """
 
@@ -63,7 +63,7 @@ def quantize(
     Args:
         matrix: float32 [out, in].
         bits: 8 or 4.
-        block_size: a power of two from 16, or `in` for one scale an output.
+        block_size: a power of two from 16.
         covariance: of the matrix' inputs, float32 [in, in]; with it the variance of the output's error is minimised.
         gradients: second moment of a loss' gradients by the outputs, float32 [out, out]; with it, and a covariance,
             what that error e costs, e^T gradients e.

@@ -1,52 +1,65 @@
 """The weights that a fused bundle holds, read back from its graph: what the runtime really computes with."""
 
 from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import onnx
-from onnx import TensorProto, numpy_helper
+from onnx import GraphProto, TensorProto, numpy_helper
 
 from gpt2onnx.errors import BundleError
 
-from ..models.bundle import GRAPH, Bundle
+from ..models.bundle import GRAPH, WIDE_GRAPH, Bundle
 from ..models.precision import Blocks
 from ..models.shapes import weight_shapes
+from ..runtime import footprint
+from ..runtime.wide import make_weights
 from .quantize import QuantizedMatrix, dequantize
 from .rounding import InBlocks, OneScale, Rounding
 from .weights import loaded
 
 Matrix = npt.NDArray[np.float32]
 
-_SCALES = ".scales"
+_SCALES, _COLUMNS, _STEPS = ".scales", ".columns", ".steps"
 
 
 class StoredWeights:
     """A fused bundle's weights by their checkpoint names, in the checkpoint's shapes.
 
+    Args:
+        bundle: which has them.
+        wide: take the second graph's, where it has some of its own.
+
     Raises:
-        BundleError: the graph can't be read.
+        BundleError: a graph can't be read.
+        BackendError: ONNX Runtime can't make the second graph's weights.
     """
 
-    def __init__(self, bundle: Bundle) -> None:
+    def __init__(self, bundle: Bundle, *, wide: bool = False) -> None:
         self._folder, self._shapes = bundle.folder, weight_shapes(bundle.config, tied=False)
-        path = bundle.folder / GRAPH
-        try:
-            graph = onnx.load(path, load_external_data=False).graph
-        except Exception as error:  # what protobuf raises is no public name
-            raise BundleError(f"{path} can't be read: {error}") from error
+        graph = _read_graph(bundle.folder / GRAPH)
         self._tensors: dict[str, TensorProto] = {tensor.name: tensor for tensor in graph.initializer}
         self._blocks: dict[str, Blocks] = {}
         self._one_scale: dict[str, OneScale] = {}
+        self._made: dict[str, npt.NDArray[Any]] = {}
         for node in graph.node:
             numbers = {attribute.name: attribute.i for attribute in node.attribute}
             for name in (each.removesuffix(_SCALES) for each in node.input if each.endswith(_SCALES)):
-                if node.op_type == "DynamicQuantizeMatMul":
-                    least = self._tensors.get(f"{name}.least")
-                    self._one_scale[name] = OneScale(None if least is None else float(numpy_helper.to_array(least)))
-                    self._blocks[name] = Blocks(8, self._tensors[f"{name}.data"].dims[0])
-                else:
-                    self._blocks[name] = Blocks(numbers["bits"], numbers["block_size"])
+                self._blocks[name] = Blocks(numbers["bits"], numbers["block_size"])
+        if wide:
+            graph = _read_graph(bundle.folder / WIDE_GRAPH)
+            constants = {each.name: each for each in graph.initializer}
+            for name in (each.removesuffix(_COLUMNS) for each in constants if each.endswith(_COLUMNS)):
+                least = constants.get(f"{name}.least")
+                self._one_scale[name] = OneScale(None if least is None else float(numpy_helper.to_array(least)))
+            self._made = make_weights(bundle, footprint.threads(bundle))
+
+    @property
+    def made(self) -> list[str]:
+        """Names of the weights that the second graph has of its own."""
+        return [f"{name}.weight" for name in self._one_scale]
 
     def blocks(self, name: str) -> Blocks | None:
         """How a weight is quantised; None where it isn't."""
@@ -69,9 +82,10 @@ class StoredWeights:
         if blocks is None:
             return self._read(name).astype(np.float32, copy=False)
         base, along = name.removesuffix(".weight"), in_axis(name)
-        data, scales = self._read(f"{base}.data"), self._read(f"{base}{_SCALES}").astype(np.float32)
         if base in self._one_scale:
-            return data.astype(np.float32) * scales
+            made: Matrix = self._made[f"{base}{_COLUMNS}"].astype(np.float32) * self._made[f"{base}{_STEPS}"]
+            return made
+        data, scales = self._read(f"{base}.data"), self._read(f"{base}{_SCALES}").astype(np.float32)
         scales = scales.reshape(data.shape[:2])
         quantized = QuantizedMatrix(data.view(np.uint8), scales, blocks.bits, blocks.size, self._shapes[name][along])
         matrix = dequantize(quantized)
@@ -90,6 +104,13 @@ class StoredWeights:
 
     def _read(self, name: str) -> npt.NDArray[np.generic]:
         return numpy_helper.to_array(loaded(self._stored(name), (self._folder / GRAPH).parent))
+
+
+def _read_graph(path: Path) -> GraphProto:
+    try:
+        return onnx.load(path, load_external_data=False).graph
+    except Exception as error:  # what protobuf raises is no public name
+        raise BundleError(f"{path} can't be read: {error}") from error
 
 
 def in_axis(name: str) -> int:

@@ -16,7 +16,12 @@ if TYPE_CHECKING:
 
 
 def load(
-    model: str | os.PathLike[str] = "tales", *, device: str = "cpu", threads: int | None = None, verify: bool = False
+    model: str | os.PathLike[str] = "tales",
+    *,
+    device: str = "cpu",
+    threads: int | None = None,
+    verify: bool = False,
+    wide_after: int | None = 1024,
 ) -> "Model":
     """Loads a model.
 
@@ -27,6 +32,8 @@ def load(
         threads: of one operator; by default as many as this process may use, fewer for very small models.
         verify: compare every byte of the bundle with its manifest first; otherwise only the files' sizes, and the
             small files' content.
+        wide_after: in int8 and int4, tokens in prompts and batches after which these go through a second graph, which
+            takes a moment and memory to open and rounds a little more: 0 for all of them, None for none.
 
     Raises:
         BundleError, CheckpointError: the model can't be found or used.
@@ -40,7 +47,7 @@ def load(
     folder = resolve(model)
     if verify:
         bundle.Bundle.open(folder).verify()
-    return Model(folder, device=device, threads=threads)
+    return Model(folder, device=device, threads=threads, wide_after=wide_after)
 
 
 def resolve(model: str | os.PathLike[str]) -> Path:

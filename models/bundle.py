@@ -5,6 +5,8 @@ genai_config.json       what onnxruntime-genai reads
 gpt2onnx.json           the manifest: origin, precision, size and sha256 of every other file
 onnx/model.onnx         the graph
 onnx/model.onnx_data    its weights, memory-mapped by ONNX Runtime
+onnx/wide.onnx          in int8 and int4, from 512 wide on: the graph for prompts and batches
+onnx/wide_weights.onnx  makes its weights of the first graph's
 """
 
 import hashlib
@@ -31,6 +33,8 @@ TOKENIZER_CONFIG = "tokenizer_config.json"
 GENAI_CONFIG = "genai_config.json"
 GRAPH = "onnx/model.onnx"
 WEIGHTS = "onnx/model.onnx_data"
+WIDE_GRAPH = "onnx/wide.onnx"
+WIDE_WEIGHTS = "onnx/wide_weights.onnx"
 GRAPHS = ("fused", "portable")
 FORMAT_VERSION = 1
 
@@ -243,15 +247,20 @@ def _check_hash(path: Path, record: FileRecord) -> None:
 
 def _check_weights(folder: Path, manifest: Manifest) -> None:
     """ONNX Runtime follows a graph's references to other files; before 1.24 wherever they lead."""
-    try:
-        places = external_data.locations((folder / GRAPH).read_bytes())
-    except OSError as error:
-        raise BundleError(f"can't read {folder / GRAPH}: {error.strerror}") from error
-    except ValueError as error:
-        raise BundleError(f"{folder / GRAPH} is not an ONNX graph ({error}): export the bundle again") from error
-    for place in places:
-        if not _stays_inside(place) or (PurePosixPath(GRAPH).parent / place).as_posix() not in manifest.files:
-            raise BundleError(f"{folder / GRAPH} takes weights from {shown(place)}, which is not a file of the bundle")
+    for graph in (GRAPH, WIDE_GRAPH, WIDE_WEIGHTS):
+        if graph not in manifest.files:
+            continue
+        try:
+            places = external_data.locations((folder / graph).read_bytes())
+        except OSError as error:
+            raise BundleError(f"can't read {folder / graph}: {error.strerror}") from error
+        except ValueError as error:
+            raise BundleError(f"{folder / graph} is not an ONNX graph ({error}): export the bundle again") from error
+        for place in places:
+            if not _stays_inside(place) or (PurePosixPath(graph).parent / place).as_posix() not in manifest.files:
+                raise BundleError(
+                    f"{folder / graph} takes weights from {shown(place)}, which is not a file of the bundle"
+                )
 
 
 def _not_listed(path: Path) -> BundleError:

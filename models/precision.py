@@ -1,8 +1,7 @@
 """The precisions: how many bits a weight has, how many share a scale, and what a network takes in each.
 
 Stored sizes follow the layout of exporter.quantize: matrices in blocks along their input, each block with a float16
-scale (calibrated int8 has some with one scale an output instead); positions beside them in float16; and everything
-else (biases, norms) in floats.
+scale; positions beside them in float16; and everything else (biases, norms) in floats.
 """
 
 import math
@@ -16,9 +15,6 @@ BLOCK_SIZES = (16, 32, 64, 128, 256)
 # 4-bit values need a scale for every few weights; 8 bits lose next to nothing in long blocks.
 _BLOCK_SIZE = {8: 128, 4: 32}
 _BLOCK_SIZE_PURE = 64  # a fifth faster than 32, which is what `pure` is for
-# The runtime rounds a matrix' input to 8 bits, in blocks as long as the weights'. What leaves the activation function has
-# outliers, so its blocks are short.
-_BLOCK_SIZE_AFTER_ACTIVATION = 32
 _LAST_LAYERS = 3  # whose c_fc has 8 bits in int4
 _FLOAT_BYTES = {"fp32": 4, "fp16": 2, "int8": 4, "int4": 4}
 _MATRIX_BITS = {"int8": 8, "int4": 4}
@@ -81,15 +77,12 @@ def blocks(
     last = [f"h.{layer}.mlp.c_fc" for layer in range(config.n_layer)[-_LAST_LAYERS:]]
     if not pure and (name in _EMBEDDINGS or name.endswith(".attn.c_proj") or name in last):
         bits = 8
-    if pure:
-        size = _BLOCK_SIZE_PURE
-    else:
-        size = _BLOCK_SIZE_AFTER_ACTIVATION if name.endswith(".mlp.c_proj") else _BLOCK_SIZE[bits]
+    size = _BLOCK_SIZE_PURE if pure else _BLOCK_SIZE[bits]
     return Blocks(bits, block_size or _dividing(size, config.n_embd))
 
 
 def memory(config: GPT2Config, dtype: str) -> Memory:
-    """What a network takes in one of `DTYPES`, quantised in blocks; a scale for each output takes a little less."""
+    """What a network takes in one of `DTYPES`."""
     shapes = weight_shapes(config, tied=config.tie_word_embeddings)
     weights = sum(_stored(config, name, shape, dtype) for name, shape in shapes.items())
     per_token = 2 * config.n_layer * config.n_embd * _FLOAT_BYTES[dtype]

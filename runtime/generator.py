@@ -25,6 +25,7 @@ from .sampling import log_softmax
 from .search import Search, Stop, start
 from .session import Session
 from .tokenizer import Tokenizer, find_stop
+from .wide import WORTH
 
 _LETTERS_PER_TOKEN = 1000  # the longest of GPT-2's has 128
 _SCORED_AT_ONCE = 128  # positions whose logits are in memory together
@@ -37,6 +38,8 @@ class Model:
         folder: the bundle.
         device: "cpu", "cuda", the name of another execution provider, or "auto": CUDA where it works, else the CPU.
         threads: of one operator; by default as many as this process may use, fewer for very small models.
+        wide_after: tokens in prompts and batches after which these go through the bundle's second graph, if it has one
+            for this device; 0 for all of them, None for none.
 
     Raises:
         BundleError: the bundle can't be used.
@@ -44,13 +47,15 @@ class Model:
         BackendError: ONNX Runtime can't load the graph.
     """
 
-    def __init__(self, folder: Path, *, device: str = "cpu", threads: int | None = None) -> None:
+    def __init__(
+        self, folder: Path, *, device: str = "cpu", threads: int | None = None, wide_after: int | None = WORTH
+    ) -> None:
         self.bundle = Bundle.open(folder)
         self.config = self.bundle.config
         self.tokenizer = Tokenizer(folder / TOKENIZER)
         self.tokenizer.check(self.config.vocab_size)
         self.generation_config = GenerationConfig.from_file_content(read_json(folder / GENERATION_CONFIG))
-        self.session = Session(self.bundle, device=device, threads=threads)
+        self.session = Session(self.bundle, device=device, threads=threads, wide_after=wide_after)
         self._decoder = Decoder(self.session)
 
     def generate(

@@ -19,6 +19,7 @@ from gpt2onnx.errors import BackendError, MissingExtraError
 
 from ..models.messages import one_line
 from . import devices, resources
+from .signature import Declared
 
 # Recent wheels of ONNX Runtime give the machine an id in the user's cache and report its sessions to Microsoft, unless
 # told not to before they are imported. Whoever wants that sets the variable to 0.
@@ -35,6 +36,8 @@ PACKAGE = str(getattr(ort, "package_name", "onnxruntime"))
 _log = logging.getLogger(__name__)
 # onnxruntime's severities. What it would log as an error is raised, too.
 _SILENT, _WARNINGS = 4, 2
+# A graph that ONNX Runtime has loaded.
+Graph = ort.InferenceSession
 # Long enough for the way from one forward pass to the next: a thread that sleeps meanwhile is slow to wake, above all in
 # virtual machines. By default it is far longer: processes side by side then take each other's cores while they wait.
 _SPIN_MICROSECONDS = "300"
@@ -64,7 +67,15 @@ def candidates(device: str) -> list[str]:
     return [provider]
 
 
-def open_graph(graph: Path | bytes, provider: str, *, threads: int, name: object) -> ort.InferenceSession:
+def open_graph(
+    graph: Path | bytes,
+    provider: str,
+    *,
+    threads: int,
+    name: object,
+    optimize: bool = True,
+    weights: Mapping[str, npt.NDArray[np.generic]] | None = None,
+) -> Graph:
     """Opens a graph on a provider and, for operators that this lacks, the CPU; never on the CPU alone instead.
 
     Args:
@@ -72,6 +83,9 @@ def open_graph(graph: Path | bytes, provider: str, *, threads: int, name: object
         provider: one of `available`.
         threads: of one operator.
         name: what errors call the graph.
+        optimize: otherwise the graph's nodes run as they are, none of them already while it is opened.
+        weights: in place of external data of these names; the graph reads them where they are, so the caller keeps
+            them as long as the graph.
 
     Raises:
         BackendError: the provider doesn't load or takes none of the graph's operators, or the graph can't be loaded.
@@ -84,6 +98,12 @@ def open_graph(graph: Path | bytes, provider: str, *, threads: int, name: object
     if resources.sums_of_byte_products_overflow():
         # Exact sums of products of 8-bit numbers, at the price of speed.
         options.add_session_config_entry("session.x64quantprecision", "1")
+    if not optimize:
+        options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+        options.enable_cpu_mem_arena = False
+    if weights:
+        values = [ort.OrtValue.ortvalue_from_numpy(array) for array in weights.values()]
+        options.add_external_initializers(list(weights), values)
     elsewhere = provider != devices.CPU
     if elsewhere:
         options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
@@ -122,8 +142,20 @@ def why_not(provider: str) -> str | None:
     return None if provider in session.get_providers() else devices.said(log())
 
 
+def declared(graph: Graph) -> tuple[dict[str, Declared], dict[str, Declared]]:
+    """A graph's inputs and its outputs, by name: type and shape of each.
+
+    Raises:
+        UnicodeDecodeError: a name is damaged.
+    """
+    inputs, outputs = (
+        {each.name: (each.type, each.shape) for each in values} for values in (graph.get_inputs(), graph.get_outputs())
+    )
+    return inputs, outputs
+
+
 def run(
-    session: ort.InferenceSession, outputs: Sequence[str], inputs: Mapping[str, npt.NDArray[np.generic]]
+    session: Graph, outputs: Sequence[str], inputs: Mapping[str, npt.NDArray[np.generic]]
 ) -> list[npt.NDArray[Any]]:
     """Some outputs of a graph for these inputs.
 
@@ -152,7 +184,7 @@ def _preload(provider: str) -> None:
             ort.preload_dlls()
 
 
-def _check_share(session: ort.InferenceSession, provider: str, name: object) -> None:
+def _check_share(session: Graph, provider: str, name: object) -> None:
     """Refuses a provider that leaves all operators, or the attention, to the CPU; logs what it leaves there."""
     if not hasattr(session, "get_provider_graph_assignment_info"):  # ONNX Runtime before 1.24
         return

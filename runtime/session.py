@@ -15,9 +15,10 @@ import numpy.typing as npt
 from gpt2onnx.errors import BackendError, OptionError
 
 from ..models import contract
-from ..models.bundle import GRAPH, Bundle
+from ..models.bundle import GRAPH, WIDE_GRAPH, Bundle
 from . import devices, footprint, providers, resources, signature
 from .cache import Cache, Copy, HostStorage, Shape, check_room
+from .wide import WORTH, WideGraph
 
 # First, since it says what to do where onnxruntime isn't installed.
 
@@ -48,6 +49,8 @@ class Session:
         device: "cpu", "cuda", the name of another execution provider, or "auto": CUDA where it loads and runs this
             bundle, else the CPU.
         threads: of one operator; by default as many as this process may use, fewer for very small models.
+        wide_after: tokens in passes of many after which these go through the bundle's second graph, if it has one for
+            this device; 0 for all of them, None for none.
 
     Attributes:
         device: what it runs on, as the argument would name it.
@@ -55,33 +58,44 @@ class Session:
 
     Raises:
         OptionError: `threads` is below 1, or the device is unknown.
-        BundleError: the graph isn't the one that config.json describes.
+        BundleError: a graph isn't the one that config.json describes.
         BackendError: the device isn't there, doesn't load, or doesn't run this bundle; the weights don't fit into
             memory; or ONNX Runtime can't load the graph.
     """
 
-    def __init__(self, bundle: Bundle, *, device: str = "cpu", threads: int | None = None) -> None:
+    def __init__(
+        self, bundle: Bundle, *, device: str = "cpu", threads: int | None = None, wide_after: int | None = WORTH
+    ) -> None:
         if threads is not None and threads < 1:
             raise OptionError(f"threads must be at least 1, not {threads}")
         self.config = bundle.config
         self.dtype = np.dtype(np.float16 if bundle.manifest.dtype == "fp16" else np.float32)
         self.threads = threads or footprint.threads(bundle)
-        self._session, provider = _load(bundle, device, self.threads)
+        self._graph, provider = _load(bundle, device, self.threads)
         self.device = devices.device_name(provider)
         self._in_place = bundle.manifest.graph != "portable"
         # The device's own memory, where the cache is kept in it.
         self._memory = devices.MEMORY.get(provider) if self._in_place else None
         self._storage = device_storage(provider, self._memory, self.dtype) if self._memory else HostStorage
         try:
-            inputs, outputs = (
-                {each.name: (each.type, each.shape) for each in declared}
-                for declared in (self._session.get_inputs(), self._session.get_outputs())
-            )
+            inputs, outputs = providers.declared(self._graph)
         except UnicodeDecodeError as error:
             raise BackendError(f"{bundle.folder / GRAPH} is damaged: export the bundle again") from error
         floats = "tensor(float16)" if self.dtype == np.float16 else "tensor(float)"
         signature.check(self.config, floats, inputs, outputs, bundle.folder / GRAPH)
         self._inputs = list(inputs)
+        offered = provider == devices.CPU and WIDE_GRAPH in bundle.manifest.files
+        self._wide = WideGraph(bundle, self.threads, wide_after) if offered and wide_after is not None else None
+
+    def open_wide(self) -> None:
+        """Opens the second graph now, if there is one.
+
+        Raises:
+            BundleError: it isn't the graph that config.json describes.
+            BackendError: it takes more memory than there is, or ONNX Runtime can't load it.
+        """
+        if self._wide is not None:
+            self._wide.open()
 
     def check_room(self, rows: int, positions: int, held: int = 0) -> None:
         """Refuses what can't fit into memory: the cache of so many sequences of so many tokens, and their logits.
@@ -142,8 +156,9 @@ class Session:
         """
         if not self._in_place:
             return self._forward_copying(cache, rows, tokens, keep, lengths)
+        graph = (self._wide and self._wide.take(tokens.size)) or self._graph
         positions = cache.advance(rows, tokens.shape[1], lengths)
-        binding = self._binding(cache, rows, tokens.shape[1], keep, padded=lengths is not None)
+        binding = self._binding(graph, cache, rows, tokens.shape[1], keep, padded=lengths is not None)
         if self._memory is None:
             binding.input_ids[:] = tokens
             binding.position_ids[:] = positions
@@ -154,7 +169,7 @@ class Session:
             used = int(cache.lengths[rows].max())
             binding.io.bind_cpu_input(contract.ATTENTION_MASK, cache.mask[rows, :used].copy())
         try:
-            self._session.run_with_iobinding(binding.io)
+            graph.run_with_iobinding(binding.io)
         except Exception as error:
             raise providers.failure("ONNX Runtime failed", error) from error
         return _finite(binding.logits)
@@ -185,32 +200,42 @@ class Session:
                 inputs[name] = cache.data[layer, part, rows, :, :past]
             names += contract.present_names(layer)
         logits: npt.NDArray[np.float32]
-        logits, *present = providers.run(self._session, names, {name: inputs[name] for name in self._inputs})
+        logits, *present = providers.run(self._graph, names, {name: inputs[name] for name in self._inputs})
         for index, array in enumerate(present):
             layer, part = divmod(index, 2)
             for row, length in enumerate(pasts):
                 cache.data[layer, part, rows.start + row, :, length : length + count] = array[row, :, past:]
         return _finite(logits[:, -keep:])
 
-    def _binding(self, cache: Cache, rows: slice, count: int, keep: int, *, padded: bool) -> _Binding:
+    def _binding(
+        self, graph: providers.Graph, cache: Cache, rows: slice, count: int, keep: int, *, padded: bool
+    ) -> _Binding:
         # GroupQueryAttention takes several tokens in several rows where the mask is as wide: then there is no past.
         if padded:
-            return self._bind(cache, rows, count, keep, cache.mask[rows, :count].copy())
-        key = (rows.start, rows.stop, count, keep, cache.storage.base)
+            return self._bind(graph, cache, rows, count, keep, cache.mask[rows, :count].copy())
+        key = (graph is self._graph, rows.start, rows.stop, count, keep, cache.storage.base)
         binding = cache.bindings.get(key)
         if binding is None:
             # As wide as the cache: its ones say how far each row reaches, so it never has to grow.
-            binding = self._bind(cache, rows, count, keep, cache.mask[rows])
+            binding = self._bind(graph, cache, rows, count, keep, cache.mask[rows])
             if count <= _KEPT_SEQUENCE:
                 cache.bindings[key] = binding
         return binding
 
-    def _bind(self, cache: Cache, rows: slice, count: int, keep: int, mask: npt.NDArray[np.int64]) -> _Binding:
+    def _bind(
+        self,
+        graph: providers.Graph,
+        cache: Cache,
+        rows: slice,
+        count: int,
+        keep: int,
+        mask: npt.NDArray[np.int64],
+    ) -> _Binding:
         batch = rows.stop - rows.start
         input_ids = np.zeros((batch, count), np.int64)
         position_ids = np.zeros((batch, count), np.int64)
         logits = np.zeros((batch, keep, self.config.vocab_size), np.float32)
-        io = self._session.io_binding()
+        io = graph.io_binding()
         values: list[object] = []
 
         def value(array: npt.NDArray[np.generic]) -> ort.OrtValue:
@@ -237,7 +262,7 @@ class Session:
 class _DeviceStorage:
     """Keys and values in a device's memory, where a small graph moves them: numbers of rows go there, no content."""
 
-    def __init__(self, mover: ort.InferenceSession, device: str, shape: Shape, dtype: npt.DTypeLike) -> None:
+    def __init__(self, mover: providers.Graph, device: str, shape: Shape, dtype: npt.DTypeLike) -> None:
         self._mover, self._device, self._shape, self._dtype = mover, device, shape, np.dtype(dtype)
         # Zeros, since attention gives what isn't in use no weight, and no weight times NaN is NaN.
         self._memory = ort.OrtValue.ortvalue_from_numpy(np.zeros(max(1, math.prod(shape)), dtype), device, 0)
@@ -286,7 +311,7 @@ def device_storage(provider: str, device: str, dtype: npt.DTypeLike) -> functool
     return functools.partial(_DeviceStorage, mover, device)
 
 
-def _load(bundle: Bundle, device: str, threads: int) -> tuple[ort.InferenceSession, str]:
+def _load(bundle: Bundle, device: str, threads: int) -> tuple[providers.Graph, str]:
     """The bundle's graph on a device, and the provider that it runs on."""
     *better, last = providers.candidates(device)
     for provider in better:
@@ -303,7 +328,7 @@ def _load(bundle: Bundle, device: str, threads: int) -> tuple[ort.InferenceSessi
     return _load_on(last, bundle, threads), last
 
 
-def _load_on(provider: str, bundle: Bundle, threads: int) -> ort.InferenceSession:
+def _load_on(provider: str, bundle: Bundle, threads: int) -> providers.Graph:
     if provider == devices.CPU and (short := resources.shortage(footprint.memory(bundle))):
         raise BackendError(f"{bundle.folder} needs about {short}: free some, or export with fewer bits (--dtype)")
     graph = bundle.folder / GRAPH

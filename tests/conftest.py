@@ -145,9 +145,9 @@ def make_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> MakeCheckpoint:
 
 
 @pytest.fixture
-def one_scale_at_any_width(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Lets int8 treat small networks as it treats wide ones, so that tests of that needn't be large."""
-    monkeypatch.setattr(import_module("gpt2onnx.exporter.export"), "_ONE_SCALE_WIDTH", 0)
+def wide_at_any_width(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Gives small networks a second graph, too, so that tests of that needn't be large."""
+    monkeypatch.setattr(import_module("gpt2onnx.exporter.export"), "_WIDE_WIDTH", 0)
 
 
 @pytest.fixture

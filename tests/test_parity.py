@@ -11,16 +11,16 @@ import numpy as np
 import onnx
 import pytest
 from conftest import CommandLine, MakeCheckpoint
-from onnx import ModelProto, helper
+from onnx import ModelProto, helper, numpy_helper
 from safetensors.numpy import load_file, save_file
 
 import gpt2onnx
 from gpt2onnx.exporter.cases import PROCESSORS, STRATEGIES
 from gpt2onnx.exporter.checkpoint import Checkpoint
 from gpt2onnx.exporter.parity import check
-from gpt2onnx.models.bundle import GRAPH, Bundle, describe_files
+from gpt2onnx.models.bundle import GRAPH, WIDE_GRAPH, WIDE_WEIGHTS, Bundle, describe_files
 
-pytestmark = pytest.mark.usefixtures("one_scale_at_any_width")
+pytestmark = pytest.mark.usefixtures("wide_at_any_width")
 PRECISIONS: dict[str, dict[str, Any]] = {
     "fp32": {},
     "fp16": {"dtype": "fp16"},
@@ -139,6 +139,11 @@ def no_causality_scale(folder: Path, graph: ModelProto) -> None:
                 attribute.f *= 1.5
 
 
+def wrong_zero(folder: Path, graph: ModelProto) -> None:
+    (middle,) = [each for each in graph.graph.initializer if each.name == "h.0.mlp.c_fc.middle"]
+    middle.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(middle) - np.uint8(1), middle.name))
+
+
 EVERY: list[Fault] = [no_stored_bias, swapped_layers, wrong_epsilon, no_used_bias, no_causality_scale]
 
 
@@ -157,6 +162,30 @@ def test_faults_are_found(precision: str, fault: Fault, make_checkpoint: MakeChe
     replace(bundle.manifest, files=describe_files(target)).write(target)
     report = check(Bundle.open(target).folder, Checkpoint.open(str(folder)))
     assert not report["passed"], json.dumps(report, indent=2)
+
+
+@pytest.mark.parametrize("precision", ["int8 for known inputs", "int4 for known inputs"])
+@pytest.mark.parametrize(
+    ("file", "fault"),
+    [
+        (WIDE_GRAPH, swapped_layers),
+        (WIDE_GRAPH, wrong_epsilon),
+        (WIDE_GRAPH, no_causality_scale),
+        (WIDE_WEIGHTS, wrong_zero),
+    ],
+)
+def test_faults_of_the_second_graph_are_found(
+    precision: str, file: str, fault: Fault, make_checkpoint: MakeCheckpoint, tmp_path: Path
+) -> None:
+    folder, target = make_checkpoint(vocab_size=29), tmp_path / "bundle"
+    bundle = gpt2onnx.export(folder, target, **PRECISIONS[precision])
+    graph = onnx.load(target / file, load_external_data=False)
+    fault(target, graph)
+    (target / file).write_bytes(graph.SerializeToString())
+    replace(bundle.manifest, files=describe_files(target)).write(target)
+    report = check(target, Checkpoint.open(str(folder)))
+    parts = {name for name, part in report.items() if isinstance(part, dict) and not part.get("passed", True)}
+    assert parts == {"wide"}, json.dumps(report, indent=2)
 
 
 def test_changed_weight_is_found(make_checkpoint: MakeCheckpoint, tmp_path: Path, command_line: CommandLine) -> None:

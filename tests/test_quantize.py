@@ -33,7 +33,7 @@ from gpt2onnx.models.config import GPT2Config
 from gpt2onnx.models.precision import blocks, memory
 from gpt2onnx.runtime.session import Session
 
-pytestmark = pytest.mark.usefixtures("one_scale_at_any_width")
+pytestmark = pytest.mark.usefixtures("wide_at_any_width")
 PRECISIONS: dict[str, dict[str, Any]] = {
     "int8": {"dtype": "int8"},
     "int4": {"dtype": "int4"},
@@ -73,9 +73,6 @@ def stored_matrices(folder: Path, width: int) -> dict[str, np.ndarray]:
             scales = scales.reshape(attributes["N"], -1).astype(np.float32)
             stored = QuantizedMatrix(data, scales, attributes["bits"], attributes["block_size"], attributes["K"])
             matrices[name] = dequantize(stored)
-        if node.op_type == "DynamicQuantizeMatMul":  # [in, out], a scale for each output
-            data, scales = node.input[1:3]
-            matrices[data.removesuffix(".data")] = (arrays[data].astype(np.float32) * arrays[scales]).T
         if node.op_type == "GatherBlockQuantized":
             attributes = {each.name: each.i for each in node.attribute}
             scales = arrays[node.input[2]].astype(np.float32)
@@ -115,24 +112,11 @@ def with_stored_weights(checkpoint: Path, folder: Path) -> torch.nn.Module:
 def compute_in_float32(folder: Path) -> None:
     """Tells the bundle's graph not to round activations, so that its weights' layout can be judged alone."""
     model = onnx.load(folder / bundle.GRAPH, load_external_data=False)
-    nodes = []
     for node in model.graph.node:
         for attribute in node.attribute:
             if attribute.name == "accuracy_level":
                 assert attribute.i == 4
                 attribute.i = 1
-        if node.op_type == "DynamicQuantizeMatMul":
-            x, data, scales, *bias = [name for name in node.input if name]
-            (output,) = node.output
-            weight, product = f"{output}.weight", f"{output}.product" if bias else output
-            nodes.append(onnx.helper.make_node("Cast", [data], [f"{weight}.values"], to=onnx.TensorProto.FLOAT))
-            nodes.append(onnx.helper.make_node("Mul", [f"{weight}.values", scales], [weight]))
-            nodes.append(onnx.helper.make_node("MatMul", [x, weight], [product]))
-            nodes += [onnx.helper.make_node("Add", [product, *bias], [output])] if bias else []
-        else:
-            nodes.append(node)
-    del model.graph.node[:]
-    model.graph.node.extend(nodes)
     replace_graph(folder, model)
 
 
@@ -146,7 +130,7 @@ def rebuild(folder: Path, checkpoint: Checkpoint, tensor: Tensor) -> None:
     """Makes an fp32 bundle's network anew, of other weights."""
     with (folder / bundle.WEIGHTS).open("wb") as file:
         weights = WeightsFile(folder / bundle.WEIGHTS, file)
-        model = build(checkpoint.config, tensor, tied=True, precision=Precision(), weights=weights)
+        model, _ = build(checkpoint.config, tensor, tied=True, precision=Precision(), weights=weights)
     replace_graph(folder, model)
 
 

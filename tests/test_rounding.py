@@ -1,4 +1,4 @@
-"""How matrices' inputs are rounded, and which operator a matrix gets: against ONNX Runtime's operators and PyTorch."""
+"""How matrices' inputs are rounded, and which operators a matrix gets: against ONNX Runtime's operators and PyTorch."""
 
 from importlib import import_module
 from pathlib import Path
@@ -133,38 +133,37 @@ def test_smoothing_evens_channels_out(make_checkpoint: MakeCheckpoint, tmp_path:
 
 @pytest.fixture(scope="module")
 def int8(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
-    """The embedded model as if it were wide enough for the operator."""
+    """The embedded model as if it were wide enough for a second graph."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(export_module, "_ONE_SCALE_WIDTH", 0)
+        patch.setattr(export_module, "_WIDE_WIDTH", 0)
         return gpt2onnx.export("tales", tmp_path_factory.mktemp("int8") / "bundle", dtype="int8", quality=False)
 
 
-def operators(made: Bundle) -> list[str]:
-    graph = onnx.load(made.folder / bundle.GRAPH, load_external_data=False).graph
+def operators(made: Bundle, name: str = bundle.GRAPH) -> list[str]:
+    graph = onnx.load(made.folder / name, load_external_data=False).graph
     return [node.op_type for node in graph.node if "MatMul" in node.op_type]
 
 
-def test_inputs_are_rounded_with_one_scale(int8: Bundle) -> None:
-    *blocks, head = operators(int8)
+def test_many_inputs_are_rounded_with_one_scale(int8: Bundle) -> None:
+    *blocks, head = operators(int8, bundle.WIDE_GRAPH)
     assert blocks.count("DynamicQuantizeMatMul") > 20  # of 24
     assert head == "MatMulNBits"  # which shares its bytes with the embedding
+    assert set(operators(int8)) == {"MatMulNBits"}
 
 
 @pytest.mark.parametrize("width", [504, 512])
-def test_only_wide_networks_are_rounded_with_one_scale(
-    width: int, make_checkpoint: MakeCheckpoint, tmp_path: Path
-) -> None:
+def test_only_wide_networks_have_a_second_graph(width: int, make_checkpoint: MakeCheckpoint, tmp_path: Path) -> None:
     made = gpt2onnx.export(make_checkpoint(n_embd=width, n_layer=1), tmp_path / "bundle", dtype="int8", quality=False)
-    assert ("DynamicQuantizeMatMul" in operators(made)) == (width == 512)
+    assert (bundle.WIDE_GRAPH in made.manifest.files) == (width == 512)
 
 
-@pytest.mark.usefixtures("one_scale_at_any_width")
-@pytest.mark.parametrize(
-    "options", [{"dtype": "int8", "block_size": 16}, {"dtype": "int8", "calibrate": False}, {"dtype": "int4"}]
-)
-def test_inputs_are_rounded_in_blocks(options: dict[str, Any], make_checkpoint: MakeCheckpoint, tmp_path: Path) -> None:
-    made = gpt2onnx.export(make_checkpoint(), tmp_path / "bundle", quality=False, **options)
-    assert set(operators(made)) == {"MatMulNBits"}
+@pytest.mark.usefixtures("wide_at_any_width")
+@pytest.mark.parametrize("options", [{"dtype": "fp32"}, {"dtype": "fp16"}, {"dtype": "int8", "calibrate": False}])
+def test_second_graph_needs_8_bits_and_calibration(
+    options: dict[str, Any], make_checkpoint: MakeCheckpoint, tmp_path: Path
+) -> None:
+    made = gpt2onnx.export(make_checkpoint(), tmp_path / "bundle", **options)
+    assert {bundle.WIDE_GRAPH, bundle.WIDE_WEIGHTS}.isdisjoint(made.manifest.files)
 
 
 def test_exact_sums_where_the_processor_has_none(int8: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -185,9 +184,9 @@ def test_exact_sums_where_the_processor_has_none(int8: Bundle, monkeypatch: pyte
     monkeypatch.setattr(onnxruntime, "InferenceSession", create)
     for overflow in (False, True):
         monkeypatch.setattr(resources, "sums_of_byte_products_overflow", lambda overflow=overflow: overflow)
-        session = Session(int8, threads=1)
+        session = Session(int8, threads=1, wide_after=0)
         logits.append(session.forward(session.new_cache(1, TOKENS), slice(0, 1), tokens, keep=TOKENS).copy())
-    assert asked == ["", "1"]
+    assert asked == ["", "", "", "1", "1", "1"]
     np.testing.assert_allclose(logits[1], logits[0], rtol=0, atol=1e-4)
 
 
@@ -262,7 +261,7 @@ def test_matrices_with_8_bits_in_int4_are_those_of_the_documents(
     assert len(bits) == 2 + 4 * 5
 
 
-@pytest.mark.usefixtures("one_scale_at_any_width")
+@pytest.mark.usefixtures("wide_at_any_width")
 @pytest.mark.parametrize("function", ["relu", "relu2", "gelu_new"])
 def test_rows_are_scaled_where_some_are_large_or_all_zero(
     function: str, make_checkpoint: MakeCheckpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -271,8 +270,9 @@ def test_rows_are_scaled_where_some_are_large_or_all_zero(
     monkeypatch.setattr(operators_module, "choose", lambda sample, weight, size: OneScale(0.01))
     source = make_checkpoint(activation_function=function, initializer_range=0.1)
     made = gpt2onnx.export(source, tmp_path / "bundle", dtype="int8", quality=False)
-    assert operators(made).count("DynamicQuantizeMatMul") == 4 * made.config.n_layer
+    assert operators(made, bundle.WIDE_GRAPH).count("DynamicQuantizeMatMul") == 4 * made.config.n_layer
     report = check(made.folder, Checkpoint.open(str(source)))
+    assert report["wide"]["positions"]
     assert report["passed"], report
 
 

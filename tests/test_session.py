@@ -23,7 +23,7 @@ def test_threads_out_of_range(tales_bundle: Path, threads: int) -> None:
 def test_threads_are_what_was_asked_for(tales_bundle: Path) -> None:
     for threads in (1, 2, 5):
         loaded = Session(Bundle.open(tales_bundle), threads=threads)
-        assert loaded.threads == loaded._session.get_session_options().intra_op_num_threads == threads
+        assert loaded.threads == loaded._graph.get_session_options().intra_op_num_threads == threads
 
 
 def test_a_loaded_model_costs_nothing_while_idle(tales_bundle: Path) -> None:
@@ -61,7 +61,7 @@ def test_onnxruntime_out_of_memory_says_how_much_there_is(
     def fail(*arguments: object) -> None:
         raise RuntimeError(message)
 
-    monkeypatch.setattr(loaded._session, "run_with_iobinding", fail)
+    monkeypatch.setattr(loaded._graph, "run_with_iobinding", fail)
     with pytest.raises(BackendError, match=r"there isn't enough memory \(the tightest limit is "):
         loaded.forward(loaded.new_cache(1, 8), slice(0, 1), np.array([[1]]))
 

@@ -118,11 +118,11 @@ def run(
 
 
 def _pipeline(plan: Plan, done: list[Part], bundle: SharedBundle, output: Place, workers: int | None) -> Dataset:
-    work = plan.work
+    work, opened = plan.work, Bundle.open(Path(bundle.folder))
     needs = {
         "CPU": work.threads,
         "GPU": 0 if work.device == "cpu" else 1,
-        "memory": footprint.memory(Bundle.open(Path(bundle.folder))) + _WORKER_MEMORY,
+        "memory": footprint.memory(opened) + footprint.wide_memory(opened) + _WORKER_MEMORY,
     }
     _check_room(needs)
     attempts = cast("Any", Attempts).options(label_selector={NODE_ID_LABEL_KEY: _this_machine()}).remote()

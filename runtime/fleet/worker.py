@@ -91,4 +91,5 @@ class Worker:
     @cached_property
     def _model(self) -> Model:
         # Loaded with the first part: Ray reports the errors of a call as they are, those of a constructor as its own.
-        return Model(self._bundle.here(), device=self._work.device, threads=self._work.threads)
+        # Its second graph for all that it is for, whatever went before.
+        return Model(self._bundle.here(), device=self._work.device, threads=self._work.threads, wide_after=0)

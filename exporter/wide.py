@@ -1,0 +1,139 @@
+"""A second graph of the same network, for passes of many rows: prompts and batches.
+
+MatMulNBits multiplies a single row as fast as its matrix can be read. Where many rows pass at once DynamicQuantizeMatMul
+is up to twice as fast, on matrices of 8 bits with one scale for each output, and with one scale for all of its input.
+Which layers bear that is chosen by what reaches them (`rounding`).
+
+Those matrices aren't stored. A small graph makes them of the first graph's, block by block: a whole number times its
+block's scale becomes a whole number times its output's. The runtime runs that before it opens the second graph.
+https://github.com/microsoft/onnxruntime/blob/main/docs/ContribOperators.md#com.microsoft.DynamicQuantizeMatMul
+"""
+
+from collections.abc import Mapping
+from pathlib import PurePosixPath
+
+import numpy as np
+from onnx import ModelProto, NodeProto, StringStringEntryProto, TensorProto, ValueInfoProto, helper
+
+from ..models.bundle import WIDE_WEIGHTS
+from .operators import MICROSOFT, Layer, Nodes, StoredMatrix, as_model
+
+_OPSET = 21  # the first with numbers of 4 bits
+_LARGEST = 127
+# Of an output whose weights are all 0.
+_LEAST_STEP = 1e-30
+
+
+def build(model: ModelProto, layers: Mapping[str, Layer]) -> tuple[ModelProto, ModelProto]:
+    """Writes the second graph, and the one that makes its weights.
+
+    Args:
+        model: the first graph, whose weights are external data.
+        layers: those to run in the other way, by their nodes' names.
+
+    Returns:
+        The second graph: the first one's inputs and outputs; the weights that are made for it are initializers
+        without data. And a graph without inputs that has them as outputs: of each matrix the values, int8 [in, out],
+        and the scales, float32 [out].
+    """
+    stored = {each.name: each for each in model.graph.initializer}
+    makers = {output: node for node in model.graph.node for output in node.output}
+    wide, making, made = Nodes(), Nodes(), list[ValueInfoProto]()
+    for node in model.graph.node:
+        if node.name in layers:
+            _multiply(wide, node, layers[node.name])
+            made += _make(making, layers[node.name].matrix, stored, makers)
+        else:
+            wide.nodes.append(node)
+    used = {name for node in wide.nodes for name in node.input}
+    kept = [each for each in model.graph.initializer if each.name in used]
+    graph = helper.make_graph(
+        wide.nodes, "gpt2_wide", model.graph.input, model.graph.output,
+        [*kept, *wide.initializers, *map(_without_data, made)], value_info=model.graph.value_info,
+    )  # fmt: skip
+    weights = helper.make_graph(making.nodes, "wide_weights", [], made, making.initializers)
+    return as_model(graph), as_model(weights, opset=_OPSET)
+
+
+def _multiply(wide: Nodes, node: NodeProto, layer: Layer) -> None:
+    """The layer's product, in place of its node."""
+    name, (product,) = layer.matrix.name, node.output
+    weights = [_columns(layer.matrix), _steps(layer.matrix)]
+    kind, x, least = "DynamicQuantizeMatMul", node.input[0], layer.rounding.least
+    if least is None:
+        wide.op(kind, [x, *weights, "", layer.bias], node.name, domain=MICROSOFT, outputs=[product])
+        return
+    last = wide.constant(f"{name}.last_axis", np.array([-1], np.int64))
+    greatest = wide.op("ReduceMax", [x, last], f"{name}.greatest", keepdims=1)
+    row_scale = wide.op(
+        "Max", [greatest, wide.constant(f"{name}.least", np.array(least, np.float32))], f"{name}.row_scale"
+    )
+    scaled = wide.op("Div", [x, row_scale], f"{name}.scaled")
+    scaled = wide.op(kind, [scaled, *weights], f"{name}.scaled_product", domain=MICROSOFT)
+    rescaled = wide.op("Mul", [scaled, row_scale], f"{name}.rescaled")
+    wide.op("Add", [rescaled, layer.bias], node.name, outputs=[product])
+
+
+def _make(
+    making: Nodes, matrix: StoredMatrix, stored: Mapping[str, TensorProto], makers: Mapping[str, NodeProto]
+) -> list[ValueInfoProto]:
+    """A matrix with one scale for each output, and these scales."""
+    name, middle = matrix.name, 1 << (matrix.bits - 1)
+    blocks = [matrix.rows, matrix.width // matrix.block_size, 1]
+
+    def whole_numbers(suffix: str, *values: int) -> str:
+        return making.constant(f"{name}.{suffix}", np.array(values, np.int64))
+
+    if cast := makers.get(matrix.scales):
+        making.nodes.append(cast)
+    making.initializers.append(stored[cast.input[0] if cast else matrix.scales])
+    data = TensorProto()
+    data.CopyFrom(stored[matrix.data])
+    data.data_type = TensorProto.UINT4 if matrix.bits == 4 else TensorProto.UINT8
+    data.dims[:] = [*blocks[:2], matrix.block_size]
+    making.initializers.append(data)
+
+    scales = making.op("Reshape", [matrix.scales, whole_numbers("blocks", *blocks)], f"{name}.scales_by_block")
+    largest = making.op("Abs", [scales], f"{name}.size_of_scales")
+    largest = making.op("ReduceMax", [largest, whole_numbers("axis_1", 1)], f"{name}.largest_scale", keepdims=1)
+    share = making.constant(f"{name}.share", np.array(middle / _LARGEST, np.float32))
+    step = making.op("Mul", [largest, share], f"{name}.largest_step")
+    step = making.op("Max", [step, making.constant(f"{name}.least", np.array(_LEAST_STEP, np.float32))], f"{name}.step")
+    ratio = making.op("Div", [scales, step], f"{name}.ratio")
+    zeros = making.op(
+        "Expand", [making.constant(f"{name}.middle", np.array(middle, np.uint8)), f"{name}.blocks"], f"{name}.zeros"
+    )
+    if matrix.bits == 4:
+        zeros = making.op("Cast", [zeros], f"{name}.zeros_of_4_bits", to=TensorProto.UINT4)
+    values = making.op(
+        "DequantizeLinear", [matrix.data, ratio, zeros], f"{name}.values", axis=2, block_size=matrix.block_size
+    )
+    one = making.constant(f"{name}.one", np.array(1, np.float32))
+    zero = making.constant(f"{name}.zero", np.array(0, np.int8))
+    values = making.op("QuantizeLinear", [values, one, zero], f"{name}.rounded")
+    rows = making.op("Reshape", [values, whole_numbers("shape", matrix.rows, matrix.width)], f"{name}.rows")
+    columns = making.op("Transpose", [rows], _columns(matrix), perm=[1, 0])
+    steps = making.op("Reshape", [step, whole_numbers("all", -1)], _steps(matrix))
+    return [
+        helper.make_tensor_value_info(columns, TensorProto.INT8, [matrix.width, matrix.rows]),
+        helper.make_tensor_value_info(steps, TensorProto.FLOAT, [matrix.rows]),
+    ]
+
+
+def _columns(matrix: StoredMatrix) -> str:
+    return f"{matrix.name}.columns"
+
+
+def _steps(matrix: StoredMatrix) -> str:
+    return f"{matrix.name}.steps"
+
+
+def _without_data(made: ValueInfoProto) -> TensorProto:
+    """The initializer that a weight is in the second graph, for whose data the runtime has to come up."""
+    kind = made.type.tensor_type
+    # ONNX Runtime takes external data only from its caller. The file named here is too short: nobody loads it by mistake.
+    place = StringStringEntryProto(key="location", value=PurePosixPath(WIDE_WEIGHTS).name)
+    return TensorProto(
+        name=made.name, dims=[each.dim_value for each in kind.shape.dim], data_type=kind.elem_type,
+        data_location=TensorProto.EXTERNAL, external_data=[place],
+    )  # fmt: skip

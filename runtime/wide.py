@@ -1,0 +1,85 @@
+"""A bundle's second graph, for passes of many tokens, opened when it has become worth that.
+
+Opening it takes about as long as it saves on a thousand tokens, and it takes memory: a process that reads a short prompt
+and writes one text goes without. Tokens are counted, not time, so that a run can be repeated.
+"""
+
+import logging
+
+import numpy as np
+import numpy.typing as npt
+
+from gpt2onnx.errors import BackendError
+
+from ..models.bundle import WIDE_GRAPH, WIDE_WEIGHTS, Bundle
+from . import devices, footprint, providers, resources, signature
+
+_log = logging.getLogger(__name__)
+# In one pass, from which on its operators are faster.
+FEWEST = 6
+# In all such passes, until it has become worth opening it.
+WORTH = 1024
+
+
+def make_weights(bundle: Bundle, threads: int) -> dict[str, npt.NDArray[np.generic]]:
+    """The second graph's own weights, by name: of each matrix the values, int8 [in, out], and the scales, float32 [out].
+
+    Raises:
+        BackendError: ONNX Runtime failed.
+    """
+    path = bundle.folder / WIDE_WEIGHTS
+    # Unoptimised: otherwise all of it would be computed while it is opened, and nothing given back before the end.
+    graph = providers.open_graph(path, devices.CPU, threads=threads, name=path, optimize=False)
+    names = list(providers.declared(graph)[1])
+    return dict(zip(names, providers.run(graph, names, {}), strict=True))
+
+
+class WideGraph:
+    """The second graph of a bundle, on the CPU.
+
+    Args:
+        bundle: whose it is.
+        threads: of one operator.
+        after: tokens that have to come in passes of many until it is opened.
+    """
+
+    def __init__(self, bundle: Bundle, threads: int, after: int) -> None:
+        self._bundle, self._threads, self._left, self._tried = bundle, threads, after, False
+        self._graph: providers.Graph | None = None
+        # The graph reads them where they are.
+        self._weights: dict[str, npt.NDArray[np.generic]] = {}
+
+    def take(self, tokens: int) -> providers.Graph | None:
+        """The graph, if a pass of so many tokens is to go through it; none where there isn't the memory.
+
+        Raises:
+            BundleError: it isn't the graph that config.json describes.
+        """
+        if tokens < FEWEST:
+            return None
+        if not self._tried:
+            self._left -= tokens
+            if self._left <= 0:
+                try:
+                    self.open()
+                except BackendError as error:
+                    _log.info("prompts and batches stay slower: %s", error)
+        return self._graph
+
+    def open(self) -> None:
+        """Opens it now.
+
+        Raises:
+            BundleError: it isn't the graph that config.json describes.
+            BackendError: it takes more memory than there is, or ONNX Runtime can't load it.
+        """
+        self._tried = True
+        folder = self._bundle.folder
+        if short := resources.shortage(footprint.wide_memory(self._bundle)):
+            raise BackendError(f"{folder / WIDE_GRAPH} needs about {short}")
+        self._weights = make_weights(self._bundle, self._threads)
+        graph = providers.open_graph(
+            folder / WIDE_GRAPH, devices.CPU, threads=self._threads, name=folder / WIDE_GRAPH, weights=self._weights
+        )
+        signature.check(self._bundle.config, "tensor(float)", *providers.declared(graph), folder / WIDE_GRAPH)
+        self._graph = graph
