@@ -10,7 +10,7 @@ import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -37,7 +37,7 @@ _log = logging.getLogger(__name__)
 # onnxruntime's severities. What it would log as an error is raised, too.
 _SILENT, _WARNINGS = 4, 2
 # A graph that ONNX Runtime has loaded.
-Graph = ort.InferenceSession
+Graph: TypeAlias = ort.InferenceSession
 # Long enough for the way from one forward pass to the next: a thread that sleeps meanwhile is slow to wake, above all in
 # virtual machines. By default it is far longer: processes side by side then take each other's cores while they wait.
 _SPIN_MICROSECONDS = "300"
