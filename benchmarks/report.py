@@ -19,7 +19,8 @@ runs each once, in turn, while the others stand still; one round to warm up is f
 are medians, with the lowest and highest in brackets. Ratios are taken round by round and are medians, too: above 1
 gpt2onnx is ahead, below 1 the peer is. Read bandwidth is measured in every round. Every round has prompts of its own,
 of the same lengths, as some runtimes keep the prompts that they have seen. One exception to what weights don't matter
-for: gpt2onnx chooses int8 operators by what reaches the matrices, and a network with strong outliers keeps slower ones.
+for: gpt2onnx chooses operators for the prompts and batches of int8 and int4 by what reaches the matrices, and a network
+with strong outliers keeps slower ones.
 
     python -m benchmarks.prepare
     python -m benchmarks.run

@@ -56,10 +56,9 @@ class StoredWeights:
                 self._one_scale[name] = OneScale(None if least is None else float(numpy_helper.to_array(least)))
             self._made = make_weights(bundle, footprint.threads(bundle))
 
-    @property
-    def made(self) -> list[str]:
-        """Names of the weights that the second graph has of its own."""
-        return [f"{name}.weight" for name in self._one_scale]
+    def made(self) -> Iterator[tuple[str, npt.NDArray[Any]]]:
+        """The weights that the second graph has of its own: names, and the scales [out]."""
+        return ((f"{name}.weight", self._made[f"{name}{_STEPS}"]) for name in self._one_scale)
 
     def blocks(self, name: str) -> Blocks | None:
         """How a weight is quantised; None where it isn't."""

@@ -33,7 +33,7 @@ def load(
         verify: compare every byte of the bundle with its manifest first; otherwise only the files' sizes, and the
             small files' content.
         wide_after: in int8 and int4, tokens in prompts and batches after which these go through a second graph, which
-            takes a moment and memory to open and rounds a little more: 0 for all of them, None for none.
+            takes a moment and memory to open and rounds a little more: 0 opens it right away, None never.
 
     Raises:
         BundleError, CheckpointError: the model can't be found or used.

@@ -39,7 +39,7 @@ class Model:
         device: "cpu", "cuda", the name of another execution provider, or "auto": CUDA where it works, else the CPU.
         threads: of one operator; by default as many as this process may use, fewer for very small models.
         wide_after: tokens in prompts and batches after which these go through the bundle's second graph, if it has one
-            for this device; 0 for all of them, None for none.
+            for this device; 0 opens it right away, None never.
 
     Raises:
         BundleError: the bundle can't be used.

@@ -142,15 +142,19 @@ def why_not(provider: str) -> str | None:
     return None if provider in session.get_providers() else devices.said(log())
 
 
-def declared(graph: Graph) -> tuple[dict[str, Declared], dict[str, Declared]]:
+def declared(graph: Graph, name: object) -> tuple[dict[str, Declared], dict[str, Declared]]:
     """A graph's inputs and its outputs, by name: type and shape of each.
 
     Raises:
-        UnicodeDecodeError: a name is damaged.
+        BackendError: a name isn't text; the error calls the graph by `name`.
     """
-    inputs, outputs = (
-        {each.name: (each.type, each.shape) for each in values} for values in (graph.get_inputs(), graph.get_outputs())
-    )
+    try:
+        inputs, outputs = (
+            {each.name: (each.type, each.shape) for each in values}
+            for values in (graph.get_inputs(), graph.get_outputs())
+        )
+    except UnicodeDecodeError as error:
+        raise BackendError(f"{name} is damaged: export the bundle again") from error
     return inputs, outputs
 
 

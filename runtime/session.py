@@ -50,14 +50,14 @@ class Session:
             bundle, else the CPU.
         threads: of one operator; by default as many as this process may use, fewer for very small models.
         wide_after: tokens in passes of many after which these go through the bundle's second graph, if it has one for
-            this device; 0 for all of them, None for none.
+            this device; 0 opens it right away, None never.
 
     Attributes:
         device: what it runs on, as the argument would name it.
         threads: of one operator.
 
     Raises:
-        OptionError: `threads` is below 1, or the device is unknown.
+        OptionError: `threads` is below 1, `wide_after` below 0, or the device is unknown.
         BundleError: a graph isn't the one that config.json describes.
         BackendError: the device isn't there, doesn't load, or doesn't run this bundle; the weights don't fit into
             memory; or ONNX Runtime can't load the graph.
@@ -68,6 +68,8 @@ class Session:
     ) -> None:
         if threads is not None and threads < 1:
             raise OptionError(f"threads must be at least 1, not {threads}")
+        if wide_after is not None and wide_after < 0:
+            raise OptionError(f"wide_after must be at least 0, not {wide_after}")
         self.config = bundle.config
         self.dtype = np.dtype(np.float16 if bundle.manifest.dtype == "fp16" else np.float32)
         self.threads = threads or footprint.threads(bundle)
@@ -77,10 +79,7 @@ class Session:
         # The device's own memory, where the cache is kept in it.
         self._memory = devices.MEMORY.get(provider) if self._in_place else None
         self._storage = device_storage(provider, self._memory, self.dtype) if self._memory else HostStorage
-        try:
-            inputs, outputs = providers.declared(self._graph)
-        except UnicodeDecodeError as error:
-            raise BackendError(f"{bundle.folder / GRAPH} is damaged: export the bundle again") from error
+        inputs, outputs = providers.declared(self._graph, bundle.folder / GRAPH)
         floats = "tensor(float16)" if self.dtype == np.float16 else "tensor(float)"
         signature.check(self.config, floats, inputs, outputs, bundle.folder / GRAPH)
         self._inputs = list(inputs)
@@ -88,7 +87,7 @@ class Session:
         self._wide = WideGraph(bundle, self.threads, wide_after) if offered and wide_after is not None else None
 
     def open_wide(self) -> None:
-        """Opens the second graph now, if there is one.
+        """Opens the second graph now, if there is one and it isn't open.
 
         Raises:
             BundleError: it isn't the graph that config.json describes.
@@ -152,6 +151,7 @@ class Session:
             Logits, float32 [rows, keep, vocabulary]; the array is overwritten by the next call of this shape.
 
         Raises:
+            BundleError: the second graph, opened now, isn't the one that config.json describes.
             BackendError: ONNX Runtime failed.
         """
         if not self._in_place:

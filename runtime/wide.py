@@ -30,7 +30,7 @@ def make_weights(bundle: Bundle, threads: int) -> dict[str, npt.NDArray[np.gener
     path = bundle.folder / WIDE_WEIGHTS
     # Unoptimised: otherwise all of it would be computed while it is opened, and nothing given back before the end.
     graph = providers.open_graph(path, devices.CPU, threads=threads, name=path, optimize=False)
-    names = list(providers.declared(graph)[1])
+    names = list(providers.declared(graph, path)[1])
     return dict(zip(names, providers.run(graph, names, {}), strict=True))
 
 
@@ -40,7 +40,10 @@ class WideGraph:
     Args:
         bundle: whose it is.
         threads: of one operator.
-        after: tokens that have to come in passes of many until it is opened.
+        after: tokens that have to come in passes of many until it is opened; 0 opens it right away.
+
+    Raises:
+        BundleError: it isn't the graph that config.json describes.
     """
 
     def __init__(self, bundle: Bundle, threads: int, after: int) -> None:
@@ -48,6 +51,8 @@ class WideGraph:
         self._graph: providers.Graph | None = None
         # The graph reads them where they are.
         self._weights: dict[str, npt.NDArray[np.generic]] = {}
+        if after == 0:
+            self._try()
 
     def take(self, tokens: int) -> providers.Graph | None:
         """The graph, if a pass of so many tokens is to go through it; none where there isn't the memory.
@@ -60,26 +65,29 @@ class WideGraph:
         if not self._tried:
             self._left -= tokens
             if self._left <= 0:
-                try:
-                    self.open()
-                except BackendError as error:
-                    _log.info("prompts and batches stay slower: %s", error)
+                self._try()
         return self._graph
 
+    def _try(self) -> None:
+        self._tried = True
+        try:
+            self.open()
+        except BackendError as error:
+            _log.info("prompts and batches stay slower: %s", error)
+
     def open(self) -> None:
-        """Opens it now.
+        """Opens it now, unless it is open.
 
         Raises:
             BundleError: it isn't the graph that config.json describes.
             BackendError: it takes more memory than there is, or ONNX Runtime can't load it.
         """
-        self._tried = True
-        folder = self._bundle.folder
+        if self._graph is not None:
+            return
+        path = self._bundle.folder / WIDE_GRAPH
         if short := resources.shortage(footprint.wide_memory(self._bundle)):
-            raise BackendError(f"{folder / WIDE_GRAPH} needs about {short}")
+            raise BackendError(f"{path} needs about {short}")
         self._weights = make_weights(self._bundle, self._threads)
-        graph = providers.open_graph(
-            folder / WIDE_GRAPH, devices.CPU, threads=self._threads, name=folder / WIDE_GRAPH, weights=self._weights
-        )
-        signature.check(self._bundle.config, "tensor(float)", *providers.declared(graph), folder / WIDE_GRAPH)
+        graph = providers.open_graph(path, devices.CPU, threads=self._threads, name=path, weights=self._weights)
+        signature.check(self._bundle.config, "tensor(float)", *providers.declared(graph, path), path)
         self._graph = graph

@@ -367,7 +367,7 @@ def test_twins_are_the_network_and_its_quantised_one(
     precision = Precision(blocks=lambda name: blocks(checkpoint.config, "int8", name))
     with (made.folder / bundle.WEIGHTS).open("wb") as file:
         weights = WeightsFile(made.folder / bundle.WEIGHTS, file)
-        model = build(
+        model, _ = build(
             checkpoint.config, checkpoint.tensor, tied=True, precision=precision, weights=weights, twins=twins
         )
     replace_graph(made.folder, model)

@@ -533,13 +533,13 @@ def test_missing_extra(tales_bundle: Path) -> None:
 
 def test_every_option_arrives(command_line: CommandLine, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     taken: dict[str, Any] = {}
-    monkeypatch.setattr("gpt2onnx.cli.serve.load", lambda *arguments: taken.update(loaded=arguments))
+    monkeypatch.setattr("gpt2onnx.cli.serve.load", lambda *arguments, **more: taken.update(loaded=(*arguments, more)))
     monkeypatch.setattr(
         serving_server, "serve", lambda model, listener, settings, ready: taken.update(settings=settings)
     )
     assert command_line("serve", "--port", 0).code == 0
     plain = serving_server.Settings(name="tales", admission=Admission(keys=[]))
-    assert taken == {"loaded": ("tales", "cpu", None), "settings": plain}
+    assert taken == {"loaded": ("tales", "cpu", None, {"wide_after": 0}), "settings": plain}
 
     keys = tmp_path / "keys"
     keys.write_text("open sesame\n")
@@ -551,7 +551,7 @@ def test_every_option_arrives(command_line: CommandLine, monkeypatch: pytest.Mon
         "--energy", "--country", "FRA", "--log-prompts", "--device", "cuda", "--threads", 23,
     )  # fmt: skip
     assert finished.code == 0, finished.err
-    assert taken["loaded"] == ("some/model", "cuda", 23)
+    assert taken["loaded"] == ("some/model", "cuda", 23, {"wide_after": 0})
     assert taken["settings"] == serving_server.Settings(
         name="mine", max_batch=3, max_queue=5, limits=Limits(prompt_tokens=7, max_tokens=11, seconds=17),
         admission=Admission(keys=[b"open sesame"], only_local=False, body_bytes=13), energy=True, country="FRA",

@@ -11,10 +11,9 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
-from test_graph import random_tokens
 
 import gpt2onnx
-from gpt2onnx.errors import BackendError, BundleError
+from gpt2onnx.errors import BackendError, BundleError, OptionError
 from gpt2onnx.exporter.stored import StoredWeights
 from gpt2onnx.models.bundle import WIDE_GRAPH, WIDE_WEIGHTS, Bundle, describe_files
 from gpt2onnx.models.shapes import weight_shapes
@@ -49,12 +48,12 @@ def logits(session: Session, tokens: np.ndarray, *parts: int) -> np.ndarray:
 
 def test_weights_are_the_first_graphs_up_to_rounding(made: Bundle) -> None:
     stored, ours = StoredWeights(made), StoredWeights(made, wide=True)
-    weights, changed = wide.make_weights(made, 1), 0
+    steps_of, changed = dict(ours.made()), 0
     for name in weight_shapes(made.config, tied=True):
-        if name not in ours.made:
+        steps = steps_of.get(name)
+        if steps is None:
             np.testing.assert_array_equal(ours.tensor(name), stored.tensor(name), err_msg=name)
             continue
-        steps = weights[f"{name.removesuffix('.weight')}.steps"]
         error = np.abs(ours.tensor(name) - stored.tensor(name)) / steps
         assert error.max() <= 0.501, name
         # All of the range is used: a step is no longer than the largest weight that blocks could hold asks for.
@@ -67,8 +66,8 @@ def test_weights_are_the_first_graphs_up_to_rounding(made: Bundle) -> None:
 def test_graphs_share_a_cache(made: Bundle) -> None:
     """A prompt through the one and single tokens through the other give about what either gives alone."""
     one, both = Session(made, threads=1, wide_after=None), Session(made, threads=1, wide_after=0)
-    tokens = random_tokens(made.config, 1)
-    count = tokens.shape[1]
+    count = 20
+    tokens = np.random.default_rng(0).integers(made.config.vocab_size, size=(1, count))
     steps = [1] * (count - wide.FEWEST)
     alone = logits(one, tokens, wide.FEWEST, *steps)
     np.testing.assert_array_equal(logits(both, tokens, *[1] * count), logits(one, tokens, *[1] * count))
@@ -96,6 +95,9 @@ def test_opened_when_worth_it(made: Bundle) -> None:
     assert opened(Session(made), 1, 100, 64) == wide.WORTH // 64 - 1
     assert opened(Session(made, wide_after=0), wide.FEWEST, 1) == 0
     assert opened(Session(made, wide_after=None), 16, 100) is None
+    assert opened(gpt2onnx.load(made.folder, wide_after=100).session, 25, 5) == 3
+    with pytest.raises(OptionError, match="wide_after must be at least 0, not -1"):
+        gpt2onnx.load(made.folder, wide_after=-1)
 
 
 @pytest.mark.parametrize("made", ["int8"], indirect=True)
