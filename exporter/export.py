@@ -46,7 +46,7 @@ _QUANTIZED = ("int8", "int4")
 # large networks would take too long; in `pure` more texts lower the divergence, but raise the perplexity.
 _CALIBRATION_TEXTS = {"int8": 16, "int4": 32}
 _MORE_TEXTS, _MANY_WEIGHTS = 64, 50_000_000
-# For narrower networks a second graph's operators cost about as much as they save.
+# Narrower networks have no second graph: their passes are short in any case.
 _WIDE_WIDTH = 512
 _REFERENCE = "fp32"  # folder for the same weights in fp32 while a bundle is being made
 # Above this many weights, calibration and checks take long and much memory, so they have to be asked for.

@@ -40,7 +40,7 @@ _SILENT, _WARNINGS = 4, 2
 Graph: TypeAlias = ort.InferenceSession
 # Long enough for the way from one forward pass to the next: a thread that sleeps meanwhile is slow to wake, above all in
 # virtual machines. By default it is far longer: processes side by side then take each other's cores while they wait.
-_SPIN_MICROSECONDS = "300"
+_SPIN_MICROSECONDS = "1000"
 
 
 def available() -> list[str]:
