@@ -21,7 +21,7 @@ def load(
     device: str = "cpu",
     threads: int | None = None,
     verify: bool = False,
-    wide_after: int | None = 1024,
+    wide_after: int | None = 768,
 ) -> "Model":
     """Loads a model.
 

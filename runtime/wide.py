@@ -18,7 +18,7 @@ _log = logging.getLogger(__name__)
 # In one pass, from which on its operators are faster.
 FEWEST = 6
 # In all such passes, until it has become worth opening it.
-WORTH = 1024
+WORTH = 768
 
 
 def make_weights(bundle: Bundle, threads: int) -> dict[str, npt.NDArray[np.generic]]:
