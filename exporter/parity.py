@@ -75,8 +75,8 @@ def check(folder: Path, checkpoint: Checkpoint, suite: str = "quick") -> dict[st
         BundleError, BackendError: the bundle can't be used.
     """
     reference = Reference(checkpoint)
-    model = Model(folder)
-    manifest, session = model.bundle.manifest, Session(model.bundle, wide_after=None)
+    model = Model(folder, wide_after=None)
+    manifest, session = model.bundle.manifest, model.session
     lossy, times = manifest.dtype in _LOSSY, _TIMES_ROUNDING[manifest.dtype]
     prompts = _prompts(model.config)
     original = reference.logits(prompts)
@@ -171,7 +171,7 @@ def _wide(bundle: Bundle, checkpoint: Checkpoint, reference: Reference, prompts:
     expected = reference.logits(prompts)
     with reference.rounding(_roundings(second, checkpoint).get, half=False):
         allowed = _TIMES_ROUNDING[bundle.manifest.dtype] * _largest(reference.logits(prompts), expected)
-    session = Session(bundle, wide_after=0)
+    session = Session(bundle)
     session.open_wide()
     figures = _judged(_whole(session, prompts), expected, allowed, _NOISE)
     return figures | {"most_steps": steps, "passed": figures["passed"] and steps <= _HALF_A_STEP}

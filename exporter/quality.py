@@ -78,7 +78,7 @@ def on_own_samples(
 
 def _sessions(bundle: Bundle, reference: Bundle, threads: int | None) -> tuple[Session, Session]:
     """Where a bundle has a second graph, that is the one that rounds more, and it's prompts and batches that are compared."""
-    ours = Session(bundle, threads=threads, wide_after=0)
+    ours = Session(bundle, threads=threads)
     ours.open_wide()
     return ours, Session(reference, threads=threads)
 

@@ -144,6 +144,15 @@ def wrong_zero(folder: Path, graph: ModelProto) -> None:
     middle.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(middle) - np.uint8(1), middle.name))
 
 
+def with_fault(folder: Path, file: str, fault: Fault) -> Path:
+    """The bundle with a fault in one of its graphs, and a manifest that agrees to it."""
+    manifest, graph = Bundle.open(folder).manifest, onnx.load(folder / file, load_external_data=False)
+    fault(folder, graph)
+    (folder / file).write_bytes(graph.SerializeToString())
+    replace(manifest, files=describe_files(folder)).write(folder)
+    return Bundle.open(folder).folder
+
+
 EVERY: list[Fault] = [no_stored_bias, swapped_layers, wrong_epsilon, no_used_bias, no_causality_scale]
 
 
@@ -155,12 +164,8 @@ EVERY: list[Fault] = [no_stored_bias, swapped_layers, wrong_epsilon, no_used_bia
 )
 def test_faults_are_found(precision: str, fault: Fault, make_checkpoint: MakeCheckpoint, tmp_path: Path) -> None:
     folder, target = make_checkpoint(vocab_size=29), tmp_path / "bundle"
-    bundle = gpt2onnx.export(folder, target, **PRECISIONS[precision])
-    graph = onnx.load(target / GRAPH, load_external_data=False)
-    fault(target, graph)
-    (target / GRAPH).write_bytes(graph.SerializeToString())
-    replace(bundle.manifest, files=describe_files(target)).write(target)
-    report = check(Bundle.open(target).folder, Checkpoint.open(str(folder)))
+    gpt2onnx.export(folder, target, **PRECISIONS[precision])
+    report = check(with_fault(target, GRAPH, fault), Checkpoint.open(str(folder)))
     assert not report["passed"], json.dumps(report, indent=2)
 
 
@@ -178,12 +183,8 @@ def test_faults_of_the_second_graph_are_found(
     precision: str, file: str, fault: Fault, make_checkpoint: MakeCheckpoint, tmp_path: Path
 ) -> None:
     folder, target = make_checkpoint(vocab_size=29), tmp_path / "bundle"
-    bundle = gpt2onnx.export(folder, target, **PRECISIONS[precision])
-    graph = onnx.load(target / file, load_external_data=False)
-    fault(target, graph)
-    (target / file).write_bytes(graph.SerializeToString())
-    replace(bundle.manifest, files=describe_files(target)).write(target)
-    report = check(target, Checkpoint.open(str(folder)))
+    gpt2onnx.export(folder, target, **PRECISIONS[precision])
+    report = check(with_fault(target, file, fault), Checkpoint.open(str(folder)))
     parts = {name for name, part in report.items() if isinstance(part, dict) and not part.get("passed", True)}
     assert parts == {"wide"}, json.dumps(report, indent=2)
 

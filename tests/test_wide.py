@@ -1,6 +1,7 @@
 """The second graph for prompts and batches: what it computes, and when it is opened."""
 
 import gc
+import inspect
 import logging
 import shutil
 from dataclasses import replace
@@ -11,6 +12,7 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
+from conftest import CommandLine
 
 import gpt2onnx
 from gpt2onnx.errors import BackendError, BundleError, OptionError
@@ -98,6 +100,32 @@ def test_opened_when_worth_it(made: Bundle) -> None:
     assert opened(gpt2onnx.load(made.folder, wide_after=100).session, 25, 5) == 3
     with pytest.raises(OptionError, match="wide_after must be at least 0, not -1"):
         gpt2onnx.load(made.folder, wide_after=-1)
+
+
+def test_numbers_are_those_of_the_documents() -> None:
+    default = inspect.signature(gpt2onnx.load).parameters["wide_after"].default
+    assert (wide.FEWEST, wide.WORTH, default) == (6, 768, 768)
+
+
+@pytest.mark.parametrize(
+    ("command", "arguments"),
+    [("eval", ["{}"]), ("sweep", ["--prompt", "Once", "--out", "out"]), ("generate", ["--input", "{}"])],
+)
+def test_opened_right_away_where_results_must_not_depend_on_earlier_ones(
+    command: str, arguments: list[str], command_line: CommandLine, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "file").write_text('{"prompt": "Once"}\n')
+    monkeypatch.chdir(tmp_path)
+    taken: dict[str, Any] = {}
+
+    def load(*_: object, **others: object) -> None:
+        taken.update(others)
+        raise BackendError("enough")
+
+    monkeypatch.setattr(f"gpt2onnx.cli.{command}.load", load)
+    finished = command_line(command, *(each.format(tmp_path / "file") for each in arguments))
+    assert "enough" in finished.err
+    assert taken == {"wide_after": 0}
 
 
 @pytest.mark.parametrize("made", ["int8"], indirect=True)
