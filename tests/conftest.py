@@ -9,6 +9,7 @@ import io
 import os
 import signal
 import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib import import_module
@@ -203,6 +204,14 @@ def _up_to_end(tokens: list[int], ends: Sequence[int]) -> list[int]:
     """Without the padding that follows an end token."""
     first = next((index for index, token in enumerate(tokens) if token in ends), len(tokens))
     return tokens[: first + 1]
+
+
+def wait_until(condition: Callable[[], bool], seconds: float = 60) -> None:
+    """Fails where a condition doesn't come true in time."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "it didn't happen in time"
+        time.sleep(0.005)
 
 
 def assert_same_tokens(actual: Sequence[int], expected: Sequence[int], label: object = "") -> None:

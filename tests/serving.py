@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import threading
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import httpx
+from conftest import wait_until
 
 import gpt2onnx
 from gpt2onnx.runtime.serving.server import Server, Settings, listen, make_server
@@ -37,14 +37,6 @@ class Running:
 
     def wait_for_idle(self) -> None:
         wait_until(lambda: not self.engine.running and not self.engine.waiting)
-
-
-def wait_until(condition: Any, seconds: float = 20) -> None:
-    """Fails where a condition doesn't come true in time."""
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "it didn't happen in time"
-        time.sleep(0.005)
 
 
 @contextmanager

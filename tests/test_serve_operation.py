@@ -22,8 +22,8 @@ from typing import Any
 
 import httpx
 import pytest
-from conftest import CommandLine
-from serving import Running, serving, wait_until
+from conftest import CommandLine, wait_until
+from serving import Running, serving
 
 import gpt2onnx
 from gpt2onnx.errors import BackendError, OptionError
