@@ -17,7 +17,7 @@ from ..models.config import GPT2Config
 from ..runtime import devices, providers
 from ..runtime.session import Session
 from .gradients import Gradients
-from .inputs import SAMPLE, Inputs
+from .inputs import SAMPLE, HeadInputs, Inputs
 from .twins import Twins
 
 _LENGTH = 256  # of a text
@@ -45,7 +45,7 @@ class Calibration:
     Attributes:
         tokens: the texts, int64 [texts, length].
         inputs: of each matrix of the blocks, by its layer's name; without those that overflow.
-        head: second moment of the output head's inputs, float32 [in, in]; None where they overflow or are all zero.
+        head: what reached the output head; None where it overflows or is all zero.
         gradients: second moments of the loss' gradients by outputs, float32 [out, out], by matrices' layers; of
             those where they were asked for and matter.
         threads: of one operator.
@@ -53,7 +53,7 @@ class Calibration:
 
     tokens: npt.NDArray[np.int64]
     inputs: dict[str, Inputs]
-    head: npt.NDArray[np.float32] | None
+    head: HeadInputs | None
     gradients: dict[str, npt.NDArray[np.float32]]
     threads: int
 
@@ -96,14 +96,14 @@ def observe(
     means: dict[str, list[npt.NDArray[np.float32]]] = {name: [] for name in values}
     kept: dict[str, list[npt.NDArray[np.float32]]] = {name: [] for name in values}
     step = -(-tokens.size // SAMPLE)
-    head = np.zeros((reference.config.n_embd, reference.config.n_embd), np.float32)
+    moment = np.zeros((reference.config.n_embd, reference.config.n_embd), np.float32)
     for row, text in enumerate(tokens):
         outputs = providers.run(network, wanted, _feeds(reference.config, text[None]))
         found = {name: flat for name, (flat,) in zip(wanted, outputs, strict=True)}
         for name, value in values.items():
             flat = found[value]
             if name == _HEAD:
-                head += flat.T @ flat / np.float32(tokens.size)
+                moment += flat.T @ flat / np.float32(tokens.size)
             means[name].append(flat.mean(0))
             # Each text from another position on, the first one from the very first.
             kept[name].append(flat[row * step // len(tokens) :: step].copy())
@@ -113,8 +113,9 @@ def observe(
     inputs = {name: Inputs(np.mean(means[name], axis=0), np.concatenate(kept[name])) for name in values}
     finite = {name: each for name, each in inputs.items() if np.isfinite(each.mean).all()}
     finite.pop(_HEAD, None)
-    usable = bool(np.isfinite(head).all()) and np.trace(head) > 0
-    return Calibration(tokens, finite, head if usable else None, loss.moments() if loss else {}, threads)
+    usable = bool(np.isfinite(moment).all()) and np.trace(moment) > 0
+    head = HeadInputs(moment, inputs[_HEAD].sample) if usable else None
+    return Calibration(tokens, finite, head, loss.moments() if loss else {}, threads)
 
 
 def _inputs_of_matrices(model: ModelProto) -> dict[str, str]:

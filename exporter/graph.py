@@ -7,6 +7,7 @@ Operators: https://github.com/microsoft/onnxruntime/blob/main/docs/ContribOperat
 
 import math
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -145,8 +146,9 @@ def _embedding(graph: Graph, config: GPT2Config, tensor: Tensor, *, tied: bool) 
         embedded = graph.op("Gather", [table, contract.INPUT_IDS], "wte", axis=0)
         return embedded, table if tied else graph.vector("lm_head.weight", tensor("lm_head.weight"))
     exact = tensor("wte.weight")
-    head = graph.twins.head if graph.twins and tied else None
-    quantized = quantize(exact, blocks.bits, blocks.size, None if head is None else of_both_uses(head))
+    reaching = graph.twins.head if graph.twins else None
+    fitting = of_both_uses(reaching) if reaching and tied else None
+    quantized = quantize(exact, blocks.bits, blocks.size, fitting)
     matrix = graph.stored("wte", quantized)
     # MatMulNBits wants [out, blocks, bytes], GatherBlockQuantized [out, bytes]: one stored array serves both.
     stored_blocks = -(-matrix.width // blocks.size)
@@ -159,7 +161,14 @@ def _embedding(graph: Graph, config: GPT2Config, tensor: Tensor, *, tied: bool) 
         embedded = graph.first(embedded, "wte.unpadded", config.n_embd)
     if graph.twins is not None:
         graph.twins.look_up(embedded, exact, dequantize(quantized))
-    return embedded, matrix if tied else graph.quantized("lm_head", tensor("lm_head.weight"), blocks)
+    if tied:
+        head = replace(matrix, name="lm_head")
+    else:
+        exact = tensor("lm_head.weight")
+        head = graph.quantized("lm_head", exact, blocks)
+    if reaching is not None:
+        graph.offer(contract.LOGITS, head, "", reaching.sample, exact.T)
+    return embedded, head
 
 
 def _head(graph: Graph, config: GPT2Config, x: str, head: StoredMatrix | str) -> None:

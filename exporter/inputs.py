@@ -29,6 +29,19 @@ class Inputs:
 
 
 @dataclass(frozen=True)
+class HeadInputs:
+    """What reaches the output head [vocabulary, in].
+
+    Attributes:
+        second_moment: float32 [in, in].
+        sample: some of the inputs themselves, float32 [rows, in], evenly from all texts and positions.
+    """
+
+    second_moment: npt.NDArray[np.float32]
+    sample: npt.NDArray[np.float32]
+
+
+@dataclass(frozen=True)
 class Moments:
     """Over texts: what reaches a matrix [in, out] behind others that are quantised, and what fp32 has for its output.
 
@@ -78,13 +91,14 @@ class Moments:
         return self.wanted - through
 
 
-def of_both_uses(head: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
-    """What a tied embedding is to be rounded for, where `head` is the second moment [in, in] of the head's input.
+def of_both_uses(head: HeadInputs) -> npt.NDArray[np.float32]:
+    """What a tied embedding is to be rounded for, float32 [in, in].
 
-    As the output head it multiplies that; as the table of embeddings its own error counts, and counts as much.
+    As the output head it multiplies its inputs; as the table of embeddings its own error counts, and counts as much.
     """
-    scaled: npt.NDArray[np.float32] = head / np.float32(np.trace(head) / len(head))
-    return scaled + np.eye(len(head), dtype=np.float32)
+    moment = head.second_moment
+    scaled: npt.NDArray[np.float32] = moment / np.float32(np.trace(moment) / len(moment))
+    return scaled + np.eye(len(moment), dtype=np.float32)
 
 
 def centre(config: GPT2Config, tensor: Tensor, inputs: Mapping[str, Inputs]) -> tuple[Tensor, dict[str, Inputs]]:

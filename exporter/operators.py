@@ -68,7 +68,7 @@ class Layer:
 
     Attributes:
         matrix: its stored one.
-        bias: name of its bias.
+        bias: name of its bias; empty where it has none.
         rounding: how that suits its input.
     """
 
@@ -191,24 +191,46 @@ class Graph(Nodes):
         if blocks is None:
             product = self.op("MatMul", [x, self.vector(f"{name}.weight", weight)], f"{name}.matmul")
             return self.op("Add", [product, self.vector(f"{name}.bias", bias)], name)
-        covariance, rounding, fitted = None, None, weight
+        covariance, fitted = None, weight
         # With 8 bits errors are too small to matter together.
         gradients = self.twins.gradients.get(name) if self.twins and blocks.bits < 8 else None
         seen = None if self.twins is None else self.twins.reach(self.part, x, beside, weight, bias)
         if seen is not None:
             fitted, covariance = seen.fitted(weight), seen.covariance
-            rounding = choose(seen.sample, weight, blocks.size) if self.precision.wide else None
         matrix = quantize(fitted.T, blocks.bits, blocks.size, covariance, gradients)
         rounded = dequantize(matrix).T if self.twins else weight
         if seen is not None:
             bias = seen.bias(rounded)
         stored, stored_bias = self.stored(name, matrix), self.vector(f"{name}.bias", bias)
         product = self.matmul_quantized(x, stored, f"{name}.matmul", stored_bias)
-        if isinstance(rounding, OneScale) and len(weight) % blocks.size == 0:
-            self.wide[product] = Layer(stored, stored_bias, rounding)
+        if seen is not None:
+            self.offer(product, stored, stored_bias, seen.sample, weight)
         if self.twins is not None:
             self.twins.multiply(x, product, rounded, bias)
         return product
+
+    def offer(
+        self,
+        node: str,
+        matrix: StoredMatrix,
+        bias: str,
+        sample: npt.NDArray[np.float32],
+        weight: npt.NDArray[np.float32],
+    ) -> None:
+        """Notes that a second graph may round a layer's input with one scale, if one is wanted and this input bears it.
+
+        Args:
+            node: the layer's.
+            matrix: as which its weight is stored.
+            bias: name of its bias; empty where it has none.
+            sample: inputs, float32 [rows, in].
+            weight: float32 [in, out].
+        """
+        if not self.precision.wide or matrix.width % matrix.block_size:
+            return
+        rounding = choose(sample, weight, matrix.block_size)
+        if isinstance(rounding, OneScale):
+            self.wide[node] = Layer(matrix, bias, rounding)
 
     def part(self, wanted: Sequence[str], held: Collection[str]) -> bytes:
         """A model of the nodes that make values, float32 [batch, length, width], out of others like that, for a prompt."""

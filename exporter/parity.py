@@ -158,7 +158,7 @@ def _roundings(stored: StoredWeights, checkpoint: Checkpoint) -> dict[str, Round
     """How inputs are rounded, by the names of the weights that they are multiplied with."""
     roundings = {}
     for name in weight_shapes(checkpoint.config, tied=False):
-        if kind := stored.rounding("wte.weight" if checkpoint.tied and name == "lm_head.weight" else name):
+        if kind := stored.rounding(name):
             roundings[name] = kind
     return roundings
 
@@ -167,7 +167,7 @@ def _wide(bundle: Bundle, checkpoint: Checkpoint, reference: Reference, prompts:
     """The second graph's weights against the first one's, and its logits."""
     first, second = StoredWeights(bundle), StoredWeights(bundle, wide=True)
     steps = max(float(np.abs((second.tensor(name) - first.tensor(name)) / step).max()) for name, step in second.made())
-    reference.take(second.tensor)
+    reference.take(second.tensor, own_head=True)
     expected = reference.logits(prompts)
     with reference.rounding(_roundings(second, checkpoint).get, half=False):
         allowed = _TIMES_ROUNDING[bundle.manifest.dtype] * _largest(reference.logits(prompts), expected)

@@ -14,6 +14,7 @@ import numpy.typing as npt
 from gpt2onnx.errors import CheckpointError, MissingExtraError
 
 from ..models.bundle import CONFIG
+from ..models.config import GPT2Config
 from ..models.shapes import weight_shapes
 from ..runtime.logits import Tokens
 from ..runtime.sampling import Candidates, Generator
@@ -48,7 +49,7 @@ class Reference:
         transformers.utils.logging.set_verbosity_error()
         transformers.utils.logging.disable_progress_bar()
         self.name = f"transformers {transformers.__version__}, torch {torch.__version__}"
-        self._checkpoint = checkpoint
+        self._config, self._tied = checkpoint.config, checkpoint.tied
         try:
             self._model = _load(checkpoint)
         except Exception as error:  # transformers raises whatever its parts raise
@@ -63,9 +64,19 @@ class Reference:
         with torch.inference_mode():
             return [self._model(torch.from_numpy(prompt[None])).logits[0].numpy() for prompt in prompts]
 
-    def take(self, tensor: Callable[[str], npt.NDArray[np.float32]]) -> None:
-        """Takes over other weights, by their checkpoint names."""
-        _fill(self._model, self._checkpoint, tensor)
+    def take(self, tensor: Callable[[str], npt.NDArray[np.float32]], *, own_head: bool = False) -> None:
+        """Takes over other weights, by their checkpoint names.
+
+        Args:
+            tensor: gives them.
+            own_head: from now on the output head is a weight of its own, also where it was the token embedding.
+        """
+        if own_head and self._tied:
+            from torch.nn import Parameter
+
+            self._model.lm_head.weight = Parameter(self._model.lm_head.weight.detach().clone())
+            self._tied = False
+        _fill(self._model, self._config, tensor, tied=self._tied)
 
     @contextmanager
     def rounding(self, kinds: Callable[[str], Rounding | None], *, half: bool) -> Iterator[None]:
@@ -135,27 +146,30 @@ class Reference:
 
 def _load(checkpoint: Checkpoint) -> "GPT2LMHeadModel":
     import torch
-    from transformers import GPT2Config, GPT2LMHeadModel
+    from transformers import GPT2Config as Settings
+    from transformers import GPT2LMHeadModel
 
     # transformers 4's other attention implementations leave out scale_attn_by_inverse_layer_idx.
     attention: dict[str, Any] = {"attn_implementation": "eager"}
     weights = [*checkpoint.folder.glob("model*.safetensors"), *checkpoint.folder.glob("pytorch_model*.bin")]
     if (checkpoint.folder / CONFIG).is_file() and weights and not Path(checkpoint.name).is_file():
-        config = GPT2Config.from_dict(dict(checkpoint.raw_config))
+        config = Settings.from_dict(dict(checkpoint.raw_config))
         return GPT2LMHeadModel.from_pretrained(
             checkpoint.folder, config=config, dtype=torch.float32, **attention
         ).eval()
-    model = GPT2LMHeadModel(GPT2Config(**dict(checkpoint.raw_config) | attention)).eval()
-    _fill(model, checkpoint, checkpoint.tensor)
+    model = GPT2LMHeadModel(Settings(**dict(checkpoint.raw_config) | attention)).eval()
+    _fill(model, checkpoint.config, checkpoint.tensor, tied=checkpoint.tied)
     return model
 
 
-def _fill(model: "GPT2LMHeadModel", checkpoint: Checkpoint, tensor: Callable[[str], npt.NDArray[np.float32]]) -> None:
+def _fill(
+    model: "GPT2LMHeadModel", config: GPT2Config, tensor: Callable[[str], npt.NDArray[np.float32]], *, tied: bool
+) -> None:
     import torch
 
     parameters = dict(model.named_parameters())
     with torch.no_grad():
-        for name in weight_shapes(checkpoint.config, tied=checkpoint.tied):
+        for name in weight_shapes(config, tied=tied):
             place = name if name.startswith("lm_head") else f"transformer.{name}"
             parameters[place].copy_(torch.from_numpy(np.require(tensor(name), requirements=["C", "W"])))
 

@@ -39,6 +39,7 @@ class StoredWeights:
 
     def __init__(self, bundle: Bundle, *, wide: bool = False) -> None:
         self._folder, self._shapes = bundle.folder, weight_shapes(bundle.config, tied=False)
+        self._tied = bundle.config.tie_word_embeddings
         graph = _read_graph(bundle.folder / GRAPH)
         self._tensors: dict[str, TensorProto] = {tensor.name: tensor for tensor in graph.initializer}
         self._blocks: dict[str, Blocks] = {}
@@ -57,19 +58,19 @@ class StoredWeights:
             self._made = make_weights(bundle, footprint.threads(bundle))
 
     def made(self) -> Iterator[tuple[str, npt.NDArray[Any]]]:
-        """The weights that the second graph has of its own: names, and the scales [out]."""
-        return ((f"{name}.weight", self._made[f"{name}{_STEPS}"]) for name in self._one_scale)
+        """The weights that the second graph has of its own: names, and the outputs' scales with an axis for the inputs."""
+        for base in self._one_scale:
+            name = f"{base}.weight"
+            yield name, np.expand_dims(self._made[f"{base}{_STEPS}"], in_axis(name))
 
     def blocks(self, name: str) -> Blocks | None:
         """How a weight is quantised; None where it isn't."""
-        return self._blocks.get(name.removesuffix(".weight"))
+        return self._blocks.get(self._in_file(name).removesuffix(".weight"))
 
     def rounding(self, name: str) -> Rounding | None:
         """How what a weight is multiplied with is rounded to 8 bits; None where it isn't."""
         blocks = self.blocks(name)
-        if blocks is None:
-            return None
-        return self._one_scale.get(name.removesuffix(".weight"), InBlocks(blocks.size))
+        return None if blocks is None else self._one_scale.get(name.removesuffix(".weight"), InBlocks(blocks.size))
 
     def tensor(self, name: str) -> npt.NDArray[np.float32]:
         """A weight in float32; matrices are [in, out], the token embedding and the head [vocabulary, width].
@@ -77,13 +78,14 @@ class StoredWeights:
         Raises:
             BundleError: the bundle holds no such weight.
         """
-        blocks = self.blocks(name)
-        if blocks is None:
-            return self._read(name).astype(np.float32, copy=False)
         base, along = name.removesuffix(".weight"), in_axis(name)
         if base in self._one_scale:
             made: Matrix = self._made[f"{base}{_COLUMNS}"].astype(np.float32) * self._made[f"{base}{_STEPS}"]
-            return made
+            return made if along == 0 else made.T
+        name = self._in_file(name)
+        blocks, base = self.blocks(name), name.removesuffix(".weight")
+        if blocks is None:
+            return self._read(name).astype(np.float32, copy=False)
         data, scales = self._read(f"{base}.data"), self._read(f"{base}{_SCALES}").astype(np.float32)
         scales = scales.reshape(data.shape[:2])
         quantized = QuantizedMatrix(data.view(np.uint8), scales, blocks.bits, blocks.size, self._shapes[name][along])
@@ -93,6 +95,10 @@ class StoredWeights:
     def is_half(self, name: str) -> bool:
         """Whether a weight that isn't quantised is stored in float16."""
         return self._stored(name).data_type == TensorProto.FLOAT16
+
+    def _in_file(self, name: str) -> str:
+        """Under which name the first graph has a weight: a tied head is the token embedding."""
+        return "wte.weight" if self._tied and name == "lm_head.weight" else name
 
     def _stored(self, name: str) -> TensorProto:
         # The graph casts what is stored in float16 to the name that its operators know.

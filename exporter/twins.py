@@ -12,7 +12,7 @@ import numpy.typing as npt
 
 from ..models import contract
 from ..runtime import devices, providers
-from .inputs import Moments
+from .inputs import HeadInputs, Moments
 
 Array = npt.NDArray[np.float32]
 # Gives the part of a graph, serialised, that makes the values of some names out of those of others and of a prompt.
@@ -24,13 +24,13 @@ class Twins:
 
     Args:
         tokens: the texts, int64 [texts, length].
-        head: second moment of what reaches the output head in fp32, float32 [in, in]; None where it isn't known.
+        head: what reaches the output head in fp32; None where it isn't known.
         gradients: second moments of the loss' gradients by matrices' outputs, by their layers, as far as they are known.
         threads: of one operator.
     """
 
     def __init__(
-        self, tokens: npt.NDArray[np.int64], head: Array | None, gradients: Mapping[str, Array], *, threads: int
+        self, tokens: npt.NDArray[np.int64], head: HeadInputs | None, gradients: Mapping[str, Array], *, threads: int
     ) -> None:
         self.head, self.gradients = head, gradients
         self._tokens, self._threads = tokens, threads

@@ -61,7 +61,8 @@ def _multiply(wide: Nodes, node: NodeProto, layer: Layer) -> None:
     weights = [_columns(layer.matrix), _steps(layer.matrix)]
     kind, x, least = "DynamicQuantizeMatMul", node.input[0], layer.rounding.least
     if least is None:
-        wide.op(kind, [x, *weights, "", layer.bias], node.name, domain=MICROSOFT, outputs=[product])
+        bias = ["", layer.bias] if layer.bias else []
+        wide.op(kind, [x, *weights, *bias], node.name, domain=MICROSOFT, outputs=[product])
         return
     last = wide.constant(f"{name}.last_axis", np.array([-1], np.int64))
     greatest = wide.op("ReduceMax", [x, last], f"{name}.greatest", keepdims=1)
@@ -70,6 +71,9 @@ def _multiply(wide: Nodes, node: NodeProto, layer: Layer) -> None:
     )
     scaled = wide.op("Div", [x, row_scale], f"{name}.scaled")
     scaled = wide.op(kind, [scaled, *weights], f"{name}.scaled_product", domain=MICROSOFT)
+    if not layer.bias:
+        wide.op("Mul", [scaled, row_scale], node.name, outputs=[product])
+        return
     rescaled = wide.op("Mul", [scaled, row_scale], f"{name}.rescaled")
     wide.op("Add", [rescaled, layer.bias], node.name, outputs=[product])
 

@@ -37,6 +37,7 @@ NETWORKS: dict[str, dict[str, Any]] = {
     "small weights": {"initializer_range": 0.002},
     "20 layers": {"n_layer": 20, "n_embd": 16, "n_head": 2},
     "1 wide": {"n_embd": 1, "n_head": 1, "initializer_range": 1.0},
+    "untied": {"tie_word_embeddings": False},
     "untied, odd": {"n_embd": 35, "n_head": 7, "n_inner": 51, "tie_word_embeddings": False},
     "3 positions": {"n_positions": 3},
 }
@@ -140,7 +141,15 @@ def no_causality_scale(folder: Path, graph: ModelProto) -> None:
 
 
 def wrong_zero(folder: Path, graph: ModelProto) -> None:
-    (middle,) = [each for each in graph.graph.initializer if each.name == "h.0.mlp.c_fc.middle"]
+    _lower_zero(graph, "h.0.mlp.c_fc")
+
+
+def wrong_zero_of_head(folder: Path, graph: ModelProto) -> None:
+    _lower_zero(graph, "lm_head")
+
+
+def _lower_zero(graph: ModelProto, layer: str) -> None:
+    (middle,) = [each for each in graph.graph.initializer if each.name == f"{layer}.middle"]
     middle.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(middle) - np.uint8(1), middle.name))
 
 
@@ -177,6 +186,7 @@ def test_faults_are_found(precision: str, fault: Fault, make_checkpoint: MakeChe
         (WIDE_GRAPH, wrong_epsilon),
         (WIDE_GRAPH, no_causality_scale),
         (WIDE_WEIGHTS, wrong_zero),
+        (WIDE_WEIGHTS, wrong_zero_of_head),
     ],
 )
 def test_faults_of_the_second_graph_are_found(

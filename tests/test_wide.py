@@ -16,7 +16,7 @@ from conftest import CommandLine
 
 import gpt2onnx
 from gpt2onnx.errors import BackendError, BundleError, OptionError
-from gpt2onnx.exporter.stored import StoredWeights
+from gpt2onnx.exporter.stored import StoredWeights, in_axis
 from gpt2onnx.models.bundle import WIDE_GRAPH, WIDE_WEIGHTS, Bundle, describe_files
 from gpt2onnx.models.shapes import weight_shapes
 from gpt2onnx.runtime import footprint, resources, wide
@@ -51,7 +51,7 @@ def logits(session: Session, tokens: np.ndarray, *parts: int) -> np.ndarray:
 def test_weights_are_the_first_graphs_up_to_rounding(made: Bundle) -> None:
     stored, ours = StoredWeights(made), StoredWeights(made, wide=True)
     steps_of, changed = dict(ours.made()), 0
-    for name in weight_shapes(made.config, tied=True):
+    for name in weight_shapes(made.config, tied=False):
         steps = steps_of.get(name)
         if steps is None:
             np.testing.assert_array_equal(ours.tensor(name), stored.tensor(name), err_msg=name)
@@ -60,9 +60,10 @@ def test_weights_are_the_first_graphs_up_to_rounding(made: Bundle) -> None:
         assert error.max() <= 0.501, name
         # All of the range is used: a step is no longer than the largest weight that blocks could hold asks for.
         bits = stored.blocks(name).bits
-        assert np.abs(stored.tensor(name)).max(0).mean() > steps.mean() * 127 * (0.5 if bits == 8 else 0.4), name
+        assert np.abs(stored.tensor(name)).max(in_axis(name)).mean() > steps.mean() * 127 * (0.5 if bits == 8 else 0.4), name
         changed += 1
-    assert changed > 20  # of 24
+    assert changed > 20  # of 25
+    assert "lm_head.weight" in steps_of
 
 
 def test_graphs_share_a_cache(made: Bundle) -> None:
@@ -147,7 +148,7 @@ def test_not_opened_where_memory_is_short(
 @pytest.mark.parametrize("made", ["int8"], indirect=True)
 def test_memory_is_about_what_is_said(made: Bundle, tales_bundle: Path) -> None:
     weights = wide.make_weights(made, 1)
-    assert footprint.wide_memory(made) > 2 * sum(each.size for each in weights.values() if each.dtype == np.int8)
+    assert footprint.wide_memory(made) == 2 * sum(each.size for each in weights.values() if each.dtype == np.int8)
     assert footprint.wide_memory(Bundle.open(tales_bundle)) == 0
 
 
