@@ -161,13 +161,11 @@ def _embedding(graph: Graph, config: GPT2Config, tensor: Tensor, *, tied: bool) 
         embedded = graph.first(embedded, "wte.unpadded", config.n_embd)
     if graph.twins is not None:
         graph.twins.look_up(embedded, exact, dequantize(quantized))
-    if tied:
-        head = replace(matrix, name="lm_head")
-    else:
-        exact = tensor("lm_head.weight")
-        head = graph.quantized("lm_head", exact, blocks)
+    weight = exact if tied else tensor("lm_head.weight")
+    head = replace(matrix, name="lm_head") if tied else graph.quantized("lm_head", weight, blocks)
     if reaching is not None:
-        graph.offer(contract.LOGITS, head, "", reaching.sample, exact.T)
+        # Here, while its weight is at hand: the node comes last.
+        graph.offer(contract.LOGITS, head, "", reaching.sample, weight.T)
     return embedded, head
 
 

@@ -206,7 +206,7 @@ def _up_to_end(tokens: list[int], ends: Sequence[int]) -> list[int]:
     return tokens[: first + 1]
 
 
-def wait_until(condition: Callable[[], bool], seconds: float = 60) -> None:
+def wait_until(condition: Callable[[], bool], seconds: float = 20) -> None:
     """Fails where a condition doesn't come true in time."""
     deadline = time.monotonic() + seconds
     while not condition():

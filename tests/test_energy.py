@@ -458,7 +458,8 @@ def test_an_interrupted_job_keeps_its_row(tales_bundle: Path, tmp_path: Path) ->
         "--input", str(tmp_path / "in.jsonl"), "--output", str(tmp_path / "out.jsonl"), "--energy", str(tmp_path / "e.csv"),
     ]  # fmt: skip
     process = subprocess.Popen(command, stderr=subprocess.PIPE, preexec_fn=_heed_interrupts)
-    wait_until(lambda: (tmp_path / "out.jsonl").exists() and (tmp_path / "out.jsonl").read_bytes().count(b"\n") > 3)
+    out = tmp_path / "out.jsonl"
+    wait_until(lambda: out.exists() and out.read_bytes().count(b"\n") > 3, seconds=60)
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=60)
     assert (process.returncode, err.strip()) == (130, b"gpt2onnx: interrupted")
