@@ -1,6 +1,6 @@
 """A bundle's second graph, for passes of many tokens, opened when it has become worth that.
 
-Opening it takes about as long as it saves on a thousand tokens, and it takes memory: a process that reads a short prompt
+Opening it takes about as long as it saves on one or two thousand tokens, and it takes memory: a process that reads a short prompt
 and writes one text goes without. Tokens are counted, not time, so that a run can be repeated.
 """
 
