@@ -18,7 +18,7 @@ from gpt2onnx.errors import CheckpointError
 from ..models.precision import Blocks
 from .quantize import QuantizedMatrix, dequantize, quantize
 from .rounding import OneScale, choose
-from .weights import WeightsFile
+from .weights import WeightsFile, view
 
 if TYPE_CHECKING:
     from .twins import Twins
@@ -139,14 +139,7 @@ class Graph(Nodes):
             first: byte of the weight that it begins with.
         """
         (stored,) = (each for each in self.initializers if each.name == weight)
-        again = TensorProto()
-        again.CopyFrom(stored)
-        again.name = name
-        again.dims[:] = shape
-        place = {entry.key: entry for entry in again.external_data}
-        place["offset"].value = str(int(place["offset"].value) + first)
-        place["length"].value = str(int(place["length"].value) * math.prod(shape) // math.prod(stored.dims))
-        self.initializers.append(again)
+        self.initializers.append(view(stored, name, shape, first))
         return name
 
     def vector(self, name: str, array: npt.NDArray[np.float32]) -> str:

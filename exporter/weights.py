@@ -1,5 +1,7 @@
 """The external data file: weights one after another, each at an aligned offset."""
 
+import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -37,6 +39,25 @@ class WeightsFile:
         """The same initializer with its bytes in it, if need be those that were written here."""
         self._file.flush()
         return loaded(tensor, self._path.parent)
+
+
+def view(tensor: TensorProto, name: str, shape: Sequence[int], first: int = 0) -> TensorProto:
+    """Some of the bytes of an initializer in a file as another one.
+
+    Args:
+        tensor: the initializer.
+        name: the view's.
+        shape: its own, of no more numbers.
+        first: byte of the initializer that it begins with.
+    """
+    again = TensorProto()
+    again.CopyFrom(tensor)
+    again.name = name
+    again.dims[:] = shape
+    place = {entry.key: entry for entry in again.external_data}
+    place["offset"].value = str(int(place["offset"].value) + first)
+    place["length"].value = str(int(place["length"].value) * math.prod(shape) // math.prod(tensor.dims))
+    return again
 
 
 def loaded(tensor: TensorProto, folder: Path) -> TensorProto:

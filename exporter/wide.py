@@ -9,6 +9,7 @@ block's scale becomes a whole number times its output's. The runtime runs that b
 https://github.com/microsoft/onnxruntime/blob/main/docs/ContribOperators.md#com.microsoft.DynamicQuantizeMatMul
 """
 
+import math
 from collections.abc import Mapping
 from pathlib import PurePosixPath
 
@@ -17,9 +18,12 @@ from onnx import ModelProto, NodeProto, StringStringEntryProto, TensorProto, Val
 
 from ..models.bundle import WIDE_WEIGHTS
 from .operators import MICROSOFT, Layer, Nodes, StoredMatrix, as_model
+from .weights import view
 
 _OPSET = 21  # the first with numbers of 4 bits
 _LARGEST = 127
+# So many rows of a matrix are made anew at a time: a buffer of their size is used again and again, and not asked for anew.
+_ROWS = 3072
 # Of an output whose weights are all 0.
 _LEAST_STEP = 1e-30
 
@@ -83,7 +87,7 @@ def _make(
 ) -> list[ValueInfoProto]:
     """A matrix with one scale for each output, and these scales."""
     name, middle = matrix.name, 1 << (matrix.bits - 1)
-    blocks = [matrix.rows, matrix.width // matrix.block_size, 1]
+    blocks = matrix.width // matrix.block_size
 
     def whole_numbers(suffix: str, *values: int) -> str:
         return making.constant(f"{name}.{suffix}", np.array(values, np.int64))
@@ -91,33 +95,39 @@ def _make(
     if cast := makers.get(matrix.scales):
         making.nodes.append(cast)
     making.initializers.append(stored[cast.input[0] if cast else matrix.scales])
-    data = TensorProto()
-    data.CopyFrom(stored[matrix.data])
-    data.data_type = TensorProto.UINT4 if matrix.bits == 4 else TensorProto.UINT8
-    data.dims[:] = [*blocks[:2], matrix.block_size]
-    making.initializers.append(data)
-
-    scales = making.op("Reshape", [matrix.scales, whole_numbers("blocks", *blocks)], f"{name}.scales_by_block")
+    scales = making.op("Reshape", [matrix.scales, whole_numbers("rows", matrix.rows, blocks)], f"{name}.scales_by_row")
     largest = making.op("Abs", [scales], f"{name}.size_of_scales")
     largest = making.op("ReduceMax", [largest, whole_numbers("axis_1", 1)], f"{name}.largest_scale", keepdims=1)
     share = making.constant(f"{name}.share", np.array(middle / _LARGEST, np.float32))
     step = making.op("Mul", [largest, share], f"{name}.largest_step")
     step = making.op("Max", [step, making.constant(f"{name}.least", np.array(_LEAST_STEP, np.float32))], f"{name}.step")
-    ratio = making.op("Div", [scales, step], f"{name}.ratio")
-    zeros = making.op(
-        "Expand", [making.constant(f"{name}.middle", np.array(middle, np.uint8)), f"{name}.blocks"], f"{name}.zeros"
-    )
-    if matrix.bits == 4:
-        zeros = making.op("Cast", [zeros], f"{name}.zeros_of_4_bits", to=TensorProto.UINT4)
-    values = making.op(
-        "DequantizeLinear", [matrix.data, ratio, zeros], f"{name}.values", axis=2, block_size=matrix.block_size
-    )
-    one = making.constant(f"{name}.one", np.array(1, np.float32))
-    zero = making.constant(f"{name}.zero", np.array(0, np.int8))
-    values = making.op("QuantizeLinear", [values, one, zero], f"{name}.rounded")
-    rows = making.op("Reshape", [values, whole_numbers("shape", matrix.rows, matrix.width)], f"{name}.rows")
-    columns = making.op("Transpose", [rows], _columns(matrix), perm=[1, 0])
     steps = making.op("Reshape", [step, whole_numbers("all", -1)], _steps(matrix))
+
+    counts = [min(_ROWS, matrix.rows - first) for first in range(0, matrix.rows, _ROWS)]
+    ratios = [f"{name}.ratio.{part}" for part in range(len(counts))]
+    ratio = making.op("Div", [scales, step], f"{name}.ratio")
+    making.op("Split", [ratio, whole_numbers("counts", *counts)], f"{name}.ratios", outputs=ratios, axis=0)
+    parts = []
+    for part, (count, ratio) in enumerate(zip(counts, ratios, strict=True)):
+        this, (_, *row_shape) = f"{name}.{part}", stored[matrix.data].dims
+        data = view(stored[matrix.data], f"{this}.data", [count, *row_shape], part * _ROWS * math.prod(row_shape))
+        data.data_type = TensorProto.UINT4 if matrix.bits == 4 else TensorProto.UINT8
+        # Each block as a row: of the forms that DequantizeLinear knows that with a scale for each row is the fastest.
+        data.dims[:] = [count * blocks, matrix.block_size]
+        making.initializers.append(data)
+        ratio = making.op("Reshape", [ratio, f"{name}.all"], f"{this}.ratio_by_block")
+        middles = making.constant(f"{this}.middle", np.array(middle, np.uint8))
+        middles = making.op("Expand", [middles, whole_numbers(f"{part}.blocks", count * blocks)], f"{this}.middles")
+        if matrix.bits == 4:
+            middles = making.op("Cast", [middles], f"{this}.middles_of_4_bits", to=TensorProto.UINT4)
+        values = making.op("DequantizeLinear", [data.name, ratio, middles], f"{this}.values", axis=0)
+        one = making.constant(f"{this}.one", np.array(1, np.float32))
+        zero = making.constant(f"{this}.zero", np.array(0, np.int8))
+        values = making.op("QuantizeLinear", [values, one, zero], f"{this}.rounded")
+        rows = making.op("Reshape", [values, whole_numbers(f"{part}.shape", count, matrix.width)], f"{this}.rows")
+        columns = _columns(matrix) if len(counts) == 1 else f"{this}.columns"
+        parts.append(making.op("Transpose", [rows], columns, perm=[1, 0]))
+    columns = parts[0] if len(parts) == 1 else making.op("Concat", parts, _columns(matrix), axis=1)
     return [
         helper.make_tensor_value_info(columns, TensorProto.INT8, [matrix.width, matrix.rows]),
         helper.make_tensor_value_info(steps, TensorProto.FLOAT, [matrix.rows]),
