@@ -34,7 +34,7 @@ unit: $(VENV)/installed-dev
 	$(BIN)/pytest
 
 # The lowest versions that pyproject.toml allows, and what can be tested with them: PyTorch needs newer ones.
-LOWEST_TESTS := batching bundle cli_errors export_failures forward_passes hub isolation jobs streaming wide
+LOWEST_TESTS := batching bundle cli_errors export_failures forward_passes hub isolation jobs screening streaming wide
 
 lowest: $(VENV)/installed-dev $(LOWEST)/installed
 	GPT2ONNX_LOWEST=$(LOWEST)/bin/python $(BIN)/pytest tests/test_lowest.py

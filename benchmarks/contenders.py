@@ -84,8 +84,10 @@ def _standard(work: Path) -> Iterator[Contender]:
     def ours(family: str, name: str, cold: bool = False) -> Contender:
         file, precision = "onnx/model.onnx_data", name.split()[0]
         model = f"gpt2onnx-{name.replace(' ', '-')}"
+        # In fp32 the head is there a second time, in 8 bits, and only a few rows of the first are read.
+        read = 0.708 if name == "fp32" else 1.0
         return contender(
-            f"gpt2onnx {name}", family, "gpt2onnx", OURS, model, precision=precision, file=file, cold=cold
+            f"gpt2onnx {name}", family, "gpt2onnx", OURS, model, precision=precision, file=file, cold=cold, read=read
         )  # fmt: skip
 
     def transformers(family: str, precision: str, read: float) -> Contender:
@@ -116,6 +118,7 @@ def _standard(work: Path) -> Iterator[Contender]:
         return contender(
             f"onnxruntime-genai {precision}", precision, "onnxruntime-genai", "genai_peer", f"gpt2onnx-{precision}",
             precision=precision, file="onnx/model.onnx_data", note="on gpt2onnx's bundle", cold=precision == "int8",
+            read=0.924 if precision == "fp32" else 1.0,
         )  # fmt: skip
 
     usual = "as it comes: bf16 arithmetic where the processor has it, 8-bit KV cache"

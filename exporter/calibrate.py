@@ -22,6 +22,7 @@ from .twins import Twins
 
 _LENGTH = 256  # of a text
 _HEAD = "lm_head"
+_FEW_TEXTS, _SHORT = 8, 64  # are enough to see where what reaches the head lies
 
 
 def sample(session: Session, rows: int, length: int, seed: int = 0) -> npt.NDArray[np.int64]:
@@ -116,6 +117,29 @@ def observe(
     usable = bool(np.isfinite(moment).all()) and np.trace(moment) > 0
     head = HeadInputs(moment, inputs[_HEAD].sample) if usable else None
     return Calibration(tokens, finite, head, loss.moments() if loss else {}, threads)
+
+
+def last_states(bundle: Bundle, *, threads: int | None = None) -> npt.NDArray[np.float32]:
+    """What reaches a network's output head in texts that it writes itself, float32 [count, width].
+
+    Args:
+        bundle: in fp32; another graph is written beside its own for a while.
+        threads: of one operator.
+
+    Raises:
+        BackendError: ONNX Runtime can't load or run the graph.
+    """
+    session = Session(bundle, threads=threads)
+    tokens = sample(session, _FEW_TEXTS, min(_SHORT, bundle.config.n_positions))
+    threads = session.threads
+    del session
+    model = load(bundle.folder / GRAPH, load_external_data=False)
+    state = _inputs_of_matrices(model)[_HEAD]
+    graph = _with_outputs(model, [state], (bundle.folder / GRAPH).with_name("states.onnx"))
+    network = providers.open_graph(graph, devices.CPU, threads=threads, name=graph)
+    found = [providers.run(network, [state], _feeds(bundle.config, text[None]))[0][0] for text in tokens]
+    graph.unlink()
+    return np.concatenate(found)
 
 
 def _inputs_of_matrices(model: ModelProto) -> dict[str, str]:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from gpt2onnx.errors import CheckpointError, MissingExtraError, OptionError
+from gpt2onnx.errors import BackendError, CheckpointError, MissingExtraError, OptionError
 
 from ..models import bundle, contract
 from ..models.bundle import Bundle, Manifest
@@ -48,6 +48,8 @@ _CALIBRATION_TEXTS = {"int8": 16, "int4": 32}
 _MORE_TEXTS, _MANY_WEIGHTS = 64, 50_000_000
 # Narrower networks have no second graph: their passes are short in any case.
 _WIDE_WIDTH = 512
+# Bytes of an output head in fp32 that take long enough to read that screening logits is worth it.
+_SCREENED_HEAD = 32 << 20
 _REFERENCE = "fp32"  # folder for the same weights in fp32 while a bundle is being made
 # Above this many weights, calibration and checks take long and much memory, so they have to be asked for.
 _CHECKED_WEIGHTS = 200_000_000
@@ -159,6 +161,8 @@ def export(
                 with _unless_missing(calibrate):
                     calibration = _calibration(checkpoint, manifest, folder, passes.next(), pure=pure)
             _write_graph(checkpoint, precision, folder, passes.next(), calibration)
+        if small and graph == "fused" and dtype == "fp32":
+            _screen(checkpoint, manifest, folder)
         manifest = replace(manifest, files=bundle.describe_files(folder, without=folder / _REFERENCE))
         if compared:
             with _unless_missing(quality or bool(texts)):
@@ -276,6 +280,22 @@ def _write_graph(
     if layers:
         for name, made in zip((bundle.WIDE_GRAPH, bundle.WIDE_WEIGHTS), wide.build(model, layers), strict=True):
             (folder / name).write_bytes(made.SerializeToString())
+
+
+def _screen(checkpoint: Checkpoint, manifest: Manifest, folder: Path) -> None:
+    """Adds a graph that screens logits, where it is worth it and can be found out here."""
+    config = checkpoint.config
+    if config.vocab_size * config.n_embd * np.dtype(np.float32).itemsize < _SCREENED_HEAD:
+        return
+    weights = folder / bundle.WEIGHTS
+    files = {bundle.WEIGHTS: bundle.FileRecord(weights.stat().st_size, "")}
+    head = checkpoint.tensor("wte.weight" if checkpoint.tied else "lm_head.weight")
+    try:
+        from . import screening
+
+        screening.add(Bundle(folder, replace(manifest, files=files), config), head)
+    except (BackendError, MissingExtraError) as error:  # there isn't enough memory, or no ONNX Runtime
+        _log.info("logits aren't screened: %s", error)
 
 
 @contextmanager

@@ -21,7 +21,7 @@ def load(
     device: str = "cpu",
     threads: int | None = None,
     verify: bool = False,
-    wide_after: int | None = 768,
+    wide_after: int | None = 512,
 ) -> "Model":
     """Loads a model.
 

@@ -7,6 +7,7 @@ onnx/model.onnx         the graph
 onnx/model.onnx_data    its weights, memory-mapped by ONNX Runtime
 onnx/wide.onnx          in int8 and int4, from 512 wide on: the graph for prompts and batches
 onnx/wide_weights.onnx  makes its weights of the first graph's
+onnx/screening.onnx     in fp32, where it pays: the graph with the largest logits only in full
 """
 
 import hashlib
@@ -35,6 +36,7 @@ GRAPH = "onnx/model.onnx"
 WEIGHTS = "onnx/model.onnx_data"
 WIDE_GRAPH = "onnx/wide.onnx"
 WIDE_WEIGHTS = "onnx/wide_weights.onnx"
+SCREENING_GRAPH = "onnx/screening.onnx"
 GRAPHS = ("fused", "portable")
 FORMAT_VERSION = 1
 
@@ -247,7 +249,7 @@ def _check_hash(path: Path, record: FileRecord) -> None:
 
 def _check_weights(folder: Path, manifest: Manifest) -> None:
     """ONNX Runtime follows a graph's references to other files; before 1.24 wherever they lead."""
-    for graph in (GRAPH, WIDE_GRAPH, WIDE_WEIGHTS):
+    for graph in (GRAPH, WIDE_GRAPH, WIDE_WEIGHTS, SCREENING_GRAPH):
         if graph not in manifest.files:
             continue
         try:

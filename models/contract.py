@@ -10,12 +10,19 @@ The names and axes are those of optimum's text-generation export, so that other 
     logits_to_keep                int64   [1]    optional; logits of so many last positions, all by default
     logits                        float   [batch_size, kept_sequence_length, vocab_size]
     present.{i}.key, .value       float   [batch_size, heads, total_sequence_length, head_size]
+
+A graph that screens logits has two more, both optional:
+
+    certain                       int64   [1]    so many largest logits at each position are exact, others may be estimates below
+    candidates                    int64   [1]    so many of the highest estimates are computed in full; 0, the default: all logits
 """
 
 INPUT_IDS = "input_ids"
 ATTENTION_MASK = "attention_mask"
 POSITION_IDS = "position_ids"
 LOGITS_TO_KEEP = "logits_to_keep"
+CERTAIN = "certain"
+CANDIDATES = "candidates"
 LOGITS = "logits"
 
 

@@ -38,6 +38,7 @@ class Network(Protocol):
         tokens: npt.NDArray[np.int64],
         keep: int = 1,
         lengths: npt.NDArray[np.int64] | None = None,
+        certain: int | None = None,
     ) -> Logits: ...
 
 
@@ -246,7 +247,7 @@ class Decoder:
             self._cache.trim(first + row, 0)
         keep = int(lengths.max() - lengths.min()) + 1
         rows = slice(first, first + len(searches))
-        logits = self._network.forward(self._cache, rows, tokens, keep, lengths)
+        logits = self._network.forward(self._cache, rows, tokens, keep, lengths, _certain(searches))
         joined = [_Running(search, [slot]) for slot, search in enumerate(searches, first)]
         self._owners += joined
         for row, running in enumerate(joined):
@@ -273,7 +274,8 @@ class Decoder:
             most = min(most or _MOST_READ, _MOST_READ)
         tokens = search.prompt[begin : None if most is None else begin + most]
         keep = 1 if search.reader is None else len(tokens)
-        logits = self._network.forward(self._cache, slice(slot, slot + 1), tokens[None], keep)[0]
+        certain = _certain([search]) if search.reader is None else None
+        logits = self._network.forward(self._cache, slice(slot, slot + 1), tokens[None], keep, certain=certain)[0]
         joining.length += len(tokens)
         self._held[slot] = search.prompt[: joining.length]
         if search.reader is not None:
@@ -300,7 +302,8 @@ class Decoder:
             for row, slot in enumerate(running.slots):
                 self._held[slot] = running.search.tokens(row)
                 tokens[slot] = self._held[slot][-1]
-        logits = self._network.forward(self._cache, slice(0, len(self._owners)), tokens)[:, -1]
+        certain = _certain([running.search for running in active])
+        logits = self._network.forward(self._cache, slice(0, len(self._owners)), tokens, certain=certain)[:, -1]
         parents = [running.search.advance(_rows(logits, running.slots)) for running in active]
         for running, rows in zip(active, parents, strict=True):
             if not running.search.done:
@@ -311,7 +314,8 @@ class Decoder:
         search = running.search
         start = search.tokens(0)
         tokens = np.append(start[-1:], draft)
-        logits = self._network.forward(self._cache, slice(0, 1), tokens[None], keep=len(tokens))[0]
+        certain = search.certain
+        logits = self._network.forward(self._cache, slice(0, 1), tokens[None], keep=len(tokens), certain=certain)[0]
         accepted = len(start)
         for guess in [*draft.tolist(), None]:
             search.advance(logits[accepted - len(start)][None])
@@ -380,6 +384,16 @@ def common_prefix(one: Tokens, other: Tokens) -> int:
     length = min(len(one), len(other))
     differing = np.flatnonzero(one[:length] != other[:length])
     return int(differing[0]) if len(differing) else length
+
+
+def _certain(searches: list[Search]) -> int | None:
+    """At how many of the largest logits any of the searches looks; None for all."""
+    certain = 1
+    for search in searches:
+        if search.certain is None:
+            return None
+        certain = max(certain, search.certain)
+    return certain
 
 
 def _rows(logits: Logits, slots: list[int]) -> Logits:

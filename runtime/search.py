@@ -11,7 +11,7 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 
-from .logits import Tokens, process, processors
+from .logits import Processor, Tokens, process, processors
 from .options import GenerationConfig
 from .sampling import Candidates, Generator, Indices, Logits, log_softmax
 from .speculate import Drafts
@@ -66,6 +66,8 @@ class Search(Protocol):
     """Positions that a row may come to need in the cache."""
     reader: Reader | None
     """Who wants the logits of the whole prompt; None for nobody."""
+    certain: int | None
+    """At so many largest logits it looks; None for all."""
 
     @property
     def rows(self) -> int:
@@ -142,6 +144,7 @@ class Sampling:
         self._active = list(range(count))
         self._drafts = Drafts(options.prompt_lookup)
         self.reader: Reader | None = None
+        self.certain = _certain(options, self._processors)
         self.positions = self._buffer.shape[1] - 1
 
     @property
@@ -238,6 +241,7 @@ class BeamSearch:
         self._improvable = True
         self._done = False
         self.reader: Reader | None = None
+        self.certain: int | None = None
         self.positions = max(self._limits.max_length, len(prompt)) - 1
 
     @property
@@ -322,6 +326,13 @@ def start(prompt: Tokens, options: GenerationConfig, context: int, stop: Stop | 
     """The search that the options ask for."""
     strategy = BeamSearch if options.num_beams > 1 else Sampling
     return strategy(prompt, options, context, stop)
+
+
+def _certain(options: GenerationConfig, chain: list[Processor]) -> int | None:
+    """At how many of the largest logits greedy search or sampling looks; None for all of them."""
+    if chain or options.logprobs is not None:
+        return None
+    return (options.top_k or None) if options.do_sample else 1
 
 
 def _power(length: int, exponent: float) -> np.float32:

@@ -15,8 +15,8 @@ import numpy.typing as npt
 from gpt2onnx.errors import BackendError, OptionError
 
 from ..models import contract
-from ..models.bundle import GRAPH, WIDE_GRAPH, Bundle
-from . import devices, footprint, providers, resources, signature
+from ..models.bundle import GRAPH, SCREENING_GRAPH, WIDE_GRAPH, Bundle
+from . import devices, footprint, providers, resources, screening, signature
 from .cache import Cache, Copy, HostStorage, Shape, check_room
 from .wide import WORTH, WideGraph
 
@@ -35,6 +35,8 @@ class _Binding:
 
     input_ids: npt.NDArray[np.int64]
     position_ids: npt.NDArray[np.int64]
+    certain: npt.NDArray[np.int64]
+    candidates: npt.NDArray[np.int64]
     logits: npt.NDArray[np.float32]
     io: ort.IOBinding
     # An OrtValue shares its array's memory without keeping the array alive, nor does the binding keep the OrtValue.
@@ -79,10 +81,14 @@ class Session:
         # The device's own memory, where the cache is kept in it.
         self._memory = devices.MEMORY.get(provider) if self._in_place else None
         self._storage = device_storage(provider, self._memory, self.dtype) if self._memory else HostStorage
-        inputs, outputs = providers.declared(self._graph, bundle.folder / GRAPH)
+        name = _file(bundle, provider)
+        path = bundle.folder / name
+        inputs, outputs = providers.declared(self._graph, path)
         floats = "tensor(float16)" if self.dtype == np.float16 else "tensor(float)"
-        signature.check(self.config, floats, inputs, outputs, bundle.folder / GRAPH)
+        signature.check(self.config, floats, inputs, outputs, path)
         self._inputs = list(inputs)
+        # Where sums of products of bytes overflow, estimates may be off by more than is known.
+        self._screens = name == SCREENING_GRAPH and not resources.sums_of_byte_products_overflow()
         offered = provider == devices.CPU and WIDE_GRAPH in bundle.manifest.files
         self._wide = WideGraph(bundle, self.threads, wide_after) if offered and wide_after is not None else None
 
@@ -136,6 +142,7 @@ class Session:
         tokens: npt.NDArray[np.int64],
         keep: int = 1,
         lengths: npt.NDArray[np.int64] | None = None,
+        certain: int | None = None,
     ) -> npt.NDArray[np.float32]:
         """Runs the next tokens of each row through the network, and takes them into the cache.
 
@@ -146,6 +153,8 @@ class Session:
             keep: of how many last positions the logits are wanted.
             lengths: int64 [rows], how many of each row's tokens count, where the rows have no past; the others are
                 padding. All of them by default.
+            certain: of how many largest logits at each position the values are needed; all by default. The others may
+                be estimates that are less than those.
 
         Returns:
             Logits, float32 [rows, keep, vocabulary]; the array is overwritten by the next call of this shape.
@@ -159,6 +168,9 @@ class Session:
         graph = (self._wide and self._wide.take(tokens.size)) or self._graph
         positions = cache.advance(rows, tokens.shape[1], lengths)
         binding = self._binding(graph, cache, rows, tokens.shape[1], keep, padded=lengths is not None)
+        if self._screens:
+            count = screening.candidates(len(tokens) * keep, certain, self.config.vocab_size)
+            binding.certain[0], binding.candidates[0] = certain or 1, count
         if self._memory is None:
             binding.input_ids[:] = tokens
             binding.position_ids[:] = positions
@@ -234,6 +246,7 @@ class Session:
         batch = rows.stop - rows.start
         input_ids = np.zeros((batch, count), np.int64)
         position_ids = np.zeros((batch, count), np.int64)
+        certain, candidates = np.ones(1, np.int64), np.zeros(1, np.int64)
         logits = np.zeros((batch, keep, self.config.vocab_size), np.float32)
         io = graph.io_binding()
         values: list[object] = []
@@ -247,6 +260,9 @@ class Session:
         io.bind_ortvalue_input(contract.POSITION_IDS, value(position_ids))
         io.bind_ortvalue_input(contract.ATTENTION_MASK, value(mask))
         io.bind_ortvalue_input(contract.LOGITS_TO_KEEP, value(np.array([keep], np.int64)))
+        if self._screens:
+            io.bind_ortvalue_input(contract.CERTAIN, value(certain))
+            io.bind_ortvalue_input(contract.CANDIDATES, value(candidates))
         io.bind_ortvalue_output(contract.LOGITS, value(logits))
         shape = [batch, self.config.n_head, cache.positions, self.config.head_size]
         for layer in range(self.config.n_layer):
@@ -256,7 +272,7 @@ class Session:
                 shared = (self._memory or "cpu", 0, self.dtype, shape, cache.address(layer, part, rows.start))
                 io.bind_input(past, *shared)
                 io.bind_output(present, *shared)
-        return _Binding(input_ids, position_ids, logits, io, values)
+        return _Binding(input_ids, position_ids, certain, candidates, logits, io, values)
 
 
 class _DeviceStorage:
@@ -331,8 +347,13 @@ def _load(bundle: Bundle, device: str, threads: int) -> tuple[providers.Graph, s
 def _load_on(provider: str, bundle: Bundle, threads: int) -> providers.Graph:
     if provider == devices.CPU and (short := resources.shortage(footprint.memory(bundle))):
         raise BackendError(f"{bundle.folder} needs about {short}: free some, or export with fewer bits (--dtype)")
-    graph = bundle.folder / GRAPH
+    graph = bundle.folder / _file(bundle, provider)
     return providers.open_graph(graph, provider, threads=threads, name=graph)
+
+
+def _file(bundle: Bundle, provider: str) -> str:
+    """The graph that is for this provider."""
+    return SCREENING_GRAPH if provider == devices.CPU and SCREENING_GRAPH in bundle.manifest.files else GRAPH
 
 
 def _finite(logits: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:

@@ -26,11 +26,14 @@ CONTEXT = 40
 
 
 class HashingNetwork:
-    """Logits from the row's tokens as they stand in the cache; counts forwarded tokens as (rows, tokens in each)."""
+    """Logits from the row's tokens as they stand in the cache; counts forwarded tokens as (rows, tokens in each).
 
-    def __init__(self, repetitive: bool = False) -> None:
+    Where not all logits have to be certain, others may be wrong, though less than those.
+    """
+
+    def __init__(self, repetitive: bool = False, estimates: bool = False) -> None:
         self.passes: list[tuple[int, int]] = []
-        self.repetitive = repetitive
+        self.repetitive, self.estimates = repetitive, estimates
 
     def new_cache(self, rows: int, positions: int) -> Cache:
         cache = Cache((1, 2, rows, 1, positions, 1), np.float64)
@@ -38,7 +41,13 @@ class HashingNetwork:
         return cache
 
     def forward(
-        self, cache: Cache, rows: slice, tokens: np.ndarray, keep: int = 1, lengths: np.ndarray | None = None
+        self,
+        cache: Cache,
+        rows: slice,
+        tokens: np.ndarray,
+        keep: int = 1,
+        lengths: np.ndarray | None = None,
+        certain: int | None = None,
     ) -> np.ndarray:
         assert tokens.shape[0] == rows.stop - rows.start
         assert tokens.shape[1] == 1 or tokens.shape[0] == 1 or (lengths is not None and not cache.lengths[rows].any())
@@ -52,6 +61,9 @@ class HashingNetwork:
             assert cache.mask[row, : cache.lengths[row]].all()
             for column, position in enumerate(positions[index]):
                 logits[index, column] = self.logits(cache.data[0, 0, row, 0, : position + 1, 0].astype(int).tolist())
+        if self.estimates and certain is not None and certain < VOCABULARY:
+            least = np.sort(logits, axis=-1)[..., -certain, None]
+            logits = np.where(logits < least, least - 0.01 - np.abs(logits) % 1, logits)
         return logits[:, -keep:]
 
     def logits(self, history: Sequence[int]) -> np.ndarray:
@@ -77,6 +89,8 @@ PROMPTS = st.lists(st.integers(0, VOCABULARY - 1), min_size=1, max_size=8)
 STRATEGIES = st.one_of(
     st.just({}),
     st.fixed_dictionaries({"do_sample": st.just(True), "seed": st.integers(0, 99), "num_return_sequences": st.integers(1, 3)}),
+    st.fixed_dictionaries({"do_sample": st.just(True), "seed": st.integers(0, 99), "top_k": st.sampled_from([0, 1, 2, 5])}),
+    st.fixed_dictionaries({"do_sample": st.booleans(), "seed": st.just(1), "top_k": st.just(2), "repetition_penalty": st.just(9.0)}),
     st.fixed_dictionaries({"num_beams": st.integers(2, 5), "early_stopping": st.sampled_from([True, False, "never"])}),
     st.fixed_dictionaries({"num_beams": st.integers(2, 3), "do_sample": st.just(True), "seed": st.integers(0, 99)}),
 )  # fmt: skip
@@ -94,7 +108,7 @@ REQUESTS = st.tuples(
 @settings(deadline=None, max_examples=120)
 @given(requests=st.lists(REQUESTS, min_size=1, max_size=8), batch_size=st.integers(1, 5))
 def test_batched_is_alone(requests: list[tuple[list[int], dict[str, Any]]], batch_size: int) -> None:
-    together = run(HashingNetwork(), requests, batch_size)
+    together = run(HashingNetwork(estimates=True), requests, batch_size)
     alone = [run(HashingNetwork(), [request], 1)[0] for request in requests]
     for index, (one, other) in enumerate(zip(together, alone, strict=True)):
         assert one == other, f"request {index}: {requests[index]}"
@@ -118,7 +132,7 @@ def test_used_cache_is_as_good_as_fresh(rounds: list[Any], batch_size: int) -> N
 )  # fmt: skip
 def test_speculated_is_plain(prompt: list[int], draft: int, length: int, end: int, sampling: dict[str, Any]) -> None:
     options = {"max_new_tokens": length, "eos_token_id": end} | sampling
-    plain, speculating = HashingNetwork(repetitive=True), HashingNetwork(repetitive=True)
+    plain, speculating = HashingNetwork(repetitive=True), HashingNetwork(repetitive=True, estimates=True)
     expected = run(plain, [(prompt, options)], 1)
     assert run(speculating, [(prompt, options | {"prompt_lookup": draft})], 1) == expected
     assert len(speculating.passes) <= len(plain.passes)

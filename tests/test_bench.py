@@ -36,7 +36,13 @@ class CountingNetwork:
         return Cache((1, 2, rows, 1, positions, 1))
 
     def forward(
-        self, cache: Cache, rows: slice, tokens: np.ndarray, keep: int = 1, lengths: np.ndarray | None = None
+        self,
+        cache: Cache,
+        rows: slice,
+        tokens: np.ndarray,
+        keep: int = 1,
+        lengths: np.ndarray | None = None,
+        certain: int | None = None,
     ) -> np.ndarray:
         self.passes.append(tokens.shape)
         self.now += PREFILL if tokens.shape[1] > 1 else STEP
@@ -116,7 +122,7 @@ def test_prompts_are_the_seed_s_and_end_tokens_end_nothing(
     prompts: list[list[int]] = []
     forward = model.session.forward
 
-    def counting(cache: Cache, rows: slice, tokens: np.ndarray, *more: Any) -> np.ndarray:
+    def counting(cache: Cache, rows: slice, tokens: np.ndarray, *more: Any, **named: Any) -> np.ndarray:
         shapes.append(tokens.shape)
         if len(prompts) < 1:
             prompts.append(tokens[0].tolist())

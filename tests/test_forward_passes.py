@@ -22,7 +22,13 @@ class CountingNetwork:
         return Cache((1, 2, rows, 1, positions, 1))
 
     def forward(
-        self, cache: Cache, rows: slice, tokens: np.ndarray, keep: int = 1, lengths: np.ndarray | None = None
+        self,
+        cache: Cache,
+        rows: slice,
+        tokens: np.ndarray,
+        keep: int = 1,
+        lengths: np.ndarray | None = None,
+        certain: int | None = None,
     ) -> np.ndarray:
         self.passes.append(tokens.shape)
         cache.advance(rows, tokens.shape[1], lengths)

@@ -17,13 +17,14 @@ import numpy as np
 
 from gpt2onnx.errors import OptionError
 
-from ...models.bundle import Bundle
+from ...models.bundle import SCREENING_GRAPH, Bundle
 from ...models.precision import memory
 from .. import devices
 from ..decode import Decoder
 from ..generator import Model
 from ..logits import Tokens
 from ..options import GenerationConfig
+from ..screening import candidates
 from ..search import start
 from . import machine
 
@@ -192,7 +193,7 @@ def benchmark(
     per_position = 2 * config.n_layer * config.n_embd * session.dtype.itemsize
     bandwidth = None
     if decode is not None and reader is not None:
-        weights = weights_read(model.bundle)
+        weights = weights_read(model.bundle, batch_size)
         # Of the positions that a step finds, on average over the steps.
         cache = int(batch_size * per_position * (prompt_tokens + positions) / 2)
         share = weights * decode.median / batch_size / reader.best
@@ -236,14 +237,18 @@ def time_run(
     return Run(prefilled - begun, first, ended - prefilled, gaps)
 
 
-def weights_read(bundle: Bundle) -> int:
-    """Bytes of weights that a step on the CPU reads: all but tables, of which it looks up a row."""
+def weights_read(bundle: Bundle, rows: int = 1) -> int:
+    """Bytes of weights that a step of greedy search on the CPU reads: all but tables, of which it looks up rows."""
     config, dtype = bundle.config, bundle.manifest.dtype
     stored = sum(record.size for name, record in bundle.manifest.files.items() if name.startswith("onnx/"))
     tables = config.n_positions * config.n_embd * (4 if dtype == "fp32" else 2)
     if not config.tie_word_embeddings:
         tied = replace(config, tie_word_embeddings=True)
         tables += memory(config, dtype).weights - memory(tied, dtype).weights
+    if SCREENING_GRAPH in bundle.manifest.files:
+        whole_head = config.vocab_size * config.n_embd * 4
+        estimates = stored - memory(config, dtype).weights
+        tables += whole_head if candidates(rows, 1, config.vocab_size) else estimates
     # There are no kernels for float16 on x86: ONNX Runtime keeps the weights in float32.
     factor = 2 if dtype == "fp16" and architecture() in ("x86_64", "AMD64") else 1
     return factor * (stored - tables)
