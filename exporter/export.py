@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from gpt2onnx.errors import BackendError, CheckpointError, MissingExtraError, OptionError
+from gpt2onnx.errors import CheckpointError, MissingExtraError, OptionError
 
 from ..models import bundle, contract
 from ..models.bundle import Bundle, Manifest
@@ -48,8 +48,6 @@ _CALIBRATION_TEXTS = {"int8": 16, "int4": 32}
 _MORE_TEXTS, _MANY_WEIGHTS = 64, 50_000_000
 # Narrower networks have no second graph: their passes are short in any case.
 _WIDE_WIDTH = 512
-# Bytes of an output head in fp32 that take long enough to read that screening logits is worth it.
-_SCREENED_HEAD = 32 << 20
 _REFERENCE = "fp32"  # folder for the same weights in fp32 while a bundle is being made
 # Above this many weights, calibration and checks take long and much memory, so they have to be asked for.
 _CHECKED_WEIGHTS = 200_000_000
@@ -66,6 +64,7 @@ def export(
     dtype: str = "fp32",
     pure: bool = False,
     graph: str = "fused",
+    screen: bool = False,
     block_size: int | None = None,
     calibrate: bool | None = None,
     quality: bool | None = None,
@@ -87,6 +86,8 @@ def export(
         pure: with "int4", 4 bits for every matrix; otherwise those where that would cost most have 8.
         graph: "fused", ONNX Runtime's own operators, updating the cache in place; or "portable",
             optimum's graph of standard operators for execution providers without those, fp32 only.
+        screen: with "fp32" and "fused", also store the output head in 8 bits, to compute only a few logits in full where a
+            search looks at the largest ones only; left out, with a warning, where that would rarely succeed.
         block_size: weights that share a scale, a power of two from 16 to 256; chosen by default.
         calibrate: with "int8" or "int4", round the weights for the inputs that reach them in texts which the fp32
             model writes itself; by default for models of up to 200 million weights, where it takes up to a minute.
@@ -107,7 +108,8 @@ def export(
         CheckpointError: the source can't be found or read, or isn't a GPT-2 that can be exported.
         OptionError: options are out of range or contradict each other.
         OutputError: the target exists or can't be written.
-        MissingExtraError: the packages of the extra `export` aren't installed, or those that `parity` needs.
+        MissingExtraError: the packages of the extra `export` aren't installed, or those that `parity` or `screen` needs.
+        BackendError: ONNX Runtime can't load or run what is to be screened.
     """
     target = Path(target)
     if dtype not in DTYPES:
@@ -118,6 +120,8 @@ def export(
         raise OptionError(f"graph must be one of {', '.join(bundle.GRAPHS)}, not {graph!r}")
     if graph == "portable" and dtype != "fp32":
         raise OptionError(f"graph portable goes with dtype fp32, not with {dtype}")
+    if screen and (dtype != "fp32" or graph != "fused"):
+        raise OptionError(f"screen goes with dtype fp32 and graph fused, not with {dtype} and {graph}")
     given = {"calibrate": calibrate, "quality": quality, "quality_texts": quality_texts, "block_size": block_size}
     if dtype not in _QUANTIZED and (wrong := [name for name, value in given.items() if value]):
         raise OptionError(f"{wrong[0]} goes with dtype int8 or int4, not with {dtype}")
@@ -161,7 +165,7 @@ def export(
                 with _unless_missing(calibrate):
                     calibration = _calibration(checkpoint, manifest, folder, passes.next(), pure=pure)
             _write_graph(checkpoint, precision, folder, passes.next(), calibration)
-        if small and graph == "fused" and dtype == "fp32":
+        if screen:
             _screen(checkpoint, manifest, folder)
         manifest = replace(manifest, files=bundle.describe_files(folder, without=folder / _REFERENCE))
         if compared:
@@ -283,19 +287,14 @@ def _write_graph(
 
 
 def _screen(checkpoint: Checkpoint, manifest: Manifest, folder: Path) -> None:
-    """Adds a graph that screens logits, where it is worth it and can be found out here."""
-    config = checkpoint.config
-    if config.vocab_size * config.n_embd * np.dtype(np.float32).itemsize < _SCREENED_HEAD:
-        return
+    """Adds the graph that screens logits."""
+    from . import screening
+
     weights = folder / bundle.WEIGHTS
     files = {bundle.WEIGHTS: bundle.FileRecord(weights.stat().st_size, "")}
     head = checkpoint.tensor("wte.weight" if checkpoint.tied else "lm_head.weight")
-    try:
-        from . import screening
-
-        screening.add(Bundle(folder, replace(manifest, files=files), config), head)
-    except (BackendError, MissingExtraError) as error:  # there isn't enough memory, or no ONNX Runtime
-        _log.info("logits aren't screened: %s", error)
+    if not screening.add(Bundle(folder, replace(manifest, files=files), checkpoint.config), head):
+        _log.warning("%s: logits aren't screened, since few of them would be certain", checkpoint.name)
 
 
 @contextmanager

@@ -5,7 +5,7 @@ of all that a step reads from memory. This graph estimates all logits with the h
 full, the logits of the tokens whose estimates are the highest. How far an estimate can be off is known (see `Head.margin`):
 where the k-th highest estimate is so far above the first one that isn't computed again that no such token can be among the k
 largest, the k largest logits are exact, and all others are estimates that are less. Otherwise the head computes all of
-them. The idea is that of candidates in SVD-softmax (https://arxiv.org/abs/1711.08422, section 2), but with a certain bound.
+them. The idea is that of candidates in SVD-softmax (https://proceedings.neurips.cc/paper_files/paper/2017/hash/4e2a6330465c8ffcaa696a5a16639176-Abstract.html), but with a certain bound.
 """
 
 import math
@@ -113,8 +113,10 @@ def add(bundle: Bundle, head: Array) -> bool:
         BackendError: ONNX Runtime can't load or run the first graph.
     """
     block_size = next((size for size in _BLOCK_SIZES if head.shape[1] % size == 0), None)
+    if block_size is None or not candidates(1, 1, len(head)):
+        return False
     states = last_states(bundle)
-    if block_size is None or not np.isfinite(states).all():
+    if not np.isfinite(states).all():
         return False
     estimates = Head.of(head, states, block_size)
     if _success(estimates, head, states) < _LEAST_SUCCESS:

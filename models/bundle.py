@@ -7,7 +7,7 @@ onnx/model.onnx         the graph
 onnx/model.onnx_data    its weights, memory-mapped by ONNX Runtime
 onnx/wide.onnx          in int8 and int4, from 512 wide on: the graph for prompts and batches
 onnx/wide_weights.onnx  makes its weights of the first graph's
-onnx/screening.onnx     in fp32, where it pays: the graph with the largest logits only in full
+onnx/screening.onnx     in fp32, if asked for: the graph that computes only the largest logits in full
 """
 
 import hashlib

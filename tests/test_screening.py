@@ -4,7 +4,6 @@ import json
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -12,17 +11,20 @@ import numpy as np
 import onnx
 import onnxruntime as ort
 import pytest
+from conftest import CommandLine
 from onnx import TensorProto, helper
 from safetensors.numpy import load_file, save_file
 
 import gpt2onnx
-from gpt2onnx.errors import BundleError
+from gpt2onnx.errors import BundleError, OptionError
 from gpt2onnx.exporter import screening as exporter
 from gpt2onnx.exporter.checkpoint import Checkpoint
 from gpt2onnx.exporter.operators import MICROSOFT, Nodes, as_model
 from gpt2onnx.exporter.quantize import dequantize
 from gpt2onnx.models.bundle import SCREENING_GRAPH, WEIGHTS, Bundle, describe_files
+from gpt2onnx.models.precision import memory
 from gpt2onnx.runtime import resources, screening
+from gpt2onnx.runtime.experiments.benchmark import weights_read
 from gpt2onnx.runtime.options import GenerationConfig
 from gpt2onnx.runtime.results import Request
 from gpt2onnx.runtime.search import start
@@ -33,14 +35,10 @@ Export = Callable[..., Bundle]
 
 @pytest.fixture(scope="module")
 def screened(tmp_path_factory: pytest.TempPathFactory) -> Export:
-    """Exports in fp32 as if every head were large enough to be screened."""
-
-    def export(source: str | Path, **options: Any) -> Bundle:
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(import_module("gpt2onnx.exporter.export"), "_SCREENED_HEAD", 0)
-            return gpt2onnx.export(source, tmp_path_factory.mktemp("screened") / "bundle", **options)
-
-    return export
+    """Exports in fp32 with a graph that screens."""
+    return lambda source, **options: gpt2onnx.export(
+        source, tmp_path_factory.mktemp("screened") / "bundle", screen=True, **options
+    )
 
 
 @pytest.fixture(scope="module")
@@ -191,18 +189,27 @@ def test_margin_is_never_passed() -> None:
 
 
 def test_left_out_where_estimates_are_too_rough(
-    screened: Export, made: Bundle, monkeypatch: pytest.MonkeyPatch
+    screened: Export,
+    made: Bundle,
+    tales_bundle: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     monkeypatch.setattr(exporter, "_LEAST_SUCCESS", 1.1)
     plain = screened("tales", parity=False)
+    assert [record.message for record in caplog.records if record.levelname == "WARNING"] == [
+        "tales: logits aren't screened, since few of them would be certain"
+    ]
     assert SCREENING_GRAPH in made.manifest.files
-    assert SCREENING_GRAPH not in plain.manifest.files
+    assert plain.manifest.files.keys() == Bundle.open(tales_bundle).manifest.files.keys()
     assert plain.manifest.files[WEIGHTS].size < made.manifest.files[WEIGHTS].size
-    assert not list((plain.folder / SCREENING_GRAPH).parent.glob("*states*"))
+    assert {path.name for path in (plain.folder / "onnx").iterdir()} == {"model.onnx", "model.onnx_data"}
 
 
-def test_small_heads_are_not_screened(tales_bundle: Path) -> None:
-    assert SCREENING_GRAPH not in Bundle.open(tales_bundle).manifest.files
+@pytest.mark.parametrize(("dtype", "graph"), [("int8", "fused"), ("fp16", "fused"), ("fp32", "portable")])
+def test_goes_with_fp32_and_fused(dtype: str, graph: str, screened: Export) -> None:
+    with pytest.raises(OptionError, match="screen goes with dtype fp32 and graph fused, not with"):
+        screened("tales", dtype=dtype, graph=graph)
 
 
 def test_not_used_where_sums_of_bytes_overflow(
@@ -248,6 +255,14 @@ def test_takes_no_weights_from_elsewhere(made: Bundle, tmp_path: Path) -> None:
         Bundle.open(folder)
 
 
-def test_export_goes_on_without_it(screened: Export, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(resources, "shortage", lambda size: "more than there is")
-    assert SCREENING_GRAPH not in screened("tales", parity=False).manifest.files
+def test_command_line(command_line: CommandLine, tmp_path: Path) -> None:
+    assert command_line("export", "tales", tmp_path / "b", "--screen", "--no-parity").code == 0
+    bundle = Bundle.open(tmp_path / "b")
+    config = bundle.config
+    assert SCREENING_GRAPH in bundle.manifest.files
+    whole = memory(config, "fp32").weights
+    head = 4 * config.vocab_size * config.n_embd
+    # All but the position table, with the head in 8 bits and its scales.
+    every = whole - 4 * config.n_positions * config.n_embd
+    assert weights_read(bundle) == pytest.approx(every - head + 1.1 * head / 4, rel=0.02)
+    assert weights_read(bundle, rows=100) == pytest.approx(every)
