@@ -28,8 +28,6 @@ Array = npt.NDArray[np.float32]
 
 _BITS, _BLOCK_SIZES = 8, (64, 32, 16)
 _CHUNK = 8192  # rows of the head that are in memory as float32 at a time
-# What sums of so many products can be off by in float32, as a share of the product of both vectors' lengths.
-_FLOAT32 = np.float32(1e-4)
 # Of the network's own texts, the share of positions at which screening has to succeed: elsewhere it was for nothing.
 _LEAST_SUCCESS = 0.9
 
@@ -94,9 +92,14 @@ class Head:
         peaks = np.abs(balanced).reshape(len(x), -1, self.matrix.block_size).max(-1)
         rounding = np.linalg.norm(peaks, axis=-1) * _half_steps(self.matrix.block_size)
         share = self.error * np.linalg.norm(balanced, axis=-1) + rounding
-        exact = np.linalg.norm(x, axis=-1) + np.linalg.norm(self.mean)
-        result: Array = share * self.longest + exact * self.longest_row * _FLOAT32
+        lengths = np.linalg.norm(x, axis=-1) + np.linalg.norm(self.mean)
+        result: Array = share * self.longest + lengths * self.float32
         return result
+
+    @property
+    def float32(self) -> np.float32:
+        """What sums of float32 may be off by in an estimate and in the logit itself, for an input of length 1."""
+        return self.longest_row * np.float32(len(self.mean)) * np.finfo(np.float32).eps
 
 
 def add(bundle: Bundle, head: Array) -> bool:
@@ -183,6 +186,9 @@ def _estimates(body: Nodes, head: Head, weights: WeightsFile) -> GraphProto:
     def constant(name: str, array: npt.NDArray[np.generic]) -> str:
         return body.constant(f"screening.{name}", array)
 
+    def number(name: str, value: float | np.float32) -> str:
+        return constant(name, np.array(value, np.float32))
+
     def stored(name: str, array: npt.NDArray[np.generic]) -> str:
         body.initializers.append(weights.append(f"screening.{name}", array))
         return f"screening.{name}"
@@ -206,18 +212,15 @@ def _estimates(body: Nodes, head: Head, weights: WeightsFile) -> GraphProto:
     # As `Head.margin`, twice.
     blocks = nodes.op("Reshape", [balanced, constant("blocks", np.array([0, 0, -1, matrix.block_size]))], "in_blocks")
     peaks = nodes.op("ReduceMax", [nodes.op("Abs", [blocks], "sizes"), last], "peaks", keepdims=0)
-    half_steps = constant("half_steps", np.array(_half_steps(matrix.block_size)))
+    half_steps = number("half_steps", _half_steps(matrix.block_size))
     rounding = nodes.op("Mul", [length(peaks, "length_of_peaks"), half_steps], "rounding")
-    share = nodes.op("Mul", [length(balanced, "length"), constant("error", np.array(head.error))], "share_of_rows")
+    share = nodes.op("Mul", [length(balanced, "length"), number("error", head.error)], "share_of_rows")
     share = nodes.op("Add", [share, rounding], "share")
-    margin = nodes.op("Mul", [share, constant("longest", np.array(2 * head.longest))], "margin_of_rounding")
-    exact = nodes.op(
-        "Add", [length(x, "length_of_input"), constant("length_of_mean", np.array(np.linalg.norm(head.mean)))], "exact"
-    )
-    exact = nodes.op(
-        "Mul", [exact, constant("float32", np.array(2 * _FLOAT32 * head.longest_row))], "margin_of_float32"
-    )
-    margin = nodes.op("Add", [margin, exact], "margin")
+    margin = nodes.op("Mul", [share, number("longest", 2 * head.longest)], "margin_of_rounding")
+    length_of_mean = number("length_of_mean", float(np.linalg.norm(head.mean)))
+    lengths = nodes.op("Add", [length(x, "length_of_input"), length_of_mean], "lengths")
+    float32 = nodes.op("Mul", [lengths, number("float32", 2 * head.float32)], "margin_of_float32")
+    margin = nodes.op("Add", [margin, float32], "margin")
 
     nodes.op("TopK", [estimates, contract.CANDIDATES], "highest", outputs=["highest", "tokens"], axis=-1)
     place = nodes.op("Sub", [contract.CERTAIN, constant("one", np.array([1], np.int64))], "place")
@@ -225,7 +228,7 @@ def _estimates(body: Nodes, head: Head, weights: WeightsFile) -> GraphProto:
     lowest = nodes.op("Gather", ["highest", last], "lowest", axis=-1)
     gap = nodes.op("Squeeze", [nodes.op("Sub", [least, lowest], "gap"), last], "gap_by_position")
     spare = nodes.op("ReduceMin", [nodes.op("Sub", [gap, margin], "spare")], "least_spare", keepdims=0)
-    enough = nodes.op("Greater", [spare, constant("zero", np.array(0, np.float32))], "enough")
+    enough = nodes.op("Greater", [spare, number("zero", 0)], "enough")
     outputs = [(estimates, TensorProto.FLOAT), ("tokens", TensorProto.INT64), (enough, TensorProto.BOOL)]
     return _branch(nodes, outputs)
 
