@@ -85,9 +85,11 @@ def _standard(work: Path) -> Iterator[Contender]:
         file, precision = "onnx/model.onnx_data", name.split()[0]
         model = f"gpt2onnx-{name.replace(' ', '-')}"
         # Where logits are screened, the head is there a second time, in 8 bits, and only a few rows of the first are read.
-        read = 0.708 if name == "fp32 screened" else 1.0
+        screened = name == "fp32 screened"
+        read, note = (0.708, "exported with --screen: few logits in full") if screened else (1.0, "")
         return contender(
-            f"gpt2onnx {name}", family, "gpt2onnx", OURS, model, precision=precision, file=file, cold=cold, read=read
+            f"gpt2onnx {name}", family, "gpt2onnx", OURS, model, precision=precision, file=file, cold=cold, read=read,
+            note=note,
         )  # fmt: skip
 
     def transformers(family: str, precision: str, read: float) -> Contender:
