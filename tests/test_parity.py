@@ -149,7 +149,7 @@ def wrong_zero_of_head(folder: Path, graph: ModelProto) -> None:
 
 
 def _lower_zero(graph: ModelProto, layer: str) -> None:
-    (middle,) = [each for each in graph.graph.initializer if each.name == f"{layer}.middle"]
+    (middle,) = [each for each in graph.graph.initializer if each.name == f"{layer}.0.middle"]
     middle.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(middle) - np.uint8(1), middle.name))
 
 
