@@ -421,10 +421,10 @@ def test_prompts_read_together_share_what_that_took(model: gpt2onnx.Model, monke
     """By their tokens, though a pass over both is the first one's news."""
     forward, shapes = model.session.forward, []
 
-    def slow(cache: Any, rows: slice, tokens: Any, *more: Any) -> Any:
+    def slow(cache: Any, rows: slice, tokens: Any, *more: Any, **named: Any) -> Any:
         shapes.append(tokens.shape)
         time.sleep(0.3 if tokens.shape[1] > 1 else 0)
-        return forward(cache, rows, tokens, *more)
+        return forward(cache, rows, tokens, *more, **named)
 
     monkeypatch.setattr(model.session, "forward", slow)
     power: Any = SimpleNamespace(watts=10.0)
@@ -445,14 +445,14 @@ def test_what_a_failed_batch_took_is_its_own(model: gpt2onnx.Model, monkeypatch:
     """It fails at the first step, between the reading of one prompt and that of the next."""
     forward, steps = model.session.forward, []
 
-    def failing(cache: Any, rows: slice, tokens: Any, *more: Any) -> Any:
+    def failing(cache: Any, rows: slice, tokens: Any, *more: Any, **named: Any) -> Any:
         if tokens.shape[1] > 1:
             time.sleep(0.3)
-            return forward(cache, rows, tokens, *more)
+            return forward(cache, rows, tokens, *more, **named)
         steps.append(rows)
         if len(steps) == 1:
             raise BackendError("ONNX Runtime failed")
-        return forward(cache, rows, tokens, *more)
+        return forward(cache, rows, tokens, *more, **named)
 
     monkeypatch.setattr(model.session, "forward", failing)
     power: Any = SimpleNamespace(watts=10.0)
