@@ -219,9 +219,13 @@ def _write_reference(checkpoint: Checkpoint, folder: Path, progress: Callable[[f
 
 
 def _reference(checkpoint: Checkpoint, manifest: Manifest, folder: Path) -> Bundle:
-    weights = folder / _REFERENCE / bundle.WEIGHTS
-    files = {bundle.WEIGHTS: bundle.FileRecord(weights.stat().st_size, "")}
-    return Bundle(folder / _REFERENCE, replace(manifest, dtype="fp32", files=files), checkpoint.config)
+    return _in_fp32(checkpoint, manifest, folder / _REFERENCE)
+
+
+def _in_fp32(checkpoint: Checkpoint, manifest: Manifest, folder: Path) -> Bundle:
+    """A bundle of which there are the graph and its weights so far."""
+    files = {bundle.WEIGHTS: bundle.FileRecord((folder / bundle.WEIGHTS).stat().st_size, "")}
+    return Bundle(folder, replace(manifest, dtype="fp32", files=files), checkpoint.config)
 
 
 def _calibration(
@@ -290,10 +294,8 @@ def _screen(checkpoint: Checkpoint, manifest: Manifest, folder: Path) -> None:
     """Adds the graph that screens logits."""
     from . import screening
 
-    weights = folder / bundle.WEIGHTS
-    files = {bundle.WEIGHTS: bundle.FileRecord(weights.stat().st_size, "")}
     head = checkpoint.tensor("wte.weight" if checkpoint.tied else "lm_head.weight")
-    if not screening.add(Bundle(folder, replace(manifest, files=files), checkpoint.config), head):
+    if not screening.add(_in_fp32(checkpoint, manifest, folder), head):
         _log.warning("%s: logits aren't screened, since few of them would be certain", checkpoint.name)
 
 

@@ -274,7 +274,7 @@ class Decoder:
             most = min(most or _MOST_READ, _MOST_READ)
         tokens = search.prompt[begin : None if most is None else begin + most]
         keep = 1 if search.reader is None else len(tokens)
-        certain = _certain([search]) if search.reader is None else None
+        certain = search.certain if search.reader is None else None
         logits = self._network.forward(self._cache, slice(slot, slot + 1), tokens[None], keep, certain=certain)[0]
         joining.length += len(tokens)
         self._held[slot] = search.prompt[: joining.length]
