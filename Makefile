@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 LOWEST := build/lowest
 
-.PHONY: demo test lint types unit lowest peers fuzz bench docs clean
+.PHONY: demo test lint types unit lowest lowest-tokens lowest-tests peers fuzz bench docs clean
 
 demo: $(VENV)/installed-demo
 	$(BIN)/gpt2onnx export tales build/tales --dtype int8 --force
@@ -13,9 +13,9 @@ demo: $(VENV)/installed-demo
 	@$(BIN)/gpt2onnx generate "Once" --max-new-tokens 1 --quiet >build/first.txt
 	@echo "Now yours: $(BIN)/gpt2onnx generate \"Once upon a time\""
 
-# The last two side by side: neither keeps two cores busy.
 test: lint types $(LOWEST)/installed
-	$(MAKE) --jobs=2 unit lowest
+	$(MAKE) unit
+	$(MAKE) --jobs=2 lowest
 
 lint: $(VENV)/installed-dev
 	$(BIN)/ruff check
@@ -30,20 +30,25 @@ types: $(VENV)/installed-dev
 	cd build/site && ../../$(BIN)/mypy --config-file ../../pyproject.toml --strict -p gpt2onnx
 	cd build/site && PYTHONPATH=. ../../$(BIN)/lint-imports --config ../../pyproject.toml --no-cache
 
+# Two files at a time: many tests wait, for servers, for signals, for their own processes.
 unit: $(VENV)/installed-dev
-	$(BIN)/pytest
+	$(BIN)/pytest -n 2 --dist loadfile
 
 # The lowest versions that pyproject.toml allows, and what can be tested with them: PyTorch needs newer ones.
 LOWEST_TESTS := batching bundle cli_errors export_failures forward_passes hub isolation jobs screening streaming wide
 
-lowest: $(VENV)/installed-dev $(LOWEST)/installed
+lowest: lowest-tokens lowest-tests
+
+lowest-tokens: $(VENV)/installed-dev $(LOWEST)/installed
 	GPT2ONNX_LOWEST=$(LOWEST)/bin/python $(BIN)/pytest tests/test_lowest.py
-	$(LOWEST)/bin/python -m pytest $(LOWEST_TESTS:%=tests/test_%.py)
+
+lowest-tests: $(LOWEST)/installed
+	$(LOWEST)/bin/python -m pytest -n 2 --dist loadfile $(LOWEST_TESTS:%=tests/test_%.py)
 
 $(LOWEST)/installed: $(VENV)/installed-dev pyproject.toml
 	$(BIN)/uv venv --quiet --clear --python 3.11 $(LOWEST)
 	$(BIN)/uv pip install --quiet --python $(LOWEST) --resolution lowest-direct --editable '.[cpu,export,energy,sweep]'
-	$(BIN)/uv pip install --quiet --python $(LOWEST) hypothesis packaging pytest
+	$(BIN)/uv pip install --quiet --python $(LOWEST) hypothesis packaging pytest pytest-xdist
 	touch $@
 
 # The bundle in optimum, onnxruntime-genai and transformers.js: needs Node and the npm registry, too.

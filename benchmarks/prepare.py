@@ -23,7 +23,6 @@ from .environments import BUILDERS, ENVIRONMENTS, interpreter
 CHECKPOINT = "checkpoint"
 GGUF_KINDS = ("f32", "bf16", "q8_0", "q4_0")
 BUNDLES = {"fp32": ["--dtype", "fp32"], "int8": ["--dtype", "int8"], "int4": ["--dtype", "int4"]}
-BUNDLES["fp32-screened"] = ["--dtype", "fp32", "--screen"]
 BUNDLES["int4-pure"] = ["--dtype", "int4", "--pure"]
 
 Make = Callable[[Path, Path, Path], list[str]]  # work folder, checkpoint, target -> command

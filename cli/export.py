@@ -30,12 +30,6 @@ from . import parity as parity_report
     help="portable: optimum's graph of standard operators, for execution providers without ONNX Runtime's own.",
 )
 @click.option(
-    "--screen",
-    is_flag=True,
-    help="With fp32: also store the output head in 8 bits. Greedy search and sampling with top-k then compute only a few"
-    " logits in full: the same tokens, faster.",
-)
-@click.option(
     "--block-size",
     type=int,
     help="With int8 or int4: weights that share a scale, in all matrices (16 to 256, a power of two).",
@@ -74,7 +68,6 @@ def command(
     dtype: str,
     pure: bool,
     graph: str,
-    screen: bool,
     block_size: int | None,
     calibrate: bool | None,
     quality: bool | None,
@@ -106,7 +99,6 @@ def command(
             dtype=dtype,
             pure=pure,
             graph=graph,
-            screen=screen,
             block_size=block_size,
             calibrate=calibrate,
             quality=quality,

@@ -22,7 +22,6 @@ from .twins import Twins
 
 _LENGTH = 256  # of a text
 _HEAD = "lm_head"
-_FEW_TEXTS, _SHORT = 8, 64  # are enough to see where what reaches the head lies
 
 
 def sample(session: Session, rows: int, length: int, seed: int = 0) -> npt.NDArray[np.int64]:
@@ -83,7 +82,10 @@ def observe(
     Raises:
         BackendError: ONNX Runtime can't load or run the graph.
     """
-    tokens, threads = _own_texts(reference, texts, _LENGTH, threads)
+    session = Session(reference, threads=threads)
+    tokens = sample(session, texts, min(_LENGTH, reference.config.n_positions))
+    threads = session.threads
+    del session
     progress(0.5)
     model = load(reference.folder / GRAPH, load_external_data=False)
     values = _inputs_of_matrices(model)
@@ -114,33 +116,6 @@ def observe(
     usable = bool(np.isfinite(moment).all()) and np.trace(moment) > 0
     head = HeadInputs(moment, inputs[_HEAD].sample) if usable else None
     return Calibration(tokens, finite, head, loss.moments() if loss else {}, threads)
-
-
-def last_states(bundle: Bundle) -> npt.NDArray[np.float32]:
-    """What reaches a network's output head in texts that it writes itself, float32 [count, width].
-
-    Args:
-        bundle: in fp32; another graph is written beside its own for a while.
-
-    Raises:
-        BackendError: ONNX Runtime can't load or run the graph.
-    """
-    tokens, threads = _own_texts(bundle, _FEW_TEXTS, _SHORT)
-    model = load(bundle.folder / GRAPH, load_external_data=False)
-    state = _inputs_of_matrices(model)[_HEAD]
-    graph = _with_outputs(model, [state], (bundle.folder / GRAPH).with_name("states.onnx"))
-    network = providers.open_graph(graph, devices.CPU, threads=threads, name=graph)
-    found = [providers.run(network, [state], _feeds(bundle.config, text[None]))[0][0] for text in tokens]
-    graph.unlink()
-    return np.concatenate(found)
-
-
-def _own_texts(
-    bundle: Bundle, texts: int, length: int, threads: int | None = None
-) -> tuple[npt.NDArray[np.int64], int]:
-    """Texts that a network writes, of so many tokens at most, and with how many threads of one operator it did."""
-    session = Session(bundle, threads=threads)
-    return sample(session, texts, min(length, bundle.config.n_positions)), session.threads
 
 
 def _inputs_of_matrices(model: ModelProto) -> dict[str, str]:

@@ -25,7 +25,7 @@ from ..models.shapes import weight_shapes
 from ..runtime.options import GenerationConfig
 
 try:
-    from . import wide
+    from . import screening, wide
     from .checkpoint import Checkpoint
     from .graph import build
     from .inputs import centre
@@ -39,6 +39,8 @@ from .atomic import replacing
 from .tokenizer import write_tokenizer
 
 if TYPE_CHECKING:
+    from onnx import ModelProto
+
     from .calibrate import Calibration
 
 _QUANTIZED = ("int8", "int4")
@@ -64,7 +66,6 @@ def export(
     dtype: str = "fp32",
     pure: bool = False,
     graph: str = "fused",
-    screen: bool = False,
     block_size: int | None = None,
     calibrate: bool | None = None,
     quality: bool | None = None,
@@ -86,8 +87,6 @@ def export(
         pure: with "int4", 4 bits for every matrix; otherwise those where that would cost most have 8.
         graph: "fused", ONNX Runtime's own operators, updating the cache in place; or "portable",
             optimum's graph of standard operators for execution providers without those, fp32 only.
-        screen: with "fp32" and "fused", also store the output head in 8 bits, to compute only a few logits in full where a
-            search looks at the largest ones only; left out, with a warning, where that would rarely succeed.
         block_size: weights that share a scale, a power of two from 16 to 256; chosen by default.
         calibrate: with "int8" or "int4", round the weights for the inputs that reach them in texts which the fp32
             model writes itself; by default for models of up to 200 million weights, where it takes up to a minute.
@@ -108,8 +107,7 @@ def export(
         CheckpointError: the source can't be found or read, or isn't a GPT-2 that can be exported.
         OptionError: options are out of range or contradict each other.
         OutputError: the target exists or can't be written.
-        MissingExtraError: the packages of the extra `export` aren't installed, or those that `parity` or `screen` needs.
-        BackendError: ONNX Runtime can't load or run what is to be screened.
+        MissingExtraError: the packages of the extra `export` aren't installed, or those that `parity` needs.
     """
     target = Path(target)
     if dtype not in DTYPES:
@@ -120,8 +118,6 @@ def export(
         raise OptionError(f"graph must be one of {', '.join(bundle.GRAPHS)}, not {graph!r}")
     if graph == "portable" and dtype != "fp32":
         raise OptionError(f"graph portable goes with dtype fp32, not with {dtype}")
-    if screen and (dtype != "fp32" or graph != "fused"):
-        raise OptionError(f"screen goes with dtype fp32 and graph fused, not with {dtype} and {graph}")
     given = {"calibrate": calibrate, "quality": quality, "quality_texts": quality_texts, "block_size": block_size}
     if dtype not in _QUANTIZED and (wrong := [name for name, value in given.items() if value]):
         raise OptionError(f"{wrong[0]} goes with dtype int8 or int4, not with {dtype}")
@@ -165,8 +161,6 @@ def export(
                 with _unless_missing(calibrate):
                     calibration = _calibration(checkpoint, manifest, folder, passes.next(), pure=pure)
             _write_graph(checkpoint, precision, folder, passes.next(), calibration)
-        if screen:
-            _screen(checkpoint, manifest, folder)
         manifest = replace(manifest, files=bundle.describe_files(folder, without=folder / _REFERENCE))
         if compared:
             with _unless_missing(quality or bool(texts)):
@@ -219,13 +213,9 @@ def _write_reference(checkpoint: Checkpoint, folder: Path, progress: Callable[[f
 
 
 def _reference(checkpoint: Checkpoint, manifest: Manifest, folder: Path) -> Bundle:
-    return _in_fp32(checkpoint, manifest, folder / _REFERENCE)
-
-
-def _in_fp32(checkpoint: Checkpoint, manifest: Manifest, folder: Path) -> Bundle:
-    """A bundle of which there are the graph and its weights so far."""
-    files = {bundle.WEIGHTS: bundle.FileRecord((folder / bundle.WEIGHTS).stat().st_size, "")}
-    return Bundle(folder, replace(manifest, dtype="fp32", files=files), checkpoint.config)
+    weights = folder / _REFERENCE / bundle.WEIGHTS
+    files = {bundle.WEIGHTS: bundle.FileRecord(weights.stat().st_size, "")}
+    return Bundle(folder / _REFERENCE, replace(manifest, dtype="fp32", files=files), checkpoint.config)
 
 
 def _calibration(
@@ -286,17 +276,15 @@ def _write_graph(
         model, layers = build(config, tensor, tied=checkpoint.tied, precision=precision, weights=weights, twins=twins)
     (folder / bundle.GRAPH).write_bytes(model.SerializeToString())
     if layers:
-        for name, made in zip((bundle.WIDE_GRAPH, bundle.WIDE_WEIGHTS), wide.build(model, layers), strict=True):
-            (folder / name).write_bytes(made.SerializeToString())
+        _write_graphs(folder, (bundle.WIDE_GRAPH, bundle.WIDE_WEIGHTS), wide.build(model, layers))
+    if precision.floats is np.float32 and precision.blocks("wte") is None and screening.pays(config):
+        names = bundle.BODY_GRAPH, bundle.HEAD_GRAPH, bundle.SCREENING_GRAPH
+        _write_graphs(folder, names, screening.build(model, config))
 
 
-def _screen(checkpoint: Checkpoint, manifest: Manifest, folder: Path) -> None:
-    """Adds the graph that screens logits."""
-    from . import screening
-
-    head = checkpoint.tensor("wte.weight" if checkpoint.tied else "lm_head.weight")
-    if not screening.add(_in_fp32(checkpoint, manifest, folder), head):
-        _log.warning("%s: logits aren't screened, since few of them would be certain", checkpoint.name)
+def _write_graphs(folder: Path, names: Sequence[str], graphs: Sequence["ModelProto"]) -> None:
+    for name, made in zip(names, graphs, strict=True):
+        (folder / name).write_bytes(made.SerializeToString())
 
 
 @contextmanager

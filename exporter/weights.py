@@ -2,12 +2,12 @@
 
 import math
 from collections.abc import Sequence
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO
 
 import numpy as np
 import numpy.typing as npt
-from onnx import StringStringEntryProto, TensorProto, helper, numpy_helper
+from onnx import StringStringEntryProto, TensorProto, ValueInfoProto, helper, numpy_helper
 from onnx.external_data_helper import load_external_data_for_tensor
 
 # ONNX Runtime memory-maps each weight where it lies: large ones begin with a page, small ones with a cache line.
@@ -58,6 +58,22 @@ def view(tensor: TensorProto, name: str, shape: Sequence[int], first: int = 0) -
     place["offset"].value = str(int(place["offset"].value) + first)
     place["length"].value = str(int(place["length"].value) * math.prod(shape) // math.prod(tensor.dims))
     return again
+
+
+def without_data(value: ValueInfoProto, file: str) -> TensorProto:
+    """An initializer for whose data the runtime has to come up.
+
+    Args:
+        value: name, type and shape.
+        file: of the bundle, too short for the data: it is loaded by nobody by mistake.
+    """
+    kind = value.type.tensor_type
+    # ONNX Runtime takes only external data from its caller.
+    place = StringStringEntryProto(key="location", value=PurePosixPath(file).name)
+    return TensorProto(
+        name=value.name, dims=[each.dim_value for each in kind.shape.dim], data_type=kind.elem_type,
+        data_location=TensorProto.EXTERNAL, external_data=[place],
+    )  # fmt: skip
 
 
 def loaded(tensor: TensorProto, folder: Path) -> TensorProto:

@@ -11,14 +11,13 @@ https://github.com/microsoft/onnxruntime/blob/main/docs/ContribOperators.md#com.
 
 import math
 from collections.abc import Mapping
-from pathlib import PurePosixPath
 
 import numpy as np
-from onnx import ModelProto, NodeProto, StringStringEntryProto, TensorProto, ValueInfoProto, helper
+from onnx import ModelProto, NodeProto, TensorProto, ValueInfoProto, helper
 
 from ..models.bundle import WIDE_WEIGHTS
 from .operators import MICROSOFT, Layer, Nodes, StoredMatrix, as_model
-from .weights import view
+from .weights import view, without_data
 
 _OPSET = 21  # the first with numbers of 4 bits
 _LARGEST = 127
@@ -53,7 +52,7 @@ def build(model: ModelProto, layers: Mapping[str, Layer]) -> tuple[ModelProto, M
     kept = [each for each in model.graph.initializer if each.name in used]
     graph = helper.make_graph(
         wide.nodes, "gpt2_wide", model.graph.input, model.graph.output,
-        [*kept, *wide.initializers, *map(_without_data, made)], value_info=model.graph.value_info,
+        [*kept, *wide.initializers, *(without_data(each, WIDE_WEIGHTS) for each in made)], value_info=model.graph.value_info,
     )  # fmt: skip
     weights = helper.make_graph(making.nodes, "wide_weights", [], made, making.initializers)
     return as_model(graph), as_model(weights, opset=_OPSET)
@@ -140,14 +139,3 @@ def _columns(matrix: StoredMatrix) -> str:
 
 def _steps(matrix: StoredMatrix) -> str:
     return f"{matrix.name}.steps"
-
-
-def _without_data(made: ValueInfoProto) -> TensorProto:
-    """The initializer that a weight is in the second graph, for whose data the runtime has to come up."""
-    kind = made.type.tensor_type
-    # ONNX Runtime takes external data only from its caller. The file named here is too short: nobody loads it by mistake.
-    place = StringStringEntryProto(key="location", value=PurePosixPath(WIDE_WEIGHTS).name)
-    return TensorProto(
-        name=made.name, dims=[each.dim_value for each in kind.shape.dim], data_type=kind.elem_type,
-        data_location=TensorProto.EXTERNAL, external_data=[place],
-    )  # fmt: skip

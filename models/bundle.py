@@ -7,7 +7,9 @@ onnx/model.onnx         the graph
 onnx/model.onnx_data    its weights, memory-mapped by ONNX Runtime
 onnx/wide.onnx          in int8 and int4, from 512 wide on: the graph for prompts and batches
 onnx/wide_weights.onnx  makes its weights of the first graph's
-onnx/screening.onnx     in fp32, if asked for: the graph that computes only the largest logits in full
+onnx/body.onnx          in fp32, where the output head is large: the graph without it
+onnx/head.onnx          the output head
+onnx/screening.onnx     an output head that computes only the largest logits in full
 """
 
 import hashlib
@@ -19,7 +21,7 @@ from pathlib import Path, PurePosixPath
 from types import NoneType
 from typing import Any
 
-from gpt2onnx.errors import BundleError, CheckpointError, OutputError
+from gpt2onnx.errors import BackendError, BundleError, CheckpointError, OutputError
 
 from . import external_data
 from .config import GPT2Config, read_json
@@ -36,6 +38,8 @@ GRAPH = "onnx/model.onnx"
 WEIGHTS = "onnx/model.onnx_data"
 WIDE_GRAPH = "onnx/wide.onnx"
 WIDE_WEIGHTS = "onnx/wide_weights.onnx"
+BODY_GRAPH = "onnx/body.onnx"
+HEAD_GRAPH = "onnx/head.onnx"
 SCREENING_GRAPH = "onnx/screening.onnx"
 GRAPHS = ("fused", "portable")
 FORMAT_VERSION = 1
@@ -221,6 +225,19 @@ class Bundle:
         except OSError as error:
             raise BundleError(f"can't read {error.filename}: {error.strerror}") from error
 
+    def check_in_place(self) -> None:
+        """Looks whether it is still what its folder holds, before more of it is read than was opened.
+
+        Raises:
+            BackendError: another export has taken its place.
+        """
+        try:
+            current = Manifest.read(self.folder).sha256
+        except BundleError:
+            return  # it is gone, or not done yet
+        if current != self.manifest.sha256:
+            raise BackendError(f"{self.folder} is another bundle by now: load it again")
+
 
 def _place(folder: Path, root: str, name: str) -> tuple[Path, int]:
     """A file of the bundle that really lies in it (`root`, without links), and its size."""
@@ -249,7 +266,7 @@ def _check_hash(path: Path, record: FileRecord) -> None:
 
 def _check_weights(folder: Path, manifest: Manifest) -> None:
     """ONNX Runtime follows a graph's references to other files; before 1.24 wherever they lead."""
-    for graph in (GRAPH, WIDE_GRAPH, WIDE_WEIGHTS, SCREENING_GRAPH):
+    for graph in (GRAPH, WIDE_GRAPH, WIDE_WEIGHTS, BODY_GRAPH, HEAD_GRAPH, SCREENING_GRAPH):
         if graph not in manifest.files:
             continue
         try:

@@ -11,19 +11,32 @@ The names and axes are those of optimum's text-generation export, so that other 
     logits                        float   [batch_size, kept_sequence_length, vocab_size]
     present.{i}.key, .value       float   [batch_size, heads, total_sequence_length, head_size]
 
-A graph that screens logits has two more, both optional:
+Where a bundle also has the network in two parts, its body gives `hidden_states` in place of `logits`, and its head makes the
+one of the other; a third graph is a head that screens, whose weights `estimates.*` are made at runtime (`runtime.screening`):
 
-    certain                       int64   [1]    so many largest logits at each position are exact, others may be estimates below
-    candidates                    int64   [1]    so many of the highest estimates are computed in full; 0, the default: all logits
+    hidden_states                 float   [batch_size, kept_sequence_length, width]; where logits are screened, [positions, width]
+    balanced                      float   [positions, width]         what the estimates' rows are multiplied with
+    common                        float   [positions, 1]             added to the estimates at each position
+    candidates                    int64   [1]                        so many highest estimates are computed again in full
+    highest                       float   [positions, candidates]    these estimates, in descending order
+    head.weight                   float   [vocab_size, width]        the head's rows, external data
+    estimates.rows                uint8   [vocab_size, blocks, block_size]
+    estimates.scales              float   [vocab_size, blocks]
+    estimates.bias                float   [vocab_size]
 """
 
 INPUT_IDS = "input_ids"
 ATTENTION_MASK = "attention_mask"
 POSITION_IDS = "position_ids"
 LOGITS_TO_KEEP = "logits_to_keep"
-CERTAIN = "certain"
-CANDIDATES = "candidates"
 LOGITS = "logits"
+HIDDEN_STATES = "hidden_states"
+BALANCED = "balanced"
+COMMON = "common"
+CANDIDATES = "candidates"
+HIGHEST = "highest"
+HEAD = "head.weight"
+ESTIMATES = ("estimates.rows", "estimates.scales", "estimates.bias")
 
 
 def past_names(layer: int) -> tuple[str, str]:

@@ -1,4 +1,4 @@
-"""Which files an ONNX graph takes its weights from, read off the file without the onnx package.
+"""Where an ONNX graph takes its weights from, read off the file without the onnx package.
 
 A protobuf message is a row of fields: a key (number and kind of the field), then its value. Only the fields that
 lead to a tensor are entered; their numbers are those of https://github.com/onnx/onnx/blob/main/onnx/onnx.proto.
@@ -7,8 +7,8 @@ lead to a tensor are entered; their numbers are those of https://github.com/onnx
 from collections.abc import Iterator, Mapping
 
 _KEY, _VALUE = 1, 2  # StringStringEntryProto
-_EXTERNAL = 13  # TensorProto.external_data
-_LOCATION = b"location"
+_NAME, _EXTERNAL = 8, 13  # TensorProto.name, .external_data
+_LOCATION, _OFFSET = "location", "offset"
 _Fields = Mapping[int, str]
 # Of each message: the fields that hold a message through which a tensor can be reached.
 _WAYS: Mapping[str, _Fields] = {
@@ -33,32 +33,59 @@ def locations(model: bytes) -> set[str]:
     Raises:
         ValueError: it isn't a protobuf message.
     """
-    found: set[str] = set()
+    tensors = (_parts(model, begin, end) for begin, end in _tensors(model))
+    return {value for _, entries in tensors for key, value in entries if key == _LOCATION}
+
+
+def place(model: bytes, name: str) -> tuple[str, int]:
+    """The location of one tensor's external data, and the byte of that file with which it begins.
+
+    Args:
+        model: the content of a .onnx file.
+        name: the tensor's.
+
+    Raises:
+        ValueError: it isn't a protobuf message, has no such tensor in external data, or its offset isn't a number.
+    """
+    for begin, end in _tensors(model):
+        its_name, entries = _parts(model, begin, end)
+        found = dict(entries)
+        if its_name == name and _LOCATION in found:
+            return found[_LOCATION], int(found.get(_OFFSET, "0"))
+    raise ValueError(f"it has no external data called {name}")
+
+
+def _tensors(model: bytes) -> Iterator[tuple[int, int]]:
+    """Begin and end of each tensor that names a location."""
     pending = [("Model", 0, len(model), 0)]
     while pending:
         kind, begin, end, depth = pending.pop()
         if depth > _MOST_NESTED:
             raise ValueError("messages are nested too deep")
         if kind == "Tensor":
-            found |= _locations_of(model, begin, end)
+            yield begin, end
             continue
         ways = _WAYS[kind]
         for number, first, last in _fields(model, begin, end):
             # Most nodes have no tensor to look for.
-            if number in ways and model.find(_LOCATION, first, last) >= 0:
+            if number in ways and model.find(_LOCATION.encode(), first, last) >= 0:
                 pending.append((ways[number], first, last, depth + 1))
-    return found
 
 
-def _locations_of(model: bytes, begin: int, end: int) -> set[str]:
-    """Of the tensor that lies between two offsets."""
-    found = set()
+def _parts(model: bytes, begin: int, end: int) -> tuple[str, list[tuple[str, str]]]:
+    """Name and entries of external data, keys and values, of the tensor that lies between two offsets."""
+    name, entries = "", list[tuple[str, str]]()
     for number, first, last in _fields(model, begin, end):
-        if number == _EXTERNAL:
-            pair = {part: model[start:stop] for part, start, stop in _fields(model, first, last)}
-            if pair.get(_KEY) == _LOCATION:
-                found.add(pair.get(_VALUE, b"").decode("utf-8", "surrogateescape"))
-    return found
+        if number == _NAME:
+            name = _text(model[first:last])
+        elif number == _EXTERNAL:
+            pair = {part: _text(model[start:stop]) for part, start, stop in _fields(model, first, last)}
+            entries.append((pair.get(_KEY, ""), pair.get(_VALUE, "")))
+    return name, entries
+
+
+def _text(content: bytes) -> str:
+    return content.decode("utf-8", "surrogateescape")
 
 
 def _fields(model: bytes, begin: int, end: int) -> Iterator[tuple[int, int, int]]:

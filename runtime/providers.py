@@ -74,6 +74,8 @@ def open_graph(
     threads: int,
     name: object,
     optimize: bool = True,
+    pack: bool = True,
+    alone: bool = True,
     weights: Mapping[str, npt.NDArray[np.generic]] | None = None,
 ) -> Graph:
     """Opens a graph on a provider and, for operators that this lacks, the CPU; never on the CPU alone instead.
@@ -84,6 +86,8 @@ def open_graph(
         threads: of one operator.
         name: what errors call the graph.
         optimize: otherwise the graph's nodes run as they are, none of them already while it is opened.
+        pack: otherwise matrices are multiplied as they lie in the file, mapped: slower, without memory of their own.
+        alone: otherwise another graph runs between its passes, in whose way its threads would be if they waited for the next.
         weights: in place of external data of these names; the graph reads them where they are, so the caller keeps
             them as long as the graph.
 
@@ -95,12 +99,16 @@ def open_graph(
     options.intra_op_num_threads = threads
     # How long threads wait for the next operator in a loop, from ONNX Runtime 1.26 on.
     options.add_session_config_entry("session.intra_op.spin_duration_us", _SPIN_MICROSECONDS)
+    if not alone:
+        options.add_session_config_entry("session.force_spinning_stop", "1")
     if resources.sums_of_byte_products_overflow():
         # Exact sums of products of 8-bit numbers, at the price of speed.
         options.add_session_config_entry("session.x64quantprecision", "1")
     if not optimize:
         options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
         options.enable_cpu_mem_arena = False
+    if not pack:
+        options.add_session_config_entry("session.disable_prepacking", "1")
     if weights:
         values = [ort.OrtValue.ortvalue_from_numpy(array) for array in weights.values()]
         options.add_external_initializers(list(weights), values)

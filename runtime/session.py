@@ -15,8 +15,8 @@ import numpy.typing as npt
 from gpt2onnx.errors import BackendError, OptionError
 
 from ..models import contract
-from ..models.bundle import GRAPH, SCREENING_GRAPH, WIDE_GRAPH, Bundle
-from . import devices, footprint, providers, resources, screening, signature
+from ..models.bundle import BODY_GRAPH, GRAPH, WIDE_GRAPH, Bundle
+from . import devices, footprint, head, providers, resources, signature
 from .cache import Cache, Copy, HostStorage, Shape, check_room
 from .wide import WORTH, WideGraph
 
@@ -35,9 +35,8 @@ class _Binding:
 
     input_ids: npt.NDArray[np.int64]
     position_ids: npt.NDArray[np.int64]
-    certain: npt.NDArray[np.int64]
-    candidates: npt.NDArray[np.int64]
-    logits: npt.NDArray[np.float32]
+    # Logits, or what an output head by itself makes them of.
+    output: npt.NDArray[np.float32]
     io: ort.IOBinding
     # An OrtValue shares its array's memory without keeping the array alive, nor does the binding keep the OrtValue.
     values: list[object]
@@ -85,10 +84,9 @@ class Session:
         path = bundle.folder / name
         inputs, outputs = providers.declared(self._graph, path)
         floats = "tensor(float16)" if self.dtype == np.float16 else "tensor(float)"
-        signature.check(self.config, floats, inputs, outputs, path)
+        self._head = head.OutputHead(bundle, self.threads) if name == BODY_GRAPH else None
+        signature.check(self.config, floats, inputs, outputs, path, body=self._head is not None)
         self._inputs = list(inputs)
-        # Where sums of products of bytes overflow, estimates may be off by more than is known.
-        self._screens = name == SCREENING_GRAPH and not resources.sums_of_byte_products_overflow()
         offered = provider == devices.CPU and WIDE_GRAPH in bundle.manifest.files
         self._wide = WideGraph(bundle, self.threads, wide_after) if offered and wide_after is not None else None
 
@@ -168,9 +166,6 @@ class Session:
         graph = (self._wide and self._wide.take(tokens.size)) or self._graph
         positions = cache.advance(rows, tokens.shape[1], lengths)
         binding = self._binding(graph, cache, rows, tokens.shape[1], keep, padded=lengths is not None)
-        if self._screens:
-            count = screening.candidates(len(tokens) * keep, certain, self.config.vocab_size)
-            binding.certain[0], binding.candidates[0] = certain or 1, count
         if self._memory is None:
             binding.input_ids[:] = tokens
             binding.position_ids[:] = positions
@@ -184,7 +179,7 @@ class Session:
             graph.run_with_iobinding(binding.io)
         except Exception as error:
             raise providers.failure("ONNX Runtime failed", error) from error
-        return _finite(binding.logits)
+        return _finite(self._head.logits(binding.output, certain) if self._head else binding.output)
 
     def _forward_copying(
         self,
@@ -246,8 +241,12 @@ class Session:
         batch = rows.stop - rows.start
         input_ids = np.zeros((batch, count), np.int64)
         position_ids = np.zeros((batch, count), np.int64)
-        certain, candidates = np.ones(1, np.int64), np.zeros(1, np.int64)
-        logits = np.zeros((batch, keep, self.config.vocab_size), np.float32)
+        name, width = (
+            (contract.LOGITS, self.config.vocab_size)
+            if self._head is None
+            else (contract.HIDDEN_STATES, self.config.n_embd)
+        )
+        output = np.zeros((batch, keep, width), np.float32)
         io = graph.io_binding()
         values: list[object] = []
 
@@ -260,10 +259,7 @@ class Session:
         io.bind_ortvalue_input(contract.POSITION_IDS, value(position_ids))
         io.bind_ortvalue_input(contract.ATTENTION_MASK, value(mask))
         io.bind_ortvalue_input(contract.LOGITS_TO_KEEP, value(np.array([keep], np.int64)))
-        if self._screens:
-            io.bind_ortvalue_input(contract.CERTAIN, value(certain))
-            io.bind_ortvalue_input(contract.CANDIDATES, value(candidates))
-        io.bind_ortvalue_output(contract.LOGITS, value(logits))
+        io.bind_ortvalue_output(name, value(output))
         shape = [batch, self.config.n_head, cache.positions, self.config.head_size]
         for layer in range(self.config.n_layer):
             names = zip(contract.past_names(layer), contract.present_names(layer), strict=True)
@@ -272,7 +268,7 @@ class Session:
                 shared = (self._memory or "cpu", 0, self.dtype, shape, cache.address(layer, part, rows.start))
                 io.bind_input(past, *shared)
                 io.bind_output(present, *shared)
-        return _Binding(input_ids, position_ids, certain, candidates, logits, io, values)
+        return _Binding(input_ids, position_ids, output, io, values)
 
 
 class _DeviceStorage:
@@ -347,13 +343,14 @@ def _load(bundle: Bundle, device: str, threads: int) -> tuple[providers.Graph, s
 def _load_on(provider: str, bundle: Bundle, threads: int) -> providers.Graph:
     if provider == devices.CPU and (short := resources.shortage(footprint.memory(bundle))):
         raise BackendError(f"{bundle.folder} needs about {short}: free some, or export with fewer bits (--dtype)")
-    graph = bundle.folder / _file(bundle, provider)
-    return providers.open_graph(graph, provider, threads=threads, name=graph)
+    name = _file(bundle, provider)
+    graph = bundle.folder / name
+    return providers.open_graph(graph, provider, threads=threads, name=graph, alone=name != BODY_GRAPH)
 
 
 def _file(bundle: Bundle, provider: str) -> str:
     """The graph that is for this provider."""
-    return SCREENING_GRAPH if provider == devices.CPU and SCREENING_GRAPH in bundle.manifest.files else GRAPH
+    return BODY_GRAPH if provider == devices.CPU and head.usable(bundle) else GRAPH
 
 
 def _finite(logits: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:

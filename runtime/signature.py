@@ -19,7 +19,13 @@ _IDS: _Wanted = ("tensor(int64)", (None, None))
 
 
 def check(
-    config: GPT2Config, floats: str, inputs: Mapping[str, Declared], outputs: Mapping[str, Declared], graph: object
+    config: GPT2Config,
+    floats: str,
+    inputs: Mapping[str, Declared],
+    outputs: Mapping[str, Declared],
+    graph: object,
+    *,
+    body: bool = False,
 ) -> None:
     """Compares a graph with an architecture.
 
@@ -29,6 +35,7 @@ def check(
         inputs: of the graph, by name.
         outputs: of the graph, by name.
         graph: what errors name.
+        body: whether it is the network without its output head.
 
     Raises:
         BundleError: an input or output is missing, unknown, or of another type or shape.
@@ -42,9 +49,46 @@ def check(
     if contract.LOGITS_TO_KEEP in inputs:
         wanted[contract.LOGITS_TO_KEEP] = "tensor(int64)", (1,)
     _compare("input", inputs, wanted, graph)
-    wanted = {contract.LOGITS: (None, (None, None, config.vocab_size))}
+    name, width = (contract.HIDDEN_STATES, config.n_embd) if body else (contract.LOGITS, config.vocab_size)
+    wanted = {name: (None, (None, None, width))}
     wanted |= {name: cache for layer in layers for name in contract.present_names(layer)}
     _compare("output", outputs, wanted, graph)
+
+
+def check_head(
+    config: GPT2Config,
+    inputs: Mapping[str, Declared],
+    outputs: Mapping[str, Declared],
+    graph: object,
+    *,
+    screening: bool = False,
+) -> None:
+    """Compares the graph of an output head with an architecture.
+
+    Args:
+        config: the architecture.
+        inputs: of the graph, by name.
+        outputs: of the graph, by name.
+        graph: what errors name.
+        screening: whether it is the head that screens.
+
+    Raises:
+        BundleError: an input or output is missing, unknown, or of another type or shape.
+    """
+
+    def floats(*shape: int | None) -> _Wanted:
+        return "tensor(float)", shape
+
+    width, vocabulary = config.n_embd, config.vocab_size
+    if screening:
+        rows = {contract.HIDDEN_STATES: floats(None, width), contract.BALANCED: floats(None, width)}
+        rows |= {contract.COMMON: floats(None, 1), contract.CANDIDATES: ("tensor(int64)", (1,))}
+        _compare("input", inputs, rows, graph)
+        wanted = {contract.LOGITS: floats(None, vocabulary), contract.HIGHEST: floats(None, None)}
+        _compare("output", outputs, wanted, graph)
+    else:
+        _compare("input", inputs, {contract.HIDDEN_STATES: floats(None, None, width)}, graph)
+        _compare("output", outputs, {contract.LOGITS: floats(None, None, vocabulary)}, graph)
 
 
 def _compare(kind: str, declared: Mapping[str, Declared], wanted: Mapping[str, _Wanted], graph: object) -> None:

@@ -80,11 +80,12 @@ class WideGraph:
 
         Raises:
             BundleError: it isn't the graph that config.json describes.
-            BackendError: it takes more memory than there is, or ONNX Runtime can't load it.
+            BackendError: it takes more memory than there is, ONNX Runtime can't load it, or another bundle has taken its place.
         """
         if self._graph is not None:
             return
         path = self._bundle.folder / WIDE_GRAPH
+        self._bundle.check_in_place()
         if short := resources.shortage(footprint.wide_memory(self._bundle)):
             raise BackendError(f"{path} needs about {short}")
         self._weights = make_weights(self._bundle, self._threads)

@@ -1,8 +1,9 @@
-"""The graph that computes only the largest logits in full: they are exact, and everything else is less."""
+"""The head that computes only the largest logits in full: they are exact, and everything else is less."""
 
 import json
+import logging
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,18 +12,19 @@ import numpy as np
 import onnx
 import onnxruntime as ort
 import pytest
-from conftest import CommandLine
 from onnx import TensorProto, helper
 from safetensors.numpy import load_file, save_file
 
 import gpt2onnx
-from gpt2onnx.errors import BundleError, OptionError
+from gpt2onnx.errors import BundleError
 from gpt2onnx.exporter import screening as exporter
 from gpt2onnx.exporter.checkpoint import Checkpoint
 from gpt2onnx.exporter.operators import MICROSOFT, Nodes, as_model
-from gpt2onnx.exporter.quantize import dequantize
-from gpt2onnx.models.bundle import SCREENING_GRAPH, WEIGHTS, Bundle, describe_files
+from gpt2onnx.models import external_data
+from gpt2onnx.models.bundle import BODY_GRAPH, HEAD_GRAPH, SCREENING_GRAPH, WEIGHTS, Bundle, describe_files
+from gpt2onnx.models.config import GPT2Config
 from gpt2onnx.models.precision import memory
+from gpt2onnx.runtime import head as runtime
 from gpt2onnx.runtime import resources, screening
 from gpt2onnx.runtime.experiments.benchmark import weights_read
 from gpt2onnx.runtime.options import GenerationConfig
@@ -31,19 +33,29 @@ from gpt2onnx.runtime.search import start
 from gpt2onnx.runtime.session import Session
 
 Export = Callable[..., Bundle]
+LARGE = exporter._LARGE
+PARTS = [BODY_GRAPH, HEAD_GRAPH, SCREENING_GRAPH]
+# Passes until a session screens, instead of the real number.
+SOON = 20
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _soon(tales_bundle: Path) -> Iterator[None]:
+    """Small heads are screened too, and soon; not that of the bundle that tests share, which is made before."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(exporter, "_LARGE", 0)
+        patch.setattr(runtime, "WORTH", SOON)
+        yield
 
 
 @pytest.fixture(scope="module")
-def screened(tmp_path_factory: pytest.TempPathFactory) -> Export:
-    """Exports in fp32 with a graph that screens."""
-    return lambda source, **options: gpt2onnx.export(
-        source, tmp_path_factory.mktemp("screened") / "bundle", screen=True, **options
-    )
+def export(tmp_path_factory: pytest.TempPathFactory, _soon: None) -> Export:
+    return lambda source, **options: gpt2onnx.export(source, tmp_path_factory.mktemp("made") / "bundle", **options)
 
 
 @pytest.fixture(scope="module")
-def made(screened: Export) -> Bundle:
-    return screened("tales", parity=False)
+def made(export: Export) -> Bundle:
+    return export("tales")
 
 
 @pytest.fixture(scope="module")
@@ -58,9 +70,27 @@ def last_logits(session: Session, tokens: np.ndarray, certain: int | None, keep:
     return session.forward(cache, slice(0, 1), tokens, keep, certain=certain)[0].copy()
 
 
+def screens(session: Session) -> bool:
+    return session._head is not None and session._head._screening is not None
+
+
+def screening_session(bundle: Bundle, tokens: np.ndarray) -> Session:
+    """A session that has seen enough to screen."""
+    session = Session(bundle)
+    for length in range(1, SOON + 2):
+        last_logits(session, tokens[:, : 5 * length], 1)
+    assert screens(session)
+    return session
+
+
+def without_parts(bundle: Bundle) -> Bundle:
+    """The same with nothing but its first graph."""
+    return replace(bundle, manifest=replace(bundle.manifest, files={WEIGHTS: bundle.manifest.files[WEIGHTS]}))
+
+
 @pytest.mark.parametrize("certain", [1, 3, 20, 51])
 def test_largest_logits_are_exact_and_the_others_less(made: Bundle, tokens: np.ndarray, certain: int) -> None:
-    session = Session(made)
+    session = screening_session(made, tokens)
     estimated = 0
     for length in range(1, 160, 7):
         found, exact = (last_logits(session, tokens[:, :length], each)[0] for each in (certain, None))
@@ -76,14 +106,24 @@ def test_largest_logits_are_exact_and_the_others_less(made: Bundle, tokens: np.n
 
 
 def test_all_logits_are_those_of_the_first_graph(made: Bundle, tokens: np.ndarray) -> None:
-    first = replace(made, manifest=replace(made.manifest, files={WEIGHTS: made.manifest.files[WEIGHTS]}))
+    first, parts = (Session(each, threads=1) for each in (without_parts(made), made))
     for keep in (1, 40):
-        expected = last_logits(Session(first, threads=1), tokens, None, keep)
-        np.testing.assert_array_equal(last_logits(Session(made, threads=1), tokens, None, keep), expected)
+        expected = last_logits(first, tokens, None, keep)
+        np.testing.assert_array_equal(last_logits(parts, tokens, None, keep), expected)
+
+
+def test_screens_when_it_is_worth_it(made: Bundle, tokens: np.ndarray) -> None:
+    session = Session(made)
+    exact = last_logits(session, tokens, None)
+    for _ in range(SOON):
+        np.testing.assert_array_equal(last_logits(session, tokens, 1), exact)
+        assert not screens(session)
+    assert not np.array_equal(last_logits(session, tokens, 1), exact)
+    assert screens(session)
 
 
 def test_several_positions_and_rows(made: Bundle, tokens: np.ndarray) -> None:
-    session = Session(made)
+    session = screening_session(made, tokens)
     exact = last_logits(session, tokens[:, :60], None, keep=8)
     found = last_logits(session, tokens[:, :60], 1, keep=8)
     assert not np.array_equal(found, exact)
@@ -109,29 +149,30 @@ STRATEGIES: list[dict[str, Any]] = [
 ]
 
 
-def test_tokens_are_those_without_screening(made: Bundle, tales_bundle: Path) -> None:
+@pytest.mark.parametrize("batch_size", [1, 5])
+def test_tokens_are_those_without_screening(batch_size: int, made: Bundle, tales_bundle: Path) -> None:
     prompts = ["Once upon a time", "The old king", "One day the"]
     requests = [Request(each, GenerationConfig(max_new_tokens=40, **more)) for each in prompts for more in STRATEGIES]
+    model = gpt2onnx.load(made.folder)
+    model.generate("It was", max_new_tokens=SOON + 1)
+    assert screens(model.session)
     screened, plain = (
-        [[one.token_ids for one in result.sequences] for _, result in gpt2onnx.load(folder).complete(requests, batch_size=5)]
-        for folder in (made.folder, tales_bundle)
-    )  # fmt: skip
+        [[one.token_ids for one in result.sequences] for _, result in each.complete(requests, batch_size=batch_size)]
+        for each in (model, gpt2onnx.load(tales_bundle))
+    )
     assert screened == plain
 
 
-def test_same_tokens_as_transformers(screened: Export) -> None:
+def test_same_tokens_as_transformers(export: Export) -> None:
     pytest.importorskip("transformers")
-    report = screened("tales", parity=True).manifest.parity
+    report = export("tales", parity=True).manifest.parity
     assert report["passed"], report
     assert report["tokens"]["cases"] == report["tokens"]["equal"] > 10
 
 
 @pytest.mark.parametrize("twins", [40, 600], ids=["enough candidates", "too few candidates"])
-def test_tokens_that_rounding_confuses(
-    twins: int, screened: Export, made: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_tokens_that_rounding_confuses(twins: int, export: Export, made: Bundle, tmp_path: Path) -> None:
     """Rows of the head that differ by less than 8 bits can say: the largest of their logits is found all the same."""
-    monkeypatch.setattr(exporter, "_LEAST_SUCCESS", -1)
     tales = Checkpoint.open("tales").folder
     weights = {
         name.removeprefix("transformer."): array for name, array in load_file(tales / "model.safetensors").items()
@@ -147,7 +188,7 @@ def test_tokens_that_rounding_confuses(
         (tmp_path / file).write_bytes((tales / file).read_bytes())
     (tmp_path / "config.json").write_text(json.dumps(config))
     save_file(weights | {"lm_head.weight": head}, tmp_path / "model.safetensors")
-    session = Session(screened(tmp_path, parity=False))
+    session = screening_session(export(tmp_path), np.concatenate(prompts, axis=1))
     best = 0
     for prompt in prompts:
         exact, found = last_logits(session, prompt, None)[0], last_logits(session, prompt, 1)[0]
@@ -155,6 +196,7 @@ def test_tokens_that_rounding_confuses(
         assert exact[found.argmax()] == pytest.approx(exact.max(), rel=1e-6)
         best += 100 <= exact.argmax() < 100 + twins
     assert best > 5, "no prompt has twins for its likeliest tokens"
+    assert screens(session)
 
 
 def test_margin_is_never_passed() -> None:
@@ -164,9 +206,10 @@ def test_margin_is_never_passed() -> None:
     head = random.standard_normal((vocabulary, width), np.float32) + random.standard_normal(width, np.float32)
     head[:5] *= 20
     states = random.standard_normal((300, width), np.float32) * random.uniform(0.1, 3, width).astype(np.float32) + 1
-    ours = exporter.Head.of(head, states, size)
+    ours = screening.Estimates.of(lambda first, last: head[first:last], vocabulary, states, size)
     rows = (head - ours.common) / ours.balance
-    wrong = rows - dequantize(ours.matrix)
+    rounded = (ours.rows.astype(np.float32) - 128) * ours.scales[..., None]
+    wrong = rows - rounded.reshape(rows.shape)
     # Along the rounding error of a row; and what falls between two steps in every block.
     along = wrong[::7] / ours.balance
     between = np.where(np.arange(width) % size == 0, 127, random.integers(-126, 126, (60, width)) + 0.499)
@@ -174,50 +217,81 @@ def test_margin_is_never_passed() -> None:
     inputs[: len(states)] -= ours.mean
 
     nodes = Nodes()
-    data = [nodes.constant("data", ours.matrix.data), nodes.constant("scales", ours.matrix.scales)]
-    nodes.op("MatMulNBits", ["x", *data], "y", domain=MICROSOFT, K=width, N=vocabulary, bits=8, block_size=size, accuracy_level=4)  # fmt: skip
+    weights = [nodes.constant("rows", ours.rows), nodes.constant("scales", ours.scales)]
+    nodes.op(
+        "MatMulNBits", ["x", *weights], "y", domain=MICROSOFT, K=width, N=vocabulary, bits=8, block_size=size,
+        accuracy_level=4,
+    )  # fmt: skip
     values = [helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for name in ("x", "y")]
     graph = helper.make_graph(nodes.nodes, "product", values[:1], values[1:], nodes.initializers)
     network = ort.InferenceSession(as_model(graph).SerializeToString(), providers=["CPUExecutionProvider"])
-    centred = inputs - ours.mean
-    (products,) = network.run(None, {"x": centred * ours.balance})
-    estimates = products.astype(np.float64) + (centred @ ours.common)[:, None] + ours.bias
+    (products,) = network.run(None, {"x": ours.balanced(inputs)})
+    estimates = products.astype(np.float64) + ours.in_common(inputs)[:, None] + ours.bias
     errors = np.abs(estimates - inputs.astype(np.float64) @ head.T.astype(np.float64)).max(-1)
     margin = ours.margin(inputs)
     assert (errors <= margin).all()
     assert (errors / margin).max() > 0.2, "a bound that says nothing"
 
 
-def test_left_out_where_estimates_are_too_rough(
-    screened: Export,
-    made: Bundle,
-    tales_bundle: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    caplog: pytest.LogCaptureFixture,
+@pytest.mark.parametrize("threads", [1, 3])
+def test_estimates_of_a_head_in_pieces(threads: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However it is cut up for the processor, with rows of zeros and inputs that never vary in it."""
+    random = np.random.default_rng(0)
+    head = random.standard_normal((1000, 32), np.float32)
+    head[[0, 500, 999]] = 0
+    states = np.repeat(random.standard_normal((1, 32), np.float32), 3, axis=0)
+
+    def estimates() -> screening.Estimates:
+        return screening.Estimates.of(lambda first, last: head[first:last], 1000, states, 16, threads)
+
+    whole = estimates()
+    monkeypatch.setattr(screening, "_AT_ONCE", 77)
+    for name, value in vars(estimates()).items():
+        np.testing.assert_allclose(value, getattr(whole, name), rtol=1e-6, atol=1e-6)
+    assert np.isfinite(whole.margin(states)).all()
+
+
+def test_goes_back_where_estimates_are_too_rough(
+    made: Bundle, tokens: np.ndarray, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(exporter, "_LEAST_SUCCESS", 1.1)
-    plain = screened("tales", parity=False)
-    assert [record.message for record in caplog.records if record.levelname == "WARNING"] == [
-        "tales: logits aren't screened, since few of them would be certain"
-    ]
-    assert SCREENING_GRAPH in made.manifest.files
-    assert plain.manifest.files.keys() == Bundle.open(tales_bundle).manifest.files.keys()
-    assert plain.manifest.files[WEIGHTS].size < made.manifest.files[WEIGHTS].size
-    assert {path.name for path in (plain.folder / "onnx").iterdir()} == {"model.onnx", "model.onnx_data"}
+    caplog.set_level(logging.INFO)
+    monkeypatch.setattr(runtime, "_TRIED", 8)
+    session = screening_session(made, tokens)
+    exact = last_logits(Session(made), tokens, None)
+    for _ in range(8):
+        last_logits(session, tokens, 1)
+    assert screens(session)
+    monkeypatch.setattr(screening.Estimates, "margin", lambda self, states: np.full(len(states), np.inf, np.float32))
+    for _ in range(9):
+        np.testing.assert_allclose(last_logits(session, tokens, 1), exact, rtol=1e-5, atol=1e-5)
+    assert not screens(session)
+    assert "estimates of them are too rough" in caplog.text
+    np.testing.assert_array_equal(last_logits(session, tokens, 1), exact)
 
 
-@pytest.mark.parametrize(("dtype", "graph"), [("int8", "fused"), ("fp16", "fused"), ("fp32", "portable")])
-def test_goes_with_fp32_and_fused(dtype: str, graph: str, screened: Export) -> None:
-    with pytest.raises(OptionError, match="screen goes with dtype fp32 and graph fused, not with"):
-        screened("tales", dtype=dtype, graph=graph)
+def test_does_without_where_there_is_no_memory(
+    made: Bundle, tokens: np.ndarray, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fail(*_: object) -> None:
+        raise MemoryError
+
+    caplog.set_level(logging.INFO)
+    monkeypatch.setattr(screening.Estimates, "of", fail)
+    session = Session(made)
+    exact = last_logits(session, tokens, None)
+    for _ in range(SOON + 2):
+        np.testing.assert_array_equal(last_logits(session, tokens, 1), exact)
+    assert "logits aren't screened: there isn't enough memory" in caplog.text
 
 
 def test_not_used_where_sums_of_bytes_overflow(
     made: Bundle, tokens: np.ndarray, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(resources, "sums_of_byte_products_overflow", lambda: True)
-    session = Session(made, threads=1)
-    np.testing.assert_array_equal(last_logits(session, tokens, 1), last_logits(session, tokens, None))
+    session = Session(made)
+    exact = last_logits(session, tokens, None)
+    for _ in range(SOON + 2):
+        np.testing.assert_array_equal(last_logits(session, tokens, 1), exact)
 
 
 def test_candidates() -> None:
@@ -243,26 +317,86 @@ def test_what_a_search_looks_at(options: dict[str, Any], certain: int | None) ->
     assert start(np.array([1]), GenerationConfig(**options), 10).certain == certain
 
 
-def test_takes_no_weights_from_elsewhere(made: Bundle, tmp_path: Path) -> None:
-    folder = tmp_path / "bundle"
-    shutil.copytree(made.folder, folder)
-    graph = onnx.load(folder / SCREENING_GRAPH, load_external_data=False)
-    tensor = next(each for each in graph.graph.initializer if each.external_data)
-    tensor.external_data[0].value = "../../secret"
-    (folder / SCREENING_GRAPH).write_bytes(graph.SerializeToString())
-    replace(made.manifest, files=describe_files(folder)).write(folder)
-    with pytest.raises(BundleError, match=r"screening\.onnx takes weights from"):
+@pytest.mark.parametrize(
+    ("width", "vocabulary", "expected"),
+    [(768, 50257, True), (768, 1000, False), (64, 50257, False), (1000, 50257, False)],
+)
+def test_where_it_pays(width: int, vocabulary: int, expected: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(exporter, "_LARGE", LARGE)
+    config = GPT2Config.from_dict({"model_type": "gpt2", "n_embd": width, "n_head": 8, "vocab_size": vocabulary})
+    assert exporter.pays(config) == expected
+
+
+def changed(bundle: Bundle, target: Path, name: str, change: Callable[[onnx.GraphProto], object]) -> Path:
+    """A copy of a bundle with one graph changed."""
+    shutil.copytree(bundle.folder, target)
+    model = onnx.load(target / name, load_external_data=False)
+    change(model.graph)
+    (target / name).write_bytes(model.SerializeToString())
+    replace(bundle.manifest, files=describe_files(target)).write(target)
+    return target
+
+
+@pytest.mark.parametrize("name", PARTS)
+def test_takes_no_weights_from_elsewhere(name: str, made: Bundle, tmp_path: Path) -> None:
+    def elsewhere(graph: onnx.GraphProto) -> None:
+        tensor = next(each for each in graph.initializer if each.external_data)
+        tensor.external_data[0].value = "../../secret"
+
+    folder = changed(made, tmp_path / "bundle", name, elsewhere)
+    with pytest.raises(BundleError, match=rf"{Path(name).stem}\.onnx takes weights from"):
         Bundle.open(folder)
 
 
-def test_command_line(command_line: CommandLine, tmp_path: Path) -> None:
-    assert command_line("export", "tales", tmp_path / "b", "--screen", "--no-parity").code == 0
-    bundle = Bundle.open(tmp_path / "b")
-    config = bundle.config
-    assert SCREENING_GRAPH in bundle.manifest.files
-    whole = memory(config, "fp32").weights
+def rename_output(graph: onnx.GraphProto) -> None:
+    graph.node[-1].output[0] = graph.output[0].name = "other"
+
+
+def move_head(graph: onnx.GraphProto) -> None:
+    (head,) = (each for each in graph.initializer if each.name == "head.weight")
+    next(each for each in head.external_data if each.key == "offset").value = str(10**9)
+
+
+def hide_head(graph: onnx.GraphProto) -> None:
+    (head,) = (each for each in graph.initializer if each.name == "head.weight")
+    head.name = "hidden"
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "message"),
+    [
+        (HEAD_GRAPH, rename_output, "head.onnx isn't what config.json describes: it lacks the output 'logits'"),
+        (
+            SCREENING_GRAPH,
+            rename_output,
+            "screening.onnx isn't what config.json describes: it lacks the output 'logits'",
+        ),
+        (SCREENING_GRAPH, move_head, "model.onnx_data doesn't hold the output head"),
+        (SCREENING_GRAPH, hide_head, "it has no external data called head.weight"),
+    ],
+)
+def test_parts_of_another_network(
+    name: str, change: Callable[[onnx.GraphProto], None], message: str, made: Bundle, tokens: np.ndarray, tmp_path: Path
+) -> None:
+    folder = changed(made, tmp_path / "bundle", name, change)
+    with pytest.raises(BundleError, match=message):
+        screening_session(Bundle.open(folder), tokens)
+
+
+def test_place_of_a_weight(made: Bundle) -> None:
+    graph = onnx.load(made.folder / SCREENING_GRAPH, load_external_data=False).graph
+    (head,) = (each for each in graph.initializer if each.name == "head.weight")
+    expected = {each.key: each.value for each in head.external_data}
+    content = (made.folder / SCREENING_GRAPH).read_bytes()
+    assert external_data.place(content, "head.weight") == ("model.onnx_data", int(expected["offset"]))
+    with pytest.raises(ValueError, match="no external data called last_axis"):
+        external_data.place(content, "last_axis")
+
+
+def test_weights_that_a_step_reads(made: Bundle) -> None:
+    config = made.config
     head = 4 * config.vocab_size * config.n_embd
     # All but the position table, with the head in 8 bits and its scales.
-    every = whole - 4 * config.n_positions * config.n_embd
-    assert weights_read(bundle) == pytest.approx(every - head + 1.1 * head / 4, rel=0.02)
-    assert weights_read(bundle, rows=100) == pytest.approx(every)
+    every = memory(config, "fp32").weights - 4 * config.n_positions * config.n_embd
+    assert weights_read(made) == pytest.approx(every - head + 1.1 * head / 4, rel=0.02)
+    assert weights_read(made, rows=100) == pytest.approx(every, rel=0.02)

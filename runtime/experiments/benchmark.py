@@ -17,14 +17,13 @@ import numpy as np
 
 from gpt2onnx.errors import OptionError
 
-from ...models.bundle import SCREENING_GRAPH, Bundle
+from ...models.bundle import Bundle
 from ...models.precision import memory
-from .. import devices
+from .. import devices, head
 from ..decode import Decoder
 from ..generator import Model
 from ..logits import Tokens
 from ..options import GenerationConfig
-from ..screening import candidates
 from ..search import start
 from . import machine
 
@@ -245,10 +244,8 @@ def weights_read(bundle: Bundle, rows: int = 1) -> int:
     if not config.tie_word_embeddings:
         tied = replace(config, tie_word_embeddings=True)
         tables += memory(config, dtype).weights - memory(tied, dtype).weights
-    if SCREENING_GRAPH in bundle.manifest.files:
-        whole_head = config.vocab_size * config.n_embd * 4
-        estimates = stored - memory(config, dtype).weights
-        tables += whole_head if candidates(rows, 1, config.vocab_size) else estimates
+    if head.usable(bundle):
+        tables += 4 * config.vocab_size * config.n_embd - head.bytes_read(bundle, rows)
     # There are no kernels for float16 on x86: ONNX Runtime keeps the weights in float32.
     factor = 2 if dtype == "fp16" and architecture() in ("x86_64", "AMD64") else 1
     return factor * (stored - tables)
