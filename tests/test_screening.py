@@ -284,6 +284,34 @@ def test_does_without_where_there_is_no_memory(
     assert "logits aren't screened: there isn't enough memory" in caplog.text
 
 
+def test_goes_on_as_it_was_where_another_bundle_took_its_place(
+    made: Bundle, tokens: np.ndarray, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    folder = tmp_path / "bundle"
+    shutil.copytree(made.folder, folder)
+    session = Session(Bundle.open(folder))
+    exact = last_logits(session, tokens, None)
+    gpt2onnx.export("tales", folder, dtype="int8", calibrate=False, quality=False, force=True)
+    for _ in range(SOON + 2):
+        np.testing.assert_array_equal(last_logits(session, tokens, 1), exact)
+    assert f"logits aren't screened: {folder} is another bundle by now" in caplog.text
+
+
+def test_packs_the_head_again_where_all_logits_are_called_for(made: Bundle, tokens: np.ndarray, tmp_path: Path) -> None:
+    """And does without where its file isn't there any more."""
+    for gone in (False, True):
+        folder = tmp_path / f"{gone}"
+        shutil.copytree(made.folder, folder)
+        session = screening_session(Bundle.open(folder), tokens)
+        if gone:
+            shutil.rmtree(folder)
+        exact = last_logits(Session(made), tokens, None)
+        np.testing.assert_allclose(last_logits(session, tokens, None), exact, rtol=1e-5, atol=1e-5)
+        np.testing.assert_array_equal(last_logits(session, tokens, None), last_logits(session, tokens, None))
+        assert screens(session)
+
+
 def test_not_used_where_sums_of_bytes_overflow(
     made: Bundle, tokens: np.ndarray, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -149,6 +149,19 @@ def test_not_opened_where_memory_is_short(
 
 
 @pytest.mark.parametrize("made", ["int8"], indirect=True)
+def test_not_opened_where_another_bundle_took_its_place(
+    made: Bundle, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = tmp_path / "bundle"
+    shutil.copytree(made.folder, folder)
+    session = Session(Bundle.open(folder))
+    gpt2onnx.export("tales", folder, force=True)
+    with caplog.at_level(logging.INFO):
+        assert opened(session, 1, 100, 64) is None
+    assert f"prompts and batches stay slower: {folder} is another bundle by now: load it again" in caplog.text
+
+
+@pytest.mark.parametrize("made", ["int8"], indirect=True)
 def test_memory_is_about_what_is_said(made: Bundle, tales_bundle: Path) -> None:
     weights = wide.make_weights(made, 1)
     assert footprint.wide_memory(made) == 2 * sum(each.size for each in weights.values() if each.dtype == np.int8)
