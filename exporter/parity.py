@@ -75,7 +75,7 @@ def check(folder: Path, checkpoint: Checkpoint, suite: str = "quick") -> dict[st
         BundleError, BackendError: the bundle can't be used.
     """
     reference = Reference(checkpoint)
-    model = Model(folder, wide_after=None)
+    model = Model(folder, wide_after=None, screen_after=0)
     manifest, session = model.bundle.manifest, model.session
     lossy, times = manifest.dtype in _LOSSY, _TIMES_ROUNDING[manifest.dtype]
     prompts = _prompts(model.config)

@@ -19,15 +19,12 @@ from .weights import view, without_data
 
 # Bytes of a head in fp32: of a smaller one screening saves less time than it takes.
 _LARGE = 24 << 20
-_KEPT = "kept"  # the value that the head takes
 
 
 def pays(config: GPT2Config) -> bool:
     """Whether screening is faster than the whole head, and has operators for its width."""
-    size = screening.block_size(config.n_embd)
-    return (
-        bool(size and screening.candidates(1, 1, config.vocab_size)) and 4 * config.vocab_size * config.n_embd >= _LARGE
-    )
+    large = 4 * config.vocab_size * config.n_embd >= _LARGE
+    return large and screening.block_size(config.n_embd) > 0 and screening.candidates(1, 1, config.vocab_size) > 0
 
 
 def build(model: ModelProto, config: GPT2Config) -> tuple[ModelProto, ModelProto, ModelProto]:
@@ -43,13 +40,15 @@ def build(model: ModelProto, config: GPT2Config) -> tuple[ModelProto, ModelProto
     graph = model.graph
     head = [node for node in graph.node if node.name.startswith("head.") or contract.LOGITS in node.output]
     body = [node for node in graph.node if node not in head]
+    made = {name for node in body for name in node.output}
+    (passed,) = {name for node in head for name in node.input if name in made}
     states = _value(contract.HIDDEN_STATES, "batch_size", "kept_sequence_length", config.n_embd)
     (logits,) = (each for each in graph.output if each.name == contract.LOGITS)
     cache = [each for each in graph.output if each is not logits]
     table = next(each for name in ("lm_head.weight", "wte.weight") for each in graph.initializer if each.name == name)
     return (
-        _part(graph.initializer, _renamed(body), graph.input, [states, *cache], graph.value_info),
-        _part(graph.initializer, _renamed(head), [states], [logits]),
+        _part(graph.initializer, _renamed(body, passed), graph.input, [states, *cache], graph.value_info),
+        _part(graph.initializer, _renamed(head, passed), [states], [logits]),
         _screening(config, table),
     )
 
@@ -66,14 +65,14 @@ def _part(
     return as_model(helper.make_graph(nodes, "gpt2_part", inputs, outputs, kept, value_info=inner))
 
 
-def _renamed(nodes: Iterable[NodeProto]) -> list[NodeProto]:
-    """The nodes, what passes from body to head under the contract's name."""
+def _renamed(nodes: Iterable[NodeProto], passed: str) -> list[NodeProto]:
+    """The nodes, the value that passes from body to head under the contract's name."""
     copies = []
     for node in nodes:
         copy = NodeProto()
         copy.CopyFrom(node)
         for values in (copy.input, copy.output):
-            values[:] = [contract.HIDDEN_STATES if name == _KEPT else name for name in values]
+            values[:] = [contract.HIDDEN_STATES if name == passed else name for name in values]
         copies.append(copy)
     return copies
 

@@ -22,6 +22,7 @@ def load(
     threads: int | None = None,
     verify: bool = False,
     wide_after: int | None = 512,
+    screen_after: int | None = 96,
 ) -> "Model":
     """Loads a model.
 
@@ -34,6 +35,8 @@ def load(
             small files' content.
         wide_after: in int8 and int4, tokens in prompts and batches after which these go through a second graph, which
             takes a moment and memory to open and rounds a little more: 0 opens it right away, None never.
+        screen_after: in fp32, forward passes of greedy search or sampling with top-k after which they compute only the
+            largest logits in full, which takes a moment to prepare and gives the same tokens: None never.
 
     Raises:
         BundleError, CheckpointError: the model can't be found or used.
@@ -47,7 +50,7 @@ def load(
     folder = resolve(model)
     if verify:
         bundle.Bundle.open(folder).verify()
-    return Model(folder, device=device, threads=threads, wide_after=wide_after)
+    return Model(folder, device=device, threads=threads, wide_after=wide_after, screen_after=screen_after)
 
 
 def resolve(model: str | os.PathLike[str]) -> Path:

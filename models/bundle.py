@@ -233,7 +233,7 @@ class Bundle:
         """
         try:
             current = Manifest.read(self.folder).sha256
-        except BundleError:
+        except (BundleError, OSError):
             return  # it is gone, or not done yet
         if current != self.manifest.sha256:
             raise BackendError(f"{self.folder} is another bundle by now: load it again")

@@ -15,6 +15,7 @@ from gpt2onnx.errors import Gpt2OnnxError, OptionError, PromptError
 from ..models.bundle import GENERATION_CONFIG, TOKENIZER, Bundle
 from ..models.config import read_json
 from ..models.messages import shown
+from . import head, wide
 from .decode import Decoder
 from .generation import Generation, PromptLogprobs
 from .logits import Tokens
@@ -25,7 +26,6 @@ from .sampling import log_softmax
 from .search import Search, Stop, start
 from .session import Session
 from .tokenizer import Tokenizer, find_stop
-from .wide import WORTH
 
 _LETTERS_PER_TOKEN = 1000  # the longest of GPT-2's has 128
 _SCORED_AT_ONCE = 128  # positions whose logits are in memory together
@@ -40,6 +40,8 @@ class Model:
         threads: of one operator; by default as many as this process may use, fewer for very small models.
         wide_after: tokens in prompts and batches after which these go through the bundle's second graph, if it has one
             for this device; 0 opens it right away, None never.
+        screen_after: in fp32, passes of greedy search or sampling with top-k after which few logits are computed in
+            full; None never.
 
     Raises:
         BundleError: the bundle can't be used.
@@ -48,14 +50,22 @@ class Model:
     """
 
     def __init__(
-        self, folder: Path, *, device: str = "cpu", threads: int | None = None, wide_after: int | None = WORTH
+        self,
+        folder: Path,
+        *,
+        device: str = "cpu",
+        threads: int | None = None,
+        wide_after: int | None = wide.WORTH,
+        screen_after: int | None = head.WORTH,
     ) -> None:
         self.bundle = Bundle.open(folder)
         self.config = self.bundle.config
         self.tokenizer = Tokenizer(folder / TOKENIZER)
         self.tokenizer.check(self.config.vocab_size)
         self.generation_config = GenerationConfig.from_file_content(read_json(folder / GENERATION_CONFIG))
-        self.session = Session(self.bundle, device=device, threads=threads, wide_after=wide_after)
+        self.session = Session(
+            self.bundle, device=device, threads=threads, wide_after=wide_after, screen_after=screen_after
+        )
         self._decoder = Decoder(self.session)
 
     def generate(

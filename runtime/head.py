@@ -21,10 +21,12 @@ from . import devices, providers, resources, screening, signature
 from .screening import Array
 
 _log = logging.getLogger(__name__)
-# Passes that could have been screened, after which they are: making the estimates takes as long as so many save.
+# Passes that could have been screened, after which the next one is: making the estimates takes as long as so many save.
 WORTH = 96
 # So many of the last inputs show what the next ones will be like.
 _NOTED = 256
+# What two kernels' logits of one state may differ by, as a share of the largest.
+_ROUNDING = np.float32(1e-4)
 # After so many screened passes it goes on if this share of them was certain; otherwise the whole head was read, too.
 _TRIED, _LEAST_SUCCESS = 128, 0.75
 
@@ -37,7 +39,7 @@ def usable(bundle: Bundle) -> bool:
 
 
 def bytes_read(bundle: Bundle, positions: int) -> int:
-    """Bytes of weights that the head reads for greedy search where it screens, or in full where so many positions are too many."""
+    """Bytes of weights that the head reads in a pass of greedy search: once it screens, unless the positions are too many for that."""
     config = bundle.config
     block_size = screening.block_size(config.n_embd)
     weights = config.vocab_size * config.n_embd
@@ -52,19 +54,21 @@ class OutputHead:
     Args:
         bundle: one that has the graph of its head.
         threads: of one operator.
+        screen_after: passes that could be screened, after which the next one is; None never.
 
     Raises:
         BundleError: the graph isn't the head that config.json describes.
         BackendError: ONNX Runtime can't load it, or there isn't the memory.
     """
 
-    def __init__(self, bundle: Bundle, threads: int) -> None:
+    def __init__(self, bundle: Bundle, threads: int, screen_after: int | None = WORTH) -> None:
         self._bundle, self._threads = bundle, threads
-        # Its weights packed for the processor, which takes memory; and as they are in the file, which is slower. One is open.
+        # Its weights packed for the processor, which takes memory of its own; and as they are in the file, which is slower.
+        # The one is open at first, the other beside the head that screens; then the first, too, where it is called for again.
         self._packed: providers.Graph | None = self._open()
         self._mapped: providers.Graph | None = None
         self._noted = deque[Array](maxlen=_NOTED)
-        self._left = WORTH
+        self._left = screen_after
         self._screening: _Screening | None = None
         self._tried = self._failed = 0
 
@@ -80,18 +84,18 @@ class OutputHead:
             float32 [rows, positions, vocabulary].
 
         Raises:
-            BundleError: the graph that screens isn't the one that config.json describes.
             BackendError: ONNX Runtime failed, or there isn't the memory.
         """
         flat = states.reshape(-1, states.shape[-1])
         count = screening.candidates(len(flat), certain, self._bundle.config.vocab_size)
-        if not count or certain is None:
+        if certain is None or not count:
             return self._all(states)
-        if self._left >= 0:
+        if self._left is not None:
             self._noted.extend(flat.copy())
             self._left -= 1
             if self._left < 0:
-                self._begin_to_screen()
+                self._left = None
+                self._begin_to_screen(states)
         if self._screening is None:
             return self._all(states)
         logits, enough = self._screening.logits(flat, certain, count)
@@ -106,16 +110,21 @@ class OutputHead:
             self._tried = self._failed = 0
         return logits.reshape(*states.shape[:2], -1)
 
-    def _begin_to_screen(self) -> None:
-        states = np.stack(self._noted)
+    def _begin_to_screen(self, states: Array) -> None:
+        exact = self._all(states)
+        noted = np.stack(self._noted)
         self._noted.clear()
         try:
-            self._mapped = self._open(pack=False)
-            # Its memory is needed no more, and before the estimates' is.
-            self._packed = None
-            self._screening = _Screening(self._bundle, states, self._threads)
-        except (BackendError, MemoryError) as error:
-            _log.info("logits aren't screened: %s", error if str(error) else "there isn't enough memory")
+            mapped = self._open(pack=False)
+            if not np.allclose(_run(mapped, states), exact, rtol=0, atol=_ROUNDING * np.abs(exact).max()):
+                raise BackendError(f"{self._bundle.folder} is another bundle by now")
+            # The memory of the packed weights is needed no more, and before that of the estimates is.
+            self._mapped, self._packed = mapped, None
+            made = _Screening(self._bundle, noted, self._threads)
+            made.check(states, exact)
+            self._screening = made
+        except Exception as error:  # noqa: BLE001  # whatever it is, the whole head does without this
+            _log.info("logits aren't screened: %s", str(error) or type(error).__name__)
 
     def _all(self, states: Array, *, seldom: bool = False) -> Array:
         """All logits in full; where that is seldom called for, weights aren't packed for it."""
@@ -127,15 +136,21 @@ class OutputHead:
                 self._packed = self._mapped
         graph = self._packed or self._mapped
         assert graph is not None
-        (logits,) = providers.run(graph, [contract.LOGITS], {contract.HIDDEN_STATES: states})
-        return logits
+        return _run(graph, states)
 
     def _open(self, *, pack: bool = True) -> providers.Graph:
-        path = self._bundle.folder / HEAD_GRAPH
+        path, config = self._bundle.folder / HEAD_GRAPH, self._bundle.config
         self._bundle.check_in_place()
+        if pack and (short := resources.shortage(4 * config.vocab_size * config.n_embd)):
+            raise BackendError(f"{path} needs about {short}")
         graph = providers.open_graph(path, devices.CPU, threads=self._threads, name=path, pack=pack, alone=False)
-        signature.check_head(self._bundle.config, *providers.declared(graph, path), path)
+        signature.check_head(config, *providers.declared(graph, path), path)
         return graph
+
+
+def _run(graph: providers.Graph, states: Array) -> Array:
+    (logits,) = providers.run(graph, [contract.LOGITS], {contract.HIDDEN_STATES: states})
+    return logits
 
 
 class _Screening:
@@ -153,10 +168,27 @@ class _Screening:
             zip(contract.ESTIMATES, (made.rows, made.scales, made.bias), strict=True)
         )
         self._graph = providers.open_graph(path, devices.CPU, threads=threads, name=path, alone=False, weights=weights)
-        signature.check_head(config, *providers.declared(self._graph, path), path, screening=True)
+        signature.check_screening_head(config, *providers.declared(self._graph, path), path)
 
     def logits(self, states: Array, certain: int, count: int) -> tuple[Array, bool]:
         """Logits [positions, vocabulary] of states [positions, width], and whether so many largest ones are exact."""
+        logits, highest = self._run(states, count)
+        gap = highest[:, certain - 1] - highest[:, -1]
+        return logits, bool((gap > 2 * self._estimates.margin(states)).all())
+
+    def check(self, states: Array, exact: Array) -> None:
+        """Compares with exact logits: is it the same head, and are estimates off by no more than is known?
+
+        Raises:
+            BackendError: they aren't.
+        """
+        flat = states.reshape(-1, states.shape[-1])
+        logits, _ = self._run(flat, 1)
+        errors = np.abs(logits - exact.reshape(logits.shape)).max(-1)
+        if not (errors <= self._estimates.margin(flat)).all():
+            raise BackendError("estimates are off by more than rounding explains")
+
+    def _run(self, states: Array, count: int) -> list[Array]:
         made = self._estimates
         inputs = {
             contract.HIDDEN_STATES: states,
@@ -164,9 +196,7 @@ class _Screening:
             contract.COMMON: made.in_common(states)[:, None],
             contract.CANDIDATES: np.array([count]),
         }
-        logits, highest = providers.run(self._graph, [contract.LOGITS, contract.HIGHEST], inputs)
-        gap = highest[:, certain - 1] - highest[:, -1]
-        return logits, bool((gap > 2 * made.margin(states)).all())
+        return providers.run(self._graph, [contract.LOGITS, contract.HIGHEST], inputs)
 
 
 def _rows(graph: Path, config: GPT2Config) -> screening.Rows:
@@ -178,14 +208,13 @@ def _rows(graph: Path, config: GPT2Config) -> screening.Rows:
         location, offset = external_data.place(graph.read_bytes(), contract.HEAD)
     except ValueError as error:
         raise BundleError(f"{graph} can't be used ({error}): export the bundle again") from error
-    path, width = graph.with_name(location), config.n_embd
+    path, width = graph.parent / location, config.n_embd
     row_bytes = width * np.dtype(np.float32).itemsize
     if not 0 <= offset <= path.stat().st_size - config.vocab_size * row_bytes:
         raise BundleError(f"{path} doesn't hold the output head: export the bundle again")
 
     def rows(first: int, last: int) -> Array:
-        return np.fromfile(path, np.float32, (last - first) * width, offset=offset + first * row_bytes).reshape(
-            -1, width
-        )
+        count = (last - first) * width
+        return np.fromfile(path, np.float32, count, offset=offset + first * row_bytes).reshape(last - first, width)
 
     return rows

@@ -99,10 +99,7 @@ class Estimates:
         width = states.shape[1]
         sample = np.concatenate([rows(at, min(at + _SAMPLED, vocab_size)) for at in range(0, vocab_size, _OF)])
         mean, common = states.mean(0), sample.mean(0)
-        spreads = np.sqrt(np.square(states - mean).mean(0)), np.sqrt(np.square(sample - common).mean(0))
-        usable = (spreads[0] > 0) & (spreads[1] > 0)
-        balance = np.ones_like(mean)
-        balance[usable] = np.sqrt(spreads[1][usable] / spreads[0][usable])
+        balance = np.sqrt(_spread(sample, common) / _spread(states, mean))
         data = np.empty((vocab_size, width // block_size, block_size), np.uint8)
         scales, bias = np.empty(data.shape[:2], np.float32), np.empty(vocab_size, np.float32)
 
@@ -124,7 +121,9 @@ class Estimates:
             return (errors / np.where(lengths > 0, lengths, 1)).max(), lengths.max(), squares.max()
 
         with ThreadPoolExecutor(threads) as pool:
-            error, longest, square = map(max, zip(*pool.map(fill, range(0, vocab_size, _AT_ONCE)), strict=True))
+            found = np.array(list(pool.map(fill, range(0, vocab_size, _AT_ONCE))))
+        # Which is no number if one of them isn't, and then nothing is certain.
+        error, longest, square = found.max(0)
         return cls(mean, common, balance, data, scales, bias, error, longest, np.sqrt(square))
 
     def margin(self, states: Array) -> Array:
@@ -140,8 +139,8 @@ class Estimates:
         peaks = np.abs(balanced).reshape(len(states), -1, size).max(-1)
         half_steps = np.float32(math.sqrt(size) / (2 * _LARGEST))
         share = self.error * _length(balanced) + half_steps * _length(peaks)
-        sums = self.longest_row * np.float32(len(self.mean)) * _EPSILON
-        return np.asarray(share * self.longest + (_length(states) + _length(self.mean)) * sums, np.float32)
+        lengths = self.longest_row * (_length(states) + _length(self.mean)) + self.longest * _length(balanced)
+        return np.asarray(share * self.longest + lengths * np.float32(len(self.mean)) * _EPSILON, np.float32)
 
     def in_common(self, states: Array) -> Array:
         """What is to be added to each estimate, for inputs [count, width]: float32 [count]."""
@@ -152,6 +151,13 @@ class Estimates:
         """What `rows` are to be multiplied with, for inputs [count, width]."""
         result: Array = (states - self.mean) * self.balance
         return result
+
+
+def _spread(vectors: Array, mean: Array) -> Array:
+    """The standard deviation along the first axis; where vectors are few or alike, a share of what their numbers are like."""
+    least = np.maximum(np.float32(0.1) * np.median(np.abs(vectors)), _EPSILON)
+    result: Array = np.maximum(np.sqrt(np.square(vectors - mean).mean(0)), least)
+    return result
 
 
 def _length(vectors: Array) -> Array:

@@ -52,25 +52,35 @@ class Session:
         threads: of one operator; by default as many as this process may use, fewer for very small models.
         wide_after: tokens in passes of many after which these go through the bundle's second graph, if it has one for
             this device; 0 opens it right away, None never.
+        screen_after: passes for searches that need few logits after which the others are estimated, if the bundle has
+            its output head by itself; None never.
 
     Attributes:
         device: what it runs on, as the argument would name it.
         threads: of one operator.
 
     Raises:
-        OptionError: `threads` is below 1, `wide_after` below 0, or the device is unknown.
+        OptionError: `threads` is below 1, `wide_after` or `screen_after` below 0, or the device is unknown.
         BundleError: a graph isn't the one that config.json describes.
         BackendError: the device isn't there, doesn't load, or doesn't run this bundle; the weights don't fit into
             memory; or ONNX Runtime can't load the graph.
     """
 
     def __init__(
-        self, bundle: Bundle, *, device: str = "cpu", threads: int | None = None, wide_after: int | None = WORTH
+        self,
+        bundle: Bundle,
+        *,
+        device: str = "cpu",
+        threads: int | None = None,
+        wide_after: int | None = WORTH,
+        screen_after: int | None = head.WORTH,
     ) -> None:
         if threads is not None and threads < 1:
             raise OptionError(f"threads must be at least 1, not {threads}")
         if wide_after is not None and wide_after < 0:
             raise OptionError(f"wide_after must be at least 0, not {wide_after}")
+        if screen_after is not None and screen_after < 0:
+            raise OptionError(f"screen_after must be at least 0, not {screen_after}")
         self.config = bundle.config
         self.dtype = np.dtype(np.float16 if bundle.manifest.dtype == "fp16" else np.float32)
         self.threads = threads or footprint.threads(bundle)
@@ -84,7 +94,7 @@ class Session:
         path = bundle.folder / name
         inputs, outputs = providers.declared(self._graph, path)
         floats = "tensor(float16)" if self.dtype == np.float16 else "tensor(float)"
-        self._head = head.OutputHead(bundle, self.threads) if name == BODY_GRAPH else None
+        self._head = head.OutputHead(bundle, self.threads, screen_after) if name == BODY_GRAPH else None
         signature.check(self.config, floats, inputs, outputs, path, body=self._head is not None)
         self._inputs = list(inputs)
         offered = provider == devices.CPU and WIDE_GRAPH in bundle.manifest.files
@@ -155,7 +165,7 @@ class Session:
                 be estimates that are less than those.
 
         Returns:
-            Logits, float32 [rows, keep, vocabulary]; the array is overwritten by the next call of this shape.
+            Logits, float32 [rows, keep, vocabulary]; the array may be overwritten by the next call of this shape.
 
         Raises:
             BundleError: the second graph, opened now, isn't the one that config.json describes.

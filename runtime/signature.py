@@ -15,6 +15,7 @@ from ..models.messages import shown
 Declared = tuple[str, Sequence[int | str | None]]
 _Wanted = tuple[str | None, tuple[int | None, ...]]
 
+_FLOATS = "tensor(float)"
 _IDS: _Wanted = ("tensor(int64)", (None, None))
 
 
@@ -56,12 +57,7 @@ def check(
 
 
 def check_head(
-    config: GPT2Config,
-    inputs: Mapping[str, Declared],
-    outputs: Mapping[str, Declared],
-    graph: object,
-    *,
-    screening: bool = False,
+    config: GPT2Config, inputs: Mapping[str, Declared], outputs: Mapping[str, Declared], graph: object
 ) -> None:
     """Compares the graph of an output head with an architecture.
 
@@ -70,25 +66,25 @@ def check_head(
         inputs: of the graph, by name.
         outputs: of the graph, by name.
         graph: what errors name.
-        screening: whether it is the head that screens.
 
     Raises:
         BundleError: an input or output is missing, unknown, or of another type or shape.
     """
+    _compare("input", inputs, {contract.HIDDEN_STATES: (_FLOATS, (None, None, config.n_embd))}, graph)
+    _compare("output", outputs, {contract.LOGITS: (_FLOATS, (None, None, config.vocab_size))}, graph)
 
-    def floats(*shape: int | None) -> _Wanted:
-        return "tensor(float)", shape
 
-    width, vocabulary = config.n_embd, config.vocab_size
-    if screening:
-        rows = {contract.HIDDEN_STATES: floats(None, width), contract.BALANCED: floats(None, width)}
-        rows |= {contract.COMMON: floats(None, 1), contract.CANDIDATES: ("tensor(int64)", (1,))}
-        _compare("input", inputs, rows, graph)
-        wanted = {contract.LOGITS: floats(None, vocabulary), contract.HIGHEST: floats(None, None)}
-        _compare("output", outputs, wanted, graph)
-    else:
-        _compare("input", inputs, {contract.HIDDEN_STATES: floats(None, None, width)}, graph)
-        _compare("output", outputs, {contract.LOGITS: floats(None, None, vocabulary)}, graph)
+def check_screening_head(
+    config: GPT2Config, inputs: Mapping[str, Declared], outputs: Mapping[str, Declared], graph: object
+) -> None:
+    """As `check_head`, of a head that screens."""
+    wanted: dict[str, _Wanted] = dict.fromkeys(
+        (contract.HIDDEN_STATES, contract.BALANCED), (_FLOATS, (None, config.n_embd))
+    )
+    wanted |= {contract.COMMON: (_FLOATS, (None, 1)), contract.CANDIDATES: ("tensor(int64)", (1,))}
+    _compare("input", inputs, wanted, graph)
+    wanted = {contract.LOGITS: (_FLOATS, (None, config.vocab_size)), contract.HIGHEST: (_FLOATS, (None, None))}
+    _compare("output", outputs, wanted, graph)
 
 
 def _compare(kind: str, declared: Mapping[str, Declared], wanted: Mapping[str, _Wanted], graph: object) -> None:
