@@ -213,7 +213,7 @@ def test_every_option_arrives(command_line: CommandLine, monkeypatch: pytest.Mon
         taken.update(given, model=model)
         raise OptionError("enough")
 
-    monkeypatch.setattr("gpt2onnx.cli.bench.load", lambda model, device, threads: (model, device, threads))
+    monkeypatch.setattr("gpt2onnx.cli.bench.load", lambda *given, **more: (*given, more))
     monkeypatch.setattr("gpt2onnx.runtime.experiments.benchmark.benchmark", measure)
     finished = command_line(
         "bench", "-m", tales_bundle, "--prompt-tokens", 2, "--new-tokens", 3, "--batch-size", 5, "--repetitions", 7,
@@ -222,6 +222,6 @@ def test_every_option_arrives(command_line: CommandLine, monkeypatch: pytest.Mon
     assert finished.err == "gpt2onnx: enough\n"
     del taken["progress"]
     assert taken == {
-        "model": (str(tales_bundle), "cuda", 13), "prompt_tokens": 2, "new_tokens": 3, "batch_size": 5, "repetitions": 7,
+        "model": (str(tales_bundle), "cuda", 13, {"screen_after": 2}), "prompt_tokens": 2, "new_tokens": 3, "batch_size": 5, "repetitions": 7,
         "seed": 11,
     }  # fmt: skip
