@@ -25,8 +25,6 @@ _log = logging.getLogger(__name__)
 WORTH = 96
 # So many of the last inputs show what the next ones will be like.
 _NOTED = 256
-# What two kernels' logits of one state may differ by, as a share of the largest.
-_ROUNDING = np.float32(1e-4)
 # After so many screened passes it goes on if this share of them was certain; otherwise the whole head was read, too.
 _TRIED, _LEAST_SUCCESS = 128, 0.75
 
@@ -116,15 +114,13 @@ class OutputHead:
         self._noted.clear()
         try:
             mapped = self._open(pack=False)
-            if not np.allclose(_run(mapped, states), exact, rtol=0, atol=_ROUNDING * np.abs(exact).max()):
-                raise BackendError(f"{self._bundle.folder} is another bundle by now")
-            # The memory of the packed weights is needed no more, and before that of the estimates is.
-            self._mapped, self._packed = mapped, None
             made = _Screening(self._bundle, noted, self._threads)
             made.check(states, exact)
-            self._screening = made
+            self._bundle.check_in_place()  # again: all that was read since the first time is of one bundle
         except Exception as error:  # noqa: BLE001  # whatever it is, the whole head does without this
             _log.info("logits aren't screened: %s", str(error) or type(error).__name__)
+        else:
+            self._screening, self._mapped, self._packed = made, mapped, None
 
     def _all(self, states: Array, *, seldom: bool = False) -> Array:
         """All logits in full; where that is seldom called for, weights aren't packed for it."""
@@ -136,7 +132,8 @@ class OutputHead:
                 self._packed = self._mapped
         graph = self._packed or self._mapped
         assert graph is not None
-        return _run(graph, states)
+        (logits,) = providers.run(graph, [contract.LOGITS], {contract.HIDDEN_STATES: states})
+        return logits
 
     def _open(self, *, pack: bool = True) -> providers.Graph:
         path, config = self._bundle.folder / HEAD_GRAPH, self._bundle.config
@@ -146,11 +143,6 @@ class OutputHead:
         graph = providers.open_graph(path, devices.CPU, threads=self._threads, name=path, pack=pack, alone=False)
         signature.check_head(config, *providers.declared(graph, path), path)
         return graph
-
-
-def _run(graph: providers.Graph, states: Array) -> Array:
-    (logits,) = providers.run(graph, [contract.LOGITS], {contract.HIDDEN_STATES: states})
-    return logits
 
 
 class _Screening:
