@@ -21,7 +21,8 @@ gpt2onnx is ahead, below 1 the peer is. Read bandwidth is measured in every roun
 of the same lengths, as some runtimes keep the prompts that they have seen. One exception to what weights don't matter
 for: gpt2onnx chooses operators for the prompts and batches of int8 and int4 by what reaches the matrices, and a network
 with strong outliers keeps slower ones. It opens the second graph that has them on the way, as any process does: that time
-counts, and rounds before that, in batch 8, have to do without.
+counts, and rounds before that, in batch 8, have to do without. In fp32 it makes on the way what logits are estimated with
+([screened logits](../export.md#screened-logits)): in batch 1 that falls into the first round that counts.
 
     python -m benchmarks.prepare
     python -m benchmarks.run
