@@ -125,7 +125,10 @@ class OutputHead:
     def _all(self, states: Array, *, seldom: bool = False) -> Array:
         """All logits in full; where that is seldom called for, weights aren't packed for it."""
         if self._packed is None and not seldom:
+            config = self._bundle.config
             try:
+                if short := resources.shortage(4 * config.vocab_size * config.n_embd):
+                    raise BackendError(f"packing the output head needs about {short}")
                 self._packed = self._open()
             except BackendError as error:
                 _log.info("logits take longer: %s", error)
@@ -136,12 +139,10 @@ class OutputHead:
         return logits
 
     def _open(self, *, pack: bool = True) -> providers.Graph:
-        path, config = self._bundle.folder / HEAD_GRAPH, self._bundle.config
+        path = self._bundle.folder / HEAD_GRAPH
         self._bundle.check_in_place()
-        if pack and (short := resources.shortage(4 * config.vocab_size * config.n_embd)):
-            raise BackendError(f"{path} needs about {short}")
         graph = providers.open_graph(path, devices.CPU, threads=self._threads, name=path, pack=pack, alone=False)
-        signature.check_head(config, *providers.declared(graph, path), path)
+        signature.check_head(self._bundle.config, *providers.declared(graph, path), path)
         return graph
 
 
@@ -164,9 +165,9 @@ class _Screening:
 
     def logits(self, states: Array, certain: int, count: int) -> tuple[Array, bool]:
         """Logits [positions, vocabulary] of states [positions, width], and whether so many largest ones are exact."""
-        logits, highest = self._run(states, count)
+        logits, highest, margin = self._run(states, count)
         gap = highest[:, certain - 1] - highest[:, -1]
-        return logits, bool((gap > 2 * self._estimates.margin(states)).all())
+        return logits, bool((gap > 2 * margin).all())
 
     def check(self, states: Array, exact: Array) -> None:
         """Compares with exact logits: is it the same head, and are estimates off by no more than is known?
@@ -175,20 +176,24 @@ class _Screening:
             BackendError: they aren't.
         """
         flat = states.reshape(-1, states.shape[-1])
-        logits, _ = self._run(flat, 1)
+        logits, _, margin = self._run(flat, 1)
         errors = np.abs(logits - exact.reshape(logits.shape)).max(-1)
-        if not (errors <= self._estimates.margin(flat)).all():
+        if not (errors <= margin).all():
             raise BackendError("estimates are off by more than rounding explains")
 
-    def _run(self, states: Array, count: int) -> list[Array]:
+    def _run(self, states: Array, count: int) -> tuple[Array, Array, Array]:
+        """Logits, the highest estimates, and by how much estimates are off at most at each position."""
         made = self._estimates
+        centred = states - made.mean
+        balanced = centred * made.balance
         inputs = {
             contract.HIDDEN_STATES: states,
-            contract.BALANCED: made.balanced(states),
-            contract.COMMON: made.in_common(states)[:, None],
+            contract.BALANCED: balanced,
+            contract.COMMON: np.dot(centred, made.common)[:, None],
             contract.CANDIDATES: np.array([count]),
         }
-        return providers.run(self._graph, [contract.LOGITS, contract.HIGHEST], inputs)
+        logits, highest = providers.run(self._graph, [contract.LOGITS, contract.HIGHEST], inputs)
+        return logits, highest, made.margin(states, balanced)
 
 
 def _rows(graph: Path, config: GPT2Config) -> screening.Rows:

@@ -126,31 +126,24 @@ class Estimates:
         error, longest, square = found.max(0)
         return cls(mean, common, balance, data, scales, bias, error, longest, np.sqrt(square))
 
-    def margin(self, states: Array) -> Array:
+    def margin(self, states: Array, balanced: Array) -> Array:
         """By how much estimates for inputs [count, width] are off at most, float32 [count].
 
         By the inequality of Cauchy and Schwarz the error of a product is at most the length of one side times the length of
         what the other is off by: for the rows that is known; of the inputs MatMulNBits rounds each number by at most half
         a step, and a step is a 127th of its block's greatest number. Last, what sums of float32 may be off by in an estimate
         and in the logit itself.
+
+        Args:
+            states: the inputs.
+            balanced: (states - mean) * balance, what `rows` are multiplied with.
         """
         size = self.rows.shape[-1]
-        balanced = self.balanced(states)
         peaks = np.abs(balanced).reshape(len(states), -1, size).max(-1)
         half_steps = np.float32(math.sqrt(size) / (2 * _LARGEST))
         share = self.error * _length(balanced) + half_steps * _length(peaks)
         lengths = self.longest_row * (_length(states) + _length(self.mean)) + self.longest * _length(balanced)
         return np.asarray(share * self.longest + lengths * np.float32(len(self.mean)) * _EPSILON, np.float32)
-
-    def in_common(self, states: Array) -> Array:
-        """What is to be added to each estimate, for inputs [count, width]: float32 [count]."""
-        result: Array = np.dot(states - self.mean, self.common)
-        return result
-
-    def balanced(self, states: Array) -> Array:
-        """What `rows` are to be multiplied with, for inputs [count, width]."""
-        result: Array = (states - self.mean) * self.balance
-        return result
 
 
 def _spread(vectors: Array, mean: Array) -> Array:

@@ -236,10 +236,11 @@ def test_margin_is_never_passed() -> None:
     values = [helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for name in ("x", "y")]
     graph = helper.make_graph(nodes.nodes, "product", values[:1], values[1:], nodes.initializers)
     network = ort.InferenceSession(as_model(graph).SerializeToString(), providers=["CPUExecutionProvider"])
-    (products,) = network.run(None, {"x": ours.balanced(inputs)})
-    estimates = products.astype(np.float64) + ours.in_common(inputs)[:, None] + ours.bias
+    balanced = (inputs - ours.mean) * ours.balance
+    (products,) = network.run(None, {"x": balanced})
+    estimates = products.astype(np.float64) + ((inputs - ours.mean) @ ours.common)[:, None] + ours.bias
     errors = np.abs(estimates - inputs.astype(np.float64) @ head.T.astype(np.float64)).max(-1)
-    margin = ours.margin(inputs)
+    margin = ours.margin(inputs, balanced)
     assert (errors <= margin).all()
     assert (errors / margin).max() > 0.2, "a bound that says nothing"
 
@@ -259,7 +260,7 @@ def test_estimates_of_a_head_in_pieces(threads: int, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(screening, "_AT_ONCE", 77)
     for name, value in vars(estimates()).items():
         np.testing.assert_allclose(value, getattr(whole, name), rtol=1e-6, atol=1e-6)
-    assert np.isfinite(whole.margin(states)).all()
+    assert np.isfinite(whole.margin(states, (states - whole.mean) * whole.balance)).all()
 
 
 def test_goes_back_where_estimates_are_too_rough(
@@ -272,7 +273,9 @@ def test_goes_back_where_estimates_are_too_rough(
     for _ in range(8):
         last_logits(session, tokens, 1)
     assert screens(session)
-    monkeypatch.setattr(screening.Estimates, "margin", lambda self, states: np.full(len(states), np.inf, np.float32))
+    monkeypatch.setattr(
+        screening.Estimates, "margin", lambda self, states, balanced: np.full(len(states), np.inf, np.float32)
+    )
     for _ in range(9):
         np.testing.assert_allclose(last_logits(session, tokens, 1), exact, rtol=1e-5, atol=1e-5)
     assert not screens(session)
@@ -321,6 +324,16 @@ def test_packs_the_head_again_where_all_logits_are_called_for(made: Bundle, toke
         np.testing.assert_allclose(last_logits(session, tokens, None), exact, rtol=1e-5, atol=1e-5)
         np.testing.assert_array_equal(last_logits(session, tokens, None), last_logits(session, tokens, None))
         assert screens(session)
+
+
+def test_does_not_pack_the_head_again_where_memory_is_short(
+    made: Bundle, tokens: np.ndarray, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    session, exact = screening_session(made, tokens), last_logits(Session(made), tokens, None)
+    monkeypatch.setattr(resources, "shortage", lambda size: "more than there is")
+    np.testing.assert_allclose(last_logits(session, tokens, None), exact, rtol=1e-5, atol=1e-5)
+    assert "logits take longer: packing the output head needs about more than there is" in caplog.text
 
 
 def test_not_used_where_sums_of_bytes_overflow(
