@@ -73,14 +73,14 @@ docs: $(VENV)/installed-dev
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --upgrade pip
+	$(BIN)/pip install --quiet uv
 
 $(VENV)/installed-demo: $(VENV)/bin/python pyproject.toml
-	$(BIN)/pip install --quiet '.[cpu,export]'
+	$(BIN)/uv pip install --quiet --python $(VENV) '.[cpu,export]'
 	touch $@
 
 $(VENV)/installed-dev: $(VENV)/bin/python pyproject.toml
-	$(BIN)/pip install --quiet --editable '.[dev]'
+	$(BIN)/uv pip install --quiet --python $(VENV) --editable '.[dev]'
 	touch $@
 
 clean:

@@ -274,7 +274,7 @@ def test_feedback_heeds_constant_and_dead_inputs() -> None:
 @pytest.fixture(scope="module")
 def observed(tales_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Calibration:
     copy = shutil.copytree(tales_bundle, tmp_path_factory.mktemp("observed") / "fp32")
-    return observe(Bundle.open(copy), threads=1)
+    return observe(Bundle.open(copy), threads=1, texts=8)
 
 
 def test_inputs_are_those_of_pytorch(observed: Calibration, tales_bundle: Path, tales_reference: Any) -> None:

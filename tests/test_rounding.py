@@ -136,6 +136,7 @@ def int8(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
     """The embedded model as if it were wide enough for a second graph."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(export_module, "_WIDE_WIDTH", 0)
+        patch.setattr(export_module, "_MORE_TEXTS", 4)
         return gpt2onnx.export("tales", tmp_path_factory.mktemp("int8") / "bundle", dtype="int8", quality=False)
 
 
