@@ -15,7 +15,7 @@ from ..models.bundle import HEAD_GRAPH
 from ..models.config import GPT2Config
 from ..runtime import screening
 from .operators import MICROSOFT, Nodes, as_model
-from .weights import view, without_data
+from .weights import without_data
 
 # Bytes of a head in fp32: of a smaller one screening saves less time than it takes.
 _LARGE = 24 << 20
@@ -45,11 +45,10 @@ def build(model: ModelProto, config: GPT2Config) -> tuple[ModelProto, ModelProto
     states = _value(contract.HIDDEN_STATES, "batch_size", "kept_sequence_length", config.n_embd)
     (logits,) = (each for each in graph.output if each.name == contract.LOGITS)
     cache = [each for each in graph.output if each is not logits]
-    table = next(each for name in ("lm_head.weight", "wte.weight") for each in graph.initializer if each.name == name)
     return (
         _part(graph.initializer, _renamed(body, passed), graph.input, [states, *cache], graph.value_info),
         _part(graph.initializer, _renamed(head, passed), [states], [logits]),
-        _screening(config, table),
+        _screening(config),
     )
 
 
@@ -77,7 +76,7 @@ def _renamed(nodes: Iterable[NodeProto], passed: str) -> list[NodeProto]:
     return copies
 
 
-def _screening(config: GPT2Config, table: TensorProto) -> ModelProto:
+def _screening(config: GPT2Config) -> ModelProto:
     """Estimates of all logits, the highest of them computed again in full."""
     width, vocabulary = config.n_embd, config.vocab_size
     size = screening.block_size(width)
@@ -105,9 +104,10 @@ def _screening(config: GPT2Config, table: TensorProto) -> ModelProto:
         _value(contract.BALANCED, "positions", width),
         _value(contract.COMMON, "positions", 1),
         helper.make_tensor_value_info(contract.CANDIDATES, TensorProto.INT64, [1]),
+        _value(contract.HEAD, vocabulary, width),
     ]
     outputs = [_value(contract.LOGITS, "positions", vocabulary), _value(contract.HIGHEST, "positions", "candidates")]
-    weights = [view(table, contract.HEAD, table.dims), *(without_data(each, HEAD_GRAPH) for each in made)]
+    weights = [without_data(each, HEAD_GRAPH) for each in made]
     return as_model(helper.make_graph(nodes.nodes, "gpt2_screening", inputs, outputs, [*weights, *nodes.initializers]))
 
 

@@ -19,7 +19,7 @@ one of the other; a third graph is a head that screens, whose weights `estimates
     common                        float   [positions, 1]             added to the estimates at each position
     candidates                    int64   [1]                        so many highest estimates are computed again in full
     highest                       float   [positions, candidates]    these estimates, in descending order
-    head.weight                   float   [vocab_size, width]        the head's rows, external data
+    head.weight                   float   [vocab_size, width]        the head's rows, as they lie in the bundle's file
     estimates.rows                uint8   [vocab_size, blocks, block_size]
     estimates.scales              float   [vocab_size, blocks]
     estimates.bias                float   [vocab_size]

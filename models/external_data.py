@@ -5,10 +5,11 @@ lead to a tensor are entered; their numbers are those of https://github.com/onnx
 """
 
 from collections.abc import Iterator, Mapping
+from typing import NamedTuple
 
 _KEY, _VALUE = 1, 2  # StringStringEntryProto
-_NAME, _EXTERNAL = 8, 13  # TensorProto.name, .external_data
-_LOCATION, _OFFSET = "location", "offset"
+_EXTERNAL = 13  # TensorProto.external_data
+_LOCATION, _OFFSET, _LENGTH = "location", "offset", "length"
 _Fields = Mapping[int, str]
 # Of each message: the fields that hold a message through which a tensor can be reached.
 _WAYS: Mapping[str, _Fields] = {
@@ -24,6 +25,14 @@ _MOST_NESTED = 100  # protobuf's own limit
 _LONGEST_NUMBER = 70  # bits
 
 
+class Place(NamedTuple):
+    """A tensor's external data: the file, as the tensor gives it, the byte with which it begins, and how many there are."""
+
+    location: str
+    offset: int
+    length: int
+
+
 def locations(model: bytes) -> set[str]:
     """The locations of a model's external data, as its tensors give them: relative to the model's folder.
 
@@ -33,26 +42,25 @@ def locations(model: bytes) -> set[str]:
     Raises:
         ValueError: it isn't a protobuf message.
     """
-    tensors = (_parts(model, begin, end) for begin, end in _tensors(model))
-    return {value for _, entries in tensors for key, value in entries if key == _LOCATION}
+    tensors = (_entries(model, begin, end) for begin, end in _tensors(model))
+    return {value for entries in tensors for key, value in entries if key == _LOCATION}
 
 
-def place(model: bytes, name: str) -> tuple[str, int]:
-    """The location of one tensor's external data, and the byte of that file with which it begins.
+def places(model: bytes) -> list[Place]:
+    """Where tensors have their external data.
 
     Args:
         model: the content of a .onnx file.
-        name: the tensor's.
 
     Raises:
-        ValueError: it isn't a protobuf message, has no such tensor in external data, or its offset isn't a number.
+        ValueError: it isn't a protobuf message, or an offset or a length isn't a number.
     """
-    for begin, end in _tensors(model):
-        its_name, entries = _parts(model, begin, end)
-        found = dict(entries)
-        if its_name == name and _LOCATION in found:
-            return found[_LOCATION], int(found.get(_OFFSET, "0"))
-    raise ValueError(f"it has no external data called {name}")
+    tensors = (dict(_entries(model, begin, end)) for begin, end in _tensors(model))
+    return [
+        Place(entries[_LOCATION], int(entries.get(_OFFSET, 0)), int(entries.get(_LENGTH, 0)))
+        for entries in tensors
+        if _LOCATION in entries
+    ]
 
 
 def _tensors(model: bytes) -> Iterator[tuple[int, int]]:
@@ -72,16 +80,14 @@ def _tensors(model: bytes) -> Iterator[tuple[int, int]]:
                 pending.append((ways[number], first, last, depth + 1))
 
 
-def _parts(model: bytes, begin: int, end: int) -> tuple[str, list[tuple[str, str]]]:
-    """Name and entries of external data, keys and values, of the tensor that lies between two offsets."""
-    name, entries = "", list[tuple[str, str]]()
+def _entries(model: bytes, begin: int, end: int) -> list[tuple[str, str]]:
+    """Keys and values of the external data of the tensor that lies between two offsets."""
+    entries = list[tuple[str, str]]()
     for number, first, last in _fields(model, begin, end):
-        if number == _NAME:
-            name = _text(model[first:last])
-        elif number == _EXTERNAL:
+        if number == _EXTERNAL:
             pair = {part: _text(model[start:stop]) for part, start, stop in _fields(model, first, last)}
             entries.append((pair.get(_KEY, ""), pair.get(_VALUE, "")))
-    return name, entries
+    return entries
 
 
 def _text(content: bytes) -> str:

@@ -6,8 +6,8 @@ be too rough for the network, it goes back for good. Passes are counted, not tim
 """
 
 import logging
+import math
 from collections import deque
-from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
@@ -16,8 +16,7 @@ from gpt2onnx.errors import BackendError, BundleError
 
 from ..models import contract, external_data
 from ..models.bundle import BODY_GRAPH, HEAD_GRAPH, SCREENING_GRAPH, Bundle
-from ..models.config import GPT2Config
-from . import devices, providers, resources, screening, signature
+from . import devices, helper_graphs, providers, resources, screening, signature
 from .screening import Array
 
 _log = logging.getLogger(__name__)
@@ -62,9 +61,11 @@ class OutputHead:
     def __init__(self, bundle: Bundle, threads: int, screen_after: int | None = WORTH) -> None:
         self._bundle, self._threads = bundle, threads
         # Its weights packed for the processor, which takes memory of its own; and as they are in the file, which is slower.
-        # The one is open at first, the other beside the head that screens; then the first, too, where it is called for again.
+        # The one is open at first, the other beside the head that screens; then the first, too, where it is called for again
+        # and can be had.
         self._packed: providers.Graph | None = self._open()
-        self._mapped: providers.Graph | None = None
+        self._table: _Table | None = None
+        self._can_pack = True
         self._noted = deque[Array](maxlen=_NOTED)
         self._left = screen_after
         self._screening: _Screening | None = None
@@ -113,18 +114,22 @@ class OutputHead:
         noted = np.stack(self._noted)
         self._noted.clear()
         try:
-            mapped = self._open(pack=False)
-            made = _Screening(self._bundle, noted, self._threads)
+            self._bundle.check_in_place()
+            self._table = _Table(self._bundle, self._threads)
+            self._bundle.check_in_place()  # again: what is mapped belongs to this bundle
+            # Its memory serves the estimates.
+            self._packed = None
+            made = _Screening(self._bundle, self._table, noted, self._threads)
             made.check(states, exact)
-            self._bundle.check_in_place()  # again: all that was read since the first time is of one bundle
+            self._bundle.check_in_place()
         except Exception as error:  # noqa: BLE001  # whatever it is, the whole head does without this
             _log.info("logits aren't screened: %s", str(error) or type(error).__name__)
         else:
-            self._screening, self._mapped, self._packed = made, mapped, None
+            self._screening = made
 
     def _all(self, states: Array, *, seldom: bool = False) -> Array:
         """All logits in full; where that is seldom called for, weights aren't packed for it."""
-        if self._packed is None and not seldom:
+        if self._packed is None and self._can_pack and not seldom:
             config = self._bundle.config
             try:
                 if short := resources.shortage(4 * config.vocab_size * config.n_embd):
@@ -132,34 +137,66 @@ class OutputHead:
                 self._packed = self._open()
             except BackendError as error:
                 _log.info("logits take longer: %s", error)
-                self._packed = self._mapped
-        graph = self._packed or self._mapped
-        assert graph is not None
-        (logits,) = providers.run(graph, [contract.LOGITS], {contract.HIDDEN_STATES: states})
+                self._can_pack = False
+        if self._packed is None:
+            assert self._table is not None
+            flat = states.reshape(-1, states.shape[-1])
+            return self._table.logits(flat).reshape(*states.shape[:2], -1)
+        (logits,) = providers.run(self._packed, [contract.LOGITS], {contract.HIDDEN_STATES: states})
         return logits
 
-    def _open(self, *, pack: bool = True) -> providers.Graph:
+    def _open(self) -> providers.Graph:
         path = self._bundle.folder / HEAD_GRAPH
         self._bundle.check_in_place()
-        graph = providers.open_graph(path, devices.CPU, threads=self._threads, name=path, pack=pack, alone=False)
+        graph = providers.open_graph(path, devices.CPU, threads=self._threads, name=path, alone=False)
         signature.check_head(self._bundle.config, *providers.declared(graph, path), path)
         return graph
+
+
+class _Table:
+    """The head's rows as they lie in the bundle's file, mapped once for all that reads them.
+
+    Attributes:
+        rows: float32 [vocabulary, width].
+    """
+
+    def __init__(self, bundle: Bundle, threads: int) -> None:
+        graph, config = bundle.folder / HEAD_GRAPH, bundle.config
+        # In parts, one after another.
+        parts = external_data.places(graph.read_bytes())
+        shape = config.vocab_size, config.n_embd
+        if sum(part.length for part in parts) != 4 * math.prod(shape):
+            raise BundleError(f"{graph} isn't the output head that config.json describes")
+        self._path, self._offset = graph.parent / parts[0].location, min(part.offset for part in parts)
+        self.rows = np.memmap(self._path, np.float32, "r", self._offset, shape)
+        name = "a graph of the output head"
+        self._graph = providers.open_graph(
+            helper_graphs.products(), devices.CPU, threads=threads, name=name, alone=False
+        )
+
+    def logits(self, states: Array) -> Array:
+        """All logits [positions, vocabulary] of states [positions, width], more slowly than by weights that are packed."""
+        (logits,) = providers.run(self._graph, ["products"], {"x": states, "rows": self.rows})
+        return logits
+
+    def read(self, first: int, last: int) -> Array:
+        """Rows from one number up to another, read from the file: what is mapped counts as memory of this process."""
+        width = self.rows.shape[1]
+        count, offset = (last - first) * width, self._offset + 4 * first * width
+        return np.fromfile(self._path, np.float32, count, offset=offset).reshape(last - first, width)
 
 
 class _Screening:
     """The head that screens, with weights that are made for such states as these, float32 [count, width]."""
 
-    def __init__(self, bundle: Bundle, states: Array, threads: int) -> None:
+    def __init__(self, bundle: Bundle, table: _Table, states: Array, threads: int) -> None:
         path, config = bundle.folder / SCREENING_GRAPH, bundle.config
         size = screening.block_size(config.n_embd)
         if not size:
             raise BundleError(f"{path} can't be for a network {config.n_embd} wide")
-        made = screening.Estimates.of(_rows(path, config), config.vocab_size, states, size, threads)
-        # The graph reads them where they are, so they are kept.
-        self._estimates = made
-        weights: dict[str, npt.NDArray[np.generic]] = dict(
-            zip(contract.ESTIMATES, (made.rows, made.scales, made.bias), strict=True)
-        )
+        rounded, estimates = screening.round_head(table.read, config.vocab_size, states, size, threads)
+        weights = dict[str, npt.NDArray[np.generic]](zip(contract.ESTIMATES, rounded, strict=True))
+        self._table, self._estimates = table, estimates
         self._graph = providers.open_graph(path, devices.CPU, threads=threads, name=path, alone=False, weights=weights)
         signature.check_screening_head(config, *providers.declared(self._graph, path), path)
 
@@ -191,27 +228,7 @@ class _Screening:
             contract.BALANCED: balanced,
             contract.COMMON: np.dot(centred, made.common)[:, None],
             contract.CANDIDATES: np.array([count]),
+            contract.HEAD: self._table.rows,
         }
         logits, highest = providers.run(self._graph, [contract.LOGITS, contract.HIGHEST], inputs)
         return logits, highest, made.margin(states, balanced)
-
-
-def _rows(graph: Path, config: GPT2Config) -> screening.Rows:
-    """The head's rows, read from the file in which the graph that screens has them.
-
-    Mapped, they would count as memory of this process.
-    """
-    try:
-        location, offset = external_data.place(graph.read_bytes(), contract.HEAD)
-    except ValueError as error:
-        raise BundleError(f"{graph} can't be used ({error}): export the bundle again") from error
-    path, width = graph.parent / location, config.n_embd
-    row_bytes = width * np.dtype(np.float32).itemsize
-    if not 0 <= offset <= path.stat().st_size - config.vocab_size * row_bytes:
-        raise BundleError(f"{path} doesn't hold the output head: export the bundle again")
-
-    def rows(first: int, last: int) -> Array:
-        count = (last - first) * width
-        return np.fromfile(path, np.float32, count, offset=offset + first * row_bytes).reshape(last - first, width)
-
-    return rows

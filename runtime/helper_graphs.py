@@ -13,12 +13,21 @@ import numpy.typing as npt
 _IR_VERSION, _OPSET = 7, 13
 _ELEMENT_TYPES = {np.dtype(np.float32): 1, np.dtype(np.int64): 7, np.dtype(np.float16): 10}
 
+# Of `with_weights`: ONNX Runtime treats only a few bytes in another way than many.
+WEIGHTS = 1 << 14
+
 _Value = tuple[str, npt.DTypeLike, int]
 
 
 def identity() -> bytes:
     """A graph that gives back its input: float32 x [n] -> y [n]."""
     return _model([("Identity", ["x"], "y", {})], [("x", np.float32, 1)], ("y", np.float32, 1))
+
+
+def products() -> bytes:
+    """A graph that multiplies rows with rows: float32 x [n, width], rows [m, width] -> products [n, m]."""
+    nodes = [("Gemm", ["x", "rows"], "products", {"transB": 1})]
+    return _model(nodes, [("x", np.float32, 2), ("rows", np.float32, 2)], ("products", np.float32, 2))
 
 
 def rearrangement(dtype: npt.DTypeLike) -> bytes:
@@ -31,10 +40,21 @@ def rearrangement(dtype: npt.DTypeLike) -> bytes:
     return _model(nodes, inputs, ("moved", dtype, 4))
 
 
+def with_weights() -> bytes:
+    """A graph that adds weights [WEIGHTS], which the caller has to give, to its input: float32 x [WEIGHTS] -> sums [WEIGHTS]."""
+    values: list[_Value] = [("x", np.float32, 1), ("sums", np.float32, 1)]
+    return _model([("Add", ["x", "weights"], "sums", {})], values[:1], values[1], weights="weights")
+
+
 def _model(
-    nodes: Sequence[tuple[str, list[str], str, dict[str, int]]], inputs: Sequence[_Value], output: _Value
+    nodes: Sequence[tuple[str, list[str], str, dict[str, int]]],
+    inputs: Sequence[_Value],
+    output: _Value,
+    weights: str = "",
 ) -> bytes:
     graph = b"".join(_field(1, _node(*node)) for node in nodes) + _field(2, b"helper")
+    if weights:
+        graph += _field(5, _external(weights))
     graph += b"".join(_field(11, _value_info(*value)) for value in inputs) + _field(12, _value_info(*output))
     return _field(1, _IR_VERSION) + _field(7, graph) + _field(8, _field(2, _OPSET))
 
@@ -45,6 +65,13 @@ def _node(kind: str, inputs: list[str], output: str, attributes: dict[str, int])
     for name, number in attributes.items():
         encoded += _field(5, _field(1, name.encode()) + _field(3, number) + _field(20, 2))  # 2: an integer
     return encoded
+
+
+def _external(name: str) -> bytes:
+    """An initializer whose data are elsewhere."""
+    location = _field(1, b"location") + _field(2, b"nowhere")
+    tensor = _field(1, WEIGHTS) + _field(2, _ELEMENT_TYPES[np.dtype(np.float32)]) + _field(8, name.encode())
+    return tensor + _field(13, location) + _field(14, 1)  # 1: external
 
 
 def _value_info(name: str, dtype: npt.DTypeLike, rank: int) -> bytes:

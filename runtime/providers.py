@@ -4,6 +4,7 @@ ONNX Runtime falls back to the CPU without a word in its results; here nothing d
 """
 
 import contextlib
+import functools
 import io
 import logging
 import os
@@ -11,6 +12,7 @@ import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import numpy.typing as npt
@@ -38,6 +40,8 @@ _log = logging.getLogger(__name__)
 _SILENT, _WARNINGS = 4, 2
 # A graph that ONNX Runtime has loaded.
 Graph: TypeAlias = ort.InferenceSession
+# What graphs read where it is, for as long as they are there.
+_weights_in_use: WeakKeyDictionary[Graph, Mapping[str, npt.NDArray[np.generic]]] = WeakKeyDictionary()
 # Long enough for the way from one forward pass to the next: a thread that sleeps meanwhile is slow to wake, above all in
 # virtual machines. By default it is far longer: processes side by side then take each other's cores while they wait.
 _SPIN_MICROSECONDS = "1000"
@@ -74,7 +78,6 @@ def open_graph(
     threads: int,
     name: object,
     optimize: bool = True,
-    pack: bool = True,
     alone: bool = True,
     weights: Mapping[str, npt.NDArray[np.generic]] | None = None,
 ) -> Graph:
@@ -86,10 +89,8 @@ def open_graph(
         threads: of one operator.
         name: what errors call the graph.
         optimize: otherwise the graph's nodes run as they are, none of them already while it is opened.
-        pack: otherwise matrices are multiplied as they lie in the file, mapped: slower, without memory of their own.
         alone: otherwise another graph runs between its passes, in whose way its threads would be if they waited for the next.
-        weights: in place of external data of these names; the graph reads them where they are, so the caller keeps
-            them as long as the graph.
+        weights: in place of external data of these names; not to be changed afterwards.
 
     Raises:
         BackendError: the provider doesn't load or takes none of the graph's operators, or the graph can't be loaded.
@@ -107,11 +108,8 @@ def open_graph(
     if not optimize:
         options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
         options.enable_cpu_mem_arena = False
-    if not pack:
-        options.add_session_config_entry("session.disable_prepacking", "1")
     if weights:
-        values = [ort.OrtValue.ortvalue_from_numpy(array) for array in weights.values()]
-        options.add_external_initializers(list(weights), values)
+        _give(options, weights)
     elsewhere = provider != devices.CPU
     if elsewhere:
         options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
@@ -129,6 +127,8 @@ def open_graph(
         raise devices.not_loaded(provider, why_not(provider) or "ONNX Runtime took the CPU instead and doesn't say why")
     if elsewhere:
         _check_share(session, provider, name)
+    if weights and not _copies_weights():
+        _weights_in_use[session] = weights
     return session
 
 
@@ -187,6 +187,30 @@ def failure(what: str, error: Exception) -> BackendError:
         limit = resources.memory()
         reason = "there isn't enough memory" + (f" (the tightest limit is {limit.reason})" if limit else "")
     return BackendError(f"{what}: {reason}")
+
+
+def _give(options: ort.SessionOptions, weights: Mapping[str, npt.NDArray[np.generic]]) -> None:
+    options.add_external_initializers(
+        list(weights), [ort.OrtValue.ortvalue_from_numpy(each) for each in weights.values()]
+    )
+
+
+@functools.cache
+def _copies_weights() -> bool:
+    """Whether graphs have copies of the weights that they are given, so that the caller's can go.
+
+    ONNX Runtime's documentation doesn't say; its versions 1.23 to 1.32 have.
+    """
+    from . import helper_graphs
+
+    given = np.ones(helper_graphs.WEIGHTS, np.float32)
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = 1
+    _give(options, {"weights": given})
+    session = ort.InferenceSession(helper_graphs.with_weights(), options, providers=[devices.CPU])
+    given[:] = 2
+    (sums,) = session.run(None, {"x": np.zeros_like(given)})
+    return bool((np.asarray(sums) == 1).all())
 
 
 def _preload(provider: str) -> None:

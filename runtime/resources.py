@@ -4,6 +4,8 @@ Knows no ONNX Runtime. Limits come from the scheduler's affinity, from control g
 process's own too: https://docs.kernel.org/admin-guide/cgroup-v2.html) and from the address-space limit.
 """
 
+import contextlib
+import ctypes
 import functools
 import math
 import os
@@ -178,3 +180,9 @@ def _numbers(path: Path, unit: int = 1) -> dict[str, int]:
     """Lines of a name and a number."""
     pairs = (line.split() for line in _text(path).splitlines())
     return {pair[0]: int(pair[1]) * unit for pair in pairs if len(pair) >= 2 and pair[1].isdecimal()}
+
+
+def return_freed_memory() -> None:
+    """Returns to the system what this process has freed, where the C library would keep it for later (glibc)."""
+    with contextlib.suppress(OSError, AttributeError, TypeError):
+        ctypes.CDLL(None).malloc_trim(0)

@@ -13,6 +13,7 @@ import math
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -53,9 +54,23 @@ def candidates(positions: int, certain: int | None, vocab_size: int) -> int:
     return count if positions * count <= _MOST and count < vocab_size else 0
 
 
+class RoundedHead(NamedTuple):
+    """An output head in 8 bits.
+
+    Attributes:
+        rows: uint8 [vocabulary, blocks, size of a block]: 128 stands for 0.
+        scales: what one step in a block is, float32 [vocabulary, blocks].
+        bias: float32 [vocabulary].
+    """
+
+    rows: npt.NDArray[np.uint8]
+    scales: Array
+    bias: Array
+
+
 @dataclass(frozen=True)
 class Estimates:
-    """The output head in 8 bits, arranged so that rounding costs little.
+    """How inputs are arranged for a rounded head, and how far off its products can be.
 
     With x the input and w a row of the head, x w = (x - mean) (w - common) + (x - mean) common + mean w. The first product is
     rounded, after one side was multiplied and the other divided by `balance`; the rest isn't.
@@ -64,67 +79,19 @@ class Estimates:
         mean: of the inputs, float32 [width].
         common: about the mean of the rows, float32 [width].
         balance: float32 [width].
-        rows: the rows without `common`, divided by `balance`, uint8 [vocabulary, blocks, size of a block]: 128 stands for 0.
-        scales: what one step in a block is, float32 [vocabulary, blocks].
-        bias: mean w of each row, float32 [vocabulary].
-        error: what rounding one of `rows` changed, as a share of its length; the largest.
-        longest: length of the longest of `rows`.
+        block_size: numbers that share a scale.
+        error: what rounding a row changed, as a share of its length; the largest.
+        longest: length of the longest rounded row.
         longest_row: of the head itself.
     """
 
     mean: Array
     common: Array
     balance: Array
-    rows: npt.NDArray[np.uint8]
-    scales: Array
-    bias: Array
+    block_size: int
     error: np.float32
     longest: np.float32
     longest_row: np.float32
-
-    @classmethod
-    def of(cls, rows: Rows, vocab_size: int, states: Array, block_size: int, threads: int = 1) -> "Estimates":
-        """Arranges a head for inputs such as these.
-
-        Args:
-            rows: the head's.
-            vocab_size: how many rows it has.
-            states: float32 [count, width].
-            block_size: numbers that share a scale; the width is a multiple.
-            threads: that work on it.
-
-        Raises:
-            MemoryError: there isn't enough for the result, a fourth of the head.
-        """
-        width = states.shape[1]
-        sample = np.concatenate([rows(at, min(at + _SAMPLED, vocab_size)) for at in range(0, vocab_size, _OF)])
-        mean, common = states.mean(0), sample.mean(0)
-        balance = np.sqrt(_spread(sample, common) / _spread(states, mean))
-        data = np.empty((vocab_size, width // block_size, block_size), np.uint8)
-        scales, bias = np.empty(data.shape[:2], np.float32), np.empty(vocab_size, np.float32)
-
-        def fill(first: int) -> tuple[np.float32, np.float32, np.float32]:
-            part = slice(first, min(first + _AT_ONCE, vocab_size))
-            exact = rows(part.start, part.stop)
-            bias[part] = exact @ mean
-            squares = np.einsum("rw,rw->r", exact, exact)
-            arranged = ((exact - common) / balance).reshape(len(exact), *data.shape[1:])
-            steps = np.maximum(arranged.max(-1), -arranged.min(-1)) / np.float32(_LARGEST)
-            steps[steps == 0] = 1
-            values = np.rint(arranged / steps[..., None])
-            np.add(values, 128, out=data[part], casting="unsafe")
-            scales[part] = steps
-            values *= steps[..., None]
-            lengths = np.sqrt(np.einsum("rbk,rbk->r", values, values))
-            arranged -= values
-            errors = np.sqrt(np.einsum("rbk,rbk->r", arranged, arranged))
-            return (errors / np.where(lengths > 0, lengths, 1)).max(), lengths.max(), squares.max()
-
-        with ThreadPoolExecutor(threads) as pool:
-            found = np.array(list(pool.map(fill, range(0, vocab_size, _AT_ONCE))))
-        # Which is no number if one of them isn't, and then nothing is certain.
-        error, longest, square = found.max(0)
-        return cls(mean, common, balance, data, scales, bias, error, longest, np.sqrt(square))
 
     def margin(self, states: Array, balanced: Array) -> Array:
         """By how much estimates for inputs [count, width] are off at most, float32 [count].
@@ -136,14 +103,65 @@ class Estimates:
 
         Args:
             states: the inputs.
-            balanced: (states - mean) * balance, what `rows` are multiplied with.
+            balanced: (states - mean) * balance, what the rounded rows are multiplied with.
         """
-        size = self.rows.shape[-1]
-        peaks = np.abs(balanced).reshape(len(states), -1, size).max(-1)
-        half_steps = np.float32(math.sqrt(size) / (2 * _LARGEST))
+        peaks = np.abs(balanced).reshape(len(states), -1, self.block_size).max(-1)
+        half_steps = np.float32(math.sqrt(self.block_size) / (2 * _LARGEST))
         share = self.error * _length(balanced) + half_steps * _length(peaks)
         lengths = self.longest_row * (_length(states) + _length(self.mean)) + self.longest * _length(balanced)
         return np.asarray(share * self.longest + lengths * np.float32(len(self.mean)) * _EPSILON, np.float32)
+
+
+def round_head(
+    rows: Rows, vocab_size: int, states: Array, block_size: int, threads: int = 1
+) -> tuple[RoundedHead, Estimates]:
+    """Rounds a head so that this costs little for inputs such as these.
+
+    Args:
+        rows: the head's.
+        vocab_size: how many rows it has.
+        states: float32 [count, width].
+        block_size: numbers that share a scale; the width is a multiple.
+        threads: that work on it.
+
+    Returns:
+        The head in 8 bits: its rows without `common`, divided by `balance`, and as bias mean w of each row. And how
+        inputs are arranged for it.
+
+    Raises:
+        MemoryError: there isn't enough for the result, a fourth of the head.
+    """
+    width = states.shape[1]
+    sample = np.concatenate([rows(at, min(at + _SAMPLED, vocab_size)) for at in range(0, vocab_size, _OF)])
+    mean, common = states.mean(0), sample.mean(0)
+    balance = np.sqrt(_spread(sample, common) / _spread(states, mean))
+    data = np.empty((vocab_size, width // block_size, block_size), np.uint8)
+    scales, bias = np.empty(data.shape[:2], np.float32), np.empty(vocab_size, np.float32)
+
+    def fill(first: int) -> tuple[np.float32, np.float32, np.float32]:
+        part = slice(first, min(first + _AT_ONCE, vocab_size))
+        exact = rows(part.start, part.stop)
+        bias[part] = exact @ mean
+        squares = np.einsum("rw,rw->r", exact, exact)
+        arranged = ((exact - common) / balance).reshape(len(exact), *data.shape[1:])
+        steps = np.maximum(arranged.max(-1), -arranged.min(-1)) / np.float32(_LARGEST)
+        steps[steps == 0] = 1
+        values = np.rint(arranged / steps[..., None])
+        np.add(values, 128, out=data[part], casting="unsafe")
+        scales[part] = steps
+        values *= steps[..., None]
+        lengths = np.sqrt(np.einsum("rbk,rbk->r", values, values))
+        arranged -= values
+        errors = np.sqrt(np.einsum("rbk,rbk->r", arranged, arranged))
+        return (errors / np.where(lengths > 0, lengths, 1)).max(), lengths.max(), squares.max()
+
+    with ThreadPoolExecutor(threads) as pool:
+        found = np.array(list(pool.map(fill, range(0, vocab_size, _AT_ONCE))))
+    # Which is no number if one of them isn't, and then nothing is certain.
+    error, longest, square = found.max(0)
+    return RoundedHead(data, scales, bias), Estimates(
+        mean, common, balance, block_size, error, longest, np.sqrt(square)
+    )
 
 
 def _spread(vectors: Array, mean: Array) -> Array:

@@ -82,6 +82,7 @@ def check_screening_head(
         (contract.HIDDEN_STATES, contract.BALANCED), (_FLOATS, (None, config.n_embd))
     )
     wanted |= {contract.COMMON: (_FLOATS, (None, 1)), contract.CANDIDATES: ("tensor(int64)", (1,))}
+    wanted[contract.HEAD] = (_FLOATS, (config.vocab_size, config.n_embd))
     _compare("input", inputs, wanted, graph)
     wanted = {contract.LOGITS: (_FLOATS, (None, config.vocab_size)), contract.HIGHEST: (_FLOATS, (None, None))}
     _compare("output", outputs, wanted, graph)

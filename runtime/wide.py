@@ -49,8 +49,6 @@ class WideGraph:
     def __init__(self, bundle: Bundle, threads: int, after: int) -> None:
         self._bundle, self._threads, self._left, self._tried = bundle, threads, after, False
         self._graph: providers.Graph | None = None
-        # The graph reads them where they are.
-        self._weights: dict[str, npt.NDArray[np.generic]] = {}
         if after == 0:
             self._try()
 
@@ -88,7 +86,9 @@ class WideGraph:
         self._bundle.check_in_place()
         if short := resources.shortage(footprint.wide_memory(self._bundle)):
             raise BackendError(f"{path} needs about {short}")
-        self._weights = make_weights(self._bundle, self._threads)
-        graph = providers.open_graph(path, devices.CPU, threads=self._threads, name=path, weights=self._weights)
+        weights = make_weights(self._bundle, self._threads)
+        graph = providers.open_graph(path, devices.CPU, threads=self._threads, name=path, weights=weights)
         signature.check(self._bundle.config, "tensor(float)", *providers.declared(graph, path), path)
         self._graph = graph
+        del weights
+        resources.return_freed_memory()

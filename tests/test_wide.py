@@ -4,6 +4,7 @@ import gc
 import inspect
 import logging
 import shutil
+import weakref
 from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
@@ -19,7 +20,7 @@ from gpt2onnx.errors import BackendError, BundleError, OptionError
 from gpt2onnx.exporter.stored import StoredWeights, in_axis
 from gpt2onnx.models.bundle import WIDE_GRAPH, WIDE_WEIGHTS, Bundle, describe_files
 from gpt2onnx.models.shapes import weight_shapes
-from gpt2onnx.runtime import footprint, resources, wide
+from gpt2onnx.runtime import footprint, providers, resources, wide
 from gpt2onnx.runtime.session import Session
 
 PRECISIONS: dict[str, dict[str, Any]] = {
@@ -36,7 +37,7 @@ def made(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
         export = import_module("gpt2onnx.exporter.export")
         patch.setattr(export, "_WIDE_WIDTH", 0)
         # It is the graphs that are looked at, not how well they do: fewer texts are enough, and much faster.
-        patch.setattr(export, "_MORE_TEXTS", 16)
+        patch.setattr(export, "_MORE_TEXTS", 4)
         folder = tmp_path_factory.mktemp("wide") / "bundle"
         return gpt2onnx.export("tales", folder, quality=False, **PRECISIONS[request.param])
 
@@ -80,9 +81,39 @@ def test_graphs_share_a_cache(made: Bundle) -> None:
     mixed = logits(both, tokens, wide.FEWEST, *steps)
     assert not np.array_equal(mixed[:, wide.FEWEST - 1], alone[:, wide.FEWEST - 1]), "which graph was it?"
     assert np.abs(mixed - alone).max() < 0.1 * np.abs(alone).max()
-    # The arrays that ONNX Runtime reads are still there.
+
+
+@pytest.mark.parametrize("copied", [True, False])
+@pytest.mark.parametrize("made", ["int8"], indirect=True)
+def test_weights_are_kept_only_where_they_are_read(made: Bundle, copied: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    given: list[np.ndarray] = []
+
+    def make_weights(*arguments: Any) -> dict[str, np.ndarray]:
+        weights = original(*arguments)
+        given.extend(weights.values())
+        return weights
+
+    original = wide.make_weights
+    monkeypatch.setattr(wide, "make_weights", make_weights)
+    if not copied:
+        monkeypatch.setattr(providers, "_copies_weights", lambda: False)
+    session = Session(made, threads=1, wide_after=0)
+    tokens = np.random.default_rng(0).integers(made.config.vocab_size, size=(1, 20))
+    expected = logits(session, tokens, 20)
+    if copied and providers._copies_weights():
+        # Nothing reads these any more.
+        for each in given:
+            each.fill(0)
+        del each
+        np.testing.assert_array_equal(logits(session, tokens, 20), expected)
+    seen = [weakref.ref(each) for each in given]
+    given.clear()
     gc.collect()
-    np.testing.assert_array_equal(logits(both, tokens, wide.FEWEST, *steps), mixed)
+    held = [each() is not None for each in seen]
+    assert held == [not (copied and providers._copies_weights())] * len(seen)
+    del session
+    gc.collect()
+    assert not any(each() is not None for each in seen)
 
 
 def opened(session: Session, rows: int, passes: int, count: int = 1) -> int | None:
