@@ -71,15 +71,15 @@ bench: $(VENV)/installed-dev
 docs: $(VENV)/installed-dev
 	$(BIN)/cog -r docs/cli.md docs/guide.md
 
-$(VENV)/bin/python:
+$(BIN)/uv:
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet uv
 
-$(VENV)/installed-demo: $(VENV)/bin/python pyproject.toml
+$(VENV)/installed-demo: pyproject.toml | $(BIN)/uv
 	$(BIN)/uv pip install --quiet --python $(VENV) '.[cpu,export]'
 	touch $@
 
-$(VENV)/installed-dev: $(VENV)/bin/python pyproject.toml
+$(VENV)/installed-dev: pyproject.toml | $(BIN)/uv
 	$(BIN)/uv pip install --quiet --python $(VENV) --editable '.[dev]'
 	touch $@
 

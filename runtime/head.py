@@ -26,6 +26,8 @@ WORTH = 96
 _NOTED = 256
 # After so many screened passes it goes on if this share of them was certain; otherwise the whole head was read, too.
 _TRIED, _LEAST_SUCCESS = 128, 0.75
+# Rows of the table that are looked at, and by what share of the largest logit others may differ from those of packed weights.
+_EVERY, _CLOSE = 500, 1e-4
 
 
 def usable(bundle: Bundle) -> bool:
@@ -60,9 +62,8 @@ class OutputHead:
 
     def __init__(self, bundle: Bundle, threads: int, screen_after: int | None = WORTH) -> None:
         self._bundle, self._threads = bundle, threads
-        # Its weights packed for the processor, which takes memory of its own; and as they are in the file, which is slower.
-        # The one is open at first, the other beside the head that screens; then the first, too, where it is called for again
-        # and can be had.
+        # Weights packed for the processor, which takes memory of its own: open at first, and then where all logits are called
+        # for again. The table is slower, for the few passes of the head that screens that turn out not to be certain.
         self._packed: providers.Graph | None = self._open()
         self._table: _Table | None = None
         self._can_pack = True
@@ -115,11 +116,12 @@ class OutputHead:
         self._noted.clear()
         try:
             self._bundle.check_in_place()
-            self._table = _Table(self._bundle, self._threads)
+            table = _Table(self._bundle, self._threads)
+            table.check(states, exact)
             self._bundle.check_in_place()  # again: what is mapped belongs to this bundle
-            # Its memory serves the estimates.
-            self._packed = None
-            made = _Screening(self._bundle, self._table, noted, self._threads)
+            # The packed head's memory serves the estimates.
+            self._table, self._packed = table, None
+            made = _Screening(self._bundle, table, noted, self._threads)
             made.check(states, exact)
             self._bundle.check_in_place()
         except Exception as error:  # noqa: BLE001  # whatever it is, the whole head does without this
@@ -149,6 +151,7 @@ class OutputHead:
         path = self._bundle.folder / HEAD_GRAPH
         self._bundle.check_in_place()
         graph = providers.open_graph(path, devices.CPU, threads=self._threads, name=path, alone=False)
+        self._bundle.check_in_place()
         signature.check_head(self._bundle.config, *providers.declared(graph, path), path)
         return graph
 
@@ -162,17 +165,29 @@ class _Table:
 
     def __init__(self, bundle: Bundle, threads: int) -> None:
         graph, config = bundle.folder / HEAD_GRAPH, bundle.config
-        # In parts, one after another.
         parts = external_data.places(graph.read_bytes())
         shape = config.vocab_size, config.n_embd
         if sum(part.length for part in parts) != 4 * math.prod(shape):
             raise BundleError(f"{graph} isn't the output head that config.json describes")
-        self._path, self._offset = graph.parent / parts[0].location, min(part.offset for part in parts)
+        # One after another, as `check` will see.
+        self._path, self._offset = graph.parent / parts[0].location, parts[0].offset
         self.rows = np.memmap(self._path, np.float32, "r", self._offset, shape)
         name = "a graph of the output head"
         self._graph = providers.open_graph(
             helper_graphs.products(), devices.CPU, threads=threads, name=name, alone=False
         )
+
+    def check(self, states: Array, exact: Array) -> None:
+        """Compares some rows' products with logits: are they the head's?
+
+        Raises:
+            BackendError: they aren't.
+        """
+        some = slice(None, None, _EVERY)
+        flat = states.reshape(-1, states.shape[-1])
+        expected = exact.reshape(len(flat), -1)[:, some]
+        if np.abs(flat @ self.rows[some].T - expected).max() > _CLOSE * np.abs(expected).max():
+            raise BackendError(f"{self._path} doesn't hold the output head")
 
     def logits(self, states: Array) -> Array:
         """All logits [positions, vocabulary] of states [positions, width], more slowly than by weights that are packed."""

@@ -88,6 +88,7 @@ class WideGraph:
             raise BackendError(f"{path} needs about {short}")
         weights = make_weights(self._bundle, self._threads)
         graph = providers.open_graph(path, devices.CPU, threads=self._threads, name=path, weights=weights)
+        self._bundle.check_in_place()  # again: all that was read is of one bundle
         signature.check(self._bundle.config, "tensor(float)", *providers.declared(graph, path), path)
         self._graph = graph
         del weights

@@ -1,6 +1,7 @@
 """Cores and memory: what a process may use, from made-up machines, and what is refused for it."""
 
 import os
+import platform
 import re
 import resource
 import subprocess
@@ -17,6 +18,7 @@ from gpt2onnx.errors import BackendError, OptionError
 from gpt2onnx.models.bundle import Bundle, FileRecord
 from gpt2onnx.runtime import footprint, resources
 from gpt2onnx.runtime.cache import Cache
+from gpt2onnx.runtime.experiments.machine import process_memory
 from gpt2onnx.runtime.results import Request
 
 V2 = "40 30 0:35 / /sys/fs/cgroup rw,nosuid shared:9 - cgroup2 cgroup2 rw,nsdelegate\n"
@@ -290,3 +292,19 @@ def test_estimate_is_no_more_than_what_loading_takes(tales_bundle: Path, tales_i
         done = subprocess.run([sys.executable, "-c", code, folder], capture_output=True, check=True)
         estimate, taken = map(int, done.stdout.split())
         assert 0.7 * taken < estimate <= taken, f"{folder}: estimated {estimate}, took {taken}"
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other C libraries have no such call")
+def test_freed_memory_is_returned() -> None:
+    def anonymous() -> int:
+        used = process_memory().anonymous
+        assert used is not None
+        return used
+
+    # Too small for pages of their own; every hundredth stays, so that the heap doesn't shrink by itself.
+    blocks = [b"1" * 60_000 for _ in range(2000)]
+    kept = blocks[::100]
+    full = anonymous()
+    del blocks
+    resources.return_freed_memory()
+    assert full - anonymous() > 0.8 * 60_000 * (2000 - len(kept))

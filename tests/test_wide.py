@@ -100,6 +100,9 @@ def test_weights_are_kept_only_where_they_are_read(made: Bundle, copied: bool, m
     session = Session(made, threads=1, wide_after=0)
     tokens = np.random.default_rng(0).integers(made.config.vocab_size, size=(1, 20))
     expected = logits(session, tokens, 20)
+    assert given
+    assert session._wide is not None
+    assert session._wide._graph is not None
     if copied and providers._copies_weights():
         # Nothing reads these any more.
         for each in given:
