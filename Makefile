@@ -76,11 +76,11 @@ $(BIN)/uv:
 	$(BIN)/pip install --quiet uv
 
 $(VENV)/installed-demo: pyproject.toml | $(BIN)/uv
-	$(BIN)/uv pip install --quiet --python $(VENV) '.[cpu,export]'
+	$(BIN)/uv pip install --quiet --compile-bytecode --python $(VENV) '.[cpu,export]'
 	touch $@
 
 $(VENV)/installed-dev: pyproject.toml | $(BIN)/uv
-	$(BIN)/uv pip install --quiet --python $(VENV) --editable '.[dev]'
+	$(BIN)/uv pip install --quiet --compile-bytecode --python $(VENV) --editable '.[dev]'
 	touch $@
 
 clean:

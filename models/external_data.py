@@ -47,7 +47,7 @@ def locations(model: bytes) -> set[str]:
 
 
 def places(model: bytes) -> list[Place]:
-    """Where tensors have their external data.
+    """Where tensors have their external data, in no order.
 
     Args:
         model: the content of a .onnx file.

@@ -170,7 +170,7 @@ class _Table:
         if sum(part.length for part in parts) != 4 * math.prod(shape):
             raise BundleError(f"{graph} isn't the output head that config.json describes")
         # One after another, as `check` will see.
-        self._path, self._offset = graph.parent / parts[0].location, parts[0].offset
+        self._path, self._offset = graph.parent / parts[0].location, min(part.offset for part in parts)
         self.rows = np.memmap(self._path, np.float32, "r", self._offset, shape)
         name = "a graph of the output head"
         self._graph = providers.open_graph(
