@@ -13,9 +13,6 @@ import numpy.typing as npt
 _IR_VERSION, _OPSET = 7, 13
 _ELEMENT_TYPES = {np.dtype(np.float32): 1, np.dtype(np.int64): 7, np.dtype(np.float16): 10}
 
-# Of `with_weights`: ONNX Runtime treats only a few bytes in another way than many.
-WEIGHTS = 1 << 14
-
 _Value = tuple[str, npt.DTypeLike, int]
 
 
@@ -40,21 +37,21 @@ def rearrangement(dtype: npt.DTypeLike) -> bytes:
     return _model(nodes, inputs, ("moved", dtype, 4))
 
 
-def with_weights() -> bytes:
-    """A graph that adds weights [WEIGHTS], which the caller has to give, to its input: float32 x [WEIGHTS] -> sums [WEIGHTS]."""
-    values: list[_Value] = [("x", np.float32, 1), ("sums", np.float32, 1)]
-    return _model([("Add", ["x", "weights"], "sums", {})], values[:1], values[1], weights="weights")
+def with_weights(count: int) -> bytes:
+    """A graph that adds weights [count], which the caller has to give, to its input: float32 x [count] -> sums [count]."""
+    nodes = [("Add", ["x", "weights"], "sums", {})]
+    return _model(nodes, [("x", np.float32, 1)], ("sums", np.float32, 1), _external("weights", count))
 
 
 def _model(
     nodes: Sequence[tuple[str, list[str], str, dict[str, int]]],
     inputs: Sequence[_Value],
     output: _Value,
-    weights: str = "",
+    initializer: bytes = b"",
 ) -> bytes:
     graph = b"".join(_field(1, _node(*node)) for node in nodes) + _field(2, b"helper")
-    if weights:
-        graph += _field(5, _external(weights))
+    if initializer:
+        graph += _field(5, initializer)
     graph += b"".join(_field(11, _value_info(*value)) for value in inputs) + _field(12, _value_info(*output))
     return _field(1, _IR_VERSION) + _field(7, graph) + _field(8, _field(2, _OPSET))
 
@@ -67,10 +64,10 @@ def _node(kind: str, inputs: list[str], output: str, attributes: dict[str, int])
     return encoded
 
 
-def _external(name: str) -> bytes:
-    """An initializer whose data are elsewhere."""
+def _external(name: str, count: int) -> bytes:
+    """An initializer of so many numbers in float32, which are elsewhere."""
     location = _field(1, b"location") + _field(2, b"nowhere")
-    tensor = _field(1, WEIGHTS) + _field(2, _ELEMENT_TYPES[np.dtype(np.float32)]) + _field(8, name.encode())
+    tensor = _field(1, count) + _field(2, _ELEMENT_TYPES[np.dtype(np.float32)]) + _field(8, name.encode())
     return tensor + _field(13, location) + _field(14, 1)  # 1: external
 
 
