@@ -39,8 +39,8 @@ def rearrangement(dtype: npt.DTypeLike) -> bytes:
 
 def with_weights(count: int) -> bytes:
     """A graph that adds weights [count], which the caller has to give, to its input: float32 x [count] -> sums [count]."""
-    nodes = [("Add", ["x", "weights"], "sums", {})]
-    return _model(nodes, [("x", np.float32, 1)], ("sums", np.float32, 1), _external("weights", count))
+    weights = _external("weights", count)
+    return _model([("Add", ["x", "weights"], "sums", {})], [("x", np.float32, 1)], ("sums", np.float32, 1), weights)
 
 
 def _model(
