@@ -63,7 +63,7 @@ def command(
     """Continue PROMPT, or standard input where there is none.
 
     Options that aren't given are those of the model's generation_config.json. Giving a sampling option
-    (temperature, top-k, top-p, min-p, typical-p, seed) turns sampling on.
+    (temperature, top-h, top-k, top-p, min-p, typical-p, epsilon-cutoff, eta-cutoff, seed) turns sampling on.
 
     \b
     Examples:

@@ -15,15 +15,33 @@ def token_ids(text: str) -> list[int]:
         raise click.BadParameter(f"{text!r} is not a list of token ids such as 1,2,3") from error
 
 
-def lists_of_token_ids(text: str) -> list[list[int]]:
+def lists_of_token_ids(text: str) -> list[list[Any]]:
     """Reads a list of lists of whole numbers, as JSON."""
+    return _lists(text, "a list of lists of token ids such as [[1,2],[3]]")
+
+
+def sequence_bias(text: str) -> list[list[Any]]:
+    """Reads a list of token sequences with a number each, as JSON."""
+    return _lists(text, "a list of token sequences with a number each such as [[[1,2],-2.5],[[3],1]]")
+
+
+def _lists(text: str, what: str) -> list[list[Any]]:
     try:
         content = json.loads(text)
     except (ValueError, RecursionError):
         content = None
-    if not isinstance(content, list) or not all(isinstance(word, list) for word in content):
-        raise click.BadParameter(f"{text!r} is not a list of lists of token ids such as [[1,2],[3]]")
+    if not isinstance(content, list) or not all(isinstance(one, list) for one in content):
+        raise click.BadParameter(f"{text!r} is not {what}")
     return content
+
+
+def length_and_factor(text: str) -> tuple[int, float]:
+    """Reads a number of tokens and a factor, separated by a comma."""
+    try:
+        length, factor = text.split(",")
+        return int(length), float(factor)
+    except ValueError as error:
+        raise click.BadParameter(f"{text!r} is not a number of tokens and a factor such as 50,1.05") from error
 
 
 def early_stopping(text: str) -> bool | str:
@@ -41,14 +59,28 @@ _OPTIONS: list[tuple[str, Any, str]] = [
     ("--min-length", int, "No end token before so many tokens, prompt included."),
     ("--do-sample/--no-do-sample", None, "Draw the next token instead of taking the likeliest."),
     ("--temperature", float, "Divides the logits before sampling."),
+    ("--top-h", float, "Sample among the likeliest tokens whose terms of the entropy add up to this share of it."),
     ("--top-k", int, "Sample among the k likeliest tokens; 0 for all (default 50)."),
     ("--top-p", float, "Sample among the likeliest tokens whose probabilities add up to p."),
     ("--min-p", float, "Sample among tokens at least p times as likely as the likeliest."),
     ("--typical-p", float, "Sample among the most typical tokens whose probabilities add up to p."),
+    ("--epsilon-cutoff", float, "Sample among tokens of at least this probability."),
+    ("--eta-cutoff", float, "The same with a lower bound where many tokens are likely."),
+    ("--renormalize-logits/--no-renormalize-logits", None, "Log probabilities of what is left, as beams' scores add up."),
     ("--repetition-penalty", float, "Above 1 makes tokens seen before less likely."),
+    ("--encoder-repetition-penalty", float, "Above 1 makes the prompt's tokens more likely."),
     ("--no-repeat-ngram-size", int, "Write no n-gram of this size twice."),
+    ("--encoder-no-repeat-ngram-size", int, "Write no n-gram of this size in the prompt again."),
+    ("--sequence-bias", sequence_bias, "Added where a token sequence is completed, such as [[[1,2],-2.5],[[3],1]]."),
     ("--bad-words-ids", lists_of_token_ids, "Token sequences that are never completed, such as [[1,2],[3]]."),
     ("--suppress-tokens", token_ids, "Tokens that are never chosen, such as 1,2,3."),
+    ("--begin-suppress-tokens", token_ids, "Tokens that are never chosen first."),
+    ("--forced-bos-token-id", int, "First new token after a prompt of one token."),
+    ("--forced-eos-token-id", token_ids, "Token or tokens of which one comes last where the length ends a sequence."),
+    (
+        "--exponential-decay-length-penalty", length_and_factor,
+        "After so many new tokens, end tokens become likelier by a factor each, such as 50,1.05.",
+    ),
     ("--num-beams", int, "Width of the beam search."),
     ("--length-penalty", float, "Exponent of the length that divides a beam's score."),
     ("--early-stopping", early_stopping, "When a beam search ends."),

@@ -62,6 +62,13 @@ PROCESSORS: dict[str, Options] = {
     "min-p 1": {"min_p": 1.0},
     "typical-p": {"top_k": 0, "typical_p": 0.8},
     "typical-p low": {"typical_p": 0.1},
+    "of the prompt": {"encoder_repetition_penalty": 1.5, "encoder_no_repeat_ngram_size": 2},
+    "biased": {"sequence_bias": [[[3], 2.5], [[11, 2, 4], 1.5], [[9, 9], -4.0]], "begin_suppress_tokens": [0, 5, 7, 21]},
+    "forced": {"forced_bos_token_id": 6, "forced_eos_token_id": [9, 4]},
+    "ever likelier to end": {"exponential_decay_length_penalty": [5, 1.4]},
+    "top-h": {"top_h": 0.6, "temperature": 1.4},
+    "epsilon": {"top_k": 0, "epsilon_cutoff": 0.02},
+    "eta, renormalized": {"eta_cutoff": 0.02, "renormalize_logits": True},
     "all together": {
         "repetition_penalty": 1.2, "no_repeat_ngram_size": 3, "bad_words_ids": [[4], [6, 8]], "suppress_tokens": [1, 2],
         "temperature": 0.9, "top_k": 40, "top_p": 0.95, "min_p": 0.01, "typical_p": 0.95,

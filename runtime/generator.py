@@ -79,14 +79,25 @@ class Model:
         min_length: int | None = None,
         do_sample: bool | None = None,
         temperature: float | None = None,
+        top_h: float | None = None,
         top_k: int | None = None,
         top_p: float | None = None,
         min_p: float | None = None,
         typical_p: float | None = None,
+        epsilon_cutoff: float | None = None,
+        eta_cutoff: float | None = None,
+        renormalize_logits: bool | None = None,
         repetition_penalty: float | None = None,
+        encoder_repetition_penalty: float | None = None,
         no_repeat_ngram_size: int | None = None,
+        encoder_no_repeat_ngram_size: int | None = None,
+        sequence_bias: Sequence[tuple[Sequence[int], float]] | None = None,
         bad_words_ids: Sequence[Sequence[int]] | None = None,
         suppress_tokens: Sequence[int] | None = None,
+        begin_suppress_tokens: Sequence[int] | None = None,
+        forced_bos_token_id: int | None = None,
+        forced_eos_token_id: int | Sequence[int] | None = None,
+        exponential_decay_length_penalty: tuple[int, float] | None = None,
         num_beams: int | None = None,
         length_penalty: float | None = None,
         early_stopping: bool | Literal["never"] | None = None,
@@ -140,14 +151,25 @@ class Model:
         min_length: int | None = None,
         do_sample: bool | None = None,
         temperature: float | None = None,
+        top_h: float | None = None,
         top_k: int | None = None,
         top_p: float | None = None,
         min_p: float | None = None,
         typical_p: float | None = None,
+        epsilon_cutoff: float | None = None,
+        eta_cutoff: float | None = None,
+        renormalize_logits: bool | None = None,
         repetition_penalty: float | None = None,
+        encoder_repetition_penalty: float | None = None,
         no_repeat_ngram_size: int | None = None,
+        encoder_no_repeat_ngram_size: int | None = None,
+        sequence_bias: Sequence[tuple[Sequence[int], float]] | None = None,
         bad_words_ids: Sequence[Sequence[int]] | None = None,
         suppress_tokens: Sequence[int] | None = None,
+        begin_suppress_tokens: Sequence[int] | None = None,
+        forced_bos_token_id: int | None = None,
+        forced_eos_token_id: int | Sequence[int] | None = None,
+        exponential_decay_length_penalty: tuple[int, float] | None = None,
         seed: int | None = None,
         eos_token_id: int | Sequence[int] | None = None,
         stop: str | Sequence[str] | None = None,
@@ -308,9 +330,17 @@ class Model:
             raise OptionError(
                 f"max_length {options.max_length} leaves no room after a prompt of {prompt_length} tokens"
             )
-        worst = max((token for word in options.bad_words_ids or () for token in word), default=0)
-        if worst >= self.config.vocab_size:
-            raise OptionError(f"bad_words_ids holds {worst}, but the vocabulary ends at {self.config.vocab_size - 1}")
+        forced = options.forced_bos_token_id
+        known: dict[str, Iterable[Sequence[int]]] = {
+            "bad_words_ids": options.bad_words_ids or (),
+            "sequence_bias": (ids for ids, _ in options.sequence_bias or ()),
+            "forced_bos_token_id": [] if forced is None else [[forced]],
+            "forced_eos_token_id": [options.forced_eos_token_ids],
+        }
+        for name, sequences in known.items():
+            worst = max((token for ids in sequences for token in ids), default=0)
+            if worst >= self.config.vocab_size:
+                raise OptionError(f"{name} holds {worst}, but the vocabulary ends at {self.config.vocab_size - 1}")
 
     def prompt_ids(self, prompt: Prompt) -> Tokens:
         """The tokens of a prompt, int64 [length]; raises PromptError where it is empty, too long, or not in the vocabulary."""

@@ -12,28 +12,47 @@ import numpy as np
 import numpy.typing as npt
 
 from .options import GenerationConfig
-from .sampling import Logits
+from .sampling import Logits, log_softmax
 
 Tokens = npt.NDArray[np.int64]
 Processor = Callable[[Tokens, Logits], None]
 
 
-def processors(options: GenerationConfig, prompt_length: int) -> list[Processor]:
-    """The processors that the options ask for, in the order in which transformers applies them."""
+def processors(options: GenerationConfig, prompt: Tokens) -> list[Processor]:
+    """The processors that the options ask for after a prompt, int64 [length], in the order in which transformers applies them."""
     chain: list[Processor] = []
     ends = options.eos_token_ids
+    if options.sequence_bias:
+        chain.append(sequence_bias(options.sequence_bias))
+    # What transformers calls the encoder's is the prompt of a model without one.
+    if options.encoder_repetition_penalty != 1.0:
+        chain.append(repetition_penalty(1 / options.encoder_repetition_penalty, prompt))
     if options.repetition_penalty != 1.0:
         chain.append(repetition_penalty(options.repetition_penalty))
     if options.no_repeat_ngram_size > 0:
         chain.append(no_repeat_ngram(options.no_repeat_ngram_size))
+    if options.encoder_no_repeat_ngram_size > 0:
+        chain.append(no_repeat_ngram(options.encoder_no_repeat_ngram_size, prompt))
     if options.bad_words_ids:
         chain.append(bad_words(options.bad_words_ids, ends))
     if options.min_length > 0 and ends:
         chain.append(min_length(options.min_length, ends))
     if options.min_new_tokens is not None and options.min_new_tokens > 0 and ends:
-        chain.append(min_length(prompt_length + options.min_new_tokens, ends))
+        chain.append(min_length(len(prompt) + options.min_new_tokens, ends))
+    if options.forced_bos_token_id is not None:
+        chain.append(forced([options.forced_bos_token_id], 1))
+    if options.forced_eos_token_ids:
+        chain.append(forced(options.forced_eos_token_ids, len(prompt) + options.new_tokens(len(prompt)) - 1))
+    if options.exponential_decay_length_penalty is not None and ends:
+        start, factor = options.exponential_decay_length_penalty
+        chain.append(exponential_decay(len(prompt) + start, factor, ends))
     if options.suppress_tokens:
         chain.append(suppress(options.suppress_tokens))
+    if options.begin_suppress_tokens:
+        after_forced = len(prompt) == 1 and options.forced_bos_token_id is not None
+        chain.append(suppress(options.begin_suppress_tokens, len(prompt) + after_forced))
+    if options.renormalize_logits and not options.do_sample:  # sampling has it behind its warpers
+        chain.append(renormalize)
     return chain
 
 
@@ -47,28 +66,57 @@ def process(chain: Sequence[Processor], tokens: Tokens, scores: Logits) -> Logit
     return processed
 
 
-def repetition_penalty(penalty: float) -> Processor:
-    """Divides positive scores of tokens seen before by the penalty, multiplies negative ones (RepetitionPenaltyLogitsProcessor)."""
-    factor = np.float32(penalty)
+def sequence_bias(biases: Sequence[tuple[Sequence[int], float]]) -> Processor:
+    """Adds biases to the last token of each sequence where the rest of it has just been written (SequenceBiasLogitsProcessor).
+
+    Of a sequence that is given twice, the last bias counts.
+    """
+    last_given = {tuple(ids): np.float32(bias) for ids, bias in biases}
+    # transformers adds them up by length, single tokens first, the other lengths as they come up.
+    lengths = [1, *(len(ids) for ids in last_given)]
+    ordered = sorted(last_given.items(), key=lambda pair: lengths.index(len(pair[0])))
+    words = [(np.array(ids[:-1], np.int64), ids[-1], bias) for ids, bias in ordered]
 
     def processor(tokens: Tokens, scores: Logits) -> None:
-        seen = scores[tokens]
-        scores[tokens] = np.where(seen < 0, seen * factor, seen / factor)
+        added = np.zeros_like(scores)
+        for before, last, bias in words:
+            if len(before) <= len(tokens) and np.array_equal(tokens[len(tokens) - len(before) :], before):
+                added[last] += bias
+        scores += added
 
     return processor
 
 
-def no_repeat_ngram(size: int) -> Processor:
-    """Forbids tokens that would complete an n-gram seen before (NoRepeatNGramLogitsProcessor)."""
+def repetition_penalty(penalty: float, seen: Tokens | None = None) -> Processor:
+    """Divides positive scores of tokens seen before by the penalty, multiplies negative ones (RepetitionPenaltyLogitsProcessor).
+
+    Of the prompt's tokens only, given as `seen`, with the inverse of the penalty: EncoderRepetitionPenaltyLogitsProcessor.
+    """
+    factor = np.float32(penalty)
+
+    def processor(tokens: Tokens, scores: Logits) -> None:
+        penalised = tokens if seen is None else seen
+        before = scores[penalised]
+        scores[penalised] = np.where(before < 0, before * factor, before / factor)
+
+    return processor
+
+
+def no_repeat_ngram(size: int, seen: Tokens | None = None) -> Processor:
+    """Forbids tokens that would complete an n-gram seen before (NoRepeatNGramLogitsProcessor).
+
+    Of the prompt's n-grams only, given as `seen`, with which the sequence begins: EncoderNoRepeatNGramLogitsProcessor.
+    """
 
     def processor(tokens: Tokens, scores: Logits) -> None:
         if len(tokens) < size:
             return
+        text = tokens if seen is None else seen
         # Where the last size - 1 tokens stood before, what followed them is forbidden.
-        ends = np.arange(len(tokens)) if size == 1 else np.flatnonzero(tokens[size - 2 : -1] == tokens[-1]) + size - 1
+        ends = np.arange(len(text)) if size == 1 else np.flatnonzero(text[size - 2 : -1] == tokens[-1]) + size - 1
         for offset in range(2, size):
-            ends = ends[tokens[ends - offset] == tokens[-offset]]
-        scores[tokens[ends]] = -np.inf
+            ends = ends[text[ends - offset] == tokens[-offset]]
+        scores[text[ends]] = -np.inf
 
     return processor
 
@@ -102,14 +150,63 @@ def min_length(length: int, ends: Sequence[int]) -> Processor:
     return processor
 
 
-def suppress(token_ids: Sequence[int]) -> Processor:
-    """Forbids tokens (SuppressTokensLogitsProcessor)."""
+def forced(token_ids: Sequence[int], length: int) -> Processor:
+    """Allows nothing but some tokens, all alike, after so many tokens, prompt included.
+
+    ForcedBOSTokenLogitsProcessor after 1, ForcedEOSTokenLogitsProcessor after all but the last one.
+    """
+    allowed = np.array(token_ids, np.int64)
+
+    def processor(tokens: Tokens, scores: Logits) -> None:
+        if len(tokens) == length:
+            scores[:] = -np.inf
+            scores[allowed] = 0
+
+    return processor
+
+
+def exponential_decay(start: int, factor: float, ends: Sequence[int]) -> Processor:
+    """Raises end tokens, the more the further a sequence is beyond a length (ExponentialDecayLengthPenalty).
+
+    Args:
+        start: that length, prompt included.
+        factor: what a score's size is multiplied by, to the power of the tokens beyond; as much less 1 is added.
+        ends: the end tokens.
+    """
+    raised = np.unique(np.array(ends, np.int64))
+    most = np.finfo(np.float32).max
+
+    def processor(tokens: Tokens, scores: Logits) -> None:
+        if len(tokens) <= start:
+            return
+        inside = raised[(raised >= 0) & (raised < len(scores))]
+        before = scores[inside]
+        with np.errstate(over="ignore", invalid="ignore"):  # what isn't finite isn't raised
+            growth = np.float32(min(np.float64(factor) ** (len(tokens) - start) - 1, most))
+            added = np.where(np.isfinite(before), np.minimum(np.abs(before) * growth, most), np.float32(0))
+            scores[inside] = np.minimum(before + added, most)
+
+    return processor
+
+
+def suppress(token_ids: Sequence[int], length: int | None = None) -> Processor:
+    """Forbids tokens (SuppressTokensLogitsProcessor).
+
+    After so many tokens only, where a length is given, prompt included: SuppressTokensAtBeginLogitsProcessor.
+    """
     forbidden = np.array(token_ids, np.int64)
 
     def processor(tokens: Tokens, scores: Logits) -> None:
-        _forbid(scores, forbidden)
+        if length is None or len(tokens) == length:
+            _forbid(scores, forbidden)
 
     return processor
+
+
+def renormalize(tokens: Tokens, scores: Logits) -> None:
+    """Makes log probabilities of the scores (LogitNormalization)."""
+    if scores.max() > -np.inf:
+        scores[:] = log_softmax(scores)
 
 
 def _forbid(scores: Logits, forbidden: Tokens) -> None:

@@ -4,7 +4,7 @@ import logging
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Any, Literal
+from typing import Any, Literal, TypeGuard
 
 from gpt2onnx.errors import OptionError
 
@@ -16,24 +16,20 @@ MOST_SEQUENCES = 1000  # of one prompt at a time; each has a row of the cache
 _SMALLEST, _LARGEST = 1e-30, 1e30
 _TOKEN_IDS_END = 2**31
 # Giving one of these without saying do_sample means sampling.
-SAMPLING_OPTIONS = ("temperature", "top_k", "top_p", "min_p", "typical_p", "seed")
+SAMPLING_OPTIONS = (
+    "temperature", "top_h", "top_k", "top_p", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff", "seed",
+)  # fmt: skip
 
 # What else in transformers' GenerationConfig changes tokens, with the value that changes none.
 _NOT_SUPPORTED = {
-    "begin_suppress_tokens": None,
     "diversity_penalty": 0.0,
-    "encoder_no_repeat_ngram_size": 0,
-    "encoder_repetition_penalty": 1.0,
-    "epsilon_cutoff": 0.0,
-    "eta_cutoff": 0.0,
-    "exponential_decay_length_penalty": None,
-    "forced_bos_token_id": None,
-    "forced_eos_token_id": None,
+    "dola_layers": None,
+    "force_words_ids": None,
     "guidance_scale": 1.0,
+    "max_time": None,
+    "num_beam_groups": 1,
     "penalty_alpha": 0.0,
-    "renormalize_logits": False,
-    "sequence_bias": None,
-    "top_h": None,
+    "token_healing": False,
     "watermarking_config": None,
 }
 
@@ -51,14 +47,27 @@ class GenerationConfig:
         min_length: no end token before so many tokens, prompt included.
         do_sample: draw the next token instead of taking the likeliest.
         temperature: divides the logits before sampling; above 0.
+        top_h: sample among the likeliest of the 100 likeliest whose terms of the entropy add up to this share of it.
         top_k: sample among the k likeliest; 0 for all.
         top_p: sample among the likeliest whose probabilities add up to p.
         min_p: sample among those at least p times as likely as the likeliest.
         typical_p: sample among the tokens of most typical surprise whose probabilities add up to p.
+        epsilon_cutoff: sample among the tokens of at least this probability; 0 for all.
+        eta_cutoff: the same with a bound that is lower where many tokens are likely; 0 for all.
+        renormalize_logits: make log probabilities of what processors and filters have left, as beams' scores add up.
         repetition_penalty: above 1 makes tokens seen before less likely.
+        encoder_repetition_penalty: above 1 makes the prompt's tokens more likely.
         no_repeat_ngram_size: no n-gram of this size is written twice; 0 for no limit.
+        encoder_no_repeat_ngram_size: no n-gram of this size in the prompt is written again; 0 for no limit.
+        sequence_bias: pairs of a token sequence and what is added to its last token's logit where the rest has just been
+            written, such as [[[5, 7], -2.5]].
         bad_words_ids: token sequences that are never completed.
         suppress_tokens: tokens that are never chosen.
+        begin_suppress_tokens: tokens that are never chosen first.
+        forced_bos_token_id: the first new token after a prompt of one token.
+        forced_eos_token_id: token or tokens of which one comes last where the length ends a sequence.
+        exponential_decay_length_penalty: a number of new tokens, and a factor: from there on, end tokens become likelier by
+            this factor, less 1, to the power of the tokens since.
         num_beams: width of the beam search; 1 for none.
         length_penalty: exponent of the length that divides a finished beam's score.
         early_stopping: when a beam search ends; True as soon as there are num_beams candidates, False
@@ -78,14 +87,25 @@ class GenerationConfig:
     min_length: int = 0
     do_sample: bool = False
     temperature: float = 1.0
+    top_h: float | None = None
     top_k: int = 50
     top_p: float = 1.0
     min_p: float | None = None
     typical_p: float = 1.0
+    epsilon_cutoff: float = 0.0
+    eta_cutoff: float = 0.0
+    renormalize_logits: bool = False
     repetition_penalty: float = 1.0
+    encoder_repetition_penalty: float = 1.0
     no_repeat_ngram_size: int = 0
+    encoder_no_repeat_ngram_size: int = 0
+    sequence_bias: Sequence[tuple[Sequence[int], float]] | None = None
     bad_words_ids: Sequence[Sequence[int]] | None = None
     suppress_tokens: Sequence[int] | None = None
+    begin_suppress_tokens: Sequence[int] | None = None
+    forced_bos_token_id: int | None = None
+    forced_eos_token_id: int | Sequence[int] | None = None
+    exponential_decay_length_penalty: tuple[int, float] | None = None
     num_beams: int = 1
     length_penalty: float = 1.0
     early_stopping: bool | Literal["never"] = False
@@ -101,24 +121,34 @@ class GenerationConfig:
             self._whole(name, least=1)
         for name in ("num_beams", "num_return_sequences"):
             self._whole(name, least=1, most=MOST_SEQUENCES)
-        for name in ("min_new_tokens", "min_length", "top_k", "no_repeat_ngram_size", "logprobs", "prompt_lookup"):
+        for name in (
+            "min_new_tokens", "min_length", "top_k", "no_repeat_ngram_size", "encoder_no_repeat_ngram_size",
+            "forced_bos_token_id", "logprobs", "prompt_lookup", "seed",
+        ):  # fmt: skip
             self._whole(name, least=0)
-        self._whole("seed", least=0)
         wanted = f"a number from {_SMALLEST:g} to {_LARGEST:g}"
         self._between("temperature", _SMALLEST, _LARGEST, f"{wanted} (for greedy decoding, don't sample)")
         self._between("repetition_penalty", _SMALLEST, _LARGEST, wanted)
-        self._between("top_p", 0, 1, "between 0 and 1")
-        self._between("min_p", 0, 1, "between 0 and 1")
-        self._between("typical_p", 0, 1, "above 0 and at most 1", above=True)
+        self._between("encoder_repetition_penalty", _SMALLEST, _LARGEST, wanted)
+        for name in ("top_p", "min_p", "epsilon_cutoff", "eta_cutoff"):
+            self._between(name, 0, 1, "between 0 and 1")
+        for name in ("top_h", "typical_p"):
+            self._between(name, 0, 1, "above 0 and at most 1", above=True)
         self._between("length_penalty", -_LARGEST, _LARGEST, f"a number from {-_LARGEST:g} to {_LARGEST:g}")
-        if not isinstance(self.do_sample, bool):
-            raise OptionError(f"do_sample must be true or false, not {shown(self.do_sample)}")
+        for name in ("do_sample", "renormalize_logits"):
+            if not isinstance(getattr(self, name), bool):
+                raise OptionError(f"{name} must be true or false, not {shown(getattr(self, name))}")
         if not isinstance(self.early_stopping, bool) and self.early_stopping != "never":
             raise OptionError(f"early_stopping must be true, false or 'never', not {shown(self.early_stopping)}")
         # transformers takes -1 for a token that never comes.
         self._token_ids("eos_token_id", self.eos_token_ids, least=-1)
-        self._token_ids("suppress_tokens", () if self.suppress_tokens is None else self.suppress_tokens, least=-1)
+        for name in ("suppress_tokens", "begin_suppress_tokens"):
+            ids = getattr(self, name)
+            self._token_ids(name, () if ids is None else ids, least=-1)
+        self._token_ids("forced_eos_token_id", self.forced_eos_token_ids)
+        self._check_decay()
         self._check_bad_words()
+        self._check_biases()
         texts = isinstance(self.stop, Sequence) and all(isinstance(text, str) and text for text in self.stop)
         if not texts or self.stop == "":
             raise OptionError(f"stop must be a string or a list of strings, none of them empty, not {shown(self.stop)}")
@@ -134,10 +164,12 @@ class GenerationConfig:
     @property
     def eos_token_ids(self) -> tuple[int, ...]:
         """The end tokens, however many."""
-        ids = self.eos_token_id
-        if ids is None:
-            return ()
-        return tuple(ids) if isinstance(ids, Sequence) else (ids,)
+        return _ids(self.eos_token_id)
+
+    @property
+    def forced_eos_token_ids(self) -> tuple[int, ...]:
+        """The tokens that may come last, however many."""
+        return _ids(self.forced_eos_token_id)
 
     @property
     def stop_strings(self) -> tuple[str, ...]:
@@ -212,8 +244,7 @@ class GenerationConfig:
         value = getattr(self, name)
         if value is None and self._has_no_default(name):
             return
-        number = isinstance(value, int | float) and not isinstance(value, bool)
-        if not number or value is None or not low <= value <= high or (above and value == low):
+        if not _is_number(value) or not low <= value <= high or (above and value == low):
             raise OptionError(f"{name} must be {wanted}, not {shown(value)}")
 
     def _token_ids(self, name: str, ids: object, least: int = 0) -> None:
@@ -233,6 +264,36 @@ class GenerationConfig:
             if not word:
                 raise OptionError("bad_words_ids must not hold an empty list")
 
+    def _check_biases(self) -> None:
+        biases = self.sequence_bias
+        if biases is None:
+            return
+        if not _is_list(biases) or not biases or not all(_is_list(pair) and len(pair) == 2 for pair in biases):
+            raise OptionError(
+                f"sequence_bias must be a list of token sequences with a number each, such as [[[5, 7], -2.5]],"
+                f" not {shown(biases)}"
+            )
+        for ids, bias in biases:
+            self._token_ids("sequence_bias", ids)
+            if not ids:
+                raise OptionError("sequence_bias must not hold an empty sequence")
+            if not _is_number(bias) or not -_LARGEST <= bias <= _LARGEST:
+                raise OptionError(
+                    f"sequence_bias must hold numbers from {-_LARGEST:g} to {_LARGEST:g}, not {shown(bias)}"
+                )
+
+    def _check_decay(self) -> None:
+        decay = self.exponential_decay_length_penalty
+        if decay is None:
+            return
+        start, factor = decay if _is_list(decay) and len(decay) == 2 else (None, None)
+        whole = isinstance(start, int) and not isinstance(start, bool) and start >= 0
+        if not whole or not _is_number(factor) or not 0 < factor <= _LARGEST:
+            raise OptionError(
+                f"exponential_decay_length_penalty must be a whole number of tokens and a factor above 0, such as"
+                f" [50, 1.05], not {shown(decay)}"
+            )
+
     def _check_together(self) -> None:
         if self.num_return_sequences > self.num_beams and self.num_beams > 1:
             raise OptionError(
@@ -242,5 +303,27 @@ class GenerationConfig:
             raise OptionError("num_return_sequences above 1 needs sampling or beams: greedy decoding has one result")
         if self.prompt_lookup and (self.num_beams > 1 or self.num_return_sequences > 1):
             raise OptionError("prompt_lookup works on one sequence: not with num_beams or num_return_sequences above 1")
+        # transformers fails at the forced token.
+        forced = {
+            "forced_bos_token_id": _ids(self.forced_bos_token_id), "forced_eos_token_id": self.forced_eos_token_ids,
+        }  # fmt: skip
+        for name, ids in forced.items():
+            if ids and set(ids) <= set(self.suppress_tokens or ()):
+                raise OptionError(f"{name} can't come where suppress_tokens holds it: {shown(list(ids))}")
         if self.logprobs is not None and self.num_beams > 1:
             raise OptionError("logprobs are of single sequences: not with num_beams above 1")
+
+
+def _ids(ids: int | Sequence[int] | None) -> tuple[int, ...]:
+    """Token ids, however many."""
+    if ids is None:
+        return ()
+    return tuple(ids) if isinstance(ids, Sequence) else (ids,)
+
+
+def _is_list(value: object) -> bool:
+    return isinstance(value, Sequence) and not isinstance(value, str)
+
+
+def _is_number(value: object) -> TypeGuard[float]:
+    return isinstance(value, int | float) and not isinstance(value, bool)

@@ -134,7 +134,7 @@ class Sampling:
         self.prompt = prompt
         self._options = options
         self._limits = _Limits(prompt, options, context, stop)
-        self._processors = processors(options, len(prompt))
+        self._processors = processors(options, prompt)
         self._warpers = warpers(options)
         self._generator = Generator(options.seed) if options.do_sample else None
         count = options.num_return_sequences
@@ -228,7 +228,7 @@ class BeamSearch:
         self.rows = options.num_beams
         self._options = options
         self._limits = _Limits(prompt, options, context, stop)
-        self._processors = processors(options, len(prompt))
+        self._processors = processors(options, prompt)
         self._warpers = warpers(options)
         self._generator = Generator(options.seed) if options.do_sample else None
         # Enough candidates that num_beams go on even if all better ones end.
@@ -330,7 +330,7 @@ def start(prompt: Tokens, options: GenerationConfig, context: int, stop: Stop | 
 
 def _certain(options: GenerationConfig, chain: list[Processor]) -> int | None:
     """At how many of the largest logits greedy search or sampling looks; None for all of them."""
-    if chain or options.logprobs is not None:
+    if chain or options.logprobs is not None or options.top_h is not None:
         return None
     return (options.top_k or None) if options.do_sample else 1
 

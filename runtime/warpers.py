@@ -17,6 +17,7 @@ from .topk import ascending, best, largest
 
 Warper = Callable[[Candidates], Candidates]
 
+_MOST_LIKELY = 100  # so many are all that top-h looks at
 _FEW = 1024  # so many entries are sorted at once
 _BIN_BITS = 18  # of a float32; bins are then a 32nd of a power of two wide
 
@@ -30,6 +31,8 @@ def warpers(options: GenerationConfig) -> list[Warper]:
     keep = 1 if options.num_beams == 1 else max(2, len(options.eos_token_ids) + 1)
     if options.temperature != 1.0:
         chain.append(temperature(options.temperature))
+    if options.top_h is not None:
+        chain.append(top_h(options.top_h))
     if options.top_k != 0:
         chain.append(top_k(options.top_k, keep))
     if options.top_p < 1.0:
@@ -38,6 +41,12 @@ def warpers(options: GenerationConfig) -> list[Warper]:
         chain.append(min_p(options.min_p, keep))
     if options.typical_p < 1.0:
         chain.append(typical_p(options.typical_p, keep))
+    if 0 < options.epsilon_cutoff < 1:
+        chain.append(epsilon_cutoff(options.epsilon_cutoff, keep))
+    if 0 < options.eta_cutoff < 1:
+        chain.append(eta_cutoff(options.eta_cutoff, keep))
+    if options.renormalize_logits:
+        chain.append(renormalize())
     return chain
 
 
@@ -65,6 +74,24 @@ def temperature(value: float) -> Warper:
 
     def warper(candidates: Candidates) -> Candidates:
         return Candidates(candidates.scores / divisor, candidates.indices, candidates.entries)
+
+    return warper
+
+
+def top_h(share: float) -> Warper:
+    """Keeps the likeliest of the 100 likeliest while their terms of the entropy add up to a share of it (TopHLogitsWarper)."""
+    limit = np.float32(share)
+
+    @_among_possible
+    def warper(candidates: Candidates) -> Candidates:
+        scores = candidates.dense()
+        likeliest = largest(scores, _MOST_LIKELY)  # among all, as their number decides about the order of equal ones
+        logs = log_softmax(scores[likeliest[scores[likeliest] > -np.inf]])
+        probabilities = np.exp(logs)
+        terms = -probabilities[probabilities > 0] * logs[probabilities > 0]
+        running = terms.cumsum(dtype=np.float64).astype(np.float32)
+        kept = max(1, int(np.count_nonzero(running <= terms.sum() * limit)))
+        return candidates.only(likeliest[:kept])
 
     return warper
 
@@ -132,6 +159,49 @@ def typical_p(mass: float, keep: int = 1) -> Warper:
         return candidates.keep(kept)
 
     return warper
+
+
+def epsilon_cutoff(epsilon: float, keep: int = 1) -> Warper:
+    """Keeps tokens of at least a probability (EpsilonLogitsWarper)."""
+    least = np.float32(epsilon)
+
+    @_among_possible
+    def warper(candidates: Candidates) -> Candidates:
+        return _at_least(candidates, softmax(candidates.scores), least, keep)
+
+    return warper
+
+
+def eta_cutoff(epsilon: float, keep: int = 1) -> Warper:
+    """Keeps tokens of at least a probability, which falls as the entropy grows (EtaLogitsWarper)."""
+    least = np.float32(epsilon)
+
+    @_among_possible
+    def warper(candidates: Candidates) -> Candidates:
+        logs = log_softmax(candidates.scores)
+        entropy = -(logs * np.exp(logs)).sum()
+        eta = min(least, np.sqrt(least) * np.exp(-entropy))
+        return _at_least(candidates, softmax(candidates.scores), eta, keep)
+
+    return warper
+
+
+def renormalize() -> Warper:
+    """Makes log probabilities of the scores that are left (LogitNormalization)."""
+
+    @_among_possible
+    def warper(candidates: Candidates) -> Candidates:
+        return replace(candidates, scores=log_softmax(candidates.scores))
+
+    return warper
+
+
+def _at_least(candidates: Candidates, probabilities: Logits, least: np.float32, keep: int) -> Candidates:
+    """Those of at least a probability, but no fewer than so many of the likeliest, with whatever ties with the last of them."""
+    kept = np.flatnonzero(probabilities >= least)
+    if len(kept) < keep:
+        kept = best(candidates.scores, min(keep, len(candidates.scores)))
+    return candidates.keep(kept)
 
 
 def _reach(

@@ -83,6 +83,8 @@ def test_options_of_a_line(tales_model: gpt2onnx.Model) -> None:
         {"stop": ["."]}, {"stop": "."}, {"logprobs": 3}, {"do_sample": True, "seed": 7}, {"num_beams": 3, "early_stopping": "never"},
         {"temperature": 0.5, "top_k": 3},  # no sampling without do_sample
         {"eos_token_id": [262, 13], "min_new_tokens": 3}, {"bad_words_ids": [[262], [13, 14]], "suppress_tokens": [5]},
+        {"sequence_bias": [[[262], 2.5]], "forced_eos_token_id": [13], "exponential_decay_length_penalty": [3, 1.5]},
+        {"do_sample": True, "seed": 2, "top_h": 0.5, "eta_cutoff": 0.01, "renormalize_logits": True},
     ]  # fmt: skip
     lines = [json.dumps({"prompt": "Once upon a time", "max_new_tokens": 12} | one) for one in requests]
     for request, record in zip(requests, run(tales_model, lines), strict=True):

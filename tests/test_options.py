@@ -72,10 +72,37 @@ def test_defaults_are_those_of_transformers() -> None:
         {"stop": ""},
         {"stop": [""]},
         {"stop": [5]},
+        {"top_h": 0.0},
+        {"top_h": 1.5},
+        {"epsilon_cutoff": -0.1},
+        {"eta_cutoff": 2},
+        {"renormalize_logits": 1},
+        {"encoder_repetition_penalty": 0},
+        {"encoder_no_repeat_ngram_size": -1},
+        {"sequence_bias": []},
+        {"sequence_bias": {"5": 1.0}},
+        {"sequence_bias": [[5, 1.0]]},
+        {"sequence_bias": [[[], 1.0]]},
+        {"sequence_bias": [[[5], "much"]]},
+        {"sequence_bias": [[[5], float("nan")]]},
+        {"sequence_bias": [[[-1], 1.0]]},
+        {"sequence_bias": "[[5], 1.0]"},
+        {"begin_suppress_tokens": 5},
+        {"forced_bos_token_id": -1},
+        {"forced_bos_token_id": [5]},
+        {"forced_eos_token_id": [-1]},
+        {"forced_eos_token_id": "x"},
+        {"exponential_decay_length_penalty": 1.5},
+        {"exponential_decay_length_penalty": [5]},
+        {"exponential_decay_length_penalty": [-1, 1.5]},
+        {"exponential_decay_length_penalty": [5, 0.0]},
+        {"exponential_decay_length_penalty": [5, float("inf")]},
         {"logprobs": -1},
         {"num_return_sequences": 2},
         {"num_return_sequences": 3, "num_beams": 2},
         {"prompt_lookup": 3, "num_beams": 2},
+        {"forced_bos_token_id": 5, "suppress_tokens": [4, 5]},
+        {"forced_eos_token_id": [4, 5], "suppress_tokens": [5, 4, 6]},
         {"logprobs": 1, "num_beams": 2},
         {"seed": 10**5000, "top_k": -(10**5000)},
     ],
@@ -123,6 +150,10 @@ def test_merged_lengths() -> None:
         {"max_length": 30, "max_new_tokens": 4},
         {"suppress_tokens": list(range(50)), "bad_words_ids": [[60], [70, 71]], "no_repeat_ngram_size": 2},
         {"transformers_version": "4.30.0", "_from_model_config": True, "renormalize_logits": False, "unheard_of": 1},
+        {"forced_eos_token_id": 7, "begin_suppress_tokens": list(range(40)), "encoder_no_repeat_ngram_size": 1},
+        {"sequence_bias": [[[60], 9.5], [[60, 61], -3.5]], "exponential_decay_length_penalty": [3, 2.0]},
+        {"do_sample": True, "epsilon_cutoff": 0.01, "eta_cutoff": 0.01, "top_h": 0.5, "renormalize_logits": True},
+        {"do_sample": False, "top_h": 0, "epsilon_cutoff": 5.0, "encoder_repetition_penalty": 0.6},
     ],
 )  # fmt: skip
 def test_generation_config_file_counts_as_in_transformers(
@@ -170,7 +201,17 @@ def test_no_null_reaches_other_runtimes(make_checkpoint: MakeCheckpoint, tmp_pat
 
 
 def test_sampling_options_turn_sampling_on(tales_model: gpt2onnx.Model) -> None:
-    for given in ({"temperature": 0.5}, {"top_k": 3}, {"top_p": 0.5}, {"min_p": 0.1}, {"typical_p": 0.5}, {"seed": 0}):
+    for given in (
+        {"temperature": 0.5},
+        {"top_k": 3},
+        {"top_p": 0.5},
+        {"min_p": 0.1},
+        {"typical_p": 0.5},
+        {"top_h": 0.5},
+        {"epsilon_cutoff": 0.1},
+        {"eta_cutoff": 0.1},
+        {"seed": 0},
+    ):
         assert tales_model.options(given).do_sample
         assert not tales_model.options(given | {"do_sample": False}).do_sample
     assert not tales_model.options({"repetition_penalty": 1.1, "num_beams": 2}).do_sample
@@ -178,18 +219,11 @@ def test_sampling_options_turn_sampling_on(tales_model: gpt2onnx.Model) -> None:
 
 def test_what_a_checkpoint_asks_for_and_cannot_have_is_logged(caplog: pytest.LogCaptureFixture) -> None:
     """Options that transformers would apply are never passed over in silence; neutral values of them are no news."""
-    GenerationConfig.from_file_content({"forced_eos_token_id": None, "guidance_scale": 1.0, "use_cache": True})
+    GenerationConfig.from_file_content({"watermarking_config": None, "guidance_scale": 1.0, "use_cache": True})
     assert not caplog.records
-    GenerationConfig.from_file_content({"forced_eos_token_id": 5, "epsilon_cutoff": 0.1})
-    assert [
-        word
-        for record in caplog.records
-        for word in ("epsilon_cutoff", "forced_eos_token_id")
-        if word in record.message
-    ] == [
-        "epsilon_cutoff",
-        "forced_eos_token_id",
-    ]
+    GenerationConfig.from_file_content({"watermarking_config": {"seeding_scheme": "lefthash"}, "guidance_scale": 1.5})
+    asked = [record.message.split()[3] for record in caplog.records]
+    assert asked == ["guidance_scale,", "watermarking_config,"]
 
 
 def test_stop_strings_of_a_checkpoint_hold() -> None:

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from transformers.generation import logits_process as reference
 
@@ -82,6 +82,31 @@ for length, ends in ((0, [9]), (5, [9]), (50, [3, 9]), (50, [9, 100_000]), (3, [
     pair(f"min length {length}, ends {ends}", lambda n=length, e=ends: ours.min_length(n, e), lambda n=length, e=ends: reference.MinLengthLogitsProcessor(n, e))  # fmt: skip
 for tokens in ([0], [3, 17, 30, 59], list(range(SIZE)), [2, 100_000]):
     pair(f"suppress {len(tokens)}, {tokens[-1]}", lambda t=tokens: ours.suppress(t), lambda t=tokens: reference.SuppressTokensLogitsProcessor(t))  # fmt: skip
+for penalty in (0.5, 1.3, 7.0):
+    pair(f"repetition penalty {penalty} of a prompt", lambda p=penalty: ours.repetition_penalty(1 / p, np.array([7, 3, 3, 40])), lambda p=penalty: reference.EncoderRepetitionPenaltyLogitsProcessor(p, torch.tensor([[7, 3, 3, 40]])))  # fmt: skip
+for size in (1, 2, 3, 5, 9):
+    # Sequences that begin with it, as all do, and one that goes on.
+    for begin in ([1], [1, 2, 3], [1, 2, 3, 1, 2, 3, 1, 2]):
+        pair(f"no {size}-grams of {begin}", lambda n=size, b=begin: ours.no_repeat_ngram(n, np.array(b)), lambda n=size, b=begin: reference.EncoderNoRepeatNGramLogitsProcessor(n, torch.tensor([b])))  # fmt: skip
+BIASES = [
+    [[4], 1.5],
+    [[3, 6], -0.3],
+    [[2, 4], 0.7],
+    [[5, 3, 4], 1e-3],
+    [[3, 4], -2.0],
+    [[9], -1e30],
+    [[4], 2.5],
+    [list(range(30)), 1.0],
+]
+pair("sequence bias", lambda: ours.sequence_bias(BIASES), lambda: reference.SequenceBiasLogitsProcessor([[ids, float(bias)] for ids, bias in BIASES]))  # fmt: skip
+pair("forced first", lambda: ours.forced([9], 1), lambda: reference.ForcedBOSTokenLogitsProcessor(9))
+for ids in ([9], [3, 59]):
+    for length in (1, 3, 8, 24, 25):
+        pair(f"forced {ids} after {length}", lambda i=ids, n=length: ours.forced(i, n), lambda i=ids, n=length: reference.ForcedEOSTokenLogitsProcessor(n + 1, i))  # fmt: skip
+for start, factor, ends in ((0, 1.05, [9]), (2, 3.0, [3, 9, 59]), (5, 0.5, [9, 9]), (30, 2.0, [9]), (0, 1.0, [0])):
+    pair(f"decay {factor} from {start}, ends {ends}", lambda s=start, f=factor, e=ends: ours.exponential_decay(s, f, e), lambda s=start, f=factor, e=ends: reference.ExponentialDecayLengthPenalty((s, f), e, 0))  # fmt: skip
+for length in (1, 3, 8):
+    pair(f"suppress after {length}", lambda n=length: ours.suppress([3, 17], n), lambda n=length: reference.SuppressTokensAtBeginLogitsProcessor([3, 17], n))  # fmt: skip
 for value in (0.01, 0.7, 1.9, 300.0):
     warper_pair(f"temperature {value}", lambda t=value: our_warpers.temperature(t), lambda t=value: reference.TemperatureLogitsWarper(t))  # fmt: skip
 for keep in (1, 2, 3):
@@ -92,6 +117,11 @@ for keep in (1, 2, 3):
         warper_pair(f"min-p {p}, at least {keep}", lambda p=p, m=keep: our_warpers.min_p(p, m), lambda p=p, m=keep: reference.MinPLogitsWarper(p, min_tokens_to_keep=m))  # fmt: skip
     for p in (1e-6, 0.1, 0.5, 0.9, 0.999):
         warper_pair(f"typical-p {p}, at least {keep}", lambda p=p, m=keep: our_warpers.typical_p(p, m), lambda p=p, m=keep: reference.TypicalLogitsWarper(p, min_tokens_to_keep=m))  # fmt: skip
+    for p in (1e-6, 0.003, 0.02, 0.3, 0.999):
+        warper_pair(f"epsilon {p}, at least {keep}", lambda p=p, m=keep: our_warpers.epsilon_cutoff(p, m), lambda p=p, m=keep: reference.EpsilonLogitsWarper(p, min_tokens_to_keep=m))  # fmt: skip
+        warper_pair(f"eta {p}, at least {keep}", lambda p=p, m=keep: our_warpers.eta_cutoff(p, m), lambda p=p, m=keep: reference.EtaLogitsWarper(p, min_tokens_to_keep=m))  # fmt: skip
+for p in (1e-6, 0.1, 0.5, 0.9, 0.99):
+    warper_pair(f"top-h {p}", lambda p=p: our_warpers.top_h(p), lambda p=p: reference.TopHLogitsWarper(p))
 
 
 def assert_same(actual: np.ndarray, expected: np.ndarray, label: str) -> None:
@@ -143,7 +173,30 @@ def test_warpers_in_a_large_vocabulary(kind: str) -> None:
         assert_same(candidates.dense(), expected, f"{name} after those before it")
 
 
-def composed(options: dict[str, Any]) -> reference.LogitsProcessorList:
+def test_renormalized_as_in_transformers() -> None:
+    """Sums round in an order of their own, so the last digits may differ; what is forbidden stays so."""
+    for label, scores in LOGITS.items():
+        expected = apply_reference(reference.LogitNormalization(), [1], scores)
+        alone = ours.process([ours.renormalize], np.array([1]), scores)
+        candidates = our_warpers.renormalize()(Candidates.all(scores))
+        for actual in (alone, candidates.dense()):
+            np.testing.assert_allclose(actual, expected, rtol=3e-7, atol=3e-6, err_msg=label)
+    nothing = np.full(SIZE, -INF, np.float32)
+    assert_same(ours.process([ours.renormalize], np.array([1]), nothing), nothing, "nothing is left")
+    assert not len(our_warpers.renormalize()(Candidates.all(nothing)).scores)
+
+
+def test_end_tokens_never_outgrow_float32() -> None:
+    for factor, scores in ((1e30, [5.0, -5.0, 0.0, -INF]), (1e-30, [5.0, -5.0, 0.0, -INF])):
+        before = np.array(scores, np.float32)
+        after = ours.process([ours.exponential_decay(0, factor, [0, 1, 2, 3, 4, -1])], np.arange(400), before)
+        assert not np.isnan(after).any()
+        assert after[:3].max() < INF
+        assert after[3] == -INF
+        assert (after[0] > before[0]) == (factor > 1)
+
+
+def composed(options: dict[str, Any], prompt: list[int]) -> reference.LogitsProcessorList:
     """transformers' own chain for these options."""
     from transformers import GenerationConfig as Config
     from transformers import GPT2Config, GPT2LMHeadModel
@@ -151,12 +204,29 @@ def composed(options: dict[str, Any]) -> reference.LogitsProcessorList:
     model = GPT2LMHeadModel(GPT2Config(vocab_size=SIZE, n_positions=8, n_embd=8, n_layer=1, n_head=1))
     config = Config(**options)
     config._eos_token_tensor = torch.tensor(options["eos_token_id"])
-    return model._get_logits_processor(config, input_ids_seq_length=3, device="cpu")
+    return model._get_logits_processor(
+        config, input_ids_seq_length=len(prompt), encoder_input_ids=torch.tensor([prompt]), device="cpu"
+    )
 
 
 OPTIONS = st.fixed_dictionaries(
-    {"do_sample": st.booleans(), "eos_token_id": st.lists(st.integers(0, SIZE - 1), min_size=1, max_size=3, unique=True)},
+    {
+        "do_sample": st.booleans(),
+        "eos_token_id": st.lists(st.integers(0, SIZE - 1), min_size=1, max_size=3, unique=True),
+        "max_length": st.integers(4, 13),
+    },
     optional={
+        "sequence_bias": st.lists(st.tuples(st.lists(st.integers(0, 9), min_size=1, max_size=3), st.floats(-9, 9)).map(list), min_size=1, max_size=4),
+        "encoder_repetition_penalty": st.sampled_from([0.7, 1.2, 3.0]),
+        "encoder_no_repeat_ngram_size": st.integers(1, 4),
+        "forced_bos_token_id": st.integers(0, SIZE - 1),
+        "forced_eos_token_id": st.lists(st.integers(0, SIZE - 1), min_size=1, max_size=3) | st.integers(0, SIZE - 1),
+        "exponential_decay_length_penalty": st.tuples(st.integers(0, 5), st.sampled_from([0.8, 1.1, 2.0])),
+        "begin_suppress_tokens": st.lists(st.integers(0, SIZE - 1), min_size=1, max_size=30),
+        # No share of 60 equal entries is a whole number of them: there the last digit of the sum would decide.
+        "top_h": st.sampled_from([0.13, 0.51, 0.93]),
+        "epsilon_cutoff": st.sampled_from([0.0, 0.01, 0.1, 1.0]),
+        "eta_cutoff": st.sampled_from([0.0, 0.01, 0.1, 1.0]),
         "num_beams": st.integers(1, 3),
         "repetition_penalty": st.sampled_from([0.7, 1.2, 3.0]),
         "no_repeat_ngram_size": st.integers(1, 4),
@@ -173,17 +243,22 @@ OPTIONS = st.fixed_dictionaries(
 )  # fmt: skip
 
 
-@settings(deadline=None, max_examples=150)
+@settings(deadline=None, max_examples=300)
 @given(
     options=OPTIONS,
+    length=st.sampled_from([1, 3]),
     scores=st.sampled_from([name for name, values in LOGITS.items() if len(values) == SIZE and name != "one survivor"]),
-    tokens=st.lists(st.integers(0, 9), min_size=3, max_size=12),
+    tokens=st.lists(st.integers(0, 9), min_size=1, max_size=12),
 )
-def test_composed_as_transformers_does(options: dict[str, Any], scores: str, tokens: list[int]) -> None:
-    chain = ours.processors(GenerationConfig(**options), 3)
+def test_composed_as_transformers_does(options: dict[str, Any], length: int, scores: str, tokens: list[int]) -> None:
+    # Neither transformers nor this takes options that force and suppress the same token.
+    end = options.get("forced_eos_token_id", [])
+    for forced in ([options.get("forced_bos_token_id", -1)], end if isinstance(end, list) else [end]):
+        assume(not forced or not set(forced) <= set(options.get("suppress_tokens", ())))
+    chain = ours.processors(GenerationConfig(**options), np.array(tokens[:length]))
     warpers = our_warpers.warpers(GenerationConfig(**options))
     expected = LOGITS[scores]
-    theirs = composed(options | {"top_k": options.get("top_k", 50)})
+    theirs = composed(options | {"top_k": options.get("top_k", 50)}, tokens[:length])
     # Compared after each one, as later ones may find nothing but -inf, and transformers NaN.
     assert len(chain) + len(warpers) == len(theirs), f"transformers has {[type(one).__name__ for one in theirs]}"
     for mine, their in zip(chain, theirs, strict=False):

@@ -173,7 +173,8 @@ def test_exact_sums_where_the_processor_has_none(int8: Bundle, monkeypatch: pyte
         pytest.skip("this processor has no VNNI to compare with")
     tokens = random_tokens(int8.config, 1)
     logits, asked = [], []
-    Session(int8, threads=1, wide_after=0).open_wide()  # opens, once in a process, what asks how ONNX Runtime keeps weights
+    # Once in a process, another graph asks how ONNX Runtime keeps weights.
+    Session(int8, threads=1, wide_after=0).open_wide()
     real = onnxruntime.InferenceSession
 
     def create(graph: object, options: onnxruntime.SessionOptions, **others: Any) -> object:

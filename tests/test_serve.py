@@ -75,6 +75,14 @@ STRATEGIES: list[tuple[dict[str, Any], dict[str, Any]]] = [
     ({"temperature": 0, "extra_body": {"repetition_penalty": 1.3, "suppress_tokens": [5, 6], "bad_words_ids": [[7, 8], [9]],
                                        "min_new_tokens": 3, "prompt_lookup": 4}},
      {"repetition_penalty": 1.3, "suppress_tokens": [5, 6], "bad_words_ids": [[7, 8], [9]], "min_new_tokens": 3}),
+    ({"temperature": 0, "extra_body": {"encoder_repetition_penalty": 1.4, "encoder_no_repeat_ngram_size": 2,
+                                       "sequence_bias": [[[262], -3], [[263, 264], 1.5]], "begin_suppress_tokens": [262],
+                                       "forced_eos_token_id": 300, "exponential_decay_length_penalty": [4, 1.2]}},
+     {"encoder_repetition_penalty": 1.4, "encoder_no_repeat_ngram_size": 2, "sequence_bias": [[[262], -3], [[263, 264], 1.5]],
+      "begin_suppress_tokens": [262], "forced_eos_token_id": 300, "exponential_decay_length_penalty": [4, 1.2]}),
+    ({"seed": 2, "extra_body": {"top_h": 0.7, "epsilon_cutoff": 0.01, "eta_cutoff": 0.01, "renormalize_logits": True}},
+     {"do_sample": True, "seed": 2, "top_k": 0, "top_h": 0.7, "epsilon_cutoff": 0.01, "eta_cutoff": 0.01,
+      "renormalize_logits": True}),
 ]  # fmt: skip
 
 

@@ -25,7 +25,10 @@ from ..options import SAMPLING_OPTIONS, GenerationConfig
 
 MOST_RUNS = 1000
 # Their values are lists themselves, which therefore don't multiply.
-_LISTS = ("bad_words_ids", "suppress_tokens", "eos_token_id", "stop")
+_LISTS = (
+    "sequence_bias", "bad_words_ids", "suppress_tokens", "begin_suppress_tokens", "forced_eos_token_id",
+    "exponential_decay_length_penalty", "eos_token_id", "stop",
+)  # fmt: skip
 # What a sweep doesn't keep, or what would change how it judges.
 _REFUSED = ("logprobs",)
 

@@ -177,7 +177,7 @@ def stages(logits: Logits, options: GenerationConfig, tokens: Tokens) -> list[St
     result = [Stage("logits", logits, softmax(logits))]
     for name, so_far in steps.items():
         # Each time from the start, so that `processors` and `warpers` alone decide about order.
-        scores = warp(warpers(so_far), process(processors(so_far, len(tokens)), tokens, logits)).dense()
+        scores = warp(warpers(so_far), process(processors(so_far, tokens), tokens, logits)).dense()
         if name != "penalties" or scores is not logits:
             result.append(Stage(name, scores, softmax(scores)))
     return result

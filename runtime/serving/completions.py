@@ -22,9 +22,11 @@ _DEFAULTS: Record = {"do_sample": True, "top_k": 0}
 _DEFAULT_TOKENS = 16
 # Fields with the name and meaning of the runtime's own options.
 _OPTIONS = (
-    "temperature", "top_p", "stop", "logprobs", "top_k", "min_p", "typical_p", "repetition_penalty",
-    "no_repeat_ngram_size", "bad_words_ids", "suppress_tokens", "num_beams", "length_penalty", "early_stopping",
-    "min_new_tokens", "min_length", "eos_token_id", "prompt_lookup",
+    "temperature", "top_p", "stop", "logprobs", "top_h", "top_k", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff",
+    "renormalize_logits", "repetition_penalty", "encoder_repetition_penalty", "no_repeat_ngram_size",
+    "encoder_no_repeat_ngram_size", "sequence_bias", "bad_words_ids", "suppress_tokens", "begin_suppress_tokens",
+    "forced_bos_token_id", "forced_eos_token_id", "exponential_decay_length_penalty", "num_beams", "length_penalty",
+    "early_stopping", "min_new_tokens", "min_length", "eos_token_id", "prompt_lookup",
 )  # fmt: skip
 
 

@@ -21,6 +21,11 @@ Words = Annotated[list[TokenId], Field(min_length=1, max_length=_MOST_IDS)]
 StopString = Annotated[str, Field(min_length=1, max_length=_LONGEST_STRING)]
 Count = Annotated[int, Field(ge=0, lt=2**31)]
 Probability = Annotated[float, Field(ge=0, le=1)]
+Share = Annotated[float, Field(gt=0, le=1)]
+Penalty = Annotated[float, Field(ge=1e-30, le=1e30)]
+# JSON has no tuples, only lists.
+Bias = Annotated[tuple[Words, Annotated[float, Field(ge=-1e30, le=1e30)]], Field(strict=False)]
+Decay = Annotated[tuple[Count, Annotated[float, Field(gt=0, le=1e30)]], Field(strict=False)]
 
 
 class _Strict(BaseModel):
@@ -81,22 +86,51 @@ class CompletionRequest(_Strict):
     user: str | None = Field(None, description="Has no effect.")
 
     do_sample: bool | None = Field(None, description="Draw the next token instead of taking the likeliest.")
+    top_h: Share | None = Field(
+        None, description="Sample among the likeliest tokens whose terms of the entropy add up to this share of it."
+    )
     top_k: Count | None = Field(None, description="Sample among the k likeliest tokens; 0 for all.")
     min_p: Probability | None = Field(
         None, description="Sample among tokens at least p times as likely as the likeliest."
     )
-    typical_p: Annotated[float, Field(gt=0, le=1)] | None = Field(
+    typical_p: Share | None = Field(
         None, description="Sample among the most typical tokens whose probabilities add up to p."
     )
-    repetition_penalty: Annotated[float, Field(ge=1e-30, le=1e30)] | None = Field(
-        None, description="Above 1 makes tokens seen before less likely."
+    epsilon_cutoff: Probability | None = Field(
+        None, description="Sample among tokens of at least this probability; 0 for all."
+    )
+    eta_cutoff: Probability | None = Field(
+        None, description="The same with a lower bound where many tokens are likely; 0 for all."
+    )
+    renormalize_logits: bool | None = Field(
+        None, description="Log probabilities of what is left, as beams' scores add up."
+    )
+    repetition_penalty: Penalty | None = Field(None, description="Above 1 makes tokens seen before less likely.")
+    encoder_repetition_penalty: Penalty | None = Field(
+        None, description="Above 1 makes the prompt's tokens more likely."
     )
     no_repeat_ngram_size: Count | None = Field(None, description="Write no n-gram of this size twice.")
+    encoder_no_repeat_ngram_size: Count | None = Field(
+        None, description="Write no n-gram of this size in the prompt again."
+    )
+    sequence_bias: Annotated[list[Bias], Field(min_length=1, max_length=_MOST_IDS)] | None = Field(
+        None, description="Added to a token's logit where it completes a token sequence, such as [[[5, 7], -2.5]]."
+    )
     bad_words_ids: Annotated[list[Words], Field(min_length=1, max_length=_MOST_IDS)] | None = Field(
         None, description="Token sequences that are never completed."
     )
     suppress_tokens: Annotated[list[TokenId], Field(max_length=_MOST_IDS)] | None = Field(
         None, description="Tokens that are never chosen."
+    )
+    begin_suppress_tokens: Annotated[list[TokenId], Field(max_length=_MOST_IDS)] | None = Field(
+        None, description="Tokens that are never chosen first."
+    )
+    forced_bos_token_id: TokenId | None = Field(None, description="First new token after a prompt of one token.")
+    forced_eos_token_id: TokenId | Annotated[list[TokenId], Field(max_length=_MOST_IDS)] | None = Field(
+        None, description="Token or tokens of which one comes last where the length ends a text."
+    )
+    exponential_decay_length_penalty: Decay | None = Field(
+        None, description="After so many new tokens, end tokens become likelier by a factor each, such as [50, 1.05]."
     )
     num_beams: Annotated[int, Field(ge=1, le=MOST_SEQUENCES)] | None = Field(
         None, description="Width of the beam search."
