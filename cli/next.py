@@ -50,10 +50,19 @@ class _SeveralTemperatures(click.Command):
     metavar="FLOAT...",
     help="Divides the logits; several numbers are compared. A prompt that is a number goes before them, or behind `--`.",
 )
+@click.option(
+    "--top-h",
+    type=float,
+    help="Keep the likeliest of 100 tokens whose terms of the entropy add up to this share of it.",
+)
 @click.option("--top-k", type=int, help="Keep the k likeliest tokens; 0 for all (default 50).")
 @click.option("--top-p", type=float, help="Keep the likeliest tokens whose probabilities add up to p.")
 @click.option("--min-p", type=float, help="Keep tokens at least p times as likely as the likeliest.")
 @click.option("--typical-p", type=float, help="Keep the most typical tokens whose probabilities add up to p.")
+@click.option("--epsilon-cutoff", type=float, help="Keep tokens of at least this probability.")
+@click.option(
+    "--eta-cutoff", type=float, help="Keep tokens of at least this probability, or of less where many are likely."
+)
 @click.option(
     "--top", type=click.IntRange(min=0), default=10, show_default=True, help="Show so many of the likeliest tokens."
 )
@@ -68,9 +77,9 @@ class _SeveralTemperatures(click.Command):
 @click.option("--json", "as_json", is_flag=True, help="Print everything as JSON.")
 @console.verbosity
 def command(
-    prompt: str | None, model: str, prompt_ids: list[int] | None, temperatures: tuple[float, ...], top_k: int | None,
-    top_p: float | None, min_p: float | None, typical_p: float | None, top: int, texts: tuple[str, ...], draws: int,
-    seed: int | None, device: str, threads: int | None, as_json: bool, quiet: bool,
+    prompt: str | None, model: str, prompt_ids: list[int] | None, temperatures: tuple[float, ...],
+    top_h: float | None, top_k: int | None, top_p: float | None, min_p: float | None, typical_p: float | None,
+    epsilon_cutoff: float | None, eta_cutoff: float | None, top: int, texts: tuple[str, ...], draws: int, seed: int | None, device: str, threads: int | None, as_json: bool, quiet: bool,
 ) -> None:  # fmt: skip
     """Show how the token after PROMPT (or standard input) is drawn: logits, temperature, softmax, filters, draw.
 
@@ -96,8 +105,8 @@ def command(
     followed = {text: token_of(loaded, text) for text in texts}
     with console.progress_bar("Drawing", "draws", quiet=quiet) as progress:
         result = next_token(
-            loaded, text_or_ids, temperatures=temperatures, top_k=top_k, top_p=top_p, min_p=min_p,
-            typical_p=typical_p, draws=draws, seed=seed, progress=progress,
+            loaded, text_or_ids, temperatures=temperatures, top_h=top_h, top_k=top_k, top_p=top_p, min_p=min_p,
+            typical_p=typical_p, epsilon_cutoff=epsilon_cutoff, eta_cutoff=eta_cutoff, draws=draws, seed=seed, progress=progress,
         )  # fmt: skip
     if as_json:
         record = {
@@ -183,10 +192,13 @@ def _record(choice: "Choice", tokenizer: "Tokenizer", top: int, followed: dict[s
     options = choice.options
     return {
         "temperature": options.temperature,
+        "top_h": options.top_h,
         "top_k": options.top_k,
         "top_p": options.top_p,
         "min_p": options.min_p,
         "typical_p": options.typical_p,
+        "epsilon_cutoff": options.epsilon_cutoff,
+        "eta_cutoff": options.eta_cutoff,
         "candidates_left": {stage.name: _possible(stage.scores) for stage in choice.stages},
         "candidates": [candidate(token) for token in choice.top(top)],
         "tokens": {text: candidate(token) for text, token in followed.items()},

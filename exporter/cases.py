@@ -65,7 +65,7 @@ PROCESSORS: dict[str, Options] = {
     "of the prompt": {"encoder_repetition_penalty": 1.5, "encoder_no_repeat_ngram_size": 2},
     "biased": {"sequence_bias": [[[3], 2.5], [[11, 2, 4], 1.5], [[9, 9], -4.0]], "begin_suppress_tokens": [0, 5, 7, 21]},
     "forced": {"forced_bos_token_id": 6, "forced_eos_token_id": [9, 4]},
-    "ever likelier to end": {"exponential_decay_length_penalty": [5, 1.4]},
+    "ever likelier to end": {"exponential_decay_length_penalty": [5, 1.4], "eos_token_id": [4, 9, 17]},
     "top-h": {"top_h": 0.6, "temperature": 1.4},
     "epsilon": {"top_k": 0, "epsilon_cutoff": 0.02},
     "eta, renormalized": {"eta_cutoff": 0.02, "renormalize_logits": True},
@@ -97,7 +97,7 @@ def cases(vocab_size: int, n_positions: int, suite: Suite = "full") -> list[Case
 
 
 def _case(name: str, number: int, vocab_size: int, n_positions: int, options: Options) -> Case:
-    """A case whose lengths, end tokens, seed and prompt follow from its number."""
+    """A case whose lengths, seed and prompt follow from its number, and its end tokens, where the options say none."""
     rng = random.Random(number)
     prompt = [rng.randrange(vocab_size) for _ in range(rng.choice((1, 3, 8, 15)))]
     room = min(n_positions - len(prompt), 24)
@@ -116,7 +116,7 @@ def _case(name: str, number: int, vocab_size: int, n_positions: int, options: Op
         {"eos_token_id": many},
     ]
     # Said in any case: an option that only matters to sampling would turn it on.
-    chosen: dict[str, Any] = {"do_sample": False} | options | rng.choice(lengths) | rng.choice(ends)
+    chosen: dict[str, Any] = {"do_sample": False} | rng.choice(lengths) | rng.choice(ends) | options
     if chosen["do_sample"]:
         chosen["seed"] = rng.randrange(2**33)
     return Case(name, prompt, chosen)

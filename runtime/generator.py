@@ -330,14 +330,13 @@ class Model:
             raise OptionError(
                 f"max_length {options.max_length} leaves no room after a prompt of {prompt_length} tokens"
             )
-        forced = options.forced_bos_token_id
-        known: dict[str, Iterable[Sequence[int]]] = {
+        in_vocabulary: dict[str, Iterable[Sequence[int]]] = {
             "bad_words_ids": options.bad_words_ids or (),
             "sequence_bias": (ids for ids, _ in options.sequence_bias or ()),
-            "forced_bos_token_id": [] if forced is None else [[forced]],
+            "forced_bos_token_id": [options.forced_bos_token_ids] if prompt_length == 1 else (),
             "forced_eos_token_id": [options.forced_eos_token_ids],
         }
-        for name, sequences in known.items():
+        for name, sequences in in_vocabulary.items():
             worst = max((token for ids in sequences for token in ids), default=0)
             if worst >= self.config.vocab_size:
                 raise OptionError(f"{name} holds {worst}, but the vocabulary ends at {self.config.vocab_size - 1}")

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import numpy.typing as npt
 
-from .options import GenerationConfig
+from .options import LARGEST, GenerationConfig
 from .sampling import Logits, log_softmax
 
 Tokens = npt.NDArray[np.int64]
@@ -49,10 +49,10 @@ def processors(options: GenerationConfig, prompt: Tokens) -> list[Processor]:
     if options.suppress_tokens:
         chain.append(suppress(options.suppress_tokens))
     if options.begin_suppress_tokens:
-        after_forced = len(prompt) == 1 and options.forced_bos_token_id is not None
-        chain.append(suppress(options.begin_suppress_tokens, len(prompt) + after_forced))
+        begins_forced = len(prompt) == 1 and options.forced_bos_token_id is not None
+        chain.append(suppress(options.begin_suppress_tokens, len(prompt) + 1 if begins_forced else len(prompt)))
     if options.renormalize_logits and not options.do_sample:  # sampling has it behind its warpers
-        chain.append(renormalize)
+        chain.append(renormalize())
     return chain
 
 
@@ -73,7 +73,7 @@ def sequence_bias(biases: Sequence[tuple[Sequence[int], float]]) -> Processor:
     """
     last_given = {tuple(ids): np.float32(bias) for ids, bias in biases}
     # transformers adds them up by length, single tokens first, the other lengths as they come up.
-    lengths = [1, *(len(ids) for ids in last_given)]
+    lengths = list(dict.fromkeys([1, *map(len, last_given)]))
     ordered = sorted(last_given.items(), key=lambda pair: lengths.index(len(pair[0])))
     words = [(np.array(ids[:-1], np.int64), ids[-1], bias) for ids, bias in ordered]
 
@@ -166,25 +166,26 @@ def forced(token_ids: Sequence[int], length: int) -> Processor:
 
 
 def exponential_decay(start: int, factor: float, ends: Sequence[int]) -> Processor:
-    """Raises end tokens, the more the further a sequence is beyond a length (ExponentialDecayLengthPenalty).
+    """Makes end tokens likelier, the more the further a sequence is beyond a length (ExponentialDecayLengthPenalty).
+
+    Each one's score s becomes s + |s| (factor ** tokens beyond - 1), at most 1e30.
 
     Args:
         start: that length, prompt included.
-        factor: what a score's size is multiplied by, to the power of the tokens beyond; as much less 1 is added.
+        factor: below 1, end tokens become less likely.
         ends: the end tokens.
     """
-    raised = np.unique(np.array(ends, np.int64))
-    most = np.finfo(np.float32).max
+    changed = np.unique(np.array(ends, np.int64))
 
     def processor(tokens: Tokens, scores: Logits) -> None:
         if len(tokens) <= start:
             return
-        inside = raised[(raised >= 0) & (raised < len(scores))]
+        inside = changed[(changed >= 0) & (changed < len(scores))]
         before = scores[inside]
-        with np.errstate(over="ignore", invalid="ignore"):  # what isn't finite isn't raised
-            growth = np.float32(min(np.float64(factor) ** (len(tokens) - start) - 1, most))
-            added = np.where(np.isfinite(before), np.minimum(np.abs(before) * growth, most), np.float32(0))
-            scores[inside] = np.minimum(before + added, most)
+        with np.errstate(over="ignore", invalid="ignore"):  # what isn't finite stays as it is
+            growth = np.float32(min(np.float64(factor) ** (len(tokens) - start) - 1, LARGEST))
+            after = np.minimum(before + np.abs(before) * growth, np.float32(LARGEST))
+        scores[inside] = np.where(np.isfinite(before), after, before)
 
     return processor
 
@@ -203,10 +204,14 @@ def suppress(token_ids: Sequence[int], length: int | None = None) -> Processor:
     return processor
 
 
-def renormalize(tokens: Tokens, scores: Logits) -> None:
+def renormalize() -> Processor:
     """Makes log probabilities of the scores (LogitNormalization)."""
-    if scores.max() > -np.inf:
-        scores[:] = log_softmax(scores)
+
+    def processor(tokens: Tokens, scores: Logits) -> None:
+        if scores.max() > -np.inf:
+            scores[:] = log_softmax(scores)
+
+    return processor
 
 
 def _forbid(scores: Logits, forbidden: Tokens) -> None:

@@ -13,7 +13,7 @@ from ..models.messages import shown
 DEFAULT_NEW_TOKENS = 64
 MOST_SEQUENCES = 1000  # of one prompt at a time; each has a row of the cache
 # float32 holds logits multiplied or divided by numbers in this range.
-_SMALLEST, _LARGEST = 1e-30, 1e30
+_SMALLEST, LARGEST = 1e-30, 1e30
 _TOKEN_IDS_END = 2**31
 # Giving one of these without saying do_sample means sampling.
 SAMPLING_OPTIONS = (
@@ -29,6 +29,7 @@ _NOT_SUPPORTED = {
     "max_time": None,
     "num_beam_groups": 1,
     "penalty_alpha": 0.0,
+    "remove_invalid_values": False,
     "token_healing": False,
     "watermarking_config": None,
 }
@@ -53,21 +54,21 @@ class GenerationConfig:
         min_p: sample among those at least p times as likely as the likeliest.
         typical_p: sample among the tokens of most typical surprise whose probabilities add up to p.
         epsilon_cutoff: sample among the tokens of at least this probability; 0 for all.
-        eta_cutoff: the same with a bound that is lower where many tokens are likely; 0 for all.
-        renormalize_logits: make log probabilities of what processors and filters have left, as beams' scores add up.
+        eta_cutoff: sample among the tokens of at least this probability, or of less where many are likely; 0 for all.
+        renormalize_logits: make log probabilities of what processors and filters leave, so that beams' scores are such.
         repetition_penalty: above 1 makes tokens seen before less likely.
         encoder_repetition_penalty: above 1 makes the prompt's tokens more likely.
         no_repeat_ngram_size: no n-gram of this size is written twice; 0 for no limit.
         encoder_no_repeat_ngram_size: no n-gram of this size in the prompt is written again; 0 for no limit.
         sequence_bias: pairs of a token sequence and what is added to its last token's logit where the rest has just been
-            written, such as [[[5, 7], -2.5]].
+            written, such as [([5, 7], -2.5)].
         bad_words_ids: token sequences that are never completed.
         suppress_tokens: tokens that are never chosen.
         begin_suppress_tokens: tokens that are never chosen first.
         forced_bos_token_id: the first new token after a prompt of one token.
         forced_eos_token_id: token or tokens of which one comes last where the length ends a sequence.
-        exponential_decay_length_penalty: a number of new tokens, and a factor: from there on, end tokens become likelier by
-            this factor, less 1, to the power of the tokens since.
+        exponential_decay_length_penalty: a number of new tokens and a factor, such as (50, 1.05): n tokens later, an end
+            token's logit x is x + |x| (factor ** n - 1).
         num_beams: width of the beam search; 1 for none.
         length_penalty: exponent of the length that divides a finished beam's score.
         early_stopping: when a beam search ends; True as soon as there are num_beams candidates, False
@@ -122,19 +123,19 @@ class GenerationConfig:
         for name in ("num_beams", "num_return_sequences"):
             self._whole(name, least=1, most=MOST_SEQUENCES)
         for name in (
-            "min_new_tokens", "min_length", "top_k", "no_repeat_ngram_size", "encoder_no_repeat_ngram_size",
-            "forced_bos_token_id", "logprobs", "prompt_lookup", "seed",
+            "min_new_tokens", "min_length", "top_k", "no_repeat_ngram_size", "encoder_no_repeat_ngram_size", "logprobs",
+            "prompt_lookup", "seed",
         ):  # fmt: skip
             self._whole(name, least=0)
-        wanted = f"a number from {_SMALLEST:g} to {_LARGEST:g}"
-        self._between("temperature", _SMALLEST, _LARGEST, f"{wanted} (for greedy decoding, don't sample)")
-        self._between("repetition_penalty", _SMALLEST, _LARGEST, wanted)
-        self._between("encoder_repetition_penalty", _SMALLEST, _LARGEST, wanted)
+        wanted = f"a number from {_SMALLEST:g} to {LARGEST:g}"
+        self._between("temperature", _SMALLEST, LARGEST, f"{wanted} (for greedy decoding, don't sample)")
+        self._between("repetition_penalty", _SMALLEST, LARGEST, wanted)
+        self._between("encoder_repetition_penalty", _SMALLEST, LARGEST, wanted)
         for name in ("top_p", "min_p", "epsilon_cutoff", "eta_cutoff"):
             self._between(name, 0, 1, "between 0 and 1")
         for name in ("top_h", "typical_p"):
             self._between(name, 0, 1, "above 0 and at most 1", above=True)
-        self._between("length_penalty", -_LARGEST, _LARGEST, f"a number from {-_LARGEST:g} to {_LARGEST:g}")
+        self._between("length_penalty", -LARGEST, LARGEST, f"a number from {-LARGEST:g} to {LARGEST:g}")
         for name in ("do_sample", "renormalize_logits"):
             if not isinstance(getattr(self, name), bool):
                 raise OptionError(f"{name} must be true or false, not {shown(getattr(self, name))}")
@@ -145,6 +146,7 @@ class GenerationConfig:
         for name in ("suppress_tokens", "begin_suppress_tokens"):
             ids = getattr(self, name)
             self._token_ids(name, () if ids is None else ids, least=-1)
+        self._token_ids("forced_bos_token_id", self.forced_bos_token_ids)
         self._token_ids("forced_eos_token_id", self.forced_eos_token_ids)
         self._check_decay()
         self._check_bad_words()
@@ -165,6 +167,11 @@ class GenerationConfig:
     def eos_token_ids(self) -> tuple[int, ...]:
         """The end tokens, however many."""
         return _ids(self.eos_token_id)
+
+    @property
+    def forced_bos_token_ids(self) -> tuple[int, ...]:
+        """The token that comes first after a prompt of one token, if there is one."""
+        return _ids(self.forced_bos_token_id)
 
     @property
     def forced_eos_token_ids(self) -> tuple[int, ...]:
@@ -213,10 +220,9 @@ class GenerationConfig:
                 _log.warning("generation_config.json asks for %s, which gpt2onnx doesn't apply", name)
         known = {field.name for field in fields(cls)}
         given = {name: value for name, value in content.items() if name in known}
-        if not given.get("do_sample"):
-            given = {
-                name: value for name, value in given.items() if name not in SAMPLING_OPTIONS or cls._takes(name, value)
-            }
+        # A cutoff that is out of range cuts nothing off in transformers.
+        lenient = ("epsilon_cutoff", "eta_cutoff") if given.get("do_sample") else SAMPLING_OPTIONS
+        given = {name: value for name, value in given.items() if name not in lenient or cls._takes(name, value)}
         return cls().merged({"stop": content.get("stop_strings")} | given)
 
     @classmethod
@@ -257,7 +263,7 @@ class GenerationConfig:
         words = self.bad_words_ids
         if words is None:
             return
-        if isinstance(words, str) or not isinstance(words, Sequence) or not words:
+        if not _is_list(words) or not words:
             raise OptionError(f"bad_words_ids must be a list of lists of token ids, not {shown(words)}")
         for word in words:
             self._token_ids("bad_words_ids", word)
@@ -277,9 +283,9 @@ class GenerationConfig:
             self._token_ids("sequence_bias", ids)
             if not ids:
                 raise OptionError("sequence_bias must not hold an empty sequence")
-            if not _is_number(bias) or not -_LARGEST <= bias <= _LARGEST:
+            if not _is_number(bias) or not -LARGEST <= bias <= LARGEST:
                 raise OptionError(
-                    f"sequence_bias must hold numbers from {-_LARGEST:g} to {_LARGEST:g}, not {shown(bias)}"
+                    f"sequence_bias must hold numbers from {-LARGEST:g} to {LARGEST:g}, not {shown(bias)}"
                 )
 
     def _check_decay(self) -> None:
@@ -288,7 +294,7 @@ class GenerationConfig:
             return
         start, factor = decay if _is_list(decay) and len(decay) == 2 else (None, None)
         whole = isinstance(start, int) and not isinstance(start, bool) and start >= 0
-        if not whole or not _is_number(factor) or not 0 < factor <= _LARGEST:
+        if not whole or not _is_number(factor) or not 0 < factor <= LARGEST:
             raise OptionError(
                 f"exponential_decay_length_penalty must be a whole number of tokens and a factor above 0, such as"
                 f" [50, 1.05], not {shown(decay)}"
@@ -303,10 +309,8 @@ class GenerationConfig:
             raise OptionError("num_return_sequences above 1 needs sampling or beams: greedy decoding has one result")
         if self.prompt_lookup and (self.num_beams > 1 or self.num_return_sequences > 1):
             raise OptionError("prompt_lookup works on one sequence: not with num_beams or num_return_sequences above 1")
-        # transformers fails at the forced token.
-        forced = {
-            "forced_bos_token_id": _ids(self.forced_bos_token_id), "forced_eos_token_id": self.forced_eos_token_ids,
-        }  # fmt: skip
+        # transformers refuses these, too.
+        forced = {"forced_bos_token_id": self.forced_bos_token_ids, "forced_eos_token_id": self.forced_eos_token_ids}
         for name, ids in forced.items():
             if ids and set(ids) <= set(self.suppress_tokens or ()):
                 raise OptionError(f"{name} can't come where suppress_tokens holds it: {shown(list(ids))}")

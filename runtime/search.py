@@ -330,9 +330,11 @@ def start(prompt: Tokens, options: GenerationConfig, context: int, stop: Stop | 
 
 def _certain(options: GenerationConfig, chain: list[Processor]) -> int | None:
     """At how many of the largest logits greedy search or sampling looks; None for all of them."""
-    if chain or options.logprobs is not None or options.top_h is not None:
+    if chain or options.logprobs is not None:
         return None
-    return (options.top_k or None) if options.do_sample else 1
+    if not options.do_sample:
+        return 1
+    return None if options.top_h is not None else options.top_k or None
 
 
 def _power(length: int, exponent: float) -> np.float32:

@@ -11,12 +11,13 @@ from typing import Any
 
 import numpy as np
 
-from .options import GenerationConfig
+from .options import LARGEST, GenerationConfig
 from .sampling import Candidates, Logits, log_softmax, softmax
 from .topk import ascending, best, largest
 
 Warper = Callable[[Candidates], Candidates]
 
+_HIGHEST = 1e38
 _MOST_LIKELY = 100  # so many are all that top-h looks at
 _FEW = 1024  # so many entries are sorted at once
 _BIN_BITS = 18  # of a float32; bins are then a 32nd of a power of two wide
@@ -71,27 +72,38 @@ def _among_possible(warper: Warper) -> Warper:
 def temperature(value: float) -> Warper:
     """Divides the scores (TemperatureLogitsWarper)."""
     divisor = np.float32(value)
+    # Scores up to LARGEST that would leave float32.
+    highest = np.float32(_HIGHEST * value) if _HIGHEST * value < LARGEST else None
 
     def warper(candidates: Candidates) -> Candidates:
-        return Candidates(candidates.scores / divisor, candidates.indices, candidates.entries)
+        scores = candidates.scores if highest is None else np.minimum(candidates.scores, highest)
+        with np.errstate(over="ignore"):  # minus infinity is right for what is as low as that
+            return Candidates(scores / divisor, candidates.indices, candidates.entries)
 
     return warper
 
 
 def top_h(share: float) -> Warper:
-    """Keeps the likeliest of the 100 likeliest while their terms of the entropy add up to a share of it (TopHLogitsWarper)."""
+    """Keeps the likeliest of the 100 likeliest while their terms of the entropy add up to a share of it (TopHLogitsWarper).
+
+    With a share of 1, the last digits of two sums of the same terms decide about the least likely ones of the 100. There
+    this may keep one more or less than PyTorch, whose own digits depend on the processor.
+    """
     limit = np.float32(share)
 
     @_among_possible
     def warper(candidates: Candidates) -> Candidates:
         scores = candidates.dense()
         likeliest = largest(scores, _MOST_LIKELY)  # among all, as their number decides about the order of equal ones
-        logs = log_softmax(scores[likeliest[scores[likeliest] > -np.inf]])
-        probabilities = np.exp(logs)
-        terms = -probabilities[probabilities > 0] * logs[probabilities > 0]
-        running = terms.cumsum(dtype=np.float64).astype(np.float32)
-        kept = max(1, int(np.count_nonzero(running <= terms.sum() * limit)))
-        return candidates.only(likeliest[:kept])
+        likeliest = likeliest[scores[likeliest] > -np.inf]
+        top = scores[likeliest]
+        logs = top - (top[0] + np.log(np.exp(top - top[0]).sum()))
+        probabilities = softmax(logs)
+        entropy = -(logs * probabilities).sum()
+        above_zero = probabilities[probabilities > 0]
+        running = (-above_zero * np.log(above_zero)).cumsum(dtype=np.float64).astype(np.float32)
+        kept = max(1, int(np.count_nonzero(running <= entropy * limit)))
+        return candidates.keep(np.searchsorted(candidates.indices, np.sort(likeliest[:kept])))
 
     return warper
 
@@ -148,8 +160,7 @@ def typical_p(mass: float, keep: int = 1) -> Warper:
     def warper(candidates: Candidates) -> Candidates:
         scores = candidates.scores
         logs = log_softmax(scores)
-        entropy = -(logs * np.exp(logs)).sum()
-        distance = np.abs(-logs - entropy)
+        distance = np.abs(-logs - _entropy(logs))
         _, farthest = _reach(distance, distance, softmax(scores), np.less, limit)
         kept = np.flatnonzero(distance <= farthest)
         if len(kept) < keep:
@@ -178,9 +189,7 @@ def eta_cutoff(epsilon: float, keep: int = 1) -> Warper:
 
     @_among_possible
     def warper(candidates: Candidates) -> Candidates:
-        logs = log_softmax(candidates.scores)
-        entropy = -(logs * np.exp(logs)).sum()
-        eta = min(least, np.sqrt(least) * np.exp(-entropy))
+        eta = min(least, np.sqrt(least) * np.exp(-_entropy(log_softmax(candidates.scores))))
         return _at_least(candidates, softmax(candidates.scores), eta, keep)
 
     return warper
@@ -194,6 +203,12 @@ def renormalize() -> Warper:
         return replace(candidates, scores=log_softmax(candidates.scores))
 
     return warper
+
+
+def _entropy(log_probabilities: Logits) -> np.float32:
+    """In nats, of what is possible; float32 [entries], none of them minus infinity."""
+    entropy: np.float32 = -(log_probabilities * np.exp(log_probabilities)).sum()
+    return entropy
 
 
 def _at_least(candidates: Candidates, probabilities: Logits, least: np.float32, keep: int) -> Candidates:

@@ -1,5 +1,6 @@
 """What the command line prints, as scripts rely on it."""
 
+import ast
 import json
 import os
 import subprocess
@@ -119,9 +120,32 @@ def test_echo_and_streaming_change_no_text(
         assert command_line(*common, *way, "--echo").out == f"{PROMPT}{text}\n"
 
 
+def test_options_that_are_lists(command_line: CommandLine, tales_bundle: Path, tales_reference: Any) -> None:
+    given = {
+        "sequence_bias": "[[[262],2.5],[[290,258],-1]]", "begin_suppress_tokens": "306,262",
+        "forced_eos_token_id": "13,14", "exponential_decay_length_penalty": "3,1.3",
+    }  # fmt: skip
+    arguments = [part for name, text in given.items() for part in (f"--{name.replace('_', '-')}", text)]
+    record = json.loads(command_line("generate", PROMPT, "-m", tales_bundle, "--json", *SHORT, *arguments).out)
+    options = {name: list(ast.literal_eval(text)) for name, text in given.items()}
+    options["sequence_bias"] = [[ids, float(bias)] for ids, bias in options["sequence_bias"]]
+    (expected,) = reference_tokens(tales_reference, record["prompt_ids"], max_new_tokens=12, **options)
+    assert_same_tokens(record["sequences"][0]["token_ids"], expected, "lists")
+
+
 @pytest.mark.parametrize(
     "option",
-    [("temperature", 0.7), ("top_k", 30), ("top_p", 0.9), ("min_p", 0.05), ("typical_p", 0.8), ("seed", 4)],
+    [
+        ("temperature", 0.7),
+        ("top_h", 0.6),
+        ("top_k", 30),
+        ("top_p", 0.9),
+        ("min_p", 0.05),
+        ("typical_p", 0.8),
+        ("epsilon_cutoff", 0.01),
+        ("eta_cutoff", 0.01),
+        ("seed", 4),
+    ],
     ids=lambda option: option[0],
 )
 def test_a_sampling_option_turns_sampling_on(

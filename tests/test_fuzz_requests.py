@@ -58,7 +58,10 @@ IDS = st.lists(st.one_of(st.integers(0, VOCABULARY - 1), st.integers(-2, VOCABUL
 NUMBERS = st.one_of(st.integers(-2, 6), st.floats(-2, 3), odd_values)
 GIVEN = st.dictionaries(
     st.sampled_from(OPTIONS),
-    st.one_of(NUMBERS, TEXTS, st.lists(TEXTS, max_size=2), IDS, st.lists(IDS, max_size=2), st.sampled_from(["never", True])),
+    st.one_of(
+        NUMBERS, TEXTS, st.lists(TEXTS, max_size=2), IDS, st.lists(IDS, max_size=2), st.sampled_from(["never", True]),
+        st.lists(st.tuples(IDS, NUMBERS), max_size=2), st.tuples(NUMBERS, NUMBERS),
+    ),
     max_size=3,
 )  # fmt: skip
 
@@ -134,6 +137,9 @@ def test_values_out_of_range_are_named(name: str) -> None:
         ({"logprobs": 1, "num_beams": 2}, ("logprobs", "num_beams")),
         ({"max_length": 2}, ("max_length", "prompt")),
         ({"bad_words_ids": [[VOCABULARY]]}, ("bad_words_ids", str(VOCABULARY))),
+        ({"sequence_bias": [[[VOCABULARY], 1.0]]}, ("sequence_bias", str(VOCABULARY))),
+        ({"forced_eos_token_id": VOCABULARY}, ("forced_eos_token_id", str(VOCABULARY))),
+        ({"forced_eos_token_id": 5, "suppress_tokens": [5]}, ("forced_eos_token_id", "suppress_tokens")),
     ],
 )
 def test_contradictions_are_named(options: dict[str, Any], names: tuple[str, ...], model: gpt2onnx.Model) -> None:

@@ -12,8 +12,10 @@ import torch
 import transformers
 from conftest import CommandLine, MakeCheckpoint
 from transformers import GPT2LMHeadModel, LogitsProcessorList
+from transformers.generation.logits_process import TopHLogitsWarper
 
 import gpt2onnx
+from gpt2onnx.errors import OptionError
 from gpt2onnx.models.tales import FOLDER
 from gpt2onnx.runtime.experiments.next_token import choose, next_token, stages, token_of
 from gpt2onnx.runtime.options import GenerationConfig
@@ -31,10 +33,13 @@ def reference_logits(model: GPT2LMHeadModel, ids: list[int]) -> torch.Tensor:
 def warpers(temperature: float, filters: dict[str, Any]) -> list[tuple[str, Any]]:
     """transformers' own steps, by our names for them, in the order in which it applies them."""
     classes = {
+        "top_h": TopHLogitsWarper,
         "top_k": transformers.TopKLogitsWarper,
         "top_p": transformers.TopPLogitsWarper,
         "min_p": transformers.MinPLogitsWarper,
         "typical_p": transformers.TypicalLogitsWarper,
+        "epsilon_cutoff": transformers.EpsilonLogitsWarper,
+        "eta_cutoff": transformers.EtaLogitsWarper,
     }
     steps = [("temperature", transformers.TemperatureLogitsWarper(temperature))]
     return steps + [(name, classes[name](filters[name])) for name in classes if name in filters]
@@ -50,6 +55,8 @@ def warpers(temperature: float, filters: dict[str, Any]) -> list[tuple[str, Any]
         {"top_p": 0.5},
         {"min_p": 0.05, "top_k": 30},
         {"typical_p": 0.6, "top_p": 0.9},
+        {"top_h": 0.7, "top_k": 20},
+        {"epsilon_cutoff": 0.01, "eta_cutoff": 0.05},
     ],
 )
 def test_every_stage_is_that_of_transformers(
@@ -89,6 +96,14 @@ def test_stages_end_where_generate_draws_from(tales_model: gpt2onnx.Model) -> No
     )
     expected = chain(torch.from_numpy(ids)[None], torch.from_numpy(logits.copy())[None])[0]
     assert np.array_equal(way[-1].scores, expected.numpy())
+
+
+def test_options_of_the_model_that_do_not_suit_it_are_refused(
+    tales_model: gpt2onnx.Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tales_model, "generation_config", GenerationConfig(sequence_bias=[([9999], 1.0)]))
+    with pytest.raises(OptionError, match="sequence_bias holds 9999"):
+        next_token(tales_model, PROMPT)
 
 
 # "Build a Large Language Model (From Scratch)", section 5.3: nine words, their logits, and how often each comes in 1,000

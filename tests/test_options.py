@@ -89,7 +89,8 @@ def test_defaults_are_those_of_transformers() -> None:
         {"sequence_bias": "[[5], 1.0]"},
         {"begin_suppress_tokens": 5},
         {"forced_bos_token_id": -1},
-        {"forced_bos_token_id": [5]},
+        {"forced_bos_token_id": 10**30},
+        {"forced_eos_token_id": [10**30]},
         {"forced_eos_token_id": [-1]},
         {"forced_eos_token_id": "x"},
         {"exponential_decay_length_penalty": 1.5},
@@ -154,6 +155,7 @@ def test_merged_lengths() -> None:
         {"sequence_bias": [[[60], 9.5], [[60, 61], -3.5]], "exponential_decay_length_penalty": [3, 2.0]},
         {"do_sample": True, "epsilon_cutoff": 0.01, "eta_cutoff": 0.01, "top_h": 0.5, "renormalize_logits": True},
         {"do_sample": False, "top_h": 0, "epsilon_cutoff": 5.0, "encoder_repetition_penalty": 0.6},
+        {"do_sample": True, "epsilon_cutoff": 5.0, "eta_cutoff": -1.0, "forced_bos_token_id": 9999},
     ],
 )  # fmt: skip
 def test_generation_config_file_counts_as_in_transformers(

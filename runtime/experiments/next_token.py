@@ -26,7 +26,9 @@ from ..warpers import warp, warpers
 Progress = Callable[[int, int], None]
 
 # What each filter is called, in the order in which they apply, and the value that filters nothing.
-_FILTERS: dict[str, Any] = {"top_k": 0, "top_p": 1.0, "min_p": None, "typical_p": 1.0}
+_FILTERS: dict[str, Any] = {
+    "top_h": None, "top_k": 0, "top_p": 1.0, "min_p": None, "typical_p": 1.0, "epsilon_cutoff": 0.0, "eta_cutoff": 0.0,
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -94,10 +96,13 @@ def next_token(
     prompt: Prompt,
     *,
     temperatures: Sequence[float] = (),
+    top_h: float | None = None,
     top_k: int | None = None,
     top_p: float | None = None,
     min_p: float | None = None,
     typical_p: float | None = None,
+    epsilon_cutoff: float | None = None,
+    eta_cutoff: float | None = None,
     draws: int = 0,
     seed: int | None = None,
     progress: Progress | None = None,
@@ -108,7 +113,7 @@ def next_token(
         model: gives the logits; options that aren't given are its own, as in `generate`.
         prompt: a text, or token ids.
         temperatures: each is followed by itself.
-        top_k, top_p, min_p, typical_p: the filters.
+        top_h, top_k, top_p, min_p, typical_p, epsilon_cutoff, eta_cutoff: the filters.
         draws: how often to draw, for each temperature anew from the seed.
         seed: of the draws; a fresh one where None.
         progress: called after every hundred draws.
@@ -120,12 +125,17 @@ def next_token(
     """
     if draws < 0:
         raise OptionError(f"draws must be at least 0, not {draws}")
-    filters = {"top_k": top_k, "top_p": top_p, "min_p": min_p, "typical_p": typical_p}
+    filters = {
+        "top_h": top_h, "top_k": top_k, "top_p": top_p, "min_p": min_p, "typical_p": typical_p,
+        "epsilon_cutoff": epsilon_cutoff, "eta_cutoff": eta_cutoff,
+    }  # fmt: skip
     # With beams there is no single draw.
     one_draw = {"do_sample": True, "num_beams": 1, "num_return_sequences": 1, "seed": seed}
     given: Sequence[float | None] = temperatures or (None,)
     settings = [model.options(one_draw | filters | {"temperature": temperature}) for temperature in given]
     tokens = model.prompt_ids(prompt)
+    for options in settings:
+        model.check_options(options, len(tokens))
     cache = model.session.new_cache(1, len(tokens))
     logits = model.session.forward(cache, slice(0, 1), tokens[None])[0, -1].copy()
     choices = []
@@ -169,7 +179,9 @@ def choose(
 
 def stages(logits: Logits, options: GenerationConfig, tokens: Tokens) -> list[Stage]:
     """The candidates after each step that the options ask for; temperature is always one of them."""
-    unfiltered = replace(options, do_sample=True, num_beams=1, num_return_sequences=1, **_FILTERS)
+    # Probabilities don't depend on whether scores are renormalised.
+    alone = {"do_sample": True, "num_beams": 1, "num_return_sequences": 1, "renormalize_logits": False}
+    unfiltered = replace(options, **alone, **_FILTERS)
     filters = {name: getattr(options, name) for name in _FILTERS if getattr(options, name) != _FILTERS[name]}
     steps = {"penalties": replace(unfiltered, do_sample=False), "temperature": unfiltered}
     for name, value in filters.items():

@@ -80,14 +80,15 @@ class CompletionRequest(_Strict):
     presence_penalty: Annotated[float, Field(ge=0, le=0)] | None = Field(None, description="Not supported: only 0.")
     frequency_penalty: Annotated[float, Field(ge=0, le=0)] | None = Field(None, description="Not supported: only 0.")
     logit_bias: Annotated[dict[str, float], Field(max_length=0)] | None = Field(
-        None, description="Not supported: only {}. See bad_words_ids and suppress_tokens."
+        None, description="Not supported: only {}. See sequence_bias, bad_words_ids and suppress_tokens."
     )
     suffix: None = Field(None, description="Not supported: only null.")
     user: str | None = Field(None, description="Has no effect.")
 
     do_sample: bool | None = Field(None, description="Draw the next token instead of taking the likeliest.")
     top_h: Share | None = Field(
-        None, description="Sample among the likeliest tokens whose terms of the entropy add up to this share of it."
+        None,
+        description="Sample among the likeliest of 100 tokens whose terms of the entropy add up to this share of it.",
     )
     top_k: Count | None = Field(None, description="Sample among the k likeliest tokens; 0 for all.")
     min_p: Probability | None = Field(
@@ -100,10 +101,11 @@ class CompletionRequest(_Strict):
         None, description="Sample among tokens of at least this probability; 0 for all."
     )
     eta_cutoff: Probability | None = Field(
-        None, description="The same with a lower bound where many tokens are likely; 0 for all."
+        None,
+        description="Sample among tokens of at least this probability, or of less where many are likely; 0 for all.",
     )
     renormalize_logits: bool | None = Field(
-        None, description="Log probabilities of what is left, as beams' scores add up."
+        None, description="Make log probabilities of what filters leave, so that beams' scores are such."
     )
     repetition_penalty: Penalty | None = Field(None, description="Above 1 makes tokens seen before less likely.")
     encoder_repetition_penalty: Penalty | None = Field(
@@ -130,7 +132,8 @@ class CompletionRequest(_Strict):
         None, description="Token or tokens of which one comes last where the length ends a text."
     )
     exponential_decay_length_penalty: Decay | None = Field(
-        None, description="After so many new tokens, end tokens become likelier by a factor each, such as [50, 1.05]."
+        None,
+        description="So many new tokens, after which each makes end tokens likelier by a factor, such as [50, 1.05].",
     )
     num_beams: Annotated[int, Field(ge=1, le=MOST_SEQUENCES)] | None = Field(
         None, description="Width of the beam search."

@@ -78,7 +78,8 @@ def _kind(document: dict[str, Any], schema: dict[str, Any]) -> str:
         return ", ".join(repr(value) for value in schema.get("enum", [schema.get("const")]))
     name = str(schema.get("type", "any"))
     if name == "array":
-        name = f"[{_kind(document, schema.get('items', {}))}]"
+        parts = schema.get("prefixItems") or [schema.get("items", {})]
+        name = f"[{', '.join(_kind(document, part) for part in parts)}]"
     least, most = schema.get("minimum", schema.get("exclusiveMinimum")), schema.get("maximum")
     if least is not None and most is not None:
         return f"{name} {least:g} to {most:g}"
