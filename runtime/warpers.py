@@ -76,9 +76,9 @@ def temperature(value: float) -> Warper:
     highest = np.float32(_HIGHEST * value) if _HIGHEST * value < LARGEST else None
 
     def warper(candidates: Candidates) -> Candidates:
-        scores = candidates.scores if highest is None else np.minimum(candidates.scores, highest)
+        scores: Logits = candidates.scores if highest is None else np.minimum(candidates.scores, highest)
         with np.errstate(over="ignore"):  # minus infinity is right for what is as low as that
-            return Candidates(scores / divisor, candidates.indices, candidates.entries)
+            return replace(candidates, scores=scores / divisor)
 
     return warper
 
@@ -86,8 +86,8 @@ def temperature(value: float) -> Warper:
 def top_h(share: float) -> Warper:
     """Keeps the likeliest of the 100 likeliest while their terms of the entropy add up to a share of it (TopHLogitsWarper).
 
-    With a share of 1, the last digits of two sums of the same terms decide about the least likely ones of the 100. There
-    this may keep one more or less than PyTorch, whose own digits depend on the processor.
+    With a share of 1, or where one token has nearly all weight, the last digits of two sums decide about the least likely
+    of those that are kept. There this may keep one more or less than PyTorch, whose own digits depend on the processor.
     """
     limit = np.float32(share)
 

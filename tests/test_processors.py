@@ -13,7 +13,7 @@ from transformers.generation import logits_process as reference
 from gpt2onnx.runtime import logits as ours
 from gpt2onnx.runtime import warpers as our_warpers
 from gpt2onnx.runtime.options import GenerationConfig
-from gpt2onnx.runtime.sampling import Candidates
+from gpt2onnx.runtime.sampling import Candidates, softmax
 
 SIZE = 60
 INF = float("inf")
@@ -291,6 +291,12 @@ def test_composed_as_transformers_does(options: dict[str, Any], length: int, sco
     for warper, their in zip(warpers, theirs[len(chain) :], strict=True):
         if (expected == -INF).all():
             return
+        probabilities = softmax(expected)
         candidates = warper(candidates)
         expected = apply_reference(their, tokens, expected)
+        if isinstance(their, reference.TopHLogitsWarper):
+            # Where one entry has nearly all weight, the entropy is little more than PyTorch's own rounding of it.
+            differing = candidates.dense() != expected
+            assert probabilities[differing].sum() < 1e-6
+            candidates = Candidates.all(expected).possible()
         assert_same(candidates.dense(), expected, type(their).__name__)

@@ -180,7 +180,7 @@ def choose(
 def stages(logits: Logits, options: GenerationConfig, tokens: Tokens) -> list[Stage]:
     """The candidates after each step that the options ask for; temperature is always one of them."""
     # Probabilities don't depend on whether scores are renormalised.
-    alone = {"do_sample": True, "num_beams": 1, "num_return_sequences": 1, "renormalize_logits": False}
+    alone: dict[str, Any] = {"do_sample": True, "num_beams": 1, "num_return_sequences": 1, "renormalize_logits": False}
     unfiltered = replace(options, **alone, **_FILTERS)
     filters = {name: getattr(options, name) for name in _FILTERS if getattr(options, name) != _FILTERS[name]}
     steps = {"penalties": replace(unfiltered, do_sample=False), "temperature": unfiltered}
