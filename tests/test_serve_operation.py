@@ -153,6 +153,7 @@ def test_browsers_are_kept_in_bounds(model: gpt2onnx.Model) -> None:
         assert "http" not in docs.text.replace("openapi.json", "").replace("HTTP", "").replace(" https", " ")
         for field in ("max_tokens", "no_repeat_ngram_size", "Retry-After"):
             assert field in docs.text
+        assert "any]" not in docs.text, "a list of nobody knows what"
 
 
 def test_large_bodies(model: gpt2onnx.Model, connections: list[socket.socket]) -> None:
