@@ -79,7 +79,8 @@ class _SeveralTemperatures(click.Command):
 def command(
     prompt: str | None, model: str, prompt_ids: list[int] | None, temperatures: tuple[float, ...],
     top_h: float | None, top_k: int | None, top_p: float | None, min_p: float | None, typical_p: float | None,
-    epsilon_cutoff: float | None, eta_cutoff: float | None, top: int, texts: tuple[str, ...], draws: int, seed: int | None, device: str, threads: int | None, as_json: bool, quiet: bool,
+    epsilon_cutoff: float | None, eta_cutoff: float | None, top: int, texts: tuple[str, ...], draws: int,
+    seed: int | None, device: str, threads: int | None, as_json: bool, quiet: bool,
 ) -> None:  # fmt: skip
     """Show how the token after PROMPT (or standard input) is drawn: logits, temperature, softmax, filters, draw.
 
@@ -106,7 +107,8 @@ def command(
     with console.progress_bar("Drawing", "draws", quiet=quiet) as progress:
         result = next_token(
             loaded, text_or_ids, temperatures=temperatures, top_h=top_h, top_k=top_k, top_p=top_p, min_p=min_p,
-            typical_p=typical_p, epsilon_cutoff=epsilon_cutoff, eta_cutoff=eta_cutoff, draws=draws, seed=seed, progress=progress,
+            typical_p=typical_p, epsilon_cutoff=epsilon_cutoff, eta_cutoff=eta_cutoff, draws=draws, seed=seed,
+            progress=progress,
         )  # fmt: skip
     if as_json:
         record = {

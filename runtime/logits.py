@@ -39,8 +39,8 @@ def processors(options: GenerationConfig, prompt: Tokens) -> list[Processor]:
         chain.append(min_length(options.min_length, ends))
     if options.min_new_tokens is not None and options.min_new_tokens > 0 and ends:
         chain.append(min_length(len(prompt) + options.min_new_tokens, ends))
-    if options.forced_bos_token_id is not None:
-        chain.append(forced([options.forced_bos_token_id], 1))
+    if options.forced_bos_token_ids:
+        chain.append(forced(options.forced_bos_token_ids, 1))
     if options.forced_eos_token_ids:
         chain.append(forced(options.forced_eos_token_ids, len(prompt) + options.new_tokens(len(prompt)) - 1))
     if options.exponential_decay_length_penalty is not None and ends:
@@ -49,7 +49,7 @@ def processors(options: GenerationConfig, prompt: Tokens) -> list[Processor]:
     if options.suppress_tokens:
         chain.append(suppress(options.suppress_tokens))
     if options.begin_suppress_tokens:
-        begins_forced = len(prompt) == 1 and options.forced_bos_token_id is not None
+        begins_forced = len(prompt) == 1 and bool(options.forced_bos_token_ids)
         chain.append(suppress(options.begin_suppress_tokens, len(prompt) + 1 if begins_forced else len(prompt)))
     if options.renormalize_logits and not options.do_sample:  # sampling has it behind its warpers
         chain.append(renormalize())
@@ -80,7 +80,7 @@ def sequence_bias(biases: Sequence[tuple[Sequence[int], float]]) -> Processor:
     def processor(tokens: Tokens, scores: Logits) -> None:
         added = np.zeros_like(scores)
         for before, last, bias in words:
-            if len(before) <= len(tokens) and np.array_equal(tokens[len(tokens) - len(before) :], before):
+            if _ends_with(tokens, before):
                 added[last] += bias
         scores += added
 
@@ -129,11 +129,7 @@ def bad_words(words: Sequence[Sequence[int]], ends: Sequence[int]) -> Processor:
     forbidden = [np.array(word, np.int64) for word in words if not (len(word) == 1 and word[0] in ends)]
 
     def processor(tokens: Tokens, scores: Logits) -> None:
-        completed = [
-            word[-1]
-            for word in forbidden
-            if len(word) - 1 <= len(tokens) and np.array_equal(tokens[len(tokens) - len(word) + 1 :], word[:-1])
-        ]
+        completed = [word[-1] for word in forbidden if _ends_with(tokens, word[:-1])]
         _forbid(scores, np.array(completed, np.int64))
 
     return processor
@@ -212,6 +208,11 @@ def renormalize() -> Processor:
             scores[:] = log_softmax(scores)
 
     return processor
+
+
+def _ends_with(tokens: Tokens, ending: Tokens) -> bool:
+    begin = len(tokens) - len(ending)
+    return begin >= 0 and np.array_equal(tokens[begin:], ending)
 
 
 def _forbid(scores: Logits, forbidden: Tokens) -> None:

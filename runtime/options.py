@@ -242,7 +242,7 @@ class GenerationConfig:
         value = getattr(self, name)
         if value is None and self._has_no_default(name):
             return
-        if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
+        if not _is_whole(value) or not least <= value <= most:
             limit = "" if most == math.inf else f" to {most}"
             raise OptionError(f"{name} must be a whole number from {least}{limit}, not {shown(value)}")
 
@@ -254,9 +254,7 @@ class GenerationConfig:
             raise OptionError(f"{name} must be {wanted}, not {shown(value)}")
 
     def _token_ids(self, name: str, ids: object, least: int = 0) -> None:
-        if not isinstance(ids, Sequence) or not all(
-            isinstance(i, int) and not isinstance(i, bool) and least <= i < _TOKEN_IDS_END for i in ids
-        ):
+        if not isinstance(ids, Sequence) or not all(_is_whole(i) and least <= i < _TOKEN_IDS_END for i in ids):
             raise OptionError(f"{name} must hold token ids (whole numbers from {least}), not {shown(ids)}")
 
     def _check_bad_words(self) -> None:
@@ -293,8 +291,7 @@ class GenerationConfig:
         if decay is None:
             return
         start, factor = decay if _is_list(decay) and len(decay) == 2 else (None, None)
-        whole = isinstance(start, int) and not isinstance(start, bool) and start >= 0
-        if not whole or not _is_number(factor) or not 0 < factor <= LARGEST:
+        if not _is_whole(start) or start < 0 or not _is_number(factor) or not 0 < factor <= LARGEST:
             raise OptionError(
                 f"exponential_decay_length_penalty must be a whole number of tokens and a factor above 0, such as"
                 f" [50, 1.05], not {shown(decay)}"
@@ -327,6 +324,10 @@ def _ids(ids: int | Sequence[int] | None) -> tuple[int, ...]:
 
 def _is_list(value: object) -> bool:
     return isinstance(value, Sequence) and not isinstance(value, str)
+
+
+def _is_whole(value: object) -> TypeGuard[int]:
+    return isinstance(value, int) and not isinstance(value, bool)
 
 
 def _is_number(value: object) -> TypeGuard[float]:

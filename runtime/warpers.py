@@ -17,7 +17,7 @@ from .topk import ascending, best, largest
 
 Warper = Callable[[Candidates], Candidates]
 
-_HIGHEST = 1e38
+_HIGHEST = 1e38  # score behind the temperature: the difference of two such is a float32, too
 _MOST_LIKELY = 100  # so many are all that top-h looks at
 _FEW = 1024  # so many entries are sorted at once
 _BIN_BITS = 18  # of a float32; bins are then a 32nd of a power of two wide
