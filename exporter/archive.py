@@ -11,7 +11,7 @@ import shutil
 import tarfile
 import zlib
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO
 
@@ -134,12 +134,12 @@ def unpack(
     with file, replacing(target, lambda: check_place(target, force=force)) as folder:
         try:
             _Content(file).extract(folder, progress)
-            Bundle.open(folder)
+            made = Bundle.open(folder)  # here, since another may take its place at once
         except BundleError as error:
             # The folder has a passing name, and is gone when this is read.
             reason = str(error).replace(f"{folder}{os.sep}", "").replace(f"{folder}", "it")
             raise BundleError(f"{archive}: {reason}") from error
-    return Bundle.open(target)
+    return replace(made, folder=target)
 
 
 class _Content:

@@ -170,7 +170,8 @@ def export(
         if parity or (parity is None and small):
             with _unless_missing(parity):
                 replace(manifest, parity=_parity(checkpoint, folder)).write(folder)
-    return Bundle.open(target)
+        made = Bundle.open(folder)  # here, since another export may take its place at once
+    return replace(made, folder=target)
 
 
 class _Passes:

@@ -24,7 +24,7 @@ from typing import Any
 from gpt2onnx.errors import BackendError, BundleError, CheckpointError, OutputError
 
 from . import external_data
-from .config import GPT2Config, read_json
+from .config import GPT2Config, json_object, read_small
 from .messages import shown
 from .precision import BLOCK_SIZES, DTYPES
 
@@ -104,7 +104,9 @@ class Manifest:
         """
         path = folder / MANIFEST
         try:
-            raw = read_json(path)
+            # Read once: between two reads another export may take its place.
+            content = read_small(path)
+            raw = json_object(content, path)
         except CheckpointError as error:
             raise BundleError(str(error)) from error
         version = raw.get("format_version")
@@ -117,7 +119,7 @@ class Manifest:
         if not _is_manifest(raw):
             raise BundleError(f"{path} is not a manifest of gpt2onnx: export the bundle again")
         digest = str(raw["sha256"])
-        if digest and hashlib.sha256(path.read_bytes().replace(digest.encode(), b"")).hexdigest() != digest:
+        if digest and hashlib.sha256(content.replace(digest.encode(), b"")).hexdigest() != digest:
             raise BundleError(f"{path} was changed after it was written: export the bundle again")
         for name in raw["files"]:
             if not _stays_inside(name):

@@ -123,16 +123,27 @@ def read_json(path: Path, most: int = _MOST_JSON) -> dict[str, Any]:
     Raises:
         CheckpointError: the file can't be read, is larger than that, or doesn't hold a JSON object.
     """
+    return json_object(read_small(path, most), path)
+
+
+def read_small(path: Path, most: int = _MOST_JSON) -> bytes:
+    """The bytes of a JSON file, which holds no more than so many of them; raises CheckpointError as `read_json` does."""
     try:
         with path.open("rb") as file:
             text = file.read(most + 1)
-        if len(text) > most:
-            raise CheckpointError(f"{path} has more than the {most:,} bytes that are read as JSON: is it another file?")
+    except OSError as error:
+        raise CheckpointError(f"can't read {path}: {error.strerror or error}") from error
+    if len(text) > most:
+        raise CheckpointError(f"{path} has more than the {most:,} bytes that are read as JSON: is it another file?")
+    return text
+
+
+def json_object(text: bytes, path: Path) -> dict[str, Any]:
+    """The object in the bytes of a JSON file; raises CheckpointError, which names the file, where there is none."""
+    try:
         content = json.loads(text.decode("utf-8"))
         if b"\\ud" in text.lower():  # half of a surrogate pair, which only an escape can write, is no text
             json.dumps(content, ensure_ascii=False).encode("utf-8")
-    except OSError as error:
-        raise CheckpointError(f"can't read {path}: {error.strerror or error}") from error
     except RecursionError as error:
         raise CheckpointError(f"{path} is nested too deep") from error
     except ValueError as error:

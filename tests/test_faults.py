@@ -11,7 +11,10 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -20,7 +23,8 @@ from conftest import CommandLine, MakeCheckpoint
 import gpt2onnx
 from gpt2onnx.errors import BundleError, OutputError
 from gpt2onnx.exporter import atomic
-from gpt2onnx.models.bundle import Bundle
+from gpt2onnx.exporter.archive import pack, unpack
+from gpt2onnx.models.bundle import MANIFEST, Bundle, Manifest
 
 FAULT_POINTS = Path(__file__).with_name("fault_points.py")
 # All of them, or so many of each kind where time is short.
@@ -117,6 +121,50 @@ def test_the_first_of_two_wins_where_neither_may_replace(
     monkeypatch.undo()
     gpt2onnx.export(checkpoints[0], second)
     assert content(target) == content(second)
+
+
+def test_what_another_export_replaces_at_once_was_made(
+    checkpoints: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Both an export and `unpack` say what they made, though its place holds something else by then."""
+    target, other, archive = tmp_path / "bundle", tmp_path / "other", tmp_path / "bundle.tar.gz"
+    gpt2onnx.export(checkpoints[0], other)
+    pack(other, archive)
+    flush = atomic._flush
+
+    def another_is_faster(folder: Path, *, deep: bool = True) -> None:
+        flush(folder, deep=deep)
+        if not deep:
+            shutil.rmtree(target / "onnx")  # as one that is being removed, or half read
+
+    monkeypatch.setattr(atomic, "_flush", another_is_faster)
+    made = gpt2onnx.export(checkpoints[1], target)
+    assert made.folder == target
+    assert made.manifest.source_sha256 != Bundle.open(other).manifest.source_sha256
+    assert unpack(archive, target, force=True) == replace(Bundle.open(other), folder=target)
+
+
+def test_a_manifest_is_read_while_it_is_replaced(checkpoints: list[Path], tmp_path: Path) -> None:
+    folder = tmp_path / "bundle"
+    wholes = [gpt2onnx.export(checkpoint, folder, force=True).manifest for checkpoint in checkpoints]
+    stop = threading.Event()
+
+    def replace_it() -> None:
+        while not stop.is_set():
+            for number, manifest in enumerate(wholes):
+                new = tmp_path / f"new{number}"
+                new.mkdir(exist_ok=True)
+                manifest.write(new)
+                (new / MANIFEST).replace(folder / MANIFEST)
+
+    with ThreadPoolExecutor(1) as pool:
+        replaced = pool.submit(replace_it)
+        try:
+            read = {Manifest.read(folder).source_sha256 for _ in range(2000)}
+        finally:
+            stop.set()
+        replaced.result()
+    assert read == {manifest.source_sha256 for manifest in wholes}
 
 
 def test_where_the_system_has_no_exchange(
