@@ -1,7 +1,7 @@
 """Measures gpt2onnx and its peers side by side: A B C A B C …, each in a process and an environment of its own.
 
     python -m benchmarks.prepare                                      once
-    python -m benchmarks.run                                          all of it, about half an hour
+    python -m benchmarks.run                                          all of it, about forty minutes
     python -m benchmarks.run --minutes 4                              as many parts as fit; call it again for more
     python -m benchmarks.run --families int8 --scenarios "batch" --rounds 3 --out mine.json
     python -m benchmarks.report docs/benchmarks/results.json          the report from the figures
