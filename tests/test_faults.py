@@ -95,10 +95,9 @@ def test_exports_of_one_target_at_once_do_not_mix(checkpoints: list[Path], tmp_p
             with contextlib.suppress(BundleError):
                 Bundle.open(target)
             assert target.is_dir()
-        for process in processes:
-            _, err = process.communicate(timeout=60)
-            assert process.returncode == 0, err
-            assert "Traceback" not in err
+        errors = [process.communicate(timeout=60)[1] for process in processes]
+        assert [process.returncode for process in processes] == [0] * len(processes), errors
+        assert not any("Traceback" in error for error in errors)
         assert content(target) in wholes
         assert list(target.parent.iterdir()) == [target]
 
