@@ -25,6 +25,7 @@ from gpt2onnx.errors import CheckpointError
 from gpt2onnx.exporter.arrays import StridedArray
 from gpt2onnx.exporter.checkpoint import Checkpoint
 from gpt2onnx.exporter.pickles import read_checkpoint_file
+from gpt2onnx.models.config import GPT2Config
 from gpt2onnx.models.shapes import weight_shapes
 
 State = dict[str, torch.Tensor]
@@ -602,6 +603,28 @@ def test_files_that_are_no_checkpoints_are_told_apart(folder: Path, state: State
     assert "not a checkpoint" in refused(folder / "config.json")
     assert "no checkpoint" in refused(folder / "none")
     assert "no checkpoint" in refused(folder / ("long" * 1000))
+
+
+def test_a_json_file_that_is_too_large_is_not_read(folder: Path, state: State) -> None:
+    save_file(state, folder / "model.safetensors")
+    config = folder / "config.json"
+    config.write_bytes(config.read_bytes() + b" " * 100_000_000)
+    tracemalloc.start()
+    try:
+        with pytest.raises(CheckpointError, match=r"config\.json has more than the 16,777,216 bytes"):
+            Checkpoint.open(str(folder))
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert peak < 2 * 16 * 2**20
+
+
+def test_a_json_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"can't read .*config\.json: "):
+        GPT2Config.from_file(tmp_path / "config.json")
+    (tmp_path / "config.json").mkdir()
+    with pytest.raises(CheckpointError, match=r"can't read .*config\.json: "):
+        GPT2Config.from_file(tmp_path / "config.json")
 
 
 def test_a_file_without_its_config_says_so(tmp_path: Path, state: State) -> None:
