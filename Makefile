@@ -37,7 +37,7 @@ unit: $(VENV)/installed-dev
 	$(BIN)/pytest -n 2 --dist loadfile
 
 # The lowest versions that pyproject.toml allows, and what can be tested with them: PyTorch needs newer ones.
-LOWEST_TESTS := batching bundle cli_errors export_failures forward_passes hub isolation jobs screening streaming wide
+LOWEST_TESTS := batching bundle cli_errors export_failures forward_passes hub isolation jobs screening session streaming wide
 
 lowest: lowest-tokens lowest-tests
 

@@ -245,13 +245,13 @@ class Decoder:
         for row, search in enumerate(searches):
             tokens[row, : lengths[row]] = self._held[first + row] = search.prompt
             self._cache.trim(first + row, 0)
-        keep = int(lengths.max() - lengths.min()) + 1
         rows = slice(first, first + len(searches))
-        logits = self._network.forward(self._cache, rows, tokens, keep, lengths, _certain(searches))
+        certain = _certain(searches)
+        logits = self._network.forward(self._cache, rows, tokens, lengths=lengths, certain=certain)[:, -1]
         joined = [_Running(search, [slot]) for slot, search in enumerate(searches, first)]
         self._owners += joined
         for row, running in enumerate(joined):
-            running.search.advance(logits[row, lengths[row] - lengths.max() - 1][None])
+            running.search.advance(logits[row : row + 1])
         return joined
 
     def _enter(self, search: Search) -> _Joining:

@@ -158,9 +158,9 @@ class Session:
             cache: from `new_cache`.
             rows: of the cache, one after another; where they have a past, either one row or one token in each.
             tokens: int64 [rows, count].
-            keep: of how many last positions the logits are wanted.
+            keep: of how many last tokens of each row the logits are wanted.
             lengths: int64 [rows], how many of each row's tokens count, where the rows have no past; the others are
-                padding. All of them by default.
+                padding, which nothing looks at. All of them by default.
             certain: of how many largest logits at each position the values are needed; all by default. The others may
                 be estimates that are less than those.
 
@@ -175,7 +175,8 @@ class Session:
             return self._forward_copying(cache, rows, tokens, keep, lengths)
         graph = (self._wide and self._wide.take(tokens.size)) or self._graph
         positions = cache.advance(rows, tokens.shape[1], lengths)
-        binding = self._binding(graph, cache, rows, tokens.shape[1], keep, padded=lengths is not None)
+        padding = 0 if lengths is None else int(tokens.shape[1] - lengths.min())
+        binding = self._binding(graph, cache, rows, tokens.shape[1], keep + padding, padded=lengths is not None)
         if self._memory is None:
             binding.input_ids[:] = tokens
             binding.position_ids[:] = positions
@@ -183,13 +184,15 @@ class Session:
             # What a device is to read is copied there when it is bound, so it is bound anew for each pass.
             binding.io.bind_cpu_input(contract.INPUT_IDS, tokens)
             binding.io.bind_cpu_input(contract.POSITION_IDS, positions)
-            used = int(cache.lengths[rows].max())
-            binding.io.bind_cpu_input(contract.ATTENTION_MASK, cache.mask[rows, :used].copy())
+            if lengths is None:
+                used = int(cache.lengths[rows].max())
+                binding.io.bind_cpu_input(contract.ATTENTION_MASK, cache.mask[rows, :used].copy())
         try:
             graph.run_with_iobinding(binding.io)
         except Exception as error:
             raise providers.failure("ONNX Runtime failed", error) from error
-        return _finite(self._head.logits(binding.output, certain) if self._head else binding.output)
+        output = binding.output if lengths is None else _last(binding.output, tokens.shape[1] - lengths, keep)
+        return _finite(self._head.logits(output, certain) if self._head else output)
 
     def _forward_copying(
         self,
@@ -222,14 +225,16 @@ class Session:
             layer, part = divmod(index, 2)
             for row, length in enumerate(pasts):
                 cache.data[layer, part, rows.start + row, :, length : length + count] = array[row, :, past:]
-        return _finite(logits[:, -keep:])
+        return _finite(logits[:, -keep:] if lengths is None else _last(logits, count - lengths, keep))
 
     def _binding(
         self, graph: providers.Graph, cache: Cache, rows: slice, count: int, keep: int, *, padded: bool
     ) -> _Binding:
-        # GroupQueryAttention takes several tokens in several rows where the mask is as wide: then there is no past.
+        # GroupQueryAttention takes several tokens in several rows where the mask is as wide: then there is no past. Padding
+        # takes part, as no token looks at later ones: left out, it would be computed from memory that nobody has written
+        # (up to ONNX Runtime 1.26), which may be NaN and which inputs rounded with one scale would all suffer from.
         if padded:
-            return self._bind(graph, cache, rows, count, keep, cache.mask[rows, :count].copy())
+            return self._bind(graph, cache, rows, count, keep, np.ones((rows.stop - rows.start, count), np.int64))
         key = (graph is self._graph, rows.start, rows.stop, count, keep, cache.storage.base)
         binding = cache.bindings.get(key)
         if binding is None:
@@ -361,6 +366,13 @@ def _load_on(provider: str, bundle: Bundle, threads: int) -> providers.Graph:
 def _file(bundle: Bundle, provider: str) -> str:
     """The graph that is for this provider."""
     return BODY_GRAPH if provider == devices.CPU and head.usable(bundle) else GRAPH
+
+
+def _last(output: npt.NDArray[np.float32], padding: npt.NDArray[np.int64], keep: int) -> npt.NDArray[np.float32]:
+    """The last `keep` positions of each row before its padding."""
+    ends = output.shape[1] - padding[:, None]
+    last: npt.NDArray[np.float32] = output[np.arange(len(output))[:, None], ends + np.arange(-keep, 0)]
+    return last
 
 
 def _finite(logits: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:

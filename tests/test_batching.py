@@ -64,6 +64,9 @@ class HashingNetwork:
         if self.estimates and certain is not None and certain < VOCABULARY:
             least = np.sort(logits, axis=-1)[..., -certain, None]
             logits = np.where(logits < least, least - 0.01 - np.abs(logits) % 1, logits)
+        if lengths is not None:
+            assert keep == 1
+            return logits[np.arange(len(tokens)), lengths - 1][:, None]
         return logits[:, -keep:]
 
     def logits(self, history: Sequence[int]) -> np.ndarray:

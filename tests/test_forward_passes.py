@@ -32,7 +32,8 @@ class CountingNetwork:
     ) -> np.ndarray:
         self.passes.append(tokens.shape)
         cache.advance(rows, tokens.shape[1], lengths)
-        following = (tokens[:, -keep:] + 1) % VOCABULARY
+        last = tokens[:, -keep:] if lengths is None else tokens[np.arange(len(tokens)), lengths - 1][:, None]
+        following = (last + 1) % VOCABULARY
         return 10 * np.eye(VOCABULARY, dtype=np.float32)[following]
 
 

@@ -79,3 +79,22 @@ def test_buffers_of_long_prompts_are_not_kept(tales_model: gpt2onnx.Model) -> No
         loaded.forward(cache, slice(0, 1), np.ones((1, count), np.int64), keep=count)
     loaded.forward(cache, slice(0, 2), np.ones((2, 1), np.int64))
     assert len(cache.bindings) == 4
+
+
+def test_padding_is_computed_from_nothing_left_in_memory(tales_bundle: Path) -> None:
+    """Up to 1.26, ONNX Runtime's attention reads what lies in memory where a prompt is left out of a pass beyond its end."""
+    loaded = Session(Bundle.open(tales_bundle), threads=1)
+    tokens, lengths = np.arange(80).reshape(2, 40), np.array([10, 20])
+    alone = []
+    for row, length in enumerate(lengths):
+        alone += [loaded.forward(loaded.new_cache(1, 64), slice(0, 1), tokens[row : row + 1, :length])[0].copy()]
+    cache = loaded.new_cache(1, 64)
+    loaded.forward(cache, slice(0, 1), tokens[:1, :20])
+    cache.data[:] = np.nan
+    # Its attention takes as much memory as that of the two prompts together, and leaves NaN there.
+    with pytest.raises(BackendError, match="not a number"):
+        loaded.forward(cache, slice(0, 1), tokens[1:])
+    cache = loaded.new_cache(2, 64)
+    together = loaded.forward(cache, slice(0, 2), tokens[:, :20], lengths=lengths)
+    np.testing.assert_allclose(together, alone, rtol=1e-4, atol=1e-4)
+    assert np.isfinite(cache.data).all()
