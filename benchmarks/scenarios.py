@@ -126,6 +126,11 @@ def varied(task: Task, step: int) -> Task:
     return replace(task, prompts=[[(token + 101 * step) % VOCABULARY for token in row] for row in task.prompts])
 
 
-def chosen(names: list[str]) -> Iterator[Scenario]:
+def is_chosen(name: str, begins: list[str]) -> bool:
+    """Whether a name begins as one of these; any does where there are none."""
+    return not begins or name.startswith(tuple(begins))
+
+
+def chosen(begins: list[str]) -> Iterator[Scenario]:
     """Scenarios whose names begin so; all where none is named."""
-    return (each for each in scenarios() if not names or any(each.name.startswith(name) for name in names))
+    return (each for each in scenarios() if is_chosen(each.name, begins))
