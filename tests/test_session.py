@@ -10,6 +10,7 @@ import pytest
 
 import gpt2onnx
 from gpt2onnx.errors import BackendError, OptionError
+from gpt2onnx.models import contract
 from gpt2onnx.models.bundle import Bundle
 from gpt2onnx.runtime.session import Session
 
@@ -98,3 +99,23 @@ def test_padding_is_computed_from_nothing_left_in_memory(tales_bundle: Path) -> 
     together = loaded.forward(cache, slice(0, 2), tokens[:, :20], lengths=lengths)
     np.testing.assert_allclose(together, alone, rtol=1e-4, atol=1e-4)
     assert np.isfinite(cache.data).all()
+
+
+def test_last_logits_before_padding_of_a_graph_that_returns_keys_and_values(
+    tales_bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Such as optimum's. The fused graph stands in for it: without a past it returns them, too."""
+    loaded = Session(Bundle.open(tales_bundle), threads=1)
+    tokens, lengths = np.arange(40).reshape(2, 20), np.array([10, 20])
+    expected = loaded.forward(loaded.new_cache(2, 64), slice(0, 2), tokens, keep=3, lengths=lengths)
+    graph = loaded._graph
+
+    class AllLogits:
+        def run(self, names: list[str], inputs: dict[str, np.ndarray]) -> list[np.ndarray]:
+            return graph.run(names, inputs | {contract.LOGITS_TO_KEEP: np.array([20])})
+
+    monkeypatch.setattr(loaded, "_graph", AllLogits())
+    monkeypatch.setattr(loaded, "_inputs", [name for name in loaded._inputs if name != contract.LOGITS_TO_KEEP])
+    monkeypatch.setattr(loaded, "_in_place", False)
+    found = loaded.forward(loaded.new_cache(2, 64), slice(0, 2), tokens, keep=3, lengths=lengths)
+    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4)
