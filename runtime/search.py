@@ -15,7 +15,7 @@ from .logits import Processor, Tokens, process, processors
 from .options import GenerationConfig
 from .sampling import Candidates, Generator, Indices, Logits, log_softmax
 from .speculate import Drafts
-from .topk import largest
+from .topk import ascending, largest
 from .warpers import warp, warpers
 
 # Whether a sequence ends with the tokens it has now; the search's own end tokens and lengths aside.
@@ -291,7 +291,9 @@ class BeamSearch:
             rows = [warp(self._warpers, row) for row in scores]
             beams = [replace(row, scores=row.scores + score) for row, score in zip(rows, self._scores, strict=True)]
             candidates = Candidates.joined(beams)
-            chosen, flat = self._generator.multinomial(candidates, self._candidates), candidates.dense()
+            drawn, flat = self._generator.multinomial(candidates, self._candidates), candidates.dense()
+            # Best first, as transformers does from 5.24 on; ties as torch.sort leaves them.
+            chosen = drawn[ascending(-flat[drawn])]
         return chosen, flat[chosen]
 
     def _update_best(self, log_probs: Logits, sequences: Tokens, ended: npt.NDArray[np.bool_]) -> None:
