@@ -61,6 +61,8 @@ def table(report: dict[str, Any]) -> str:
     tokens = report["tokens"]
     lines.append(f"  tokens           {tokens['cases']} cases, {tokens['equal']} equal   {_verdict(tokens)}")
     lines += [f"  {note}" for note in tokens["notes"]]
+    # Reports of bundles that were made before have no such entry.
+    lines += [f"  {count} cases left out: {reason}" for reason, count in tokens.get("left_out", {}).items()]
     if not tokens.get("passed", True):
         lines.append(f"  first difference: {json.dumps(tokens['first_difference'])}")
     if loss := report.get("loss"):

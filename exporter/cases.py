@@ -5,8 +5,10 @@ right before generating. Each case is to give the very tokens of `transformers.g
 """
 
 import random
+import re
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 Options = dict[str, Any]
 
@@ -74,6 +76,63 @@ PROCESSORS: dict[str, Options] = {
         "temperature": 0.9, "top_k": 40, "top_p": 0.95, "min_p": 0.01, "typical_p": 0.95,
     },
 }  # fmt: skip
+
+
+class _Change(NamedTuple):
+    """Since a release, transformers gives the tokens that it gives today."""
+
+    release: str
+    concerns: Callable[[Options], bool]
+    before: str
+
+
+def _rows(options: Options) -> int:
+    return max(options.get("num_beams") or 1, options.get("num_return_sequences") or 1)
+
+
+# From 4.57 on, the oldest that is supported; by the releases' own source. There was no 5.18.
+_CHANGES = [
+    _Change("5.0", lambda options: options.get("top_h") is not None, "has no top_h"),
+    _Change(
+        "5.19",
+        lambda options: options.get("encoder_repetition_penalty") not in (None, 1.0) and _rows(options) > 1,
+        "applies encoder_repetition_penalty to the first sequence only",
+    ),
+    _Change(
+        "5.19",
+        lambda options: bool(
+            options.get("exponential_decay_length_penalty")
+            and (options.get("min_length") or options.get("min_new_tokens"))
+        ),
+        "makes NaN of a forbidden end token with exponential_decay_length_penalty",
+    ),
+    _Change(
+        "5.24",
+        lambda options: bool(options.get("do_sample")) and (options.get("num_beams") or 1) > 1,
+        "doesn't sort what beam sampling draws",
+    ),
+]
+
+
+def why_left_out(options: Options, version: str) -> str | None:
+    """Says why a version of transformers is no judge of some options.
+
+    Args:
+        options: as in a case.
+        version: of transformers, such as "5.24.0".
+
+    Returns:
+        The reason; None where its tokens are to be ours.
+    """
+    for change in _CHANGES:
+        if change.concerns(options) and _release(version) < _release(change.release):
+            return f"transformers before {change.release} {change.before}"
+    return None
+
+
+def _release(version: str) -> tuple[int, int]:
+    major, minor = re.findall(r"\d+", version)[:2]
+    return int(major), int(minor)
 
 
 def cases(vocab_size: int, n_positions: int, suite: Suite = "full") -> list[Case]:

@@ -18,6 +18,7 @@ in its manifest.
 """
 
 import math
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -36,7 +37,7 @@ from ..runtime.options import GenerationConfig
 from ..runtime.results import Request
 from ..runtime.session import Session
 from ..runtime.wide import FEWEST
-from .cases import MIN_POSITIONS, MIN_VOCAB_SIZE, Case, Suite, cases
+from .cases import MIN_POSITIONS, MIN_VOCAB_SIZE, Case, Suite, cases, why_left_out
 from .checkpoint import Checkpoint
 from .reference import Logits, Reference, same_random_numbers
 from .rounding import Rounding
@@ -58,13 +59,14 @@ _TIMES_NEAREST = 3.0
 _NOISE, _NOISE_OF_SCALES = 1e-4, 1e-3
 
 
-def check(folder: Path, checkpoint: Checkpoint, suite: str = "quick") -> dict[str, Any]:
+def check(folder: Path, checkpoint: Checkpoint, suite: str = "quick", *, screens: bool | None = None) -> dict[str, Any]:
     """Compares a bundle with the checkpoint that it was made from, run by PyTorch.
 
     Args:
         folder: the bundle.
         checkpoint: its source.
         suite: "quick" (seconds) or "full" (every strategy and processor, with seeds).
+        screens: whether the bundle's logits may be screened; None asks the processor.
 
     Returns:
         The report: what it was compared with, the figures of each check, and `passed` for all of them.
@@ -75,7 +77,7 @@ def check(folder: Path, checkpoint: Checkpoint, suite: str = "quick") -> dict[st
         BundleError, BackendError: the bundle can't be used.
     """
     reference = Reference(checkpoint)
-    model = Model(folder, wide_after=None, screen_after=0)
+    model = Model(folder, wide_after=None, screen_after=0, screens=screens)
     manifest, session = model.bundle.manifest, model.session
     lossy, times = manifest.dtype in _LOSSY, _TIMES_ROUNDING[manifest.dtype]
     prompts = _prompts(model.config)
@@ -262,17 +264,17 @@ def _log_softmax(logits: Logits) -> npt.NDArray[np.float64]:
 
 
 def _tokens(model: Model, reference: Reference, suite: str, *, judged: bool) -> dict[str, Any]:
-    """How many cases give the same tokens, and where the first one that doesn't parts."""
-    config, notes, chosen = model.config, list[str](), list[Case]()
+    """How many cases give the same tokens, where the first one that doesn't parts, and which this PyTorch can't judge."""
+    config, notes, chosen, same_numbers = model.config, list[str](), list[Case](), same_random_numbers()
     if config.vocab_size < MIN_VOCAB_SIZE or config.n_positions < MIN_POSITIONS:
         notes.append(f"none for fewer than {MIN_VOCAB_SIZE} tokens or {MIN_POSITIONS} positions")
     else:
         weights = sum(math.prod(shape) for shape in weight_shapes(config, tied=config.tie_word_embeddings).values())
         size: Suite = "full" if suite == "full" else "quick" if judged and weights <= _FEW_WEIGHTS else "brief"
         chosen = cases(config.vocab_size, config.n_positions, size)
-    if not same_random_numbers():
-        chosen = [case for case in chosen if not case.options.get("do_sample")]
-        notes.append("sampling left out: this PyTorch draws random numbers in another way (a build with MKL)")
+    reasons = {case.name: _why_left_out(case, reference, same_numbers=same_numbers) for case in chosen}
+    left_out = Counter(reason for reason in reasons.values() if reason)
+    chosen = [case for case in chosen if not reasons[case.name]]
     equal = 0
     first_difference = None
     for case in chosen:
@@ -286,8 +288,15 @@ def _tokens(model: Model, reference: Reference, suite: str, *, judged: bool) -> 
             equal += 1
         elif first_difference is None:
             first_difference = {"case": case.name, "options": dict(case.options)} | _first_difference(found, expected)
-    figures = {"cases": len(chosen), "equal": equal, "first_difference": first_difference, "notes": notes}
+    figures: dict[str, Any] = {"cases": len(chosen), "equal": equal, "first_difference": first_difference}
+    figures |= {"notes": notes, "left_out": dict(left_out)}
     return figures | ({"passed": equal == len(chosen)} if judged else {})
+
+
+def _why_left_out(case: Case, reference: Reference, *, same_numbers: bool) -> str | None:
+    if case.options.get("do_sample") and not same_numbers:
+        return "this PyTorch draws random numbers in another way (a build with MKL)"
+    return why_left_out(case.options, reference.version)
 
 
 def _first_difference(found: list[list[int]], expected: list[list[int]]) -> dict[str, Any]:

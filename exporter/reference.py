@@ -35,6 +35,10 @@ _FLOAT32_NOISE = 1e-6
 class Reference:
     """A checkpoint in PyTorch, float32; read by transformers itself where it is in transformers' own layout.
 
+    Attributes:
+        name: versions of transformers and torch, for the report.
+        version: of transformers.
+
     Raises:
         MissingExtraError: torch or transformers isn't installed.
         CheckpointError: transformers can't load the checkpoint.
@@ -48,7 +52,8 @@ class Reference:
             raise MissingExtraError("Checking parity with PyTorch", error.name or "torch", "optimum") from error
         transformers.utils.logging.set_verbosity_error()
         transformers.utils.logging.disable_progress_bar()
-        self.name = f"transformers {transformers.__version__}, torch {torch.__version__}"
+        self.version = transformers.__version__
+        self.name = f"transformers {self.version}, torch {torch.__version__}"
         self._config, self._tied = checkpoint.config, checkpoint.tied
         try:
             self._model = _load(checkpoint)
