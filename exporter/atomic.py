@@ -9,17 +9,13 @@ import ctypes
 import os
 import secrets
 import shutil
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO
 
 from gpt2onnx.errors import OutputError
-
-try:
-    import fcntl
-except ImportError:  # Windows: leftovers of killed runs stay there
-    fcntl = None  # type: ignore[assignment]
 
 _NO_LOCKS = -1
 # For renameat2, from Linux's fcntl.h and fs.h.
@@ -44,7 +40,8 @@ def replacing(target: Path, check: Callable[[], None]) -> Iterator[Path]:
         yield folder
         folder.chmod(0o755)
         _flush(folder)
-        replaces = place.exists() and any(place.iterdir())
+        # Windows gives a folder no name that another has, be that empty.
+        replaces = place.exists() and (sys.platform == "win32" or any(place.iterdir()))
         check()
         if replaces:
             _exchange(folder, place)
@@ -94,7 +91,7 @@ def _hidden(target: Path) -> Path:
 
 def _exchange(folder: Path, target: Path) -> None:
     """Gives the folder the target's place, and the target the folder's."""
-    renameat2 = getattr(ctypes.CDLL(None), "renameat2", None) if os.name == "posix" else None
+    renameat2 = getattr(ctypes.CDLL(None), "renameat2", None) if sys.platform != "win32" else None
     if renameat2 is None or renameat2(_HERE, os.fsencode(folder), _HERE, os.fsencode(target), _EXCHANGE) != 0:
         # Not this system, or not this file system: for a moment there is no target.
         target.rename(_old(folder))
@@ -103,7 +100,7 @@ def _exchange(folder: Path, target: Path) -> None:
 
 def _flush(folder: Path, *, deep: bool = True) -> None:
     """Has the system write a folder to the disk, so that a power failure can't leave the name without the content."""
-    if os.name == "nt":  # which can't flush a folder
+    if sys.platform == "win32":  # which can't flush a folder
         return
     for path in [folder, *folder.rglob("*")] if deep else [folder]:
         descriptor = os.open(path, os.O_RDONLY)
@@ -115,8 +112,10 @@ def _flush(folder: Path, *, deep: bool = True) -> None:
 
 def _lock(folder: Path) -> int | None:
     """A descriptor whose closing, or the end of the process, frees the folder; None where another holds or held it."""
-    if fcntl is None:
+    if sys.platform == "win32":  # which locks no folders: what killed runs leave stays there
         return _NO_LOCKS
+    import fcntl
+
     try:
         descriptor = os.open(folder, os.O_RDONLY)
     except FileNotFoundError:

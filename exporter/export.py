@@ -383,4 +383,5 @@ def _genai_config(config: GPT2Config, generation: dict[str, Any]) -> dict[str, A
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:
-    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    # Windows would write other ends of lines, and so a bundle with other hashes.
+    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8", newline="\n")

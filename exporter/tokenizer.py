@@ -95,7 +95,7 @@ def write_tokenizer(checkpoint: Path, config: Mapping[str, Any], target: Path) -
             shutil.copyfile(checkpoint / name, target / name)
     if not (target / _SETTINGS).exists():
         minimal = {"tokenizer_class": files.class_name, **_DEFAULT_TOKENS.get(files.class_name, {})}
-        (target / _SETTINGS).write_text(json.dumps(minimal, indent=2) + "\n", encoding="utf-8")
+        (target / _SETTINGS).write_text(json.dumps(minimal, indent=2) + "\n", encoding="utf-8", newline="\n")
 
 
 def _compact(content: dict[str, Any]) -> str:

@@ -4,7 +4,6 @@ import csv
 import io
 import json
 import os
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,28 +11,7 @@ from typing import IO, Any
 
 from gpt2onnx.errors import OutputError
 
-if sys.platform == "win32":
-    import msvcrt
-
-    def _lock(file: IO[bytes]) -> None:
-        file.seek(_BEYOND)
-        msvcrt.locking(file.fileno(), msvcrt.LK_LOCK, 1)
-
-    def _unlock(file: IO[bytes]) -> None:
-        file.seek(_BEYOND)
-        msvcrt.locking(file.fileno(), msvcrt.LK_UNLCK, 1)
-else:
-    import fcntl
-
-    def _lock(file: IO[bytes]) -> None:
-        fcntl.flock(file, fcntl.LOCK_EX)
-
-    def _unlock(file: IO[bytes]) -> None:
-        fcntl.flock(file, fcntl.LOCK_UN)
-
-
-# Windows locks bytes, not files, and bars others from reading them: one that no file has.
-_BEYOND = 2**30
+from .locks import lock, unlock
 
 
 class CsvLog:
@@ -88,11 +66,11 @@ class CsvLog:
         try:
             # Unbuffered: what is written goes out in one piece.
             with self.path.open("a+b", buffering=0) as file:
-                _lock(file)
+                lock(file)
                 try:
                     yield file
                 finally:
-                    _unlock(file)
+                    unlock(file)
         except OSError as error:
             raise OutputError(f"can't write {self.path}: {error.strerror or error}") from error
 

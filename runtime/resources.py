@@ -10,6 +10,7 @@ import functools
 import math
 import os
 import platform
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -125,10 +126,10 @@ def _memory_limits(root: Path) -> Iterator[Memory]:
 
 
 def _address_space(root: Path) -> Iterator[Memory]:
-    try:
-        import resource
-    except ImportError:  # Windows
+    if sys.platform == "win32":  # has no such limit
         return
+    import resource
+
     limit = resource.getrlimit(resource.RLIMIT_AS)[0]
     pages = _words(root / "proc/self/statm")
     if limit != resource.RLIM_INFINITY and pages:

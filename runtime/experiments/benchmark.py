@@ -236,15 +236,21 @@ def time_run(
     return Run(prefilled - begun, first, ended - prefilled, gaps)
 
 
-def weights_read(bundle: Bundle, rows: int = 1) -> int:
-    """Bytes of weights that a step of greedy search on the CPU reads: all but tables, of which it looks up rows."""
+def weights_read(bundle: Bundle, rows: int = 1, screens: bool | None = None) -> int:
+    """Bytes of weights that a step of greedy search on the CPU reads: all but tables, of which it looks up rows.
+
+    Args:
+        bundle: whose weights they are.
+        rows: of the batch.
+        screens: whether logits may be screened; None asks the processor.
+    """
     config, dtype = bundle.config, bundle.manifest.dtype
     stored = sum(record.size for name, record in bundle.manifest.files.items() if name.startswith("onnx/"))
     tables = config.n_positions * config.n_embd * (4 if dtype == "fp32" else 2)
     if not config.tie_word_embeddings:
         tied = replace(config, tie_word_embeddings=True)
         tables += memory(config, dtype).weights - memory(tied, dtype).weights
-    if head.usable(bundle):
+    if head.usable(bundle, screens):
         tables += 4 * config.vocab_size * config.n_embd - head.bytes_read(bundle, rows)
     # There are no kernels for float16 on x86: ONNX Runtime keeps the weights in float32.
     factor = 2 if dtype == "fp16" and architecture() in ("x86_64", "AMD64") else 1

@@ -53,10 +53,10 @@ def process_memory() -> ProcessMemory:
 
 
 def _peak_by_usage() -> int | None:
-    try:
-        import resource
-    except ImportError:  # Windows
+    if sys.platform == "win32":  # has no such call
         return None
+    import resource
+
     most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return most if sys.platform == "darwin" else most * 1024
 

@@ -1,6 +1,5 @@
 """A bundle on every machine of a fleet: where all see its folder, that one; else a copy, once per machine."""
 
-import fcntl
 import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
@@ -14,6 +13,7 @@ from gpt2onnx.errors import BackendError, BundleError
 
 from ...models import user_cache
 from ...models.bundle import MANIFEST, Bundle, sha256_of
+from ..locks import lock
 
 _CHUNK = 64 << 20  # bytes of an object in Ray's store
 
@@ -68,8 +68,8 @@ class SharedBundle:
         try:
             cache.mkdir(parents=True, exist_ok=True)
             # One worker of a machine makes the copy, the others wait for it.
-            with target.with_suffix(".lock").open("w") as lock:
-                fcntl.flock(lock, fcntl.LOCK_EX)
+            with target.with_suffix(".lock").open("wb") as file:
+                lock(file)
                 if not _is(target, self.digest) or not _is_whole(target):
                     self._copy(target)
         except OSError as error:

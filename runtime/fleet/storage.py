@@ -134,8 +134,5 @@ def reason(error: BaseException) -> str:
 
 def _flush(path: str) -> None:
     """Has the system write a file to the disk, so that a power failure can't leave its name without its content."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    with open(path, "r+b") as file:  # noqa: PTH123
+        os.fsync(file.fileno())  # which Windows refuses for a file that is open for reading only

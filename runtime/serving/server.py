@@ -72,7 +72,9 @@ def listen(host: str, port: int) -> socket.socket:
         # With the protocol named, as only then asyncio sends small packets at once (TCP_NODELAY).
         server = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
         try:
-            server.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            # On Windows it would let two servers have one port.
+            if sys.platform != "win32":
+                server.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             server.bind(address)
             server.listen(_BACKLOG)
         except BaseException:

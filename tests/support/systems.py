@@ -1,0 +1,10 @@
+"""Systems that a test needs, where it starts, limits or watches processes as not all of them can."""
+
+import sys
+
+import pytest
+
+posix = pytest.mark.skipif(sys.platform == "win32", reason="Windows has no such signals, limits, locks or forks")
+linux = pytest.mark.skipif(
+    sys.platform != "linux", reason="only Linux has it: /proc, /dev/full, an exchange of folders"
+)
