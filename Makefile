@@ -1,91 +1,136 @@
-# Two commands: `make demo` shows the thing working, `make test` proves it. Both make their own environment.
+# `make help` lists what people use. Each target makes the environment that it needs.
 PYTHON ?= python3
 VENV ?= .venv
-BIN := $(VENV)/bin
+# Exact versions for `make test`; none are the newest.
+PINS ?= tests/pins.txt
+# Folder of an environment's programs.
+bin = $(1)/$(if $(filter Windows_NT,$(OS)),Scripts,bin)
+BIN := $(call bin,$(VENV))
+UV = UV_SYSTEM_CERTS=1 $(BIN)/uv
+PYTEST := -m pytest -n 2 --dist loadfile
+
+# Environments of `make reference`: the newest transformers, the last that optimum takes, and the lowest versions of all.
+REFERENCE := build/reference
+OPTIMUM := build/optimum
 LOWEST := build/lowest
-# The system's certificates, as pip takes them.
-export UV_SYSTEM_CERTS := 1
 
-.PHONY: demo test lint types unit lowest lowest-tokens lowest-tests peers fuzz bench docs clean
+.PHONY: help demo test lint types unit reference lowest golden newest pins peers fuzz bench docs clean
 
-demo: $(VENV)/installed-demo
-	$(BIN)/gpt2onnx export tales build/tales --dtype int8 --force
-	$(BIN)/gpt2onnx generate "Once upon a time" -m build/tales --echo --max-new-tokens 160 --temperature 0.7 --top-p 0.9 --seed 7
-	@# Export the default model too, so that the first `gpt2onnx generate` of your own starts at once.
-	@$(BIN)/gpt2onnx generate "Once" --max-new-tokens 1 --quiet >build/first.txt
-	@echo "Now yours: $(BIN)/gpt2onnx generate \"Once upon a time\""
+help:
+	@sed -n 's/^\([a-z]*\):.*## /make \1: /p' Makefile
 
-test: lint types $(LOWEST)/installed
-	$(MAKE) unit
-	$(MAKE) --jobs=2 lowest
+demo: $(VENV)/demo-installed  ## export the embedded model and let it tell a story
+	@echo "2/3 Exporting tales, the embedded model, to build/tales"
+	@$(BIN)/gpt2onnx export tales build/tales --force
+	@echo "3/3 Generating"
+	@$(BIN)/gpt2onnx generate "Once upon a time" -m build/tales --echo --temperature 0.6 --top-p 0.9 --seed 36 --max-new-tokens 147
+	@echo "Now yours: $(BIN)/gpt2onnx generate -m build/tales \"Once upon a time\""
 
-lint: $(VENV)/installed-dev
-	$(BIN)/ruff check
-	$(BIN)/ruff format --check
-	$(BIN)/pyright --pythonpath $(BIN)/python
-	$(BIN)/cog --check docs/cli.md
+test: lint  ## lint, types and tests, with the versions of tests/pins.txt, without PyTorch
+	$(MAKE) --jobs=2 types unit
 
-# The installed package is checked from another folder, which also proves that it is whole.
-types: $(VENV)/installed-dev
-	rm -rf build/site build/lib
-	$(BIN)/pip install --quiet --no-deps --target build/site .
-	cd build/site && ../../$(BIN)/mypy --config-file ../../pyproject.toml --strict -p gpt2onnx
-	cd build/site && PYTHONPATH=. ../../$(BIN)/lint-imports --config ../../pyproject.toml --no-cache
+reference: lowest $(REFERENCE)/installed $(OPTIMUM)/installed  ## compare with PyTorch: newest transformers, 4.57, optimum; test the lowest versions
+	$(call bin,$(REFERENCE))/python $(PYTEST) --golden check
+	GPT2ONNX_OPTIMUM=1 $(call bin,$(OPTIMUM))/python $(PYTEST) --golden live
 
-# Two files at a time: many tests wait, for servers, for signals, for their own processes.
-unit: $(VENV)/installed-dev
-	$(BIN)/pytest -n 2 --dist loadfile
+newest:  ## `make test` with the newest packages that pyproject.toml allows
+	rm -f build/newest/installed
+	$(MAKE) test VENV=build/newest PINS=
 
-# The lowest versions that pyproject.toml allows, and what can be tested with them: PyTorch needs newer ones.
-LOWEST_TESTS := batching bundle cli_errors export_failures forward_passes hub isolation jobs screening session streaming wide
-
-lowest: lowest-tokens lowest-tests
-
-lowest-tokens: $(VENV)/installed-dev $(LOWEST)/installed
-	GPT2ONNX_LOWEST=$(LOWEST)/bin/python $(BIN)/pytest tests/test_lowest.py
-
-lowest-tests: $(LOWEST)/installed
-	$(LOWEST)/bin/python -m pytest -n 2 --dist loadfile $(LOWEST_TESTS:%=tests/test_%.py)
-
-$(LOWEST)/installed: $(VENV)/installed-dev pyproject.toml
-	$(BIN)/uv venv --quiet --clear --python 3.11 $(LOWEST)
-	$(BIN)/uv pip install --quiet --python $(LOWEST) --resolution lowest-direct --editable '.[cpu,export,energy,sweep]'
-	$(BIN)/uv pip install --quiet --python $(LOWEST) hypothesis packaging pytest pytest-xdist
-	touch $@
-
-# The bundle in optimum, onnxruntime-genai and transformers.js: needs Node and the npm registry, too.
-peers: $(VENV)/installed-dev
-	GPT2ONNX_PEERS=build/peers $(BIN)/pytest tests/test_other_runtimes.py tests/test_portable.py
-
-# Damaged, hostile and absurd input, N of each kind, faults at every step, every byte flipped: docs/reliability.md.
-N ?= 5000
-fuzz: $(VENV)/installed-dev
-	GPT2ONNX_FUZZ=$(N) GPT2ONNX_FAULTS=2000 GPT2ONNX_FLIPS=all $(BIN)/pytest -s tests/test_fuzz_*.py \
-		tests/test_faults.py tests/test_bundle.py
-
-# Side by side with other runtimes, each installed outside the repository: docs/benchmarks. About an hour the first time.
-bench: $(VENV)/installed-dev
+bench: $(VENV)/installed  ## side by side with other runtimes; about an hour the first time
 	$(BIN)/python -m benchmarks.prepare
 	$(BIN)/python -m benchmarks.run
 	$(BIN)/python -m benchmarks.report
 
+# Parts of these, and what developers need now and then.
+
+lint: $(VENV)/installed
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/cog --check docs/cli.md
+
+# The installed package is checked from another folder, which also proves that it is whole.
+types: $(VENV)/installed
+	rm -rf build/site build/lib
+	$(UV) pip install --quiet --no-deps --python $(VENV) --target build/site .
+	cd build/site && for system in linux darwin win32; do \
+		"$(abspath $(BIN))/mypy" --config-file ../../pyproject.toml --strict --platform $$system -p gpt2onnx || exit; done
+	cd build/site && PYTHONPATH=. "$(abspath $(BIN))/lint-imports" --config ../../pyproject.toml --no-cache
+
+# Two files at a time: many tests wait, for servers, for signals, for their own processes.
+unit: $(VENV)/installed
+	$(BIN)/python $(PYTEST)
+
+# The lowest versions that pyproject.toml allows, and what can be tested with them.
+LOWEST_TESTS := batching bundle cli_errors export_failures forward_passes hub isolation jobs screening session streaming wide
+
+lowest: $(VENV)/installed $(LOWEST)/installed
+	GPT2ONNX_LOWEST=$(call bin,$(LOWEST))/python $(BIN)/python -m pytest tests/test_lowest.py
+	$(call bin,$(LOWEST))/python $(PYTEST) $(LOWEST_TESTS:%=tests/test_%.py)
+
+# Asks PyTorch and transformers anew, and writes their answers to tests/golden.
+golden: $(REFERENCE)/installed
+	$(call bin,$(REFERENCE))/python tests/golden/make_torch_files.py
+	$(call bin,$(REFERENCE))/python $(PYTEST) --golden write
+
+# Writes the newest versions that pyproject.toml allows, for all systems and Pythons, to tests/pins.txt.
+pins: $(VENV)/uv-installed
+	$(UV) pip compile --quiet --upgrade --universal --python-version 3.11 --extra dev --no-header --no-annotate \
+		--output-file tests/pins.txt pyproject.toml
+
+# The bundle in optimum, onnxruntime-genai and transformers.js: needs Node and the npm registry, too.
+peers: $(VENV)/installed
+	GPT2ONNX_PEERS=build/peers $(BIN)/python -m pytest tests/test_other_runtimes.py
+
+# Damaged, hostile and absurd input, N of each kind, faults at every step, every byte flipped: docs/reliability.md.
+N ?= 5000
+fuzz: $(VENV)/installed
+	GPT2ONNX_FUZZ=$(N) GPT2ONNX_FAULTS=2000 GPT2ONNX_FLIPS=all $(BIN)/python -m pytest -s tests/test_fuzz_*.py \
+		tests/test_faults.py tests/test_bundle.py
+
 # Writes what docs/cli.md and docs/guide.md show of the commands anew, from the commands themselves.
-docs: $(VENV)/installed-dev
+docs: $(VENV)/installed
 	$(BIN)/cog -r docs/cli.md docs/guide.md
 
-$(VENV)/bin/python:
+$(VENV)/pyvenv.cfg:
 	$(PYTHON) -m venv $(VENV)
 
-$(BIN)/uv: | $(VENV)/bin/python
-	$(BIN)/pip install --quiet uv
-
-# By pip, as the README says, which heeds pip's own settings; uv, which is faster, is for the tests' many packages.
-$(VENV)/installed-demo: pyproject.toml | $(VENV)/bin/python
-	$(BIN)/pip install --quiet '.[cpu,export]'
+$(VENV)/uv-installed: | $(VENV)/pyvenv.cfg
+	$(BIN)/python -m pip install --quiet uv
 	touch $@
 
-$(VENV)/installed-dev: pyproject.toml | $(BIN)/uv
-	$(BIN)/uv pip install --quiet --compile-bytecode --python $(VENV) --editable '.[dev]'
+# By pip, as the README says, which heeds pip's own settings; uv, which is faster, is for the tests' many packages.
+$(VENV)/demo-installed: pyproject.toml
+	@echo "1/3 Installing gpt2onnx and ONNX Runtime into $(VENV)"
+	@test -f $(VENV)/pyvenv.cfg || $(PYTHON) -m venv $(VENV)
+	@$(BIN)/python -m pip install '.[cpu,export]'
+	@touch $@
+
+$(VENV)/installed: pyproject.toml $(PINS) | $(VENV)/uv-installed
+	$(UV) pip install --quiet --python $(VENV) $(if $(PINS),--constraint $(PINS),--upgrade) --editable '.[dev]'
+	touch $@
+
+# PyTorch's CPU build from its own index where that can be reached; else what pip finds.
+define environment
+	$(UV) venv --quiet --clear --seed $(1) $(2)
+	$(UV) pip install --quiet --python $(2) --torch-backend cpu torch==2.13.0 2>build/torch.log || \
+		$(call bin,$(2))/python -m pip install --quiet torch==2.13.0
+endef
+
+$(REFERENCE)/installed: pyproject.toml | $(VENV)/uv-installed
+	$(call environment,--python $(PYTHON),$(REFERENCE))
+	$(UV) pip install --quiet --python $(REFERENCE) --editable '.[test]' 'transformers>=5.24'
+	touch $@
+
+$(OPTIMUM)/installed: pyproject.toml | $(VENV)/uv-installed
+	$(call environment,--python $(PYTHON),$(OPTIMUM))
+	$(UV) pip install --quiet --python $(OPTIMUM) --editable '.[test,optimum]'
+	touch $@
+
+$(LOWEST)/installed: pyproject.toml | $(VENV)/uv-installed
+	$(UV) venv --quiet --clear --python 3.11 $(LOWEST)
+	$(UV) pip install --quiet --python $(LOWEST) --resolution lowest-direct --editable '.[cpu,export,energy,sweep]'
+	$(UV) pip install --quiet --python $(LOWEST) hypothesis packaging pytest pytest-xdist
 	touch $@
 
 clean:

@@ -42,6 +42,7 @@ class Model:
             for this device; 0 opens it right away, None never.
         screen_after: in fp32, passes of greedy search or sampling with top-k after which few logits are computed in
             full; None never.
+        screens: whether they may do so; None: where the processor adds up products of bytes exactly.
 
     Raises:
         BundleError: the bundle can't be used.
@@ -57,6 +58,7 @@ class Model:
         threads: int | None = None,
         wide_after: int | None = wide.WORTH,
         screen_after: int | None = head.WORTH,
+        screens: bool | None = None,
     ) -> None:
         self.bundle = Bundle.open(folder)
         self.config = self.bundle.config
@@ -64,7 +66,12 @@ class Model:
         self.tokenizer.check(self.config.vocab_size)
         self.generation_config = GenerationConfig.from_file_content(read_json(folder / GENERATION_CONFIG))
         self.session = Session(
-            self.bundle, device=device, threads=threads, wide_after=wide_after, screen_after=screen_after
+            self.bundle,
+            device=device,
+            threads=threads,
+            wide_after=wide_after,
+            screen_after=screen_after,
+            screens=screens,
         )
         self._decoder = Decoder(self.session)
 

@@ -30,11 +30,16 @@ _TRIED, _LEAST_SUCCESS = 128, 0.75
 _FEW, _CLOSE = 32, 1e-4
 
 
-def usable(bundle: Bundle) -> bool:
-    """Whether a bundle has its output head by itself, and logits can be screened here."""
-    # Where sums of products of bytes overflow, estimates may be off by more than is known.
+def usable(bundle: Bundle, screens: bool | None = None) -> bool:
+    """Whether a bundle has its output head by itself, and logits are screened here.
+
+    Args:
+        bundle: whose head it is.
+        screens: whether they may be; None asks the processor.
+    """
     parts = {BODY_GRAPH, HEAD_GRAPH, SCREENING_GRAPH} <= bundle.manifest.files.keys()
-    return parts and not resources.sums_of_byte_products_overflow()
+    # Where sums of products of bytes overflow, estimates may be off by more than is known.
+    return parts and (not resources.sums_of_byte_products_overflow() if screens is None else screens)
 
 
 def bytes_read(bundle: Bundle, positions: int) -> int:

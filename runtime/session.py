@@ -54,6 +54,7 @@ class Session:
             this device; 0 opens it right away, None never.
         screen_after: passes for searches that need few logits after which the others are estimated, if the bundle has
             its output head by itself; None never.
+        screens: whether they may be estimated; None: where the processor adds up products of bytes exactly.
 
     Attributes:
         device: what it runs on, as the argument would name it.
@@ -74,6 +75,7 @@ class Session:
         threads: int | None = None,
         wide_after: int | None = WORTH,
         screen_after: int | None = head.WORTH,
+        screens: bool | None = None,
     ) -> None:
         if threads is not None and threads < 1:
             raise OptionError(f"threads must be at least 1, not {threads}")
@@ -84,13 +86,13 @@ class Session:
         self.config = bundle.config
         self.dtype = np.dtype(np.float16 if bundle.manifest.dtype == "fp16" else np.float32)
         self.threads = threads or footprint.threads(bundle)
-        self._graph, provider = _load(bundle, device, self.threads)
+        self._graph, provider = _load(bundle, device, self.threads, screens)
         self.device = devices.device_name(provider)
         self._in_place = bundle.manifest.graph != "portable"
         # The device's own memory, where the cache is kept in it.
         self._memory = devices.MEMORY.get(provider) if self._in_place else None
         self._storage = device_storage(provider, self._memory, self.dtype) if self._memory else HostStorage
-        name = _file(bundle, provider)
+        name = _file(bundle, provider, screens)
         path = bundle.folder / name
         inputs, outputs = providers.declared(self._graph, path)
         floats = "tensor(float16)" if self.dtype == np.float16 else "tensor(float)"
@@ -338,34 +340,34 @@ def device_storage(provider: str, device: str, dtype: npt.DTypeLike) -> functool
     return functools.partial(_DeviceStorage, mover, device)
 
 
-def _load(bundle: Bundle, device: str, threads: int) -> tuple[providers.Graph, str]:
+def _load(bundle: Bundle, device: str, threads: int, screens: bool | None) -> tuple[providers.Graph, str]:
     """The bundle's graph on a device, and the provider that it runs on."""
     *better, last = providers.candidates(device)
     for provider in better:
         try:
             if reason := devices.unsuited(provider, bundle.manifest):
                 raise BackendError(reason)
-            return _load_on(provider, bundle, threads), provider
+            return _load_on(provider, bundle, threads, screens), provider
         except BackendError as error:
             _log.info("not on %s: %s", devices.device_name(provider), error)
     if reason := devices.unsuited(last, bundle.manifest):
         # Another export is no help where the device doesn't work at all.
         why = providers.why_not(last)
         raise devices.not_loaded(last, why) if why else BackendError(reason)
-    return _load_on(last, bundle, threads), last
+    return _load_on(last, bundle, threads, screens), last
 
 
-def _load_on(provider: str, bundle: Bundle, threads: int) -> providers.Graph:
+def _load_on(provider: str, bundle: Bundle, threads: int, screens: bool | None) -> providers.Graph:
     if provider == devices.CPU and (short := resources.shortage(footprint.memory(bundle))):
         raise BackendError(f"{bundle.folder} needs about {short}: free some, or export with fewer bits (--dtype)")
-    name = _file(bundle, provider)
+    name = _file(bundle, provider, screens)
     graph = bundle.folder / name
     return providers.open_graph(graph, provider, threads=threads, name=graph, alone=name != BODY_GRAPH)
 
 
-def _file(bundle: Bundle, provider: str) -> str:
+def _file(bundle: Bundle, provider: str, screens: bool | None) -> str:
     """The graph that is for this provider."""
-    return BODY_GRAPH if provider == devices.CPU and head.usable(bundle) else GRAPH
+    return BODY_GRAPH if provider == devices.CPU and head.usable(bundle, screens) else GRAPH
 
 
 def _last(output: npt.NDArray[np.float32], padding: npt.NDArray[np.int64], keep: int) -> npt.NDArray[np.float32]:

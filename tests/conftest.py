@@ -1,7 +1,4 @@
-"""What tests share: models to test with, and transformers as the judge of them.
-
-Tests take the fixtures by name, and import the plain functions: `from conftest import reference_tokens`.
-"""
+"""Fixtures that tests share: models to test with, and transformers as the judge of them."""
 
 from __future__ import annotations
 
@@ -18,31 +15,52 @@ from typing import Any
 
 # Read when huggingface_hub is imported, so it is set before transformers is.
 os.environ["HF_HUB_OFFLINE"] = "1"
+# Read when NumPy is imported. Two files are tested at a time: BLAS threads of both would wait for each other's cores.
+os.environ["OPENBLAS_NUM_THREADS"] = "1"
 
 import pytest
-from essentials import END_OF_TEXT as END_OF_TEXT
-from essentials import byte_tokenizer, random_checkpoint
-
-try:
-    import torch
-    import transformers
-except ImportError:  # where the lowest versions are tested, which those would not go with
-    torch = None
+from support.checkpoints import random_checkpoint
+from support.golden import MODES, Golden, golden
+from support.reference import Reference
 
 import gpt2onnx
 from gpt2onnx.cli.main import main
 from gpt2onnx.models.tales import FOLDER
 from gpt2onnx.runtime import devices, providers
 
-ALL_BYTES_AND_END = 257  # entries of a byte-level vocabulary without merges
-
 MakeCheckpoint = Callable[..., Path]
 
 _NOT_RUN = pytest.StashKey[str]()
+collect_ignore = list[str]()
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """`--golden`: where answers of PyTorch and transformers come from."""
+    parser.addoption("--golden", choices=MODES, default="stored", help="where answers of PyTorch come from")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Sets where answers come from."""
+    golden.mode = config.getoption("golden")
+    if golden.mode == "stored":
+        collect_ignore.append("reference")
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """Writes golden files, where that was asked for; a module run in part keeps its other answers."""
+    whole = not session.config.option.keyword and not any("::" in each for each in session.config.args)
+    if golden.mode == "write" and not session.testsfailed:
+        golden.finish(whole=whole)
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leaves out tests that need a GPU where there is none: they are counted as deselected, and said so at the end."""
+    """Leaves out tests that can't run here, or have nothing to ask: counted as deselected, and said at the end."""
+    if golden.mode != "stored":
+        asking = [
+            each for each in items if "golden" in getattr(each, "fixturenames", ()) or "reference" in each.path.parts
+        ]
+        config.hook.pytest_deselected(items=[each for each in items if each not in asking])
+        items[:] = asking
     gpu = [item for item in items if item.get_closest_marker("gpu")]
     if not gpu:
         return
@@ -75,10 +93,7 @@ CommandLine = Callable[..., Finished]
 
 @pytest.fixture(scope="session", autouse=True)
 def _own_environment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """One thread for PyTorch, and a cache that no other program has written to."""
-    if torch is not None:
-        transformers.utils.logging.disable_progress_bar()
-        torch.set_num_threads(1)
+    """A cache that no other program has written to."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("GPT2ONNX_CACHE", str(tmp_path_factory.mktemp("cache")))
         yield
@@ -108,39 +123,30 @@ def tales_model(tales_bundle: Path) -> gpt2onnx.Model:
     return gpt2onnx.load(tales_bundle, threads=1)
 
 
+@pytest.fixture(scope="session", name="golden")
+def _golden() -> Golden:
+    """Answers of PyTorch and transformers: `make reference` runs the tests that take it."""
+    return golden
+
+
 @pytest.fixture(scope="session")
-def tales_reference() -> transformers.GPT2LMHeadModel:
+def tales_reference(golden: Golden) -> Reference:
     """The embedded model in transformers, float32."""
-    return load_reference(FOLDER)
+    return Reference(FOLDER)
+
+
+@pytest.fixture(scope="session")
+def reference_of(golden: Golden) -> type[Reference]:
+    """Loads a checkpoint in transformers, float32."""
+    return Reference
 
 
 @pytest.fixture(scope="session")
 def make_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> MakeCheckpoint:
-    """Writes a small random GPT-2 checkpoint with a byte-level tokenizer and returns its folder.
+    """Writes a small random GPT-2 checkpoint and returns its folder: fields of its config.json, and `weights_seed`."""
 
-    Takes fields of transformers' GPT2Config, and `weights_seed`. All tensors are random, biases and norms
-    too, so that none can be left out unnoticed; the weights are so large that the likeliest tokens lie far apart.
-    """
-
-    def make(*, weights_seed: int = 0, **config_overrides: Any) -> Path:
-        small = {"vocab_size": ALL_BYTES_AND_END, "n_positions": 64, "n_embd": 32, "n_layer": 2, "n_head": 4}
-        settings = small | {"initializer_range": 0.3} | config_overrides
-        end = min(settings["vocab_size"], ALL_BYTES_AND_END) - 1
-        settings = {"bos_token_id": end, "eos_token_id": end, "pad_token_id": None} | settings
-        if torch is None:
-            return random_checkpoint(tmp_path_factory.mktemp("checkpoint") / "random", settings, weights_seed)
-        config = transformers.GPT2Config(**settings)
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(weights_seed)
-            model = transformers.GPT2LMHeadModel(config)
-            with torch.no_grad():
-                for parameter in model.parameters():
-                    if parameter.ndim == 1:
-                        parameter += 0.1 * torch.randn_like(parameter)
-        folder = tmp_path_factory.mktemp("checkpoint")
-        model.save_pretrained(folder)
-        byte_tokenizer(config.vocab_size).save(str(folder / "tokenizer.json"))
-        return folder
+    def make(*, weights_seed: int = 0, **settings: Any) -> Path:
+        return random_checkpoint(tmp_path_factory.mktemp("checkpoint"), settings, weights_seed)
 
     return make
 
@@ -170,40 +176,6 @@ def command_line(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[s
 def heed_interrupts() -> None:
     """For a Popen's preexec_fn: what runs in a shell's background inherits that Ctrl-C is ignored."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)
-
-
-def load_reference(folder: Path) -> transformers.GPT2LMHeadModel:
-    """A checkpoint in transformers, float32, without dropout."""
-    return transformers.GPT2LMHeadModel.from_pretrained(folder, dtype=torch.float32).eval()
-
-
-def reference_tokens(
-    reference: transformers.GPT2LMHeadModel, prompt_ids: Sequence[int], seed: int | None = None, **options: Any
-) -> list[list[int]]:
-    """The new tokens of each sequence that transformers.generate returns for one prompt, up to their end token.
-
-    Args:
-        reference: from `load_reference` or `tales_reference`.
-        prompt_ids: tokens of the prompt.
-        seed: for torch.manual_seed, right before generating.
-        options: for `generate`.
-    """
-    prompt = torch.tensor([list(prompt_ids)])
-    ends = options.get("eos_token_id", reference.generation_config.eos_token_id)
-    ends = [ends] if isinstance(ends, int) else list(ends or [])
-    with torch.no_grad(), torch.random.fork_rng(devices=[]):
-        if seed is not None:
-            torch.manual_seed(seed)
-        padding = {"pad_token_id": ends[0]} if ends else {}
-        output = reference.generate(prompt, attention_mask=torch.ones_like(prompt), **padding | options)
-    sequences = [row[len(prompt_ids) :].tolist() for row in output]
-    return [_up_to_end(tokens, ends) for tokens in sequences]
-
-
-def _up_to_end(tokens: list[int], ends: Sequence[int]) -> list[int]:
-    """Without the padding that follows an end token."""
-    first = next((index for index, token in enumerate(tokens) if token in ends), len(tokens))
-    return tokens[: first + 1]
 
 
 def wait_until(condition: Callable[[], bool], seconds: float = 20) -> None:

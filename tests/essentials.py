@@ -8,17 +8,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import ml_dtypes
-import numpy as np
-import tokenizers
-from safetensors.numpy import save_file
-from tokenizers import decoders, models, pre_tokenizers
+from support.checkpoints import random_checkpoint
 
 import gpt2onnx
-from gpt2onnx.models.config import GPT2Config
-from gpt2onnx.models.shapes import weight_shapes
 
-END_OF_TEXT = "<|endoftext|>"
 EXPORTS: dict[str, dict[str, Any]] = {
     "fp32": {},
     "fp16": {"dtype": "fp16"},
@@ -34,7 +27,6 @@ CHECKPOINTS: dict[str, dict[str, Any]] = {
     "mish": {"activation_function": "mish", "scale_attn_weights": False},
     "bfloat16": {"torch_dtype": "bfloat16", "activation_function": "gelu"},
 }
-SMALL = {"vocab_size": 257, "n_positions": 64, "n_embd": 32, "n_layer": 2, "n_head": 4}
 STRATEGIES: dict[str, dict[str, Any]] = {
     "greedy": {},
     "beams": {"num_beams": 4, "no_repeat_ngram_size": 3},
@@ -58,39 +50,11 @@ def results(folder: Path) -> dict[str, Any]:
         found[f"{name}, text"] = "".join(model.stream(PROMPTS[0], max_new_tokens=24))
         found[f"score in {name}"] = model.score("Once upon a time there was a little girl.").perplexity
     for name, config in CHECKPOINTS.items():
-        bundle = gpt2onnx.export(random_checkpoint(folder / f"{name} checkpoint", SMALL | config), folder / name)
+        bundle = gpt2onnx.export(random_checkpoint(folder / f"{name} checkpoint", config, 1), folder / name)
         model = gpt2onnx.load(bundle.folder, threads=1)
         (result,) = model.generate([[1, 2, 3]], max_new_tokens=24, do_sample=False)
         found[name] = result.sequences[0].token_ids
     return found
-
-
-def random_checkpoint(folder: Path, config: dict[str, Any], seed: int = 1) -> Path:
-    """A checkpoint of random weights, so large that the likeliest tokens lie far apart, and a byte-level tokenizer."""
-    draw = np.random.RandomState(seed)
-    architecture = GPT2Config.from_dict(config)
-    dtype = ml_dtypes.bfloat16 if config.get("torch_dtype") == "bfloat16" else np.float32
-    shapes = weight_shapes(architecture, tied=architecture.tie_word_embeddings)
-    folder.mkdir()
-    weights = {name: (0.3 * draw.standard_normal(shape)).astype(dtype) for name, shape in shapes.items()}
-    # As transformers names them.
-    named = {name if name.startswith("lm_head") else f"transformer.{name}": array for name, array in weights.items()}
-    save_file(named, folder / "model.safetensors")
-    (folder / "config.json").write_text(json.dumps({"model_type": "gpt2"} | config))
-    byte_tokenizer(architecture.vocab_size).save(str(folder / "tokenizer.json"))
-    return folder
-
-
-def byte_tokenizer(vocab_size: int) -> tokenizers.Tokenizer:
-    """A byte-level tokenizer without merges: a token for each byte, printable ones first, as far as there is room,
-    and the end of text after them."""
-    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocab = {letter: index for index, letter in enumerate(letters[: vocab_size - 1])}
-    tokenizer = tokenizers.Tokenizer(models.BPE(vocab=vocab, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens([tokenizers.AddedToken(END_OF_TEXT, special=True, normalized=False)])
-    return tokenizer
 
 
 if __name__ == "__main__":

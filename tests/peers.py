@@ -15,8 +15,9 @@ from typing import Any
 import pytest
 
 REPOSITORY = Path(__file__).parents[1]
-# optimum's ONNX export stops short of transformers 5. This torch is one whose plain wheel needs no CUDA.
-PYTHON_PACKAGES = ["torch==2.13.0", "transformers>=4.57,<4.58", "onnxruntime-genai>=0.8"]
+TORCH = "torch==2.13.0"
+# optimum's ONNX export stops short of transformers 5.
+PYTHON_PACKAGES = ["transformers>=4.57,<4.58", "onnxruntime-genai>=0.8"]
 NODE_PACKAGE = "@huggingface/transformers"
 
 
@@ -33,8 +34,13 @@ def python() -> Path:
     interpreter = environment / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
     if not (environment / "installed").exists():
         _run([sys.executable, "-m", "venv", str(environment)])
-        package = f"{REPOSITORY}[cpu,export,optimum]"
-        _run([str(interpreter), "-m", "pip", "install", "--quiet", "--editable", package, *PYTHON_PACKAGES])
+        install = [sys.executable, "-m", "uv", "pip", "install", "--quiet", "--python", str(interpreter)]
+        try:
+            # The CPU build from PyTorch's own index, where that can be reached: PyPI's brings CUDA along.
+            _run([*install, "--torch-backend", "cpu", TORCH])
+        except AssertionError:
+            _run([*install, TORCH])
+        _run([*install, TORCH, *PYTHON_PACKAGES, "--editable", f"{REPOSITORY}[cpu,export,optimum]"])
         (environment / "installed").touch()
     return interpreter
 

@@ -16,7 +16,8 @@ from typing import Any
 
 import pytest
 from conftest import CommandLine, MakeCheckpoint
-from test_isolation import EXPORT_ONLY, REFERENCES, run
+from support.isolated import EXPORT_ONLY, REFERENCES, run
+from support.systems import linux, posix
 
 import gpt2onnx
 from gpt2onnx.errors import BundleError, OutputError
@@ -318,6 +319,7 @@ def test_other_files_are_refused(archive: Path, bundle: Path, tmp_path: Path) ->
 BOMBS = ["manifest", "file", "long name", "extended header", "end"]
 
 
+@linux
 @pytest.mark.parametrize("kind", BOMBS)
 def test_bomb_takes_neither_memory_nor_disk(kind: str, archive: Path, tmp_path: Path) -> None:
     gigabyte = 2**30
@@ -360,6 +362,7 @@ def test_no_room_for_it(archive: Path, tmp_path: Path, monkeypatch: pytest.Monke
     assert not list(tmp_path.iterdir())
 
 
+@posix
 def test_full_disk_leaves_nothing(bundle: Path, archive: Path, tmp_path: Path) -> None:
     for limit in (0, 500, 20_000):
         for command in (["pack", bundle, tmp_path / "x.tar.gz"], ["unpack", archive, tmp_path / "unpacked"]):

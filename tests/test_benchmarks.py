@@ -1,79 +1,20 @@
-"""The harness of benchmarks/ runs and reports, on a tiny model and with the peers at hand. No test asks how fast."""
+"""The harness of benchmarks/ runs and reports, on a tiny model. No test asks how fast."""
 
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
-import pytest
 from conftest import MakeCheckpoint
+from support.benchmarks import CHECKPOINT, check_a_run, module, ours, succeed
 
 import gpt2onnx
 
-REPOSITORY = Path(__file__).parents[1]
-SCENARIOS = ["batch 8", "context", "sampling"]
-PROCESSES = ["cold start", "memory"]
 
-
-def module(name: str, *arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", f"benchmarks.{name}", *arguments]
-    return subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=False)
-
-
-def succeed(name: str, *arguments: str) -> subprocess.CompletedProcess[str]:
-    done = module(name, *arguments)
-    assert done.returncode == 0, f"{name} failed:\n{done.stderr[-4000:]}"
-    return done
-
-
-@pytest.fixture(scope="module")
-def contenders(make_checkpoint: MakeCheckpoint, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    """gpt2onnx, a peer that isn't installed, and transformers, on one checkpoint that is long enough for all prompts."""
-    checkpoint = make_checkpoint(vocab_size=50257, n_positions=1024, n_embd=16, n_layer=1, n_head=2, eos_token_id=None)
-    bundle = tmp_path_factory.mktemp("contenders") / "bundle"
-    gpt2onnx.export(checkpoint, bundle, parity=False)
-    ours = {"name": "gpt2onnx", "driver": "gpt2onnx_peer", "model": str(bundle), "cold": True}
-    ours["weights"] = str(bundle / "onnx" / "model.onnx_data")
-    absent = {"name": "absent", "driver": "no_such_peer", "model": "", "weights": ""}
-    peer = {"name": "transformers", "driver": "transformers_peer", "model": str(checkpoint), "slow": True}
-    peer["weights"] = str(checkpoint / "model.safetensors")
-    common = {"family": "fp32", "precision": "fp32", "python": sys.executable}
-    return [common | each for each in (ours, absent, peer)]
-
-
-def test_a_run_is_measured_resumed_and_reported(contenders: list[dict[str, Any]], tmp_path: Path) -> None:
-    results, list_of_two, list_of_all = tmp_path / "results.json", tmp_path / "two.json", tmp_path / "all.json"
-    list_of_two.write_text(json.dumps(contenders[:2]))
-    list_of_all.write_text(json.dumps(contenders))
-    options = ["--rounds", "1", "--threads", "1", "--out", str(results), "--contenders"]
-    first = succeed("run", *options, str(list_of_two), "--scenarios", "cold", "mem")
-    assert "absent: left out: its process ended: ModuleNotFoundError" in first.stderr
-    before = json.loads(results.read_text())
-    succeed("run", *options, str(list_of_all), "--scenarios", *SCENARIOS, *PROCESSES)
-    run = json.loads(results.read_text())
-    assert run["parts"][:2] == before["parts"], "what had been measured was measured again"
-    assert [part["scenario"] for part in run["parts"]] == [*PROCESSES, *SCENARIOS]
-    for part in run["parts"]:
-        assert part["missing"] == {}
-        names = {"gpt2onnx"} if part["scenario"] in PROCESSES else {"gpt2onnx", "transformers"}
-        assert set(part["figures"]) == names
-        for measures in part["figures"].values():
-            assert set(part["measures"]) <= set(measures)
-            assert all(len(values) == 1 and values[0] > 0 for values in measures.values())
-        assert len(set(part["same_tokens"].values())) <= 1, f"other tokens than in transformers: {part}"
-    assert run["parts"][2]["same_tokens"] == {"gpt2onnx": "8/8", "transformers": "8/8"}
-    facts = run["contenders"]["transformers"]
-    assert facts["read_bytes"] == facts["weights_bytes"] == Path(contenders[2]["weights"]).stat().st_size
-
-    succeed("report", str(results))
-    page = (tmp_path / "README.md").read_text()
-    for scenario in SCENARIOS:
-        assert f"### {scenario}\n" in page
-    assert "Resident memory at most" in page
-    assert "](context.svg)" in page
-    assert "</svg>" in (tmp_path / "context.svg").read_text()
+def test_a_run_is_measured_resumed_and_reported(make_checkpoint: MakeCheckpoint, tmp_path: Path) -> None:
+    """The peer is gpt2onnx once more: other runtimes aren't installed here."""
+    bundle = gpt2onnx.export(make_checkpoint(**CHECKPOINT), tmp_path / "bundle", parity=False).folder
+    check_a_run(bundle, ours(bundle, "peer") | {"slow": True}, tmp_path)
 
 
 def figures(tmp_path: Path, ours: list[float], theirs: list[float]) -> str:

@@ -16,8 +16,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
-from conftest import byte_tokenizer
+from support import torch_files
+from support.checkpoints import byte_tokenizer
 
 from gpt2onnx.models.config import GPT2Config
 from gpt2onnx.models.shapes import weight_shapes
@@ -134,7 +134,7 @@ def _write_safetensors(path: Path, shapes: dict[str, tuple[int, ...]], random: n
 
 
 def _write_pickle(path: Path, shapes: dict[str, tuple[int, ...]], random: np.ndarray) -> None:
-    torch.save({name: torch.from_numpy(np.resize(random, shape)) for name, shape in shapes.items()}, path)
+    torch_files.save({name: np.resize(random, shape) for name, shape in shapes.items()}, path)
 
 
 def _watched(work: str, *arguments: object) -> dict[str, Any]:

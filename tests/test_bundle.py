@@ -19,6 +19,7 @@ import onnx
 import pytest
 import tokenizers
 from conftest import CommandLine, MakeCheckpoint
+from support.systems import posix
 
 import gpt2onnx
 from gpt2onnx.errors import BackendError, BundleError, CheckpointError
@@ -209,6 +210,7 @@ def test_links_inside_and_to_the_bundle_are_fine(copy: Path) -> None:
     assert gpt2onnx.load(copy.parent / "link").generate("Once", max_new_tokens=1).usage["completion_tokens"] == 1
 
 
+@posix
 def test_what_is_no_plain_file_is_refused(copy: Path) -> None:
     (copy / TOKENIZER).unlink()
     os.mkfifo(copy / TOKENIZER)  # to open it would wait for ever

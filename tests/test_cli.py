@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import CommandLine, assert_same_tokens, reference_tokens
+from conftest import CommandLine, assert_same_tokens
+from support.reference import Reference
 
 import gpt2onnx
 from gpt2onnx.models.bundle import MANIFEST, Bundle
@@ -56,7 +57,7 @@ def test_export_replaces_a_bundle_only_by_force(command_line: CommandLine, tmp_p
     assert [path.name for path in tmp_path.iterdir()] == ["bundle"]
 
 
-def test_generate_json(command_line: CommandLine, tales_bundle: Path, tales_reference: Any) -> None:
+def test_generate_json(command_line: CommandLine, tales_bundle: Path, tales_reference: Reference) -> None:
     done = command_line("generate", PROMPT, "-m", tales_bundle, "--json", *SHORT)
     assert (done.code, done.err) == (0, "")
     record = json.loads(done.out)
@@ -67,15 +68,15 @@ def test_generate_json(command_line: CommandLine, tales_bundle: Path, tales_refe
     assert (sequence["finish_reason"], sequence["logprobs"], record["energy"]) == ("length", None, None)
     assert record["usage"] == {"prompt_tokens": len(record["prompt_ids"]), "completion_tokens": 12}
     assert 0 < record["seconds"] < 60
-    (expected,) = reference_tokens(tales_reference, record["prompt_ids"], max_new_tokens=12)
+    (expected,) = tales_reference.tokens(record["prompt_ids"], max_new_tokens=12)
     assert_same_tokens(sequence["token_ids"], expected)
 
 
-def test_several_sequences(command_line: CommandLine, tales_bundle: Path, tales_reference: Any) -> None:
+def test_several_sequences(command_line: CommandLine, tales_bundle: Path, tales_reference: Reference) -> None:
     options = ["-m", tales_bundle, "--num-return-sequences", 3, "--seed", 7, *SHORT]
     record = json.loads(command_line("generate", PROMPT, "--json", *options).out)
-    expected = reference_tokens(
-        tales_reference, record["prompt_ids"], 7, do_sample=True, num_return_sequences=3, max_new_tokens=12
+    expected = tales_reference.tokens(
+        record["prompt_ids"], 7, do_sample=True, num_return_sequences=3, max_new_tokens=12
     )
     for sequence, tokens in zip(record["sequences"], expected, strict=True):
         assert_same_tokens(sequence["token_ids"], tokens)
@@ -84,10 +85,10 @@ def test_several_sequences(command_line: CommandLine, tales_bundle: Path, tales_
     assert text == "\n---\n".join(sequence["text"] for sequence in record["sequences"]) + "\n"
 
 
-def test_beams(command_line: CommandLine, tales_bundle: Path, tales_reference: Any) -> None:
+def test_beams(command_line: CommandLine, tales_bundle: Path, tales_reference: Reference) -> None:
     done = command_line("generate", PROMPT, "-m", tales_bundle, "--num-beams", 3, "--json", *SHORT)
     record = json.loads(done.out)
-    (expected,) = reference_tokens(tales_reference, record["prompt_ids"], num_beams=3, max_new_tokens=12)
+    (expected,) = tales_reference.tokens(record["prompt_ids"], num_beams=3, max_new_tokens=12)
     assert_same_tokens(record["sequences"][0]["token_ids"], expected)
 
 
@@ -120,7 +121,7 @@ def test_echo_and_streaming_change_no_text(
         assert command_line(*common, *way, "--echo").out == f"{PROMPT}{text}\n"
 
 
-def test_options_that_are_lists(command_line: CommandLine, tales_bundle: Path, tales_reference: Any) -> None:
+def test_options_that_are_lists(command_line: CommandLine, tales_bundle: Path, tales_reference: Reference) -> None:
     given = {
         "sequence_bias": "[[[262],2.5],[[290,258],-1]]", "begin_suppress_tokens": "306,262",
         "forced_eos_token_id": "13,14", "exponential_decay_length_penalty": "3,1.3",
@@ -129,7 +130,7 @@ def test_options_that_are_lists(command_line: CommandLine, tales_bundle: Path, t
     record = json.loads(command_line("generate", PROMPT, "-m", tales_bundle, "--json", *SHORT, *arguments).out)
     options = {name: list(ast.literal_eval(text)) for name, text in given.items()}
     options["sequence_bias"] = [[ids, float(bias)] for ids, bias in options["sequence_bias"]]
-    (expected,) = reference_tokens(tales_reference, record["prompt_ids"], max_new_tokens=12, **options)
+    (expected,) = tales_reference.tokens(record["prompt_ids"], max_new_tokens=12, **options)
     assert_same_tokens(record["sequences"][0]["token_ids"], expected, "lists")
 
 
@@ -149,7 +150,7 @@ def test_options_that_are_lists(command_line: CommandLine, tales_bundle: Path, t
     ids=lambda option: option[0],
 )
 def test_a_sampling_option_turns_sampling_on(
-    option: tuple[str, float], command_line: CommandLine, tales_bundle: Path, tales_reference: Any
+    option: tuple[str, float], command_line: CommandLine, tales_bundle: Path, tales_reference: Reference
 ) -> None:
     name, value = option
     given = [f"--{name.replace('_', '-')}", value]
@@ -157,9 +158,7 @@ def test_a_sampling_option_turns_sampling_on(
     common = ["generate", PROMPT, "-m", tales_bundle, "--json", *SHORT, *given]
     record = json.loads(command_line(*common, *seed).out)
     options = {} if name == "seed" else {name: value}
-    (sampled,) = reference_tokens(
-        tales_reference, record["prompt_ids"], 4, do_sample=True, max_new_tokens=12, **options
-    )
+    (sampled,) = tales_reference.tokens(record["prompt_ids"], 4, do_sample=True, max_new_tokens=12, **options)
     assert_same_tokens(record["sequences"][0]["token_ids"], sampled, name)
 
     greedy = json.loads(command_line("generate", PROMPT, "-m", tales_bundle, "--json", *SHORT).out)
@@ -175,8 +174,8 @@ def test_a_sampling_option_turns_sampling_on(
 def test_lengths_stops_and_end_tokens(
     command_line: CommandLine, tales_bundle: Path, tales_model: gpt2onnx.Model
 ) -> None:
-    def generate(*options: object) -> dict[str, Any]:
-        record = json.loads(command_line("generate", PROMPT, "-m", tales_bundle, "--json", *options).out)
+    def generate(*options: object, prompt: tuple[object, ...] = (PROMPT,)) -> dict[str, Any]:
+        record = json.loads(command_line("generate", *prompt, "-m", tales_bundle, "--json", *options).out)
         return record["sequences"][0]
 
     plain = tales_model.generate(PROMPT, max_new_tokens=64).sequences[0]
@@ -190,10 +189,11 @@ def test_lengths_stops_and_end_tokens(
     stopped = generate("--stop", "never to be found", "--stop", plain.text[10:14])
     assert stopped["text"] == plain.text[: plain.text.index(plain.text[10:14])]
     assert stopped["finish_reason"] == "stop"
-    long = generate("--max-new-tokens", 600, "--eos-token-id", 0)
+    ids = [300] * 480
+    long = generate("--max-new-tokens", 600, "--eos-token-id", 0, prompt=("--prompt-ids", ",".join(map(str, ids))))
     assert long["finish_reason"] == "context"
     # The last token is chosen from the logits of the last position and needs none itself.
-    assert len(long["token_ids"]) == 512 + 1 - prompt_length
+    assert len(long["token_ids"]) == 512 + 1 - len(ids)
 
 
 def test_logprobs(command_line: CommandLine, tales_bundle: Path) -> None:
@@ -228,7 +228,7 @@ def requests(tmp_path: Path) -> Path:
 
 @pytest.mark.parametrize("batch_size", [1, 3, 8])
 def test_a_file_of_requests(
-    batch_size: int, requests: Path, command_line: CommandLine, tales_bundle: Path, tales_reference: Any
+    batch_size: int, requests: Path, command_line: CommandLine, tales_bundle: Path, tales_reference: Reference
 ) -> None:
     done = command_line("generate", "-m", tales_bundle, "--input", requests, "--batch-size", batch_size)
     assert (done.code, done.err) == (0, "")
@@ -245,7 +245,7 @@ def test_a_file_of_requests(
         options = {name: value for name, value in request.items() if name not in ("id", "prompt", "prompt_ids", "seed")}
         # Only do_sample turns sampling on in a request, so the last one is greedy.
         options = {"do_sample": False} | options
-        (expected,) = reference_tokens(tales_reference, record["prompt_ids"], request.get("seed"), **options)
+        (expected,) = tales_reference.tokens(record["prompt_ids"], request.get("seed"), **options)
         assert_same_tokens(record["sequences"][0]["token_ids"], expected, request)
 
 
@@ -313,13 +313,13 @@ def start(*arguments: object) -> subprocess.Popen[bytes]:
 
 
 def test_text_streams_before_the_command_ends(tales_bundle: Path, tales_model: gpt2onnx.Model) -> None:
-    with start("generate", PROMPT, "-m", tales_bundle, "--max-new-tokens", 400, "--threads", 1) as process:
+    with start("generate", PROMPT, "-m", tales_bundle, "--max-new-tokens", 200, "--threads", 1) as process:
         assert process.stdout
         first = os.read(process.stdout.fileno(), 10_000)
         rest, err = process.communicate(timeout=60)
     assert (process.returncode, err) == (0, b"")
     text = (first + rest).decode()
-    assert text == tales_model.generate(PROMPT, max_new_tokens=400).text + "\n"
+    assert text == tales_model.generate(PROMPT, max_new_tokens=200).text + "\n"
     assert 0 < len(first) < len(text.encode()) / 2
 
 

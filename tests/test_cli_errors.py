@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 from conftest import CommandLine, Finished, MakeCheckpoint, heed_interrupts
+from support.systems import linux, posix
 
 import gpt2onnx
 from gpt2onnx.models.bundle import MANIFEST, WEIGHTS
@@ -116,7 +117,7 @@ def test_no_such_model(source: str, hint: str, place: Path, command_line: Comman
 @pytest.mark.parametrize(
     ("target", "hint"),
     [
-        ("/dev/null/bundle", "/dev/null"),
+        pytest.param("/dev/null/bundle", "/dev/null", marks=posix),
         ("file", "not a folder"),
         ("file/bundle", "file"),
         ("full", "not a bundle"),
@@ -153,6 +154,7 @@ def test_a_bug_in_the_middle_leaves_nothing(place: Path, monkeypatch: pytest.Mon
     assert snapshot(place) == before
 
 
+@posix
 def test_an_interrupted_export_leaves_nothing(place: Path, make_checkpoint: MakeCheckpoint) -> None:
     # Large enough to be caught at work.
     folder = make_checkpoint(n_embd=512, n_layer=12)
@@ -225,7 +227,7 @@ def test_export_options_that_contradict(
         (["--input", "nothing.jsonl"], "nothing.jsonl"),
         (["--input", "."], "."),
         (["--input", "some.jsonl", "--output", "nowhere/out.jsonl"], "nowhere/out.jsonl"),
-        (["--input", "some.jsonl", "--output", "/dev/full"], "/dev/full"),
+        pytest.param(["--input", "some.jsonl", "--output", "/dev/full"], "/dev/full", marks=linux),
         (["--input", "some.jsonl", "--output", "../place/some.jsonl"], "is the input"),
         (["--input", "some.jsonl", "--output", "some.jsonl", "--resume"], "is the input"),
     ],

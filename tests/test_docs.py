@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from support.systems import posix
 
 README = Path(__file__).parent.parent / "README.md"
 
@@ -27,6 +28,7 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@posix
 def test_shell_examples_run(workplace: Path) -> None:
     commands = [line.split("#")[0].strip() for block in blocks("sh") for line in block.splitlines()]
     run = 0
@@ -49,3 +51,14 @@ def test_python_examples_run(workplace: Path) -> None:
         done = subprocess.run([sys.executable, "-c", code], cwd=workplace, capture_output=True, text=True, timeout=300)
         assert done.returncode == 0, done.stderr
         assert done.stdout.strip()
+
+
+def test_the_demo_tells_the_story_of_the_readme(tmp_path: Path) -> None:
+    recipe = (README.parent / "Makefile").read_text(encoding="utf-8").partition("\ndemo:")[2].partition("\n\n")[0]
+    commands = re.findall(r"^\t@\$\(BIN\)/gpt2onnx (.*)$", recipe, re.MULTILINE)
+    assert len(commands) == 2
+    for command in commands:
+        arguments = [sys.executable, "-m", "gpt2onnx", *shlex.split(command)]
+        done = subprocess.run(arguments, cwd=tmp_path, capture_output=True, encoding="utf-8", timeout=300)
+        assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == blocks("text")[0].split()

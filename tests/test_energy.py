@@ -20,7 +20,8 @@ from codecarbon.external import hardware as codecarbon_hardware
 from codecarbon.input import DataSource
 from codecarbon.output_methods.emissions_data import EmissionsData
 from conftest import CommandLine, assert_same_tokens, wait_until
-from test_isolation import COMMAND_LINE, EXPORT_ONLY, REFERENCES, run
+from support.isolated import COMMAND_LINE, EXPORT_ONLY, REFERENCES, run
+from support.systems import posix
 
 import gpt2onnx
 from gpt2onnx.errors import OptionError, OutputError
@@ -428,6 +429,7 @@ def test_processes_that_append_at_once_tear_no_row(tmp_path: Path) -> None:
     assert len(list(tmp_path.iterdir())) == 1, "a lock file was left"
 
 
+@posix
 def test_a_row_that_does_not_fit_on_the_disk_leaves_the_file_as_it_was(tmp_path: Path) -> None:
     code = (
         "import resource\nfrom pathlib import Path\nfrom gpt2onnx.runtime.csvlog import CsvLog\n"
@@ -450,6 +452,7 @@ def test_rows_go_behind_an_unfinished_line(tmp_path: Path) -> None:
         CsvLog(path, ["a", "c"])
 
 
+@posix
 def test_an_interrupted_job_keeps_its_row(tales_bundle: Path, tmp_path: Path) -> None:
     lines = [json.dumps({"id": index, "prompt": "One day", "max_new_tokens": 60}) for index in range(2000)]
     (tmp_path / "in.jsonl").write_text("\n".join(lines) + "\n")
@@ -473,6 +476,7 @@ def _heed_interrupts() -> None:
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
+@posix
 def test_the_file_is_not_locked_for_good(tmp_path: Path) -> None:
     """A process that was killed leaves no lock behind."""
     path = tmp_path / "log.csv"

@@ -1,19 +1,20 @@
 """`gpt2onnx eval`: losses are those that PyTorch computes over the same windows and batches."""
 
+from __future__ import annotations
+
 import functools
 import itertools
 import json
 import math
-from collections.abc import Iterator
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-import torch
-from conftest import CommandLine, MakeCheckpoint, load_reference
-from torch.utils.data import DataLoader, Dataset
-from transformers import GPT2LMHeadModel
+from conftest import CommandLine, MakeCheckpoint
+from support.golden import digest, golden
+from support.reference import Reference
 
 import gpt2onnx
 from gpt2onnx.exporter import known_tokenizers
@@ -27,9 +28,33 @@ VERDICT = Path(__file__).parent.parent / "docs" / "the-verdict.txt"
 SHORT_TEXT = TEXT[-1450:]
 
 
+@dataclass(frozen=True)
+class Losses:
+    """What PyTorch says of a text.
+
+    Attributes:
+        predicted: how many tokens count.
+        batches: how many batches there are.
+        loss: mean of the cross-entropy of all tokens that count, in nats.
+        batch_loss: mean over the batches of each one's mean.
+    """
+
+    predicted: int
+    batches: int
+    loss: float
+    batch_loss: float
+
+    @classmethod
+    def of(cls, batches: list[list[float]]) -> Losses:
+        losses = np.concatenate(batches)
+        return cls(len(losses), len(batches), float(losses.mean()), float(np.mean([np.mean(each) for each in batches])))
+
+
 @functools.cache
-def reference_losses(model: GPT2LMHeadModel, ids: tuple[int, ...]) -> list[float]:
+def window_losses(model: Any, ids: tuple[int, ...]) -> list[float]:
     """Cross-entropy in nats of every token but the first, given all tokens before it."""
+    import torch
+
     window = torch.tensor(ids)
     with torch.no_grad():
         logits = model(window[None, :-1]).logits[0]
@@ -37,7 +62,7 @@ def reference_losses(model: GPT2LMHeadModel, ids: tuple[int, ...]) -> list[float
 
 
 def reference_batches(
-    model: GPT2LMHeadModel, ids: list[int], context: int, stride: int, batch_size: int, *, keep_short: bool, drop: bool
+    model: Any, ids: list[int], context: int, stride: int, batch_size: int, *, keep_short: bool, drop: bool
 ) -> list[list[float]]:
     """The losses that count in each batch: those of tokens that no earlier window has predicted."""
     windows: list[list[float]] = []
@@ -47,7 +72,7 @@ def reference_batches(
         targets = range(begin + 1, begin + len(window))
         if predicted.issuperset(targets) or (len(window) <= context and not keep_short):
             break
-        losses = zip(targets, reference_losses(model, tuple(window)), strict=True)
+        losses = zip(targets, window_losses(model, tuple(window)), strict=True)
         windows.append([loss for target, loss in losses if target not in predicted])
         predicted.update(targets)
     starts = range(0, len(windows), batch_size)
@@ -55,35 +80,52 @@ def reference_batches(
     return batches[:-1] if drop and len(windows) % batch_size else batches
 
 
-def assert_equal(loss: Loss, batches: list[list[float]], label: object) -> None:
-    losses = np.concatenate(batches)
-    assert loss.predicted == len(losses), label
-    assert loss.batches == len(batches), label
-    for name, actual, expected in (
-        ("loss", loss.loss, losses.mean()),
-        ("batch loss", loss.batch_loss, np.mean([np.mean(batch) for batch in batches])),
-        ("perplexity", math.log(loss.perplexity), losses.mean()),
+def reference_losses(
+    reference: Reference, ids: list[int], context: int, stride: int, batch_size: int, *, keep_short: bool, drop: bool
+) -> Losses:
+    """What PyTorch says of a text in such windows and batches."""
+    question = [reference.name, digest(ids), context, stride, batch_size, keep_short, drop]
+    windows = functools.partial(reference_batches, keep_short=keep_short, drop=drop)
+    return Losses(
+        **golden.answer(question, lambda: asdict(Losses.of(windows(reference.model, ids, context, stride, batch_size))))
+    )
+
+
+def assert_equal(loss: Loss, expected: Losses, label: object) -> None:
+    assert loss.predicted == expected.predicted, label
+    assert loss.batches == expected.batches, label
+    for name, found, theirs in (
+        ("loss", loss.loss, expected.loss),
+        ("batch loss", loss.batch_loss, expected.batch_loss),
+        ("perplexity", math.log(loss.perplexity), expected.loss),
     ):
-        difference = abs(actual - expected)
-        assert difference < TOLERANCE, f"{label}: {name} {actual} differs from PyTorch's by {difference:.1e}"
+        difference = abs(found - theirs)
+        assert difference < TOLERANCE, f"{label}: {name} {found} differs from PyTorch's by {difference:.1e}"
+
+
+@pytest.fixture(scope="module")
+def small(
+    make_checkpoint: MakeCheckpoint, reference_of: type[Reference], tmp_path_factory: pytest.TempPathFactory
+) -> tuple[gpt2onnx.Model, Reference]:
+    """A small network with a token a byte."""
+    folder = make_checkpoint(n_head=2, n_embd=24, scale_attn_by_inverse_layer_idx=True)
+    bundle = gpt2onnx.export(folder, tmp_path_factory.mktemp("small") / "bundle").folder
+    return gpt2onnx.load(bundle, threads=1), reference_of(folder)
 
 
 @pytest.mark.parametrize("split", [None, 0.7])
 @pytest.mark.parametrize("stride", [24, 15, 8])
 @pytest.mark.parametrize("keep_short", [True, False])
 def test_every_combination_of_options(
-    keep_short: bool,
-    stride: int,
-    split: float | None,
-    tales_model: gpt2onnx.Model,
-    tales_reference: GPT2LMHeadModel,
+    keep_short: bool, stride: int, split: float | None, small: tuple[gpt2onnx.Model, Reference]
 ) -> None:
-    text = TEXT[-700:]
+    model, reference = small
+    text = TEXT[-230:]
     border = len(text) if split is None else int(split * len(text))
     texts = {"text" if split is None else "train": text[:border], "validation": text[border:]}
     for batch_size, drop_last in itertools.product([1, 2], ["none", "all"] if split is None else ["train", "all"]):
         result = evaluate(
-            tales_model,
+            model,
             text,
             context=24,
             stride=stride,
@@ -94,40 +136,36 @@ def test_every_combination_of_options(
         )
         assert list(result.parts) == (["text"] if split is None else ["train", "validation"])
         for name, loss in result.parts.items():
-            ids = tales_model.tokenizer.encode(texts[name])
-            batches = reference_batches(
-                tales_reference, ids, 24, stride, batch_size, keep_short=keep_short, drop=drop_last in ("all", name)
+            ids = model.tokenizer.encode(texts[name])
+            expected = reference_losses(
+                reference, ids, 24, stride, batch_size, keep_short=keep_short, drop=drop_last in ("all", name)
             )
-            assert_equal(loss, batches, (name, batch_size, drop_last))
-
-
-class NextTokens(Dataset[tuple[torch.Tensor, torch.Tensor]]):
-    """Windows of a text, and the same windows one token further on, as a training loop sees them."""
-
-    def __init__(self, ids: list[int], length: int, stride: int) -> None:
-        starts = range(0, len(ids) - length, stride)
-        self.pairs = [
-            (torch.tensor(ids[start : start + length]), torch.tensor(ids[start + 1 : start + length + 1]))
-            for start in starts
-        ]
-
-    def __len__(self) -> int:
-        return len(self.pairs)
-
-    def __getitem__(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
-        return self.pairs[index]
+            assert_equal(loss, expected, (name, batch_size, drop_last))
 
 
 def loader_loss(
-    model: GPT2LMHeadModel, ids: list[int], length: int, batch_size: int, *, drop_last: bool
+    reference: Reference, ids: list[int], length: int, batch_size: int, *, drop_last: bool
 ) -> tuple[float, int]:
-    """Mean over a loader's batches of each one's mean cross-entropy, and their number."""
-    batches: Iterator[Any] = iter(DataLoader(NextTokens(ids, length, length), batch_size, drop_last=drop_last))
-    losses = []
-    for inputs, targets in batches:
-        with torch.no_grad():
-            losses.append(torch.nn.functional.cross_entropy(model(inputs).logits.flatten(0, 1), targets.flatten()))
-    return float(torch.stack(losses).mean()), len(losses)
+    """Mean over a loader's batches of each one's mean cross-entropy, and their number: by PyTorch's own loader."""
+
+    def torchs() -> tuple[float, int]:
+        import torch
+        from torch.utils.data import DataLoader, TensorDataset
+
+        # Windows of a text, and the same windows one token further on, as a training loop sees them.
+        starts = range(0, len(ids) - length, length)
+        inputs, targets = (
+            torch.tensor([ids[start + ahead : start + ahead + length] for start in starts]) for ahead in (0, 1)
+        )
+        losses = []
+        for batch, wanted in DataLoader(TensorDataset(inputs, targets), batch_size, drop_last=drop_last):
+            with torch.no_grad():
+                logits = reference.model(batch).logits.flatten(0, 1)
+            losses.append(torch.nn.functional.cross_entropy(logits, wanted.flatten()))
+        return float(torch.stack(losses).mean()), len(losses)
+
+    loss, batches = golden.answer(["loader", reference.name, digest(ids), length, batch_size, drop_last], torchs)
+    return loss, batches
 
 
 @pytest.mark.parametrize("batch_size", [2, 3])
@@ -137,7 +175,7 @@ def test_the_book_s_data_loaders(
     command_line: CommandLine,
     tales_bundle: Path,
     tales_model: gpt2onnx.Model,
-    tales_reference: GPT2LMHeadModel,
+    tales_reference: Reference,
 ) -> None:
     (tmp_path / "story.txt").write_text(TEXT, encoding="utf-8")
     done = command_line(
@@ -156,7 +194,7 @@ def test_the_book_s_data_loaders(
 
 
 def test_the_book_s_batches_of_the_verdict(
-    command_line: CommandLine, make_checkpoint: MakeCheckpoint, tmp_path: Path
+    command_line: CommandLine, make_checkpoint: MakeCheckpoint, reference_of: type[Reference], tmp_path: Path
 ) -> None:
     """With GPT-2's own tokenizer: the batches that chapter 5 prints, and their losses for some weights of that vocabulary."""
     folder = make_checkpoint(vocab_size=50257, n_positions=256, n_embd=8, n_head=1, n_layer=1)
@@ -172,7 +210,7 @@ def test_the_book_s_batches_of_the_verdict(
     text = VERDICT.read_text(encoding="utf-8")
     assert (len(text), len(tokenizer.encode(text).ids)) == (20479, 5145), "as the book counts them"
     border = int(0.90 * len(text))
-    reference = load_reference(folder)
+    reference = reference_of(folder)
     for name, part, printed in (("train", text[:border], (9, 4608)), ("validation", text[border:], (1, 512))):
         assert (parts[name]["batches"], parts[name]["predicted"]) == printed
         ids = tokenizer.encode(part).ids
@@ -184,35 +222,43 @@ def test_the_book_s_batches_of_the_verdict(
 
 @pytest.mark.parametrize(("max_length", "stride"), [(64, 32), (33, 9), (512, 100)])
 def test_the_guide_to_perplexity_of_transformers(
-    max_length: int, stride: int, tales_model: gpt2onnx.Model, tales_reference: GPT2LMHeadModel
+    max_length: int, stride: int, tales_model: gpt2onnx.Model, tales_reference: Reference
 ) -> None:
     text = TEXT[:2000]
-    ids = torch.tensor([tales_model.tokenizer.encode(text)])
-    total, count, previous_end = 0.0, 0, 0
-    for begin in range(0, ids.shape[1], stride):
-        end = min(begin + max_length, ids.shape[1])
-        labels = ids[:, begin:end].clone()
-        labels[:, : previous_end - begin] = -100
-        with torch.no_grad():
-            mean = tales_reference(ids[:, begin:end], labels=labels).loss
-        # The model shifts the labels, so the first one is never predicted.
-        counted = int((labels[:, 1:] != -100).sum())
-        total, count, previous_end = total + float(mean) * counted, count + counted, end
-        if end == ids.shape[1]:
-            break
+    tokens = tales_model.tokenizer.encode(text)
+
+    def guide() -> tuple[float, int]:
+        import torch
+
+        ids = torch.tensor([tokens])
+        total, count, previous_end = 0.0, 0, 0
+        for begin in range(0, ids.shape[1], stride):
+            end = min(begin + max_length, ids.shape[1])
+            labels = ids[:, begin:end].clone()
+            labels[:, : previous_end - begin] = -100
+            with torch.no_grad():
+                mean = tales_reference.model(ids[:, begin:end], labels=labels).loss
+            # The model shifts the labels, so the first one is never predicted.
+            counted = int((labels[:, 1:] != -100).sum())
+            total, count, previous_end = total + float(mean) * counted, count + counted, end
+            if end == ids.shape[1]:
+                break
+        return total / count, count
+
+    loss, count = golden.answer(["guide", digest(tokens), max_length, stride], guide)
     result = evaluate(tales_model, text, context=max_length - 1, stride=stride).parts["text"]
-    assert result.predicted == count == ids.shape[1] - 1
-    assert abs(result.loss - total / count) < TOLERANCE, result.loss - total / count
+    assert result.predicted == count == len(tokens) - 1
+    assert abs(result.loss - loss) < TOLERANCE, result.loss - loss
 
 
 def test_positions_beyond_one_slice_of_logits(
-    tales_model: gpt2onnx.Model, tales_reference: GPT2LMHeadModel, monkeypatch: pytest.MonkeyPatch
+    tales_model: gpt2onnx.Model, tales_reference: Reference, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     ids = tales_model.tokenizer.encode(TEXT)
     result = evaluate(tales_model, TEXT, batch_size=2)
     assert (result.context, result.stride) == (512, 512)
-    batches = reference_batches(tales_reference, ids, 512, 512, 2, keep_short=True, drop=False)
-    assert_equal(result.parts["text"], batches, "whole windows")
+    expected = reference_losses(tales_reference, ids, 512, 512, 2, keep_short=True, drop=False)
+    assert_equal(result.parts["text"], expected, "whole windows")
     # However few logits are in memory at a time, and never more than that.
     most = 0
     forward = tales_model.session.forward
@@ -229,15 +275,14 @@ def test_positions_beyond_one_slice_of_logits(
     assert abs(sliced.loss - result.parts["text"].loss) < TOLERANCE
 
 
-def test_other_networks_and_texts_of_several_bytes_a_character(make_checkpoint: MakeCheckpoint, tmp_path: Path) -> None:
-    folder = make_checkpoint(n_head=2, n_embd=24, scale_attn_by_inverse_layer_idx=True)
-    model = gpt2onnx.load(gpt2onnx.export(folder, tmp_path / "bundle").folder, threads=1)
+def test_texts_of_several_bytes_a_character(small: tuple[gpt2onnx.Model, Reference]) -> None:
+    model, reference = small
     text = "Füchse, 狐狸 and 🦊: foxes. " * 8
     ids = model.tokenizer.encode(text)
     assert len(ids) == len(text.encode()), "a token a byte"
     (loss,) = evaluate(model, text, context=60, stride=50, batch_size=3).parts.values()
-    batches = reference_batches(load_reference(folder), ids, 60, 50, 3, keep_short=True, drop=False)
-    assert_equal(loss, batches, "bytes")
+    expected = reference_losses(reference, ids, 60, 50, 3, keep_short=True, drop=False)
+    assert_equal(loss, expected, "bytes")
     assert loss.predicted_bytes == loss.predicted == len(ids) - 1
     assert loss.bits_per_byte == pytest.approx(loss.loss / math.log(2), rel=1e-12), "a token a byte"
 

@@ -1,7 +1,6 @@
 """An export that fails or is stopped leaves its target as it was, nothing beside it, and says why in one line."""
 
 import os
-import resource
 import signal
 import subprocess
 import sys
@@ -9,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from conftest import MakeCheckpoint, heed_interrupts
+from support.systems import posix
 
 import gpt2onnx
 from gpt2onnx.errors import CheckpointError, OutputError
@@ -49,6 +49,7 @@ def start_slow_export(checkpoint: Path, target: Path) -> subprocess.Popen[str]:
     return process
 
 
+@posix
 @pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGTERM])
 def test_stopped_by_a_signal(stop: signal.Signals, target: Path, make_checkpoint: MakeCheckpoint) -> None:
     before = content(target)
@@ -61,6 +62,7 @@ def test_stopped_by_a_signal(stop: signal.Signals, target: Path, make_checkpoint
     assert [path.name for path in target.parent.iterdir()] == ["bundle"]
 
 
+@posix
 def test_what_a_killed_export_left_is_removed_by_the_next(target: Path, make_checkpoint: MakeCheckpoint) -> None:
     before, checkpoint = content(target), make_checkpoint(weights_seed=1)
     process = start_slow_export(checkpoint, target)
@@ -96,8 +98,11 @@ def test_names_that_look_like_patterns_match_only_themselves(tmp_path: Path, mak
     assert other.is_dir()
 
 
+@posix
 def test_disk_full(target: Path, make_checkpoint: MakeCheckpoint) -> None:
     before, checkpoint = content(target), make_checkpoint(weights_seed=1, vocab_size=5000)
+    import resource
+
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, hard))
     try:

@@ -19,6 +19,7 @@ from pathlib import Path
 
 import pytest
 from conftest import CommandLine, MakeCheckpoint
+from support.systems import linux, posix
 
 import gpt2onnx
 from gpt2onnx.errors import BundleError, OutputError
@@ -47,6 +48,7 @@ def start_export(checkpoint: Path, target: Path) -> subprocess.Popen[str]:
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=ONE_THREAD)
 
 
+@posix
 @pytest.mark.parametrize("kind", ["kill", "full", "io", "interrupt"])
 def test_a_fault_at_any_step_leaves_a_whole_bundle(kind: str, checkpoints: list[Path], tmp_path: Path) -> None:
     command = [sys.executable, FAULT_POINTS, kind, *checkpoints, tmp_path / "folder", "--most", str(MOST)]
@@ -60,6 +62,7 @@ def test_a_fault_at_any_step_leaves_a_whole_bundle(kind: str, checkpoints: list[
     assert new > 0
 
 
+@posix
 def test_killed_at_any_time(checkpoints: list[Path], tmp_path: Path) -> None:
     """A process as users start it, and real time."""
     target = tmp_path / "folder" / "bundle"
@@ -82,6 +85,7 @@ def test_killed_at_any_time(checkpoints: list[Path], tmp_path: Path) -> None:
     assert list(target.parent.iterdir()) == [target]
 
 
+@linux
 def test_exports_of_one_target_at_once_do_not_mix(checkpoints: list[Path], tmp_path: Path) -> None:
     target = tmp_path / "folder" / "bundle"
     wholes = []
@@ -143,6 +147,7 @@ def test_what_another_export_replaces_at_once_was_made(
     assert unpack(archive, target, force=True) == replace(Bundle.open(other), folder=target)
 
 
+@posix
 def test_a_manifest_is_read_while_it_is_replaced(checkpoints: list[Path], tmp_path: Path) -> None:
     folder = tmp_path / "bundle"
     wholes = [gpt2onnx.export(checkpoint, folder, force=True).manifest for checkpoint in checkpoints]
@@ -222,6 +227,7 @@ def test_the_folder_that_one_is_in_is_not_replaced(
     assert list(tmp_path.iterdir()) == []
 
 
+@linux
 @pytest.mark.parametrize(
     "arguments",
     [["verify", "BUNDLE"], ["generate", "-m", "BUNDLE", "x"], ["export", "SOURCE", "made", "--no-parity"], ["--help"]],
@@ -240,6 +246,7 @@ def test_output_that_cannot_be_written(arguments: list[str], checkpoints: list[P
     assert "No space left" in done.stderr
 
 
+@posix
 def test_without_standard_streams(checkpoints: list[Path], tmp_path: Path) -> None:
     """As some service managers start programs: what is opened next must not take the streams' place."""
     command = f"{sys.executable} -m gpt2onnx export {checkpoints[0]} made --no-parity <&- >&- 2>&-"

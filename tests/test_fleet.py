@@ -18,6 +18,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -27,6 +28,7 @@ import gpt2onnx
 from gpt2onnx.errors import BackendError, BundleError, OutputError, PromptError
 from gpt2onnx.models.tales import FOLDER
 from gpt2onnx.runtime import fleet as _quiet_ray  # noqa: F401  # before Ray itself
+from gpt2onnx.runtime import locks
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # of Ray's own imports
@@ -89,6 +91,8 @@ def expected(tales_bundle: Path, requests: Path) -> list[Record]:
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[Cluster]:
     """A head with a core, which this process has joined; tests add machines."""
+    if sys.platform != "linux":
+        pytest.skip("workers are looked for in /proc")
     made = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "object_store_memory": STORE})
     ray.init(address=made.address, log_to_driver=False, logging_level=logging.CRITICAL)
     yield made
@@ -293,7 +297,14 @@ def test_bundle_reaches_machines_that_do_not_see_it(
     content = bytearray(weights.read_bytes())
     content[1000] ^= 1
     weights.write_bytes(content)
-    gpt2onnx.load(shared.here(), verify=True, threads=1)
+    took = []
+    windows = SimpleNamespace(LK_LOCK=1, locking=lambda *given: took.append(given[1:]))
+    with monkeypatch.context() as elsewhere:
+        elsewhere.setitem(sys.modules, "msvcrt", windows)
+        elsewhere.setattr(locks, "sys", SimpleNamespace(platform="win32"))
+        copy = shared.here()
+    assert took == [(1, 1)]
+    gpt2onnx.load(copy, verify=True, threads=1)
     (tmp_path / "gone" / "onnx" / "model.onnx_data").write_bytes(content)
     with pytest.raises(BundleError, match=r"model\.onnx_data"):
         SharedBundle.share(tmp_path / "gone", elsewhere=True)

@@ -14,10 +14,11 @@ from typing import Any
 import click
 import numpy as np
 import pytest
-from conftest import END_OF_TEXT, MakeCheckpoint
+from conftest import MakeCheckpoint
 from fuzzing import damaged, ends_well, inputs, odd_values, write_json
 from hypothesis import example, given
 from hypothesis import strategies as st
+from support.checkpoints import END_OF_TEXT
 
 import gpt2onnx
 from gpt2onnx.cli import main as command_line

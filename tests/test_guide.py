@@ -4,11 +4,11 @@ import re
 import shlex
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
-import torch
-import transformers
-from test_isolation import COMMAND_LINE, REFERENCES, run
+from support.golden import Golden
+from support.isolated import COMMAND_LINE, REFERENCES, run
 
 DOCS = Path(__file__).parent.parent / "docs"
 GUIDE = DOCS / "guide.md"
@@ -85,26 +85,32 @@ def test_the_energy_example_runs(tmp_path: Path) -> None:
     assert "beam search" in out
 
 
-def parameters(model: type[transformers.PreTrainedModel], config: transformers.PretrainedConfig) -> int:
+def parameters(name: str) -> int:
+    """Of a model of its usual size, by transformers."""
+    import torch
+    import transformers
+
+    bart = {f"{stack}_{what}": value for stack in ("encoder", "decoder") for what, value in
+            {"layers": 6, "attention_heads": 12, "ffn_dim": 3072}.items()}  # fmt: skip
+    models: dict[str, tuple[Any, Any]] = {
+        "gpt2": (transformers.GPT2LMHeadModel, transformers.GPT2Config()),
+        "bert-base-uncased": (transformers.BertModel, transformers.BertConfig()),
+        "bart-base": (
+            transformers.BartForConditionalGeneration,
+            transformers.BartConfig(vocab_size=50265, d_model=768, **bart),
+        ),
+        "t5-base": (
+            transformers.T5ForConditionalGeneration,
+            transformers.T5Config(d_model=768, d_ff=3072, num_layers=12, num_heads=12),
+        ),
+    }
+    model, config = models[name]
     with torch.device("meta"):
         return int(model(config).num_parameters())
 
 
 @pytest.mark.parametrize("name", ["gpt2", "bert-base-uncased", "bart-base", "t5-base"])
-def test_sizes_of_other_architectures(name: str) -> None:
-    bart = {f"{stack}_{what}": value for stack in ("encoder", "decoder") for what, value in
-            {"layers": 6, "attention_heads": 12, "ffn_dim": 3072}.items()}  # fmt: skip
-    counts = {
-        "gpt2": lambda: parameters(transformers.GPT2LMHeadModel, transformers.GPT2Config()),
-        "bert-base-uncased": lambda: parameters(transformers.BertModel, transformers.BertConfig()),
-        "bart-base": lambda: parameters(
-            transformers.BartForConditionalGeneration, transformers.BartConfig(vocab_size=50265, d_model=768, **bart)
-        ),
-        "t5-base": lambda: parameters(
-            transformers.T5ForConditionalGeneration,
-            transformers.T5Config(d_model=768, d_ff=3072, num_layers=12, num_heads=12),
-        ),
-    }
+def test_sizes_of_other_architectures(name: str, golden: Golden) -> None:
     header, *rows = [
         [cell.strip() for cell in re.split(r"(?<!\\)\|", line)[1:-1]]
         for line in (DOCS / "architectures.md").read_text(encoding="utf-8").splitlines()
@@ -112,4 +118,4 @@ def test_sizes_of_other_architectures(name: str) -> None:
     ]
     (column,) = [index for index, cell in enumerate(header) if f"`{name}`" in cell]
     (row,) = [row for row in rows if row[0] == "parameters"]
-    assert row[column].split()[0] == f"{counts[name]():,}"
+    assert row[column].split()[0] == f"{golden.answer(name, lambda: parameters(name)):,}"

@@ -1,6 +1,7 @@
 """`gpt2onnx inspect`: parameters are those of transformers, sizes those of the files that an export writes."""
 
 import json
+import math
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -8,11 +9,10 @@ from typing import Any
 
 import onnx
 import pytest
-import torch
-import transformers
 from conftest import CommandLine, MakeCheckpoint
-from test_hub import MAIN, REPOSITORY, Hub, checkpoints, hub
-from test_isolation import COMMAND_LINE, EXPORT_ONLY, REFERENCES, run
+from support.golden import Golden
+from support.hub import MAIN, REPOSITORY, Hub, checkpoints, hub
+from support.isolated import COMMAND_LINE, EXPORT_ONLY, REFERENCES, run
 
 import gpt2onnx
 from gpt2onnx.models.bundle import GRAPH, MANIFEST, Manifest
@@ -34,10 +34,15 @@ SIZES = {
 }
 
 
-def reference(settings: dict[str, Any]) -> transformers.GPT2LMHeadModel:
-    """The network in transformers, without memory for its weights."""
+def parameters(settings: dict[str, Any]) -> dict[str, Any]:
+    """How many the network has in transformers, and the shapes by their names. It gets no memory for its weights."""
+    import torch
+    import transformers
+
     with torch.device("meta"):
-        return transformers.GPT2LMHeadModel(transformers.GPT2Config(**settings))
+        model = transformers.GPT2LMHeadModel(transformers.GPT2Config(**settings))
+    named = {name.removeprefix("transformer."): list(tensor.shape) for name, tensor in model.named_parameters()}
+    return {"count": model.num_parameters(), "shapes": named}
 
 
 def weights(layer: Layer, prefix: str = "") -> dict[str, tuple[int, ...]]:
@@ -49,25 +54,18 @@ def weights(layer: Layer, prefix: str = "") -> dict[str, tuple[int, ...]]:
 
 
 @pytest.mark.parametrize("name", SIZES)
-def test_parameters_are_those_of_transformers(name: str) -> None:
+def test_parameters_are_those_of_transformers(name: str, golden: Golden) -> None:
     settings, published = SIZES[name]
-    model = reference(settings)
+    expected = golden.answer(settings, lambda: parameters(settings))
+    shapes = {weight: tuple(shape) for weight, shape in expected["shapes"].items()}
     network = layers(GPT2Config.from_dict(settings))
-    expected = {
-        parameter.removeprefix("transformer."): tuple(tensor.shape) for parameter, tensor in model.named_parameters()
-    }
-    assert weights(network) == expected
-    assert network.parameters == model.num_parameters() == (published or model.num_parameters())
+    assert weights(network) == shapes
+    assert network.parameters == expected["count"] == (published or expected["count"])
     parts = components(GPT2Config.from_dict(settings))
     assert sum(parts.values()) == network.parameters
     for part, count in parts.items():
-        whole = [tensor.numel() for weight, tensor in expected_tensors(model) if weight.startswith(f"{part}.")]
-        assert count == sum(whole), part
+        assert count == sum(math.prod(shape) for weight, shape in shapes.items() if weight.startswith(f"{part}.")), part
     assert (parts["lm_head"] > 0) == (not settings.get("tie_word_embeddings", True))
-
-
-def expected_tensors(model: transformers.GPT2LMHeadModel) -> list[tuple[str, torch.Tensor]]:
-    return [(name.removeprefix("transformer."), tensor) for name, tensor in model.named_parameters()]
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -96,13 +94,26 @@ def test_memory_is_what_an_export_stores(
     assert memory(bundle.config, dtype).cache_per_token * positions == memory(bundle.config, dtype).cache_full
 
 
-def test_json_of_a_bundle(command_line: CommandLine, tales_int8_bundle: Path) -> None:
+def tales_parameters(golden: Golden) -> dict[str, int]:
+    """How many the embedded model has, in all and in its fourth block, by transformers."""
+
+    def transformers() -> dict[str, int]:
+        from transformers import GPT2LMHeadModel
+
+        model = GPT2LMHeadModel.from_pretrained(FOLDER)
+        block = sum(weight.numel() for weight in model.transformer.h[3].parameters())
+        return {"all": model.num_parameters(), "h.3": block}
+
+    return golden.answer("tales", transformers)
+
+
+def test_json_of_a_bundle(command_line: CommandLine, tales_int8_bundle: Path, golden: Golden) -> None:
     done = command_line("inspect", tales_int8_bundle, "--json")
     assert (done.code, done.err) == (0, "")
     record = json.loads(done.out)
-    model = transformers.GPT2LMHeadModel.from_pretrained(FOLDER)
-    assert record["parameters"] == model.num_parameters() == sum(record["components"].values())
-    assert record["components"]["h.3"] == sum(weight.numel() for weight in model.transformer.h[3].parameters())
+    expected = tales_parameters(golden)
+    assert record["parameters"] == expected["all"] == sum(record["components"].values())
+    assert record["components"]["h.3"] == expected["h.3"]
     assert record["tied"] is True
     assert [layer["name"] for layer in record["layers"]] == list(record["components"])
     assert record["layers"][-1]["tied_to"] == "wte.weight"
@@ -112,12 +123,12 @@ def test_json_of_a_bundle(command_line: CommandLine, tales_int8_bundle: Path) ->
         assert facts["size"] == (tales_int8_bundle / name).stat().st_size
 
 
-def test_a_bundle_for_a_person(command_line: CommandLine, tales_int8_bundle: Path) -> None:
+def test_a_bundle_for_a_person(command_line: CommandLine, tales_int8_bundle: Path, golden: Golden) -> None:
     done = command_line("inspect", tales_int8_bundle)
     assert (done.code, done.err) == (0, "")
     lines = done.out.splitlines()
     assert lines[0].endswith("6 layers, 8 heads of 32, 256 wide, 512 positions, vocabulary of 8,192, gelu_new")
-    total = sum(weight.numel() for weight in transformers.GPT2LMHeadModel.from_pretrained(FOLDER).parameters())
+    total = tales_parameters(golden)["all"]
     assert [line for line in lines if line.split() == ["total", f"{total:,}"]]
     assert [line for line in lines if line.split() == ["h.1", "to", "h.5", "each", "as", "h.0", "3,948,800"]]
     assert [line for line in lines if line.split() == ["lm_head", "wte.weight", "0"]]
@@ -128,11 +139,23 @@ def test_a_bundle_for_a_person(command_line: CommandLine, tales_int8_bundle: Pat
     assert command_line("inspect", tales_int8_bundle, "-q").out == done.out.partition("\n\n")[2]
 
 
-def test_a_parity_report(command_line: CommandLine, make_checkpoint: MakeCheckpoint, tmp_path: Path) -> None:
-    folder = gpt2onnx.export(make_checkpoint(), tmp_path / "bundle", parity=True).folder
+def test_a_parity_report(
+    command_line: CommandLine, make_checkpoint: MakeCheckpoint, tmp_path: Path, golden: Golden
+) -> None:
+    folder = gpt2onnx.export(make_checkpoint(), tmp_path / "bundle").folder
+
+    def report() -> dict[str, Any]:
+        import transformers
+
+        checked = gpt2onnx.export(make_checkpoint(), tmp_path / "checked", parity=True).manifest.parity
+        assert checked is not None
+        assert checked["reference"].startswith(f"transformers {transformers.__version__}")
+        return checked | {"reference": "transformers 5.0"}  # so that no other version makes it another report
+
+    replace(Manifest.read(folder), parity=golden.answer("parity", report)).write(folder)
     done = command_line("inspect", folder)
     assert (done.code, done.err) == (0, "")
-    assert f"parity against transformers {transformers.__version__}" in done.out
+    assert "parity against transformers 5.0" in done.out
     assert "FAILED" not in done.out
     manifest = Manifest.read(folder)
     assert manifest.parity is not None
@@ -160,7 +183,6 @@ def test_a_source_that_was_never_exported(
         assert "parity" not in done.out
     assert not (tmp_path / "cache").exists(), "nothing is exported to be looked at"
     # One weights file without a configuration: what the weights say.
-    torch.manual_seed(0)
     folder = make_checkpoint(n_embd=64, n_head=2)
     exported = gpt2onnx.export(folder, tmp_path / "bundle").config
     shutil.copy(folder / "model.safetensors", only_config)
@@ -174,13 +196,14 @@ def test_a_source_that_was_never_exported(
     assert Path(record["bundle"]["folder"]).parent == tmp_path / "cache"
 
 
-def test_of_a_repository_only_the_configuration_is_fetched(hub: Hub, tmp_path: Path) -> None:
+def test_of_a_repository_only_the_configuration_is_fetched(hub: Hub, tmp_path: Path, golden: Golden) -> None:
     environment = {"HF_ENDPOINT": hub.endpoint, "HF_HOME": str(tmp_path / "hub"), "HF_HUB_OFFLINE": "0"}
     environment |= {"GPT2ONNX_CACHE": str(tmp_path / "cache")}
     code, out, err = run(COMMAND_LINE, "inspect", REPOSITORY, "--json", without=REFERENCES, **environment)
     assert (code, err) == (0, "")
     config = json.loads(hub.commits[MAIN]["config.json"])
-    assert json.loads(out)["parameters"] == reference(config).num_parameters()
+    expected = golden.answer(config, lambda: parameters(config))
+    assert json.loads(out)["parameters"] == expected["count"]
     assert hub.fetched == ["config.json"]
     code, out, err = run(COMMAND_LINE, "inspect", "someone/nothing", without=REFERENCES, **environment)
     assert (code, out, err.count("\n")) == (1, "", 1)

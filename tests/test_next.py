@@ -2,17 +2,18 @@
 
 import json
 import math
+from collections import Counter
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import tokenizers
-import torch
-import transformers
 from conftest import CommandLine, MakeCheckpoint
-from transformers import GPT2LMHeadModel, LogitsProcessorList
-from transformers.generation.logits_process import TopHLogitsWarper
+from support.golden import Golden, assert_close
+from support.logits import FILTERS, assert_same, coded, decoded, options_of, reference_steps, softmax_of_torch
+from support.reference import Reference
 
 import gpt2onnx
 from gpt2onnx.errors import OptionError
@@ -23,79 +24,48 @@ from gpt2onnx.runtime.tokenizer import Tokenizer
 
 PROMPT = "Once upon a time there was a"
 TEMPERATURES = (0.1, 1.0, 5.0)
-
-
-def reference_logits(model: GPT2LMHeadModel, ids: list[int]) -> torch.Tensor:
-    with torch.no_grad():
-        return model(torch.tensor([ids])).logits[0, -1]
-
-
-def warpers(temperature: float, filters: dict[str, Any]) -> list[tuple[str, Any]]:
-    """transformers' own steps, by our names for them, in the order in which it applies them."""
-    classes = {
-        "top_h": TopHLogitsWarper,
-        "top_k": transformers.TopKLogitsWarper,
-        "top_p": transformers.TopPLogitsWarper,
-        "min_p": transformers.MinPLogitsWarper,
-        "typical_p": transformers.TypicalLogitsWarper,
-        "epsilon_cutoff": transformers.EpsilonLogitsWarper,
-        "eta_cutoff": transformers.EtaLogitsWarper,
-    }
-    steps = [("temperature", transformers.TemperatureLogitsWarper(temperature))]
-    return steps + [(name, classes[name](filters[name])) for name in classes if name in filters]
+# As steep as those of a model.
+LOGITS = (-1.2 * np.log(np.arange(300) + 2) + np.random.default_rng(3).normal(0, 1, 300))[::-1].astype(np.float32)
 
 
 @pytest.mark.parametrize("temperature", TEMPERATURES)
-@pytest.mark.parametrize(
-    "filters",
-    [
-        {},
-        {"top_k": 50},
-        {"top_k": 7, "top_p": 0.8},
-        {"top_p": 0.5},
-        {"min_p": 0.05, "top_k": 30},
-        {"typical_p": 0.6, "top_p": 0.9},
-        {"top_h": 0.7, "top_k": 20},
-        {"epsilon_cutoff": 0.01, "eta_cutoff": 0.05},
-    ],
-)
-def test_every_stage_is_that_of_transformers(
-    temperature: float, filters: dict[str, Any], tales_model: gpt2onnx.Model, tales_reference: GPT2LMHeadModel
+@pytest.mark.parametrize("filters", FILTERS, ids=str)
+def test_every_stage_is_that_of_transformers(temperature: float, filters: dict[str, Any], golden: Golden) -> None:
+    """From logits that are the same everywhere, so that what differs is the step's own."""
+    ids = [3, 1, 4, 1, 5]
+    values = {"temperature": temperature} | filters
+
+    def transformers() -> list[np.ndarray]:
+        return [scores for _, scores in reference_steps(values, ids, LOGITS)]
+
+    names = golden.answer([values, "names"], lambda: [name for name, _ in reference_steps(values, ids, LOGITS)])
+    steps = golden.array([values, "scores"], lambda: np.stack([coded(*pair) for pair in pairwise(transformers())]))
+    softmaxes = golden.array([values, "probabilities"], lambda: np.stack([softmax_of_torch(s) for s in transformers()]))
+    way = stages(LOGITS, options_of(values), np.array(ids))
+    assert [stage.name for stage in way] == names
+    expected = LOGITS
+    for stage, step, probabilities in zip(way, [coded(LOGITS, LOGITS), *steps], softmaxes, strict=True):
+        expected = decoded(expected, step)
+        assert_same(stage.scores, expected, stage.name)
+        assert_close(stage.probabilities, probabilities, 1e-6, stage.name)
+
+
+@pytest.mark.parametrize("temperature", TEMPERATURES)
+def test_the_logits_are_those_of_transformers(
+    temperature: float, tales_model: gpt2onnx.Model, tales_reference: Reference, golden: Golden
 ) -> None:
+    """And what comes of them in a model is what comes of logits alone, which the test above judges."""
     ids = tales_model.tokenizer.encode(PROMPT)
-    all_filters = {"top_k": 0} | filters
-    (choice,) = next_token(tales_model, PROMPT, temperatures=[temperature], **all_filters).choices
-    logits = reference_logits(tales_reference, ids)
-    difference = float(np.abs(choice.stages[0].scores - logits.numpy()).max())
-    assert difference < 1e-4, difference
-    # From here on the same numbers on both sides, so that whatever differs is the step's own.
-    scores = torch.from_numpy(choice.stages[0].scores.copy())[None]
-    expected = [("logits", scores)]
-    for name, warper in warpers(temperature, filters):
-        scores = warper(torch.tensor([ids]), scores)
-        expected.append((name, scores))
-    assert [stage.name for stage in choice.stages] == [name for name, _ in expected]
-    for stage, (name, scores) in zip(choice.stages, expected, strict=True):
-        assert np.array_equal(stage.scores, scores[0].numpy()), name
-        difference = float(np.abs(stage.probabilities - torch.softmax(scores[0], -1).numpy()).max())
-        assert difference < 1e-6, (name, difference)
-
-
-def test_stages_end_where_generate_draws_from(tales_model: gpt2onnx.Model) -> None:
-    """One more option than sampling has: what holds without sampling comes first."""
-    ids = np.array(tales_model.tokenizer.encode(PROMPT))
-    logits = next_token(tales_model, PROMPT).choices[0].stages[0].scores
-    options = GenerationConfig(do_sample=True, temperature=0.7, top_k=20, top_p=0.9, repetition_penalty=1.3)
-    way = stages(logits, options, ids)
-    assert [stage.name for stage in way] == ["logits", "penalties", "temperature", "top_k", "top_p"]
-    chain = LogitsProcessorList(
-        [
-            transformers.RepetitionPenaltyLogitsProcessor(1.3),
-            *(warper for _, warper in warpers(0.7, {"top_k": 20, "top_p": 0.9})),
-        ]
-    )
-    expected = chain(torch.from_numpy(ids)[None], torch.from_numpy(logits.copy())[None])[0]
-    assert np.array_equal(way[-1].scores, expected.numpy())
+    filters = {"top_k": 30, "top_p": 0.9}
+    (choice,) = next_token(tales_model, PROMPT, temperatures=[temperature], **filters).choices
+    logits = golden.array(["last logits", ids], lambda: tales_reference.live_logits(np.array(ids))[-1])
+    assert_close(choice.stages[0].scores, logits, 1e-4)
+    assert [stage.name for stage in choice.stages] == ["logits", "temperature", "top_k", "top_p"]
+    options = GenerationConfig(do_sample=True, temperature=temperature, **filters)
+    for stage, alone in zip(choice.stages, stages(choice.stages[0].scores, options, np.array(ids)), strict=True):
+        assert stage.name == alone.name
+        assert_same(stage.scores, alone.scores, stage.name)
+        assert_same(stage.probabilities, alone.probabilities, stage.name)
 
 
 def test_options_of_the_model_that_do_not_suit_it_are_refused(
@@ -131,20 +101,24 @@ def test_the_book_s_pizza(temperature: float) -> None:
 
 @pytest.mark.parametrize("temperature", TEMPERATURES)
 def test_draws_are_those_of_torch_multinomial(
-    temperature: float, tales_model: gpt2onnx.Model, tales_reference: GPT2LMHeadModel
+    temperature: float, tales_model: gpt2onnx.Model, tales_reference: Reference, golden: Golden
 ) -> None:
     (choice,) = next_token(tales_model, PROMPT, temperatures=[temperature], top_k=0, draws=200, seed=7).choices
-    logits = reference_logits(tales_reference, tales_model.tokenizer.encode(PROMPT))
-    probabilities = torch.softmax(logits / temperature, -1)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(7)
-        expected = torch.bincount(
-            torch.stack([torch.multinomial(probabilities, 1)[0] for _ in range(200)]), minlength=len(probabilities)
+    ids = tales_model.tokenizer.encode(PROMPT)
+
+    def torchs() -> dict[str, int]:
+        import torch
+
+        probabilities = torch.softmax(
+            torch.from_numpy(tales_reference.live_logits(np.array(ids))[-1]) / temperature, -1
         )
-    differing = np.flatnonzero(choice.counts != expected.numpy())
-    assert not len(differing), (
-        f"token {differing[:1]}: {choice.counts[differing[:1]]}, PyTorch {expected[differing[:1]]}"
-    )
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(7)
+            drawn = [int(torch.multinomial(probabilities, 1)) for _ in range(200)]
+        return {str(token): count for token, count in sorted(Counter(drawn).items())}
+
+    drawn = {str(token): int(choice.counts[token]) for token in np.flatnonzero(choice.counts)}
+    assert drawn == golden.answer(["draws", ids, temperature], torchs)
 
 
 def test_the_first_draw_is_the_token_that_generate_takes(tales_model: gpt2onnx.Model) -> None:
@@ -179,7 +153,7 @@ def test_draws_follow_the_probabilities(temperature: float, tales_model: gpt2onn
     assert not choice.counts[p == 0].any(), "what was filtered out is never drawn"
 
 
-def test_json(command_line: CommandLine, tales_bundle: Path, tales_reference: GPT2LMHeadModel) -> None:
+def test_json(command_line: CommandLine, tales_bundle: Path, tales_reference: Reference, golden: Golden) -> None:
     done = command_line(
         "next", PROMPT, "-m", tales_bundle, "--temperature", 0.1, 1, 5, "--top-k", 0, "--top-p", 0.9, "--top", 4,
         "--token", " king", "--draws", 300, "--seed", 5, "--json",
@@ -187,15 +161,21 @@ def test_json(command_line: CommandLine, tales_bundle: Path, tales_reference: GP
     assert (done.code, done.err) == (0, "")
     record = json.loads(done.out)
     assert [each["temperature"] for each in record["temperatures"]] == list(TEMPERATURES)
-    logits = reference_logits(tales_reference, record["prompt_ids"])
-    for each in record["temperatures"]:
-        assert [one["token_id"] for one in each["candidates"]] == logits.topk(4).indices.tolist()
+    ids, king_id = record["prompt_ids"], record["temperatures"][0]["tokens"][" king"]["token_id"]
+
+    def torchs() -> dict[str, list[float]]:
+        import torch
+
+        logits = torch.from_numpy(tales_reference.live_logits(np.array(ids))[-1])
+        logprobs = [float((logits / each).log_softmax(-1)[king_id]) for each in TEMPERATURES]
+        return {"top": logits.topk(4).indices.tolist(), "king": logprobs}
+
+    expected = golden.answer(["king", ids, king_id], torchs)
+    for each, logprob in zip(record["temperatures"], expected["king"], strict=True):
+        assert [one["token_id"] for one in each["candidates"]] == expected["top"]
         assert [one["rank"] for one in each["candidates"]] == [1, 2, 3, 4]
         king = each["tokens"][" king"]
-        probabilities = torch.softmax(logits / each["temperature"], -1)
-        assert king["stages"]["temperature"]["probability"] == pytest.approx(
-            float(probabilities[king["token_id"]]), rel=1e-3
-        )
+        assert king["stages"]["temperature"]["probability"] == pytest.approx(math.exp(logprob), rel=1e-3)
         kept = king["stages"]["top_p"]["score"] is not None
         assert kept == (king["stages"]["top_p"]["probability"] > 0)
         assert king["expected"] == pytest.approx(300 * king["stages"]["top_p"]["probability"])
@@ -308,15 +288,22 @@ TEXTS = ("Once upon a time", "Zoë 😀, 狐狸\n\ttab  two spaces", "<|endoftex
 
 
 @pytest.mark.parametrize("text", TEXTS)
-def test_tokens(text: str, command_line: CommandLine, tales_bundle: Path) -> None:
-    reference = transformers.AutoTokenizer.from_pretrained(FOLDER)
+def test_tokens(text: str, command_line: CommandLine, tales_bundle: Path, golden: Golden) -> None:
+    def transformers() -> dict[str, list[Any]]:
+        from transformers import AutoTokenizer
+
+        tokenizer = AutoTokenizer.from_pretrained(FOLDER)
+        ids = tokenizer.encode(text)
+        return {"ids": ids, "entries": tokenizer.convert_ids_to_tokens(ids)}
+
     done = command_line("tokens", text, "-m", tales_bundle, "--json")
     assert (done.code, done.err) == (0, "")
     record = json.loads(done.out)
     assert record["text"] == text
-    assert record["ids"] == reference.encode(text)
+    expected = golden.answer(["tokens", text], transformers)
+    assert record["ids"] == expected["ids"]
     assert [each["id"] for each in record["tokens"]] == record["ids"]
-    assert [each["entry"] for each in record["tokens"]] == reference.convert_ids_to_tokens(record["ids"])
+    assert [each["entry"] for each in record["tokens"]] == expected["entries"]
     # The tokens are the text's bytes, cut into pieces; one that is whole characters says which.
     assert bytes.fromhex("".join(each["bytes"] for each in record["tokens"])).decode() == text
     for each in record["tokens"]:

@@ -5,8 +5,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import transformers
-from conftest import MakeCheckpoint, assert_same_tokens, load_reference, reference_tokens
+from conftest import MakeCheckpoint, assert_same_tokens
+from support.golden import Golden
+from support.reference import Reference
 
 import gpt2onnx
 from gpt2onnx.errors import CheckpointError, OptionError
@@ -15,9 +16,22 @@ from gpt2onnx.runtime.options import GenerationConfig
 PROMPT = [40, 41, 42]
 
 
-def test_defaults_are_those_of_transformers() -> None:
-    theirs = transformers.GenerationConfig._get_default_generation_params()
+def test_defaults_are_those_of_transformers(golden: Golden) -> None:
+    def transformers() -> dict[str, Any]:
+        from transformers import GenerationConfig as Theirs
+
+        # From transformers 5 on None stands for a default in a configuration.
+        if hasattr(Theirs, "_get_default_generation_params"):
+            return Theirs._get_default_generation_params()
+        return vars(Theirs())
+
     ours = GenerationConfig()
+    theirs = golden.answer(
+        "defaults",
+        lambda: {
+            name: value for name, value in transformers().items() if name in GenerationConfig.__dataclass_fields__
+        },
+    )
     shared = [name for name in GenerationConfig.__dataclass_fields__ if name in theirs and name != "max_length"]
     assert len(shared) >= 12
     assert {name: getattr(ours, name) for name in shared} == {name: theirs[name] for name in shared}
@@ -159,17 +173,17 @@ def test_merged_lengths() -> None:
     ],
 )  # fmt: skip
 def test_generation_config_file_counts_as_in_transformers(
-    content: dict[str, Any], make_checkpoint: MakeCheckpoint, tmp_path: Path
+    content: dict[str, Any], make_checkpoint: MakeCheckpoint, reference_of: type[Reference], tmp_path: Path
 ) -> None:
     folder = make_checkpoint(weights_seed=3)
     (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": 256, "pad_token_id": 256} | content))
-    bundle = gpt2onnx.export(folder, tmp_path / "bundle").folder
+    model = gpt2onnx.load(gpt2onnx.export(folder, tmp_path / "bundle").folder, threads=1)
+    reference = reference_of(folder, f"{folder.name} with {json.dumps(content)}")
     length = {} if "max_length" in content or "max_new_tokens" in content else {"max_new_tokens": 12}
     for seed in range(2):
-        model = gpt2onnx.load(bundle, threads=1)
         do_sample = bool(content.get("do_sample"))
         result = model.generate(PROMPT, seed=seed, do_sample=do_sample, **length)
-        (expected,) = reference_tokens(load_reference(folder), PROMPT, seed, **length)
+        (expected,) = reference.tokens(PROMPT, seed, **length)
         assert_same_tokens(result.sequences[0].token_ids, expected, content)
 
 

@@ -1,240 +1,98 @@
-"""The parity report: it passes what is right however sensitive the network is, and fails what isn't."""
+"""The parity report where PyTorch isn't installed, and what a version of transformers can't judge: tests/reference has the rest."""
 
 import json
-import shutil
-from collections.abc import Callable
-from dataclasses import replace
+import sys
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import onnx
 import pytest
-from conftest import CommandLine, MakeCheckpoint
-from onnx import ModelProto, helper, numpy_helper
-from safetensors.numpy import load_file, save_file
+from conftest import CommandLine
 
-import gpt2onnx
-from gpt2onnx.exporter.cases import PROCESSORS, STRATEGIES
-from gpt2onnx.exporter.checkpoint import Checkpoint
-from gpt2onnx.exporter.parity import check
-from gpt2onnx.models.bundle import GRAPH, WIDE_GRAPH, WIDE_WEIGHTS, Bundle, describe_files
+from gpt2onnx.cli.parity import table
+from gpt2onnx.exporter.cases import Options, cases, why_left_out
 
-pytestmark = pytest.mark.usefixtures("wide_at_any_width")
-PRECISIONS: dict[str, dict[str, Any]] = {
-    "fp32": {},
-    "fp16": {"dtype": "fp16"},
-    "int8": {"dtype": "int8", "quality": False, "calibrate": False},
-    "int4": {"dtype": "int4", "quality": False, "calibrate": False},
-    "int4 pure": {"dtype": "int4", "pure": True, "quality": False, "calibrate": False},
-    "int4 for known inputs": {"dtype": "int4", "quality": False, "calibrate": True},
-    "int8 for known inputs": {"dtype": "int8", "quality": False, "calibrate": True},
-}
-# A vocabulary too small for the token cases, which would only cost time here.
-NETWORKS: dict[str, dict[str, Any]] = {
-    "plain": {},
-    "large weights": {"initializer_range": 1.5},
-    "small weights": {"initializer_range": 0.002},
-    "20 layers": {"n_layer": 20, "n_embd": 16, "n_head": 2},
-    "1 wide": {"n_embd": 1, "n_head": 1, "initializer_range": 1.0},
-    "untied": {"tie_word_embeddings": False},
-    "untied, odd": {"n_embd": 35, "n_head": 7, "n_inner": 51, "tie_word_embeddings": False},
-    "3 positions": {"n_positions": 3},
-}
-
-
-def test_fp32_bundle_of_tales_passes(tales_bundle: Path) -> None:
-    report = check(tales_bundle, Checkpoint.open("tales"))
-    assert report["passed"], json.dumps(report, indent=2)
-    assert report["whole"]["max_abs"] < 1e-4
-    assert report["tokens"]["equal"] == report["tokens"]["cases"] > 20
-
-
-def test_int8_bundle_of_tales_passes(tales_int8_bundle: Path) -> None:
-    report = check(tales_int8_bundle, Checkpoint.open("tales"))
-    assert report["passed"], json.dumps(report, indent=2)
-    assert report["loss"]["max_abs"] > 1e-4, "int8 can't be this close: is it what was compared?"
-
-
-@pytest.mark.parametrize("precision", ["int8", "int4", "int4 pure"])
-def test_channels_that_are_nearly_dead_are_stored_as_well_as_others(
-    precision: str, make_checkpoint: MakeCheckpoint, tmp_path: Path
-) -> None:
-    """Scales of weights this small are beyond what float16 tells apart."""
-    folder = make_checkpoint(vocab_size=29)
-    weights = load_file(folder / "model.safetensors")
-    weights["transformer.h.0.mlp.c_fc.weight"][:, 3] *= 3e-3
-    weights["transformer.h.1.mlp.c_fc.weight"][:, 5] *= 1e-6
-    save_file(weights, folder / "model.safetensors", {"format": "pt"})
-    made = gpt2onnx.export(folder, tmp_path / "bundle", **PRECISIONS[precision])
-    report = check(made.folder, Checkpoint.open(str(folder)))
-    assert report["passed"], json.dumps(report, indent=2)
-
-
-@pytest.mark.parametrize("precision", PRECISIONS)
-@pytest.mark.parametrize("network", NETWORKS)
-def test_right_bundles_pass(network: str, precision: str, make_checkpoint: MakeCheckpoint, tmp_path: Path) -> None:
-    folder = make_checkpoint(**{"vocab_size": 29} | NETWORKS[network])
-    gpt2onnx.export(folder, tmp_path / "bundle", **PRECISIONS[precision])
-    report = check(tmp_path / "bundle", Checkpoint.open(str(folder)))
-    assert report["passed"], json.dumps(report, indent=2)
-
-
-# Each takes a bundle's graph and may change it, or what lies beside it.
-Fault = Callable[[Path, ModelProto], None]
-
-
-def change_stored(folder: Path, graph: ModelProto, name: str, change: Callable[[np.ndarray], np.ndarray]) -> None:
-    """Overwrites a weight in the external data; it keeps its size."""
-    (tensor,) = [each for each in graph.graph.initializer if each.name in (name, f"{name}.half")]
-    place = {entry.key: entry.value for entry in tensor.external_data}
-    path = (folder / GRAPH).parent / place["location"]
-    dtype = helper.tensor_dtype_to_np_dtype(tensor.data_type)
-    array = np.memmap(path, dtype, "r+", int(place["offset"]), tuple(tensor.dims))
-    array[:] = change(array.copy())
-    array.flush()
-
-
-def one_scale(folder: Path, graph: ModelProto) -> None:
-    def change(scales: np.ndarray) -> np.ndarray:
-        scales.reshape(-1)[5] *= 2
-        return scales
-
-    change_stored(folder, graph, "h.1.mlp.c_fc.scales", change)
-
-
-def no_stored_bias(folder: Path, graph: ModelProto) -> None:
-    change_stored(folder, graph, "h.1.mlp.c_fc.bias", np.zeros_like)
-
-
-def transposed(folder: Path, graph: ModelProto) -> None:
-    change_stored(folder, graph, "h.0.attn.c_proj.weight", np.transpose)
-
-
-def swapped_layers(folder: Path, graph: ModelProto) -> None:
-    swapped = (".ln_2.weight", ".ln_2.bias", ".mlp.c_fc.weight", ".mlp.c_fc.bias")
-    for node in graph.graph.node:
-        for index, name in enumerate(node.input):
-            if name.endswith(swapped):
-                node.input[index] = name.replace("h.0.", "h.x.").replace("h.1.", "h.0.").replace("h.x.", "h.1.")
-
-
-def wrong_epsilon(folder: Path, graph: ModelProto) -> None:
-    for node in graph.graph.node:
-        for attribute in node.attribute:
-            if attribute.name == "epsilon":
-                attribute.f = 0.3
-
-
-def no_used_bias(folder: Path, graph: ModelProto) -> None:
-    for node in graph.graph.node:
-        for index, name in enumerate(node.input):
-            if name == "h.0.mlp.c_fc.bias":
-                node.input[index] = "h.1.mlp.c_fc.bias"
-
-
-def no_causality_scale(folder: Path, graph: ModelProto) -> None:
-    for node in graph.graph.node:
-        for attribute in node.attribute:
-            if attribute.name == "scale":
-                attribute.f *= 1.5
-
-
-def wrong_zero(folder: Path, graph: ModelProto) -> None:
-    _lower_zero(graph, "h.0.mlp.c_fc")
-
-
-def wrong_zero_of_head(folder: Path, graph: ModelProto) -> None:
-    _lower_zero(graph, "lm_head")
-
-
-def _lower_zero(graph: ModelProto, layer: str) -> None:
-    (middle,) = [each for each in graph.graph.initializer if each.name == f"{layer}.0.middle"]
-    middle.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(middle) - np.uint8(1), middle.name))
-
-
-def with_fault(folder: Path, file: str, fault: Fault) -> Path:
-    """The bundle with a fault in one of its graphs, and a manifest that agrees to it."""
-    manifest, graph = Bundle.open(folder).manifest, onnx.load(folder / file, load_external_data=False)
-    fault(folder, graph)
-    (folder / file).write_bytes(graph.SerializeToString())
-    replace(manifest, files=describe_files(folder)).write(folder)
-    return Bundle.open(folder).folder
-
-
-EVERY: list[Fault] = [no_stored_bias, swapped_layers, wrong_epsilon, no_used_bias, no_causality_scale]
+SAMPLED_BEAMS = {"do_sample": True, "num_beams": 2}
+NO_TOP_H = "transformers before 5.0 has no top_h"
+FIRST_ONLY = "transformers before 5.19 applies encoder_repetition_penalty to the first sequence only"
+NAN = "transformers before 5.19 makes NaN of a forbidden end token with exponential_decay_length_penalty"
+UNSORTED = "transformers before 5.24 doesn't sort what beam sampling draws"
 
 
 @pytest.mark.parametrize(
-    ("precision", "fault"),
-    [(precision, fault) for precision in PRECISIONS if "known" not in precision for fault in EVERY]
-    + [(precision, one_scale) for precision in ("int8", "int4", "int4 pure")]
-    + [(precision, transposed) for precision in ("fp32", "fp16")],
-)
-def test_faults_are_found(precision: str, fault: Fault, make_checkpoint: MakeCheckpoint, tmp_path: Path) -> None:
-    folder, target = make_checkpoint(vocab_size=29), tmp_path / "bundle"
-    gpt2onnx.export(folder, target, **PRECISIONS[precision])
-    report = check(with_fault(target, GRAPH, fault), Checkpoint.open(str(folder)))
-    assert not report["passed"], json.dumps(report, indent=2)
-
-
-@pytest.mark.parametrize("precision", ["int8 for known inputs", "int4 for known inputs"])
-@pytest.mark.parametrize(
-    ("file", "fault"),
+    ("options", "version", "reason"),
     [
-        (WIDE_GRAPH, swapped_layers),
-        (WIDE_GRAPH, wrong_epsilon),
-        (WIDE_GRAPH, no_causality_scale),
-        (WIDE_WEIGHTS, wrong_zero),
-        (WIDE_WEIGHTS, wrong_zero_of_head),
+        ({}, "4.57.6", None),
+        ({"do_sample": True, "num_beams": 1, "top_h": None}, "4.57.6", None),
+        ({"num_beams": 4}, "4.57.6", None),
+        ({"top_h": 0.6}, "4.57.6", NO_TOP_H),
+        ({"top_h": 0.6}, "5.0.0", None),
+        ({"encoder_repetition_penalty": 1.5, "num_beams": 2}, "5.17.0", FIRST_ONLY),
+        ({"encoder_repetition_penalty": 1.5, "do_sample": True, "num_return_sequences": 2}, "5.17.0", FIRST_ONLY),
+        ({"encoder_repetition_penalty": 1.5}, "5.17.0", None),
+        ({"encoder_repetition_penalty": 1.0, "num_beams": 2}, "5.17.0", None),
+        ({"encoder_repetition_penalty": 1.5, "num_beams": 2}, "5.19.0", None),
+        ({"exponential_decay_length_penalty": [5, 1.4], "min_length": 9}, "5.17.0", NAN),
+        ({"exponential_decay_length_penalty": [5, 1.4], "min_new_tokens": 9}, "5.17.0", NAN),
+        ({"exponential_decay_length_penalty": [5, 1.4], "min_new_tokens": 9}, "5.19.0", None),
+        ({"exponential_decay_length_penalty": [5, 1.4]}, "5.17.0", None),
+        (SAMPLED_BEAMS, "4.57.6", UNSORTED),
+        (SAMPLED_BEAMS, "5.9.0", UNSORTED),
+        (SAMPLED_BEAMS, "5.23.0", UNSORTED),
+        (SAMPLED_BEAMS, "5.24.0", None),
+        (SAMPLED_BEAMS, "5.24.0.dev0", None),
+        (SAMPLED_BEAMS | {"top_h": 0.6}, "4.57.6", NO_TOP_H),
+        (SAMPLED_BEAMS | {"top_h": 0.6}, "6.0", None),
     ],
 )
-def test_faults_of_the_second_graph_are_found(
-    precision: str, file: str, fault: Fault, make_checkpoint: MakeCheckpoint, tmp_path: Path
+def test_what_a_version_cannot_judge(options: Options, version: str, reason: str | None) -> None:
+    assert why_left_out(options, version) == reason
+
+
+def test_the_newest_judges_all_cases_and_older_ones_most() -> None:
+    judged = {
+        version: sum(why_left_out(case.options, version) is None for case in cases(50257, 1024))
+        for version in ("4.57.6", "5.23.0", "5.24.0")
+    }
+    every = len(cases(50257, 1024))
+    assert every == judged["5.24.0"] > judged["5.23.0"] > judged["4.57.6"] > every / 2
+
+
+def test_without_pytorch_the_extra_is_named(
+    tales_bundle: Path, command_line: CommandLine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    folder, target = make_checkpoint(vocab_size=29), tmp_path / "bundle"
-    gpt2onnx.export(folder, target, **PRECISIONS[precision])
-    report = check(with_fault(target, file, fault), Checkpoint.open(str(folder)))
-    parts = {name for name, part in report.items() if isinstance(part, dict) and not part.get("passed", True)}
-    assert parts == {"wide"}, json.dumps(report, indent=2)
+    monkeypatch.setitem(sys.modules, "torch", None)
+    done = command_line("parity", tales_bundle, "tales")
+    assert (done.code, done.out) == (1, "")
+    assert (
+        done.err == "gpt2onnx: Checking parity with PyTorch needs the package torch: pip install 'gpt2onnx[optimum]'\n"
+    )
 
 
-def test_changed_weight_is_found(make_checkpoint: MakeCheckpoint, tmp_path: Path, command_line: CommandLine) -> None:
-    folder = make_checkpoint()
-    gpt2onnx.export(folder, tmp_path / "bundle")
-    changed = tmp_path / "changed"
-    shutil.copytree(folder, changed)
-    weights = load_file(changed / "model.safetensors")
-    weights["transformer.h.1.mlp.c_proj.bias"][::2] += np.float32(0.5)
-    save_file(weights, changed / "model.safetensors", {"format": "pt"})
-
-    right = command_line("parity", tmp_path / "bundle", folder, "--json")
-    assert right.code == 0, right.out + right.err
-    wrong = command_line("parity", tmp_path / "bundle", changed, "--json")
-    assert wrong.code == 1
-    report = json.loads(wrong.out)
-    assert not report["whole"]["passed"]
-    assert report["weights"]["unequal"] == ["h.1.mlp.c_proj.bias"]
-    assert report["tokens"]["equal"] < report["tokens"]["cases"]
-    assert report["tokens"]["first_difference"]["position"] >= 0
-
-
-def test_the_full_suite_has_all_cases(
-    make_checkpoint: MakeCheckpoint, tmp_path: Path, command_line: CommandLine
+def test_without_pytorch_an_export_has_no_report(
+    tmp_path: Path, command_line: CommandLine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    folder = make_checkpoint(n_layer=1, vocab_size=40, n_positions=48)
-    gpt2onnx.export(folder, tmp_path / "bundle")
-    done = command_line("parity", tmp_path / "bundle", folder, "--suite", "full", "--json")
-    assert done.code == 0, done.out + done.err
-    tokens = json.loads(done.out)["tokens"]
-    assert tokens["equal"] == tokens["cases"] > len(STRATEGIES) * len(PROCESSORS)
-
-
-def test_export_puts_the_report_into_the_manifest(tmp_path: Path, command_line: CommandLine) -> None:
-    """By default where PyTorch is installed, as it is here."""
+    monkeypatch.setitem(sys.modules, "torch", None)
     done = command_line("export", "tales", tmp_path / "bundle", "--json")
     assert done.code == 0, done.err
-    parity = json.loads(done.out)["parity"]
-    assert parity["passed"]
-    assert parity["tokens"]["equal"] == parity["tokens"]["cases"] > 0
-    assert json.loads(command_line("verify", tmp_path / "bundle", "--json").out)["parity"] is True
+    assert json.loads(done.out)["parity"] is None
+    assert json.loads(command_line("verify", tmp_path / "bundle", "--json").out)["parity"] is None
+    asked = command_line("export", "tales", tmp_path / "other", "--parity")
+    assert asked.code == 1
+    assert "needs the package torch: pip install 'gpt2onnx[optimum]'" in asked.err
+    assert not (tmp_path / "other").exists()
+
+
+def test_the_report_for_a_person() -> None:
+    figures: dict[str, Any] = {"positions": 171, "difference": 2e-6, "allowed": 1e-5, "kl": 0.0, "top1_agreement": 1.0}
+    tokens = {"cases": 30, "equal": 29, "notes": ["a note"], "left_out": {NO_TOP_H: 2, UNSORTED: 7}, "passed": False}
+    tokens["first_difference"] = {"position": 3}
+    report = {"precision": "fp32", "reference": "transformers 4.57.6, torch 2.13.0", "whole": figures, "tokens": tokens}
+    shown = table(report).splitlines()
+    assert shown[0] == "against transformers 4.57.6, torch 2.13.0"
+    assert shown[2:] == [
+        "  tokens           30 cases, 29 equal   FAILED",
+        "  a note",
+        f"  2 cases left out: {NO_TOP_H}",
+        f"  7 cases left out: {UNSORTED}",
+        '  first difference: {"position": 3}',
+    ]

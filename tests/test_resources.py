@@ -3,7 +3,6 @@
 import os
 import platform
 import re
-import resource
 import subprocess
 import sys
 from collections.abc import Callable
@@ -12,6 +11,7 @@ from pathlib import Path
 
 import pytest
 from conftest import CommandLine
+from support.systems import linux
 
 import gpt2onnx
 from gpt2onnx.errors import BackendError, OptionError
@@ -88,6 +88,7 @@ def test_usable_cores(affinity: int, quota: float | None, usable: int, reason: s
     assert (cores.usable, cores.reason) == (usable, reason)
 
 
+@linux
 def test_affinity_of_this_process_counts() -> None:
     """On one core of a real machine, a model of any size gets one thread."""
     code = "from gpt2onnx.runtime import resources; print(resources.cores().affinity, resources.cores().usable)"
@@ -148,6 +149,7 @@ def test_a_system_that_tells_nothing_refuses_nothing(tmp_path: Path) -> None:
     assert resources.cores(tmp_path).quota is None
 
 
+@linux
 def test_address_space_limit() -> None:
     code = (
         "from gpt2onnx.runtime import resources\n"
@@ -163,6 +165,8 @@ def test_address_space_limit() -> None:
 
 
 def _limit(size: int) -> None:
+    import resource
+
     resource.setrlimit(resource.RLIMIT_AS, (size, size))
 
 
@@ -279,6 +283,7 @@ def test_threads_are_no_more_than_the_weights_are_worth(tales_bundle: Path, monk
     assert footprint.threads(_with_weights(bundle, 10**9)) == 2
 
 
+@linux
 def test_estimate_is_no_more_than_what_loading_takes(tales_bundle: Path, tales_int8_bundle: Path) -> None:
     """Private memory of a fresh process before and after loading: an estimate above it would refuse what fits."""
     code = (

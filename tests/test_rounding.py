@@ -8,11 +8,21 @@ import numpy as np
 import onnx
 import onnxruntime
 import pytest
-from conftest import MakeCheckpoint, load_reference
+from conftest import MakeCheckpoint
 from onnx import TensorProto, helper
 from safetensors.numpy import load_file
-from test_graph import TOKENS, assert_close, random_tokens, torch_logits
-from test_quantize import rebuild
+from support.golden import assert_close
+from support.graphs import expected_logits, logits_of_prompt, random_tokens
+from support.quantized import (
+    assert_off_by_rounding,
+    few_texts,
+    fixed_texts,
+    in_numpy,
+    many_tokens,
+    rebuild,
+    wide_network,
+)
+from support.reference import Reference
 
 import gpt2onnx
 from gpt2onnx.exporter import calibrate
@@ -20,11 +30,12 @@ from gpt2onnx.exporter import operators as operators_module
 from gpt2onnx.exporter.calibrate import Calibration, observe
 from gpt2onnx.exporter.checkpoint import Checkpoint
 from gpt2onnx.exporter.inputs import Inputs, Tensor
-from gpt2onnx.exporter.parity import check
 from gpt2onnx.exporter.rounding import InBlocks, OneScale, choose
 from gpt2onnx.exporter.smoothing import smooth
+from gpt2onnx.exporter.stored import StoredWeights
 from gpt2onnx.models import bundle
 from gpt2onnx.models.bundle import Bundle
+from gpt2onnx.models.config import GPT2Config
 from gpt2onnx.runtime import resources
 from gpt2onnx.runtime.session import Session
 
@@ -99,22 +110,26 @@ def divided(inputs: Inputs, checkpoint: Checkpoint, tensor: Tensor, layer: str) 
     return Inputs(inputs.mean / factors, inputs.sample / factors)
 
 
-def test_smoothed_network_is_the_same_network(make_checkpoint: MakeCheckpoint, tmp_path: Path) -> None:
+def test_smoothed_network_is_the_same_network(
+    make_checkpoint: MakeCheckpoint, reference_of: type[Reference], tmp_path: Path
+) -> None:
     source = make_checkpoint()
     folder = gpt2onnx.export(source, tmp_path / "fp32").folder
-    inputs = observe(Bundle.open(folder), threads=1).inputs
+    with fixed_texts():
+        inputs = observe(Bundle.open(folder), threads=1, gradients=False).inputs
     checkpoint = Checkpoint.open(str(source))
     tensor = smooth(checkpoint.config, checkpoint.tensor, inputs)
     after = {name: divided(each, checkpoint, tensor, name) for name, each in inputs.items()}
     rebuild(folder, checkpoint, tensor)
 
-    session = Session(Bundle.open(folder), threads=1)
-    tokens = random_tokens(checkpoint.config, 1)
-    expected = torch_logits(load_reference(source), tokens)
-    found = session.forward(session.new_cache(1, TOKENS), slice(0, 1), tokens, keep=TOKENS)
-    assert_close(found, expected, "smoothed", 1e-5 * np.abs(expected).max())
+    opened = Bundle.open(folder)
+    expected = expected_logits(reference_of(source), checkpoint.config)[:1]
+    found = logits_of_prompt(opened, random_tokens(checkpoint.config, 1))
+    assert_close(found, expected, 1e-5 * np.nanmax(np.abs(expected)), "smoothed")
 
-    for name, found_inputs in observe(Bundle.open(folder), threads=1).inputs.items():
+    with fixed_texts():
+        again = observe(opened, threads=1, gradients=False).inputs
+    for name, found_inputs in again.items():
         spread = after[name].sample.std(0)
         np.testing.assert_allclose(found_inputs.sample.std(0), spread, rtol=0.02, err_msg=name)
         np.testing.assert_allclose(found_inputs.mean, after[name].mean, atol=0.02 * spread.max(), err_msg=name)
@@ -134,9 +149,8 @@ def test_smoothing_evens_channels_out(make_checkpoint: MakeCheckpoint, tmp_path:
 @pytest.fixture(scope="module")
 def int8(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
     """The embedded model as if it were wide enough for a second graph."""
-    with pytest.MonkeyPatch.context() as patch:
+    with few_texts(), pytest.MonkeyPatch.context() as patch:
         patch.setattr(export_module, "_WIDE_WIDTH", 0)
-        patch.setattr(export_module, "_MORE_TEXTS", 4)
         return gpt2onnx.export("tales", tmp_path_factory.mktemp("int8") / "bundle", dtype="int8", quality=False)
 
 
@@ -154,7 +168,9 @@ def test_many_inputs_are_rounded_with_one_scale(int8: Bundle) -> None:
 
 @pytest.mark.parametrize("width", [504, 512])
 def test_only_wide_networks_have_a_second_graph(width: int, make_checkpoint: MakeCheckpoint, tmp_path: Path) -> None:
-    made = gpt2onnx.export(make_checkpoint(n_embd=width, n_layer=1), tmp_path / "bundle", dtype="int8", quality=False)
+    checkpoint = make_checkpoint(n_embd=width, n_inner=64, n_layer=1)
+    with few_texts():
+        made = gpt2onnx.export(checkpoint, tmp_path / "bundle", dtype="int8", quality=False)
     assert (bundle.WIDE_GRAPH in made.manifest.files) == (width == 512)
 
 
@@ -168,11 +184,9 @@ def test_second_graph_needs_8_bits_and_calibration(
 
 
 def test_exact_sums_where_the_processor_has_none(int8: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The kernels for processors without VNNI give what those with it give, from the same 8-bit numbers."""
-    if resources.sums_of_byte_products_overflow():
-        pytest.skip("this processor has no VNNI to compare with")
-    tokens = random_tokens(int8.config, 1)
-    logits, asked = [], []
+    """The kernels for processors without VNNI are asked for there, and give what those with it give."""
+    tokens = many_tokens(int8.config)
+    asked: list[str] = []
     # Once in a process, another graph asks how ONNX Runtime keeps weights.
     Session(int8, threads=1, wide_after=0).open_wide()
     real = onnxruntime.InferenceSession
@@ -184,13 +198,20 @@ def test_exact_sums_where_the_processor_has_none(int8: Bundle, monkeypatch: pyte
             asked.append("")
         return real(graph, options, **others)
 
+    def logits() -> np.ndarray:
+        session = Session(int8, threads=1, wide_after=0)
+        return session.forward(session.new_cache(1, 64), slice(0, 1), tokens, keep=64).copy()
+
+    usual = logits()
     monkeypatch.setattr(onnxruntime, "InferenceSession", create)
     for overflow in (False, True):
         monkeypatch.setattr(resources, "sums_of_byte_products_overflow", lambda overflow=overflow: overflow)
-        session = Session(int8, threads=1, wide_after=0)
-        logits.append(session.forward(session.new_cache(1, TOKENS), slice(0, 1), tokens, keep=TOKENS).copy())
+        exact = logits()
     assert asked == ["", "", "", "1", "1", "1"]
-    np.testing.assert_allclose(logits[1], logits[0], rtol=0, atol=1e-4)
+    np.testing.assert_allclose(exact, usual, rtol=0, atol=1e-4)
+    network, kind = wide_network(int8)
+    # Sums that overflow put them off by four times as much.
+    assert_off_by_rounding(usual, network, tokens, kind)
 
 
 def test_norms_stay_apart_from_the_sums_before_them(int8: Bundle, tmp_path: Path) -> None:
@@ -269,14 +290,28 @@ def test_matrices_with_8_bits_in_int4_are_those_of_the_documents(
 def test_rows_are_scaled_where_some_are_large_or_all_zero(
     function: str, make_checkpoint: MakeCheckpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The scaled form's nodes, forced on every matrix, against PyTorch; zeros are what is left of most rows by relu."""
+    """The scaled form's nodes, forced on every matrix; zeros are what is left of most rows by relu."""
     monkeypatch.setattr(operators_module, "choose", lambda sample, weight, size: OneScale(0.01))
     source = make_checkpoint(activation_function=function, initializer_range=0.1)
     made = gpt2onnx.export(source, tmp_path / "bundle", dtype="int8", quality=False)
     assert operators(made, bundle.WIDE_GRAPH).count("DynamicQuantizeMatMul") == 4 * made.config.n_layer + 1
-    report = check(made.folder, Checkpoint.open(str(source)))
-    assert report["wide"]["positions"]
-    assert report["passed"], report
+    first, second = StoredWeights(made), StoredWeights(made, wide=True)
+    for name, step in second.made():
+        off = np.abs(second.tensor(name) - first.tensor(name)) / step
+        assert off.max() <= 0.501, f"{name}: rounding to steps is off by {off.max()} steps"
+    network, kind = wide_network(made)
+    session, tokens = Session(made, threads=1, wide_after=0), many_tokens(made.config)
+    found = session.forward(session.new_cache(1, 64), slice(0, 1), tokens, keep=64)
+    assert_off_by_rounding(found, network, tokens, kind)
+
+
+@pytest.mark.parametrize("function", ["relu", "relu2"])
+def test_judge_is_pytorch(function: str, make_checkpoint: MakeCheckpoint, reference_of: type[Reference]) -> None:
+    """What stands in for PyTorch computes what PyTorch computes; test_quantize has this of other networks."""
+    reference = reference_of(make_checkpoint(activation_function=function, vocab_size=61))
+    config = GPT2Config.from_file(reference.folder / "config.json")
+    expected = expected_logits(reference, config)
+    assert_close(in_numpy(reference.folder).logits(random_tokens(config, 2)), expected, 1e-4)
 
 
 @pytest.mark.parametrize(

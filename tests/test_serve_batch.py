@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_batching import CONTEXT, REQUESTS, VOCABULARY, HashingNetwork, results, run
+from support.scheduling import CONTEXT, REQUESTS, VOCABULARY, HashingNetwork, results, run
 
 import gpt2onnx
 from gpt2onnx.errors import OptionError

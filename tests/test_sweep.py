@@ -15,14 +15,16 @@ from itertools import pairwise, product
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas
 import pytest
-import torch
-import transformers
-from conftest import CommandLine, assert_same_tokens, heed_interrupts, reference_tokens
+from conftest import CommandLine, MakeCheckpoint, assert_same_tokens, heed_interrupts
 from hypothesis import given
 from hypothesis import strategies as st
-from test_isolation import COMMAND_LINE, EXPORT_ONLY, REFERENCES, run
+from support.golden import Golden
+from support.isolated import COMMAND_LINE, EXPORT_ONLY, REFERENCES, run
+from support.reference import Reference
+from support.systems import posix
 
 import gpt2onnx
 from gpt2onnx.errors import OptionError, OutputError
@@ -187,7 +189,7 @@ def test_figures_of_known_texts() -> None:
 
 
 def test_texts_and_log_probabilities_are_those_of_transformers(
-    tales_model: gpt2onnx.Model, tales_reference: transformers.GPT2LMHeadModel, tmp_path: Path, small_grid: Path
+    tales_model: gpt2onnx.Model, tales_reference: Reference, golden: Golden, tmp_path: Path, small_grid: Path
 ) -> None:
     records = list(sweep.run(make(tales_model, small_grid, PROMPT), tmp_path))
     assert [record["strategy"] for record in records] == [
@@ -197,17 +199,22 @@ def test_texts_and_log_probabilities_are_those_of_transformers(
     for record in records:
         options = {name: record["options"][name] for name in names}
         prompt, seed = record["prompt_ids"], record["options"]["seed"]
-        expected = reference_tokens(tales_reference, prompt, seed=seed, **options)
+        expected = tales_reference.tokens(prompt, seed, **options)
         for sequence, tokens in zip(record["sequences"], expected, strict=True):
             assert_same_tokens(sequence["token_ids"], tokens, record["strategy"])
-        logprobs = []
-        for tokens in expected:
-            with torch.no_grad():
-                logits = tales_reference(torch.tensor([prompt + tokens])).logits[0].double()
-            following = logits.log_softmax(-1)[len(prompt) - 1 : -1]
-            logprobs += following[torch.arange(len(tokens)), torch.tensor(tokens)].tolist()
-        mean = sum(logprobs) / len(logprobs)
-        assert record["mean_logprob"] == pytest.approx(mean, abs=1e-4), record["strategy"]
+
+        def mean(prompt: list[int] = prompt, expected: list[list[int]] = expected) -> float:
+            import torch
+
+            logprobs = []
+            for tokens in expected:
+                logits = torch.from_numpy(tales_reference.live_logits(np.array(prompt + tokens))).double()
+                following = logits.log_softmax(-1)[len(prompt) - 1 : -1]
+                logprobs += following[torch.arange(len(tokens)), torch.tensor(tokens)].tolist()
+            return sum(logprobs) / len(logprobs)
+
+        logprob = golden.answer(["mean", prompt, expected], mean)
+        assert record["mean_logprob"] == pytest.approx(logprob, abs=1e-4), record["strategy"]
         assert record["completion_tokens"] == sum(map(len, expected))
 
 
@@ -417,7 +424,11 @@ def test_resumed_after_a_torn_line(tales_model: gpt2onnx.Model, small_grid: Path
 
 
 def test_results_of_another_sweep_are_refused(
-    tales_model: gpt2onnx.Model, tales_bundle: Path, small_grid: Path, tmp_path: Path
+    tales_model: gpt2onnx.Model,
+    tales_bundle: Path,
+    make_checkpoint: MakeCheckpoint,
+    small_grid: Path,
+    tmp_path: Path,
 ) -> None:
     plan = make(tales_model, small_grid, PROMPT)
     list(sweep.run(plan, tmp_path))
@@ -427,8 +438,9 @@ def test_results_of_another_sweep_are_refused(
     shorter = tmp_path / "shorter.toml"
     shorter.write_text("\n".join(SMALL.splitlines()[:8]))
     # The same checkpoint in the same precision, but other weights.
+    checkpoint = make_checkpoint()
     rounded = [
-        gpt2onnx.export("tales", tmp_path / f"{calibrate}", dtype="int8", quality=False, calibrate=calibrate).folder
+        gpt2onnx.export(checkpoint, tmp_path / f"{calibrate}", dtype="int8", quality=False, calibrate=calibrate).folder
         for calibrate in (False, True)
     ]
     one, two = (make(gpt2onnx.load(folder, threads=1), small_grid, PROMPT) for folder in rounded)
@@ -457,6 +469,7 @@ def wait(condition: Callable[[], bool]) -> None:
         time.sleep(0.005)
 
 
+@posix
 def test_killed_interrupted_and_resumed(tales_bundle: Path, tales_model: gpt2onnx.Model, tmp_path: Path) -> None:
     out, grid_file = tmp_path / "out", tmp_path / "grid.toml"
     grid_file.write_text(

@@ -55,7 +55,7 @@ class Environment:
 
     def __init__(self, folder: Path, wheel: Path, extras: str) -> None:
         self.folder = folder
-        self._bin = folder / "venv" / "bin"
+        self._bin = folder / "venv" / ("Scripts" if sys.platform == "win32" else "bin")
         run(sys.executable, "-m", "venv", folder / "venv", cwd=folder)
         run(self._bin / "pip", "install", "--quiet", f"gpt2onnx[{extras}] @ {wheel.as_uri()}", cwd=folder)
         (folder / "home").mkdir()

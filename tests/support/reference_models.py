@@ -1,4 +1,13 @@
-"""The networks of checkpoints that aren't Hugging Face's, written down in PyTorch: what an export has to compute."""
+"""The networks of checkpoints that aren't Hugging Face's, written down in PyTorch: what an export has to compute.
+
+And how their programs save them. Needs PyTorch, so tests import it where that is there.
+"""
+
+import sys
+from collections import OrderedDict
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -146,3 +155,119 @@ class NanoGPT(nn.Module):
         for block in self.transformer["h"]:
             x = block(x)
         return self.lm_head(self.transformer["ln_f"](x))
+
+
+class GPTConfig:
+    """build-nanogpt's settings: saved as an object of a class of the script that trains."""
+
+    __module__ = "__main__"
+
+    def __init__(self, model: NanoGPT) -> None:
+        self.__dict__ |= {"n_head": model.arguments["n_head"], "block_size": model.arguments["block_size"]}
+
+
+def randomised(model: nn.Module, seed: int = 0) -> nn.Module:
+    """All parameters differ from those of a new network, so that none can be left out unnoticed."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 0.2 * torch.randn(parameter.shape, generator=generator)
+    return model.eval()
+
+
+def far_from_zero(model: NanoGPT) -> NanoGPT:
+    """Far enough from 0 to tell the two GELUs apart."""
+    with torch.no_grad():
+        model.transformer["h"][0].mlp.c_fc.weight *= 5
+    return model
+
+
+def _after_one_step(model: nn.Module) -> dict[str, Any]:
+    """The state of an optimizer that has moments of every parameter."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
+    model(torch.arange(8)[None]).sum().backward()
+    optimizer.step()
+    return optimizer.state_dict()
+
+
+def save_plainly(model: nn.Module, path: Path) -> None:
+    """The state dict alone."""
+    torch.save(model.state_dict(), path)
+
+
+def save_beside_an_optimizer(model: nn.Module, path: Path) -> None:
+    """As the book's chapter 5 does."""
+    optimizer = _after_one_step(model)
+    torch.save({"model_state_dict": model.state_dict(), "optimizer_state_dict": optimizer}, path)
+
+
+def save_nanogpt(model: NanoGPT, path: Path, prefix: str = "") -> None:
+    """As nanoGPT's train.py does; torch.compile makes the prefix `_orig_mod.`."""
+    optimizer = _after_one_step(model)
+    saved = {
+        "model": {prefix + name: tensor.clone() for name, tensor in model.state_dict().items()},
+        "optimizer": optimizer,
+        "model_args": model.arguments,
+        "iter_num": 5,
+        "best_val_loss": torch.tensor(1.5),
+        "config": {"out_dir": "out", "n_head": model.arguments["n_head"], "decay_lr": True},
+        "device": torch.device("cpu"),
+        "dtype": torch.bfloat16,
+    }
+    torch.save(saved, path)
+
+
+def save_build_nanogpt(model: NanoGPT, path: Path, *, zipped: bool) -> None:
+    """As build-nanogpt's train_gpt2.py does."""
+    saved = {"model": model.state_dict(), "config": GPTConfig(model), "step": 3, "val_loss": 3.5}
+    main = sys.modules["__main__"]
+    main.GPTConfig = GPTConfig  # pickle looks it up there
+    try:
+        torch.save(saved, path, _use_new_zipfile_serialization=zipped)
+    finally:
+        del main.GPTConfig
+
+
+def views() -> OrderedDict[str, Tensor]:
+    """Tensors of many shapes and types, most of which share a storage."""
+    base = torch.arange(600, dtype=torch.float32).reshape(20, 30)
+    return OrderedDict(
+        whole=base,
+        transposed=base.T,
+        window=base[3:17:2, 5:25:3],
+        row=base[7],
+        repeated=base[0].expand(4, 30),
+        number=torch.tensor(2.5),
+        empty=torch.zeros(0, 3),
+        parameter=nn.Parameter(base[1:3] * 2),
+        half=(base / 7).half()[:, 4:],
+        brain=(base / 7).bfloat16().T,
+        whole_numbers=torch.arange(9).reshape(3, 3)[1:],
+    )
+
+
+_SMALL = {"vocabulary": 29, "context": 8, "width": 8, "heads": 2, "layers": 1}
+# The networks of files in tests/golden/torch_files.
+NETWORKS: dict[str, Callable[[], nn.Module]] = {
+    "nanogpt.pt": lambda: randomised(NanoGPT(**_SMALL)),
+    "nanogpt_compiled.pt": lambda: randomised(NanoGPT(**_SMALL, bias=True)),
+    "build_nanogpt.pt": lambda: far_from_zero(randomised(NanoGPT(**_SMALL, bias=True, approximate="tanh"))),
+    "build_nanogpt_legacy.pt": lambda: far_from_zero(randomised(NanoGPT(**_SMALL, bias=True, approximate="tanh"))),
+    "book.pth": lambda: randomised(GPTModel(**_SMALL)),
+    "book_beside_an_optimizer.pth": lambda: randomised(GPTModel(**_SMALL, bias=True)),
+}
+
+
+def load(path: Path) -> Any:
+    """What PyTorch reads from a file."""
+    with torch.serialization.safe_globals([(GPTConfig, "__main__.GPTConfig")]):
+        return torch.load(path, weights_only=True)
+
+
+def saved_network(path: Path) -> nn.Module:
+    """The network of a file in tests/golden/torch_files, with the weights that PyTorch reads from it."""
+    content = load(path)
+    state = next((content[name] for name in ("model", "model_state_dict") if name in content), content)
+    model = NETWORKS[path.name]()
+    model.load_state_dict({name.removeprefix("_orig_mod."): tensor for name, tensor in state.items()})
+    return model
