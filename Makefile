@@ -11,7 +11,7 @@ PYTEST := -m pytest -n 2 --dist loadfile
 
 # Environments of `make reference`: the newest transformers, the last that optimum takes, and the lowest versions of all.
 REFERENCE := build/reference
-OPTIMUM := build/optimum
+OPTIMUM := build/peers/python
 LOWEST := build/lowest
 
 .PHONY: help demo test lint types unit reference lowest golden newest pins peers fuzz bench docs clean
@@ -31,7 +31,7 @@ test: lint  ## lint, types and tests, with the versions of tests/pins.txt, witho
 
 reference: lowest $(REFERENCE)/installed $(OPTIMUM)/installed  ## compare with PyTorch: newest transformers, 4.57, optimum; test the lowest versions
 	$(call bin,$(REFERENCE))/python $(PYTEST) --golden check
-	GPT2ONNX_OPTIMUM=1 $(call bin,$(OPTIMUM))/python $(PYTEST) --golden live
+	GPT2ONNX_PEERS=build/peers $(call bin,$(OPTIMUM))/python $(PYTEST) --golden live
 
 newest:  ## `make test` with the newest packages that pyproject.toml allows
 	rm -f build/newest/installed
@@ -79,7 +79,7 @@ pins: $(VENV)/uv-installed
 		--output-file tests/pins.txt pyproject.toml
 
 # The bundle in optimum, onnxruntime-genai and transformers.js: needs Node and the npm registry, too.
-peers: $(VENV)/installed
+peers: $(VENV)/installed $(OPTIMUM)/installed
 	GPT2ONNX_PEERS=build/peers $(BIN)/python -m pytest tests/test_other_runtimes.py
 
 # Damaged, hostile and absurd input, N of each kind, faults at every step, every byte flipped: docs/reliability.md.
@@ -114,7 +114,7 @@ $(VENV)/installed: pyproject.toml $(PINS) | $(VENV)/uv-installed
 define environment
 	$(UV) venv --quiet --clear --seed $(1) $(2)
 	$(UV) pip install --quiet --python $(2) --torch-backend cpu torch==2.13.0 2>build/torch.log || \
-		$(call bin,$(2))/python -m pip install --quiet torch==2.13.0
+		$(call bin,$(2))/python -m pip install --quiet --no-compile torch==2.13.0
 endef
 
 $(REFERENCE)/installed: pyproject.toml | $(VENV)/uv-installed
@@ -124,7 +124,7 @@ $(REFERENCE)/installed: pyproject.toml | $(VENV)/uv-installed
 
 $(OPTIMUM)/installed: pyproject.toml | $(VENV)/uv-installed
 	$(call environment,--python $(PYTHON),$(OPTIMUM))
-	$(UV) pip install --quiet --python $(OPTIMUM) --editable '.[test,optimum]'
+	$(UV) pip install --quiet --python $(OPTIMUM) --editable '.[test,optimum]' 'onnxruntime-genai>=0.8'
 	touch $@
 
 $(LOWEST)/installed: pyproject.toml | $(VENV)/uv-installed

@@ -20,6 +20,7 @@ from support.logits import (
     reference,
     reference_chain,
 )
+from support.versions import skip_with_transformers_4
 
 from gpt2onnx.runtime import logits as ours
 from gpt2onnx.runtime import warpers as our_warpers
@@ -107,8 +108,20 @@ def summary(outputs: Iterable[np.ndarray]) -> str:
     return f"{left} left, {hashlib.sha256(b''.join(each.tobytes() for each in arrays)).hexdigest()[:12]}"
 
 
+OTHERWISE_IN_4 = {name: "it has no top_h" for name in PAIRS if name.startswith("top-h")}
+OTHERWISE_IN_4 |= {
+    name: "of tokens that tie it keeps others" for name in PAIRS if name.startswith("min-p") and name[-1] != "1"
+}
+OTHERWISE_IN_4 |= {
+    "sequence bias": "it takes no bias of token 0",
+    "decay 1.0 from 0, ends [0]": "it makes NaN of what is forbidden",
+}
+
+
 @pytest.mark.parametrize("name", PAIRS)
 def test_equals_transformers(name: str, golden: Golden) -> None:
+    if name in OTHERWISE_IN_4:
+        skip_with_transformers_4(OTHERWISE_IN_4[name])
     mine, make_theirs = PAIRS[name]
 
     def transformers(scores: np.ndarray) -> list[np.ndarray]:
@@ -196,6 +209,7 @@ def test_end_tokens_never_outgrow_float32() -> None:
 @pytest.mark.parametrize("scale", [0.1, 1, 3])
 def test_all_of_the_entropy_up_to_its_last_digit(scale: float, golden: Golden) -> None:
     """With a share of 1, PyTorch's own rounding decides about the last of the 100: nothing else may differ."""
+    skip_with_transformers_4("it has no top_h")
     everything = [(np.random.default_rng(seed).normal(-90, 1, 1500) * scale).astype(np.float32) for seed in range(20)]
 
     def as_it_should(indices: Iterable[int], scores: np.ndarray) -> bool:
@@ -223,7 +237,7 @@ def test_no_score_outgrows_float32() -> None:
 
 CHOICES: dict[str, list[Any]] = {
     "do_sample": [True],
-    "sequence_bias": [[[[4], 2.5], [[3, 6], -0.3]], [[[2], -9.0], [[1, 2], 0.125], [[0], 7.0]]],
+    "sequence_bias": [[[[4], 2.5], [[3, 6], -0.3]], [[[2], -9.0], [[1, 2], 0.125], [[8], 7.0]]],
     "encoder_repetition_penalty": [0.7, 1.2, 3.0],
     "encoder_no_repeat_ngram_size": [1, 2, 3],
     "forced_bos_token_id": [5, 59],
@@ -251,6 +265,7 @@ CHOICES: dict[str, list[Any]] = {
 @pytest.mark.parametrize("number", range(60))
 def test_composed_as_transformers_does(number: int, golden: Golden) -> None:
     """Options drawn once: tests/reference draws ever new ones."""
+    skip_with_transformers_4("it has no top_h, keeps others of tokens that tie, and makes NaN of what is forbidden")
     draw = np.random.RandomState(number)
     options: dict[str, Any] = {
         name: values[draw.randint(len(values))] for name, values in CHOICES.items() if draw.randint(2)

@@ -6,7 +6,7 @@ import numpy as np
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from support.logits import INF, SIZE, SMALL, apply_reference, assert_same, reference_chain
-from transformers.generation.logits_process import TopHLogitsWarper
+from support.versions import skip_with_transformers_4
 
 from gpt2onnx.runtime import logits as ours
 from gpt2onnx.runtime import warpers as our_warpers
@@ -54,6 +54,7 @@ OPTIONS = st.fixed_dictionaries(
     tokens=st.lists(st.integers(0, 9), min_size=1, max_size=12),
 )
 def test_composed_as_transformers_does(options: dict[str, Any], length: int, scores: str, tokens: list[int]) -> None:
+    skip_with_transformers_4("it has no top_h, keeps others of tokens that tie, and makes NaN of what is forbidden")
     # Neither transformers nor this takes options that force and suppress the same token.
     end = options.get("forced_eos_token_id", [])
     for forced in ([options.get("forced_bos_token_id", -1)], end if isinstance(end, list) else [end]):
@@ -75,7 +76,7 @@ def test_composed_as_transformers_does(options: dict[str, Any], length: int, sco
         probabilities = softmax(expected)
         candidates = warper(candidates)
         expected = apply_reference(their, tokens, expected)
-        if isinstance(their, TopHLogitsWarper):
+        if type(their).__name__ == "TopHLogitsWarper":
             # Where one entry has nearly all weight, the entropy is little more than PyTorch's own rounding of it.
             differing = candidates.dense() != expected
             assert probabilities[differing].sum() < 1e-6
