@@ -2,7 +2,7 @@
 
 import json
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
@@ -22,7 +22,9 @@ from gpt2onnx.exporter.checkpoint import Checkpoint
 from gpt2onnx.exporter.parity import check
 from gpt2onnx.models.bundle import GRAPH, WIDE_GRAPH, WIDE_WEIGHTS, Bundle, describe_files
 
-pytestmark = pytest.mark.usefixtures("wide_at_any_width", "_one_thread")
+pytestmark = pytest.mark.usefixtures("wide_at_any_width")
+# Networks this small gain nothing by more, and lose much beside other work.
+torch.set_num_threads(1)
 PRECISIONS: dict[str, dict[str, Any]] = {
     "fp32": {},
     "fp16": {"dtype": "fp16"},
@@ -45,15 +47,6 @@ NETWORKS: dict[str, dict[str, Any]] = {
 }
 
 ExportAs = Callable[[str], tuple[Path, Path]]
-
-
-@pytest.fixture
-def _one_thread() -> Iterator[None]:
-    """Networks this small gain nothing by more, and lose much on a machine with other work."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 import gpt2onnx
 from gpt2onnx.exporter import screening as exporter
@@ -12,6 +13,9 @@ from gpt2onnx.exporter.parity import check
 from gpt2onnx.models.bundle import BODY_GRAPH, Bundle
 from gpt2onnx.runtime import head as runtime
 from gpt2onnx.runtime.session import Session
+
+# A network this small gains nothing by more, and loses much beside other work.
+torch.set_num_threads(1)
 
 
 @pytest.fixture(autouse=True)
