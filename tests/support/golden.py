@@ -101,7 +101,7 @@ class Golden:
         return found
 
     def array(self, question: object, live: Callable[[], np.ndarray]) -> np.ndarray:
-        """The answer, an array of floats. Of one with more than KEPT entries only so many are stored: the others are NaN."""
+        """The answer, an array of floats. A larger one is stored as a sample of KEPT entries; the others are NaN."""
         module, key = self._place(question)
         if self.mode == "stored":
             return self._whole(module, key, question)
