@@ -8,6 +8,8 @@ bin = $(1)/$(if $(filter Windows_NT,$(OS)),Scripts,bin)
 BIN := $(call bin,$(VENV))
 UV = UV_SYSTEM_CERTS=1 $(BIN)/uv
 PYTEST := -m pytest -n 2 --dist loadfile
+# Files of tests by their names, whatever folder they are in.
+tests = $(foreach name,$(1),$(wildcard tests/*/test_$(name).py tests/*/*/test_$(name).py))
 
 # Environments of `make reference`: the newest transformers, the last that optimum takes, and the lowest versions of all.
 REFERENCE := build/reference
@@ -34,7 +36,7 @@ OPTIMUM_TESTS := checkpoint_tokenizers checkpoints generation graph portable ref
 
 reference: lowest $(REFERENCE)/installed $(OPTIMUM)/installed  ## compare with PyTorch: newest transformers, 4.57, optimum; test the lowest versions
 	$(call bin,$(REFERENCE))/python $(PYTEST) --golden check
-	GPT2ONNX_PEERS=build/peers $(call bin,$(OPTIMUM))/python $(PYTEST) --golden live $(OPTIMUM_TESTS:%=tests/test_%.py)
+	GPT2ONNX_PEERS=build/peers $(call bin,$(OPTIMUM))/python $(PYTEST) --golden live $(call tests,$(OPTIMUM_TESTS))
 
 newest:  ## `make test` with the newest packages that pyproject.toml allows
 	rm -f build/newest/installed
@@ -68,8 +70,8 @@ unit: $(VENV)/installed
 LOWEST_TESTS := batching bundle cli_errors export_failures forward_passes hub isolation jobs screening session streaming wide
 
 lowest: $(VENV)/installed $(LOWEST)/installed
-	GPT2ONNX_LOWEST=$(call bin,$(LOWEST))/python $(BIN)/python -m pytest tests/test_lowest.py
-	$(call bin,$(LOWEST))/python $(PYTEST) $(LOWEST_TESTS:%=tests/test_%.py)
+	GPT2ONNX_LOWEST=$(call bin,$(LOWEST))/python $(BIN)/python -m pytest tests/project/test_lowest.py
+	$(call bin,$(LOWEST))/python $(PYTEST) $(call tests,$(LOWEST_TESTS))
 
 # Asks PyTorch and transformers anew, and writes their answers to tests/golden.
 golden: $(REFERENCE)/installed
@@ -83,13 +85,13 @@ pins: $(VENV)/uv-installed
 
 # The bundle in optimum, onnxruntime-genai and transformers.js: needs Node and the npm registry, too.
 peers: $(VENV)/installed $(OPTIMUM)/installed
-	GPT2ONNX_PEERS=build/peers $(BIN)/python -m pytest tests/test_other_runtimes.py
+	GPT2ONNX_PEERS=build/peers $(BIN)/python -m pytest tests/project/test_other_runtimes.py
 
 # Damaged, hostile and absurd input, N of each kind, faults at every step, every byte flipped: docs/reliability.md.
 N ?= 5000
 fuzz: $(VENV)/installed
-	GPT2ONNX_FUZZ=$(N) GPT2ONNX_FAULTS=2000 GPT2ONNX_FLIPS=all $(BIN)/python -m pytest -s tests/test_fuzz_*.py \
-		tests/test_faults.py tests/test_bundle.py
+	GPT2ONNX_FUZZ=$(N) GPT2ONNX_FAULTS=2000 GPT2ONNX_FLIPS=all $(BIN)/python -m pytest -s tests/*/test_fuzz_*.py tests/*/*/test_fuzz_*.py \
+		tests/exporter/test_faults.py tests/models/test_bundle.py
 
 # Writes what docs/cli.md and docs/guide.md show of the commands anew, from the commands themselves.
 docs: $(VENV)/installed

@@ -19,10 +19,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from gpt2onnx.runtime.fleet.parts import cut
-from gpt2onnx.runtime.fleet.run import run
-from gpt2onnx.runtime.fleet.shared_bundle import SharedBundle
-from gpt2onnx.runtime.fleet.worker import Work, Worker
+from gpt2onnx.fleet.parts import cut
+from gpt2onnx.fleet.run import run
+from gpt2onnx.fleet.shared_bundle import SharedBundle
+from gpt2onnx.fleet.worker import Work, Worker
 from gpt2onnx.runtime.options import GenerationConfig
 
 NEW_TOKENS = 64

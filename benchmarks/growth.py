@@ -20,12 +20,12 @@ from typing import Any
 import numpy as np
 
 import gpt2onnx
+from gpt2onnx.experiments.benchmark import Run, time_run, weights_read
+from gpt2onnx.experiments.machine import MemoryReader, describe
 from gpt2onnx.models.config import GPT2Config
 from gpt2onnx.models.shapes import weight_shapes
-from gpt2onnx.runtime.decode import Decoder
-from gpt2onnx.runtime.experiments.benchmark import Run, time_run, weights_read
-from gpt2onnx.runtime.experiments.machine import MemoryReader, describe
-from gpt2onnx.runtime.generator import Model
+from gpt2onnx.runtime.engine.scheduler import Decoder
+from gpt2onnx.runtime.model import Model
 
 from . import growth_report
 from .models import SHAPES

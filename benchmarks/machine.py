@@ -7,7 +7,7 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
-from gpt2onnx.runtime.experiments import machine  # pyright: ignore[reportMissingImports]
+from gpt2onnx.experiments import machine  # pyright: ignore[reportMissingImports]
 
 # Of the processor, those that matrices are multiplied with.
 EXTENSIONS = [

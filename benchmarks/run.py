@@ -22,8 +22,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from gpt2onnx.runtime import resources  # pyright: ignore[reportMissingImports]
-from gpt2onnx.runtime.experiments.machine import MemoryReader  # pyright: ignore[reportMissingImports]
+from gpt2onnx.experiments.machine import MemoryReader  # pyright: ignore[reportMissingImports]
+from gpt2onnx.runtime.host import resources  # pyright: ignore[reportMissingImports]
 
 from . import contenders, environments, machine
 from .contenders import Contender

@@ -241,7 +241,7 @@ def main() -> None:
         report["one_by_one"] = one_by_one(arguments.model, arguments.threads, arguments.seconds, *shape)
         print("one by one", report["one_by_one"], flush=True)
     chunk = "" if arguments.chunk is None else f"engine.PREFILL_CHUNK = {arguments.chunk or None}; "
-    run = f"from gpt2onnx.runtime.serving import engine; {chunk}from gpt2onnx.cli.main import main; main()"
+    run = f"from gpt2onnx.serving import engine; {chunk}from gpt2onnx.cli.main import main; main()"
     command = [sys.executable, *(["-c", run] if chunk else ["-m", "gpt2onnx"]), "serve", "-m", arguments.model, "--port", "0", "--max-queue", "256",
                "--max-batch", str(arguments.max_batch), *shlex.split(arguments.server_options)]  # fmt: skip
     command += ["--threads", str(arguments.threads)] if arguments.threads else []

@@ -11,7 +11,7 @@ from .model_options import device_options, load, model_option
 from .tables import table
 
 if TYPE_CHECKING:
-    from ..runtime.experiments.benchmark import Benchmark, Spread
+    from ..experiments.benchmark import Benchmark, Spread
 
 
 @click.command("bench")
@@ -42,8 +42,8 @@ def command(
     """
     from gpt2onnx.loading import resolve
 
-    from ..runtime.experiments.benchmark import benchmark
-    from ..runtime.experiments.machine import describe
+    from ..experiments.benchmark import benchmark
+    from ..experiments.machine import describe
 
     folder = resolve(model)  # a source is exported now, so that it isn't a part of loading
     started = time.perf_counter()

@@ -21,7 +21,8 @@ def command(as_json: bool, quiet: bool) -> None:
       gpt2onnx devices
       gpt2onnx devices --json
     """
-    from ..runtime import devices, providers, resources
+    from ..runtime.host import resources
+    from ..runtime.ort import devices, providers
 
     installed = devices.packages()
     found = []
@@ -58,7 +59,7 @@ def command(as_json: bool, quiet: bool) -> None:
 
 
 def _print(facts: dict[str, Any]) -> None:
-    from ..runtime.resources import in_words
+    from ..runtime.host.resources import in_words
 
     runtime, cores, memory = facts["onnxruntime"], facts["cores"], facts["memory"]
     click.echo(f"ONNX Runtime {runtime['version']} (package {runtime['package']})")

@@ -5,7 +5,7 @@ from typing import Any
 
 import click
 
-from ..runtime.power import DEFAULT_SECONDS, MOST_SECONDS
+from ..experiments.energy.power import DEFAULT_SECONDS, MOST_SECONDS
 
 
 def energy_options(command: Callable[..., Any]) -> Callable[..., Any]:

@@ -48,7 +48,7 @@ def command(
       gpt2onnx eval story.txt --context 256 --stride 64 --json
       gpt2onnx eval story.txt --context 256 --batch-size 2 --split 0.9 --drop-short --drop-last train
     """
-    from ..runtime.experiments.evaluation import evaluate
+    from ..experiments.evaluation import evaluate
 
     text = _read(text_file)
     loaded = load(model, device, threads, wide_after=0)

@@ -78,10 +78,10 @@ def run(
     threads: int | None, given: dict[str, Any], as_json: bool, quiet: bool,
 ) -> None:  # fmt: skip
     """Carries out files of requests on a cluster."""
+    from ..fleet.run import run
+    from ..fleet.worker import Work
     from ..models.bundle import GENERATION_CONFIG
     from ..models.config import read_json
-    from ..runtime.fleet.run import run
-    from ..runtime.fleet.worker import Work
     from ..runtime.options import GenerationConfig
 
     console.interrupt_on_sigterm()

@@ -11,9 +11,9 @@ import click
 from gpt2onnx.errors import OutputError, PromptError
 
 from ..runtime import jobs
-from ..runtime.generator import Model
 from ..runtime.jsontext import to_line
-from ..runtime.results import Request, Result
+from ..runtime.model import Model
+from ..runtime.requests import Request, Result
 from . import console, energy_options, fleet_options
 from .generation_options import generation_options, token_ids
 from .model_options import device_options, load, model_option
@@ -114,7 +114,7 @@ def command(
     with ExitStack() as stack:
         if energy_file is not None:
             # Before the model: what is missing or can't be written is said at once.
-            from ..runtime.energy import track_energy
+            from ..experiments.energy.tracker import track_energy
 
             stack.enter_context(track_energy(energy_file, **energy_options.settings(country, energy_seconds)))
         # A job's results don't depend on those before, which a resumed one hasn't computed.

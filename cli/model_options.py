@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 if TYPE_CHECKING:
-    from ..runtime.generator import Model
+    from ..runtime.model import Model
 
 model_option = click.option(
     "-m",

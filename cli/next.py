@@ -13,7 +13,7 @@ from .model_options import device_options, load, model_option
 from .tables import table
 
 if TYPE_CHECKING:
-    from ..runtime.experiments.next_token import Choice
+    from ..experiments.next_token import Choice
     from ..runtime.tokenizer import Tokenizer
 
 _NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?")
@@ -93,7 +93,7 @@ def command(
       gpt2onnx next "Once upon a time there was a"
       gpt2onnx next "The old" --temperature 0.1 1 5 --top-k 0 --token " king" --draws 1000 --seed 123
     """
-    from ..runtime.experiments.next_token import next_token, token_of
+    from ..experiments.next_token import next_token, token_of
 
     if prompt is not None and prompt_ids is not None:
         raise click.UsageError("give a prompt or --prompt-ids, not both")

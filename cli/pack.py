@@ -26,7 +26,7 @@ def command(bundle: Path, archive: Path, force: bool, as_json: bool, quiet: bool
       gpt2onnx pack ./tales tales.tar.gz
       gpt2onnx pack ./tales tales.tar.gz --force --json
     """
-    from ..exporter.archive import pack
+    from ..exporter.files.archive import pack
 
     console.interrupt_on_sigterm()
     with console.progress_bar(f"Packing {bundle}", quiet=quiet) as progress:

@@ -30,8 +30,8 @@ def command(
     Example:
       gpt2onnx parity ./tales tales --suite full
     """
-    from ..exporter.checkpoint import Checkpoint
-    from ..exporter.parity import check
+    from ..exporter.checkpoint.checkpoint import Checkpoint
+    from ..exporter.validate.parity import check
 
     report = check(bundle, Checkpoint.open(source, revision), suite)
     if as_json:

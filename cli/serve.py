@@ -67,9 +67,9 @@ def command(
     """
     if country is not None and not energy:
         raise click.UsageError("--country goes with --energy")
-    from ..runtime.serving import server
-    from ..runtime.serving.completions import Limits
-    from ..runtime.serving.guard import Admission
+    from ..serving import server
+    from ..serving.completions import Limits
+    from ..serving.guard import Admission
 
     keys = [] if api_key_file is None else server.read_keys(api_key_file)
     settings = server.Settings(
@@ -88,7 +88,7 @@ def command(
         if server.is_open(host) and not keys:
             click.echo(f"warning: whoever reaches {host} can use this server: give --api-key-file", err=True)
         if log_prompts:
-            logging.getLogger("gpt2onnx.runtime.serving").setLevel(logging.INFO)
+            logging.getLogger("gpt2onnx.serving").setLevel(logging.INFO)
         loaded = load(model, device, threads, wide_after=0)
 
         def ready(address: str) -> None:

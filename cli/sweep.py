@@ -53,7 +53,7 @@ def command(
       gpt2onnx sweep grid.toml --prompt "One day" --prompt "The old king" --out sweep --resume
     """
     if print_grid:
-        from ..runtime.experiments.grid import built_in
+        from ..experiments.grid import built_in
 
         click.echo(built_in(), nl=False)
         return
@@ -64,7 +64,7 @@ def command(
     if energy is False and (country is not None or energy_seconds is not None):
         raise click.UsageError("--country and --energy-seconds exclude --no-energy")
 
-    from ..runtime.experiments import grid, report, sweep
+    from ..experiments import grid, report, sweep
 
     report.check()
     results = folder / sweep.RESULTS
@@ -73,7 +73,7 @@ def command(
     wanted = energy or country is not None or energy_seconds is not None
     tracker = None
     if wanted or (energy is None and _has_codecarbon()):
-        from ..runtime.energy import EnergyTracker
+        from ..experiments.energy.tracker import EnergyTracker
 
         tracker = EnergyTracker(**energy_options.settings(country, energy_seconds))
     elif energy is None and not quiet:

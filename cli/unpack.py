@@ -25,7 +25,7 @@ def command(archive: Path, bundle: Path, force: bool, as_json: bool, quiet: bool
       gpt2onnx unpack tales.tar.gz ./tales
       gpt2onnx unpack tales.tar.gz ./tales --force --json
     """
-    from ..exporter.archive import unpack
+    from ..exporter.files.archive import unpack
 
     console.interrupt_on_sigterm()
     with console.progress_bar(f"Unpacking {archive}", quiet=quiet) as progress:

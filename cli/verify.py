@@ -22,7 +22,7 @@ def command(bundle: Path, as_json: bool, quiet: bool) -> None:
       gpt2onnx verify ./tales
     """
     from ..models.bundle import TOKENIZER, Bundle
-    from ..runtime.session import Session
+    from ..runtime.engine.runner import Session
     from ..runtime.tokenizer import Tokenizer
 
     opened = Bundle.open(bundle)

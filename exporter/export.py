@@ -25,23 +25,23 @@ from ..models.shapes import weight_shapes
 from ..runtime.options import GenerationConfig
 
 try:
-    from . import screening, wide
-    from .checkpoint import Checkpoint
-    from .graph import build
-    from .inputs import centre
-    from .operators import Precision
-    from .smoothing import smooth
-    from .weights import WeightsFile
+    from .checkpoint.checkpoint import Checkpoint
+    from .graph import screening, wide
+    from .graph.fused import build
+    from .graph.operators import Precision
+    from .graph.weights import WeightsFile
+    from .quantize.inputs import centre
+    from .quantize.smoothing import smooth
 except ImportError as error:
     raise MissingExtraError("Exporting a checkpoint", error.name or "onnx", "export") from error
 
-from .atomic import replacing
-from .tokenizer import write_tokenizer
+from .files.atomic import replacing
+from .tokenizer.convert import write_tokenizer
 
 if TYPE_CHECKING:
     from onnx import ModelProto
 
-    from .calibrate import Calibration
+    from .quantize.calibrate import Calibration
 
 _QUANTIZED = ("int8", "int4")
 # Half as many would not raise the divergence of int8. That of int4 falls by a tenth with twice as many, for which
@@ -152,7 +152,7 @@ def export(
         if calibrated or compared:
             _write_reference(checkpoint, folder, passes.next())
         if graph == "portable":
-            from .portable import write_portable_graph
+            from .graph.portable import write_portable_graph
 
             write_portable_graph(checkpoint, folder)
         else:
@@ -222,7 +222,7 @@ def _reference(checkpoint: Checkpoint, manifest: Manifest, folder: Path) -> Bund
 def _calibration(
     checkpoint: Checkpoint, manifest: Manifest, folder: Path, progress: Callable[[float], None], *, pure: bool
 ) -> "Calibration":
-    from .calibrate import observe
+    from .quantize.calibrate import observe
 
     four_bits = manifest.dtype == "int4"
     more = four_bits and not pure and _weights_in(checkpoint) <= _MANY_WEIGHTS
@@ -232,7 +232,7 @@ def _calibration(
 
 def _quality(checkpoint: Checkpoint, manifest: Manifest, folder: Path, texts: Mapping[str, str]) -> dict[str, Any]:
     """The bundle's figures against the reference: on the latter's own samples, and on texts by their names."""
-    from .quality import on_own_samples, on_text
+    from .validate.quality import on_own_samples, on_text
 
     made, reference = Bundle(folder, manifest, checkpoint.config), _reference(checkpoint, manifest, folder)
     figures = asdict(on_own_samples(made, reference))
@@ -300,7 +300,7 @@ def _unless_missing(wanted: bool | None) -> Iterator[None]:
 
 
 def _parity(checkpoint: Checkpoint, folder: Path) -> dict[str, Any]:
-    from .parity import check
+    from .validate.parity import check
 
     return check(folder, checkpoint)
 

@@ -15,12 +15,12 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     # Below this folder only in the installed package, where mypy checks it.
-    from .exporter.export import export as export  # pyright: ignore[reportMissingImports]
+    from .experiments.energy.tracker import track_energy as track_energy
+    from .exporter.export import export as export
     from .loading import load as load
-    from .runtime.energy import track_energy as track_energy  # pyright: ignore[reportMissingImports]
-    from .runtime.generator import Model as Model  # pyright: ignore[reportMissingImports]
-    from .runtime.options import GenerationConfig as GenerationConfig  # pyright: ignore[reportMissingImports]
-    from .runtime.results import Result as Result  # pyright: ignore[reportMissingImports]
+    from .runtime.model import Model as Model
+    from .runtime.options import GenerationConfig as GenerationConfig
+    from .runtime.requests import Result as Result
 
 # Started in a clone of the repository, Python finds this folder before the installed package, and the others beside it.
 _CLONE = os.path.dirname(__path__[0])  # noqa: PTH120  # pathlib takes longer to import than all of this
@@ -30,10 +30,10 @@ if os.path.isfile(os.path.join(_CLONE, "pyproject.toml")):  # noqa: PTH113, PTH1
 _HOME = {
     "export": "exporter.export",
     "load": "loading",
-    "Model": "runtime.generator",
-    "Result": "runtime.results",
+    "Model": "runtime.model",
+    "Result": "runtime.requests",
     "GenerationConfig": "runtime.options",
-    "track_energy": "runtime.energy",
+    "track_energy": "experiments.energy.tracker",
 }
 
 __all__ = ["GenerationConfig", "Model", "Result", "export", "load", "track_energy"]

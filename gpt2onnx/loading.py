@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING
 
 from gpt2onnx.errors import BundleError, OutputError
 
-from .models import bundle, tales, user_cache  # pyright: ignore[reportMissingImports]
-from .models.config import GPT2Config, read_json  # pyright: ignore[reportMissingImports]
+from .models import bundle, tales, user_cache
+from .models.config import GPT2Config, read_json
 
 if TYPE_CHECKING:
-    from .runtime.generator import Model  # pyright: ignore[reportMissingImports]
+    from .runtime.model import Model
 
 
 def load(
@@ -45,7 +45,7 @@ def load(
         BackendError: the device isn't there or doesn't run this model, the model doesn't fit into memory, or ONNX
             Runtime can't load the graph.
     """
-    from .runtime.generator import Model  # pyright: ignore[reportMissingImports]
+    from .runtime.model import Model
 
     folder = resolve(model)
     if verify:
@@ -64,7 +64,7 @@ def resolve(model: str | os.PathLike[str]) -> Path:
         bundle.Bundle.open(target)
     except BundleError:
         # Only now: the exporter's imports are needless, and may be missing, where the export is there.
-        from .exporter.export import export  # pyright: ignore[reportMissingImports]
+        from .exporter.export import export
 
         try:
             export(source, target, force=True)
@@ -95,13 +95,13 @@ def look_up(model: str | os.PathLike[str]) -> "bundle.Bundle | GPT2Config":
     folder = tales.FOLDER if source == "tales" else Path(source)
     config: Path | None = folder / bundle.CONFIG
     if not os.path.isfile(folder / bundle.CONFIG):  # noqa: PTH113
-        from .exporter.hub import find_config  # pyright: ignore[reportMissingImports]
+        from .exporter.checkpoint.hub import find_config
 
         config = find_config(source)
     if config is not None and "model_type" in read_json(config):
         return GPT2Config.from_file(config)
     # What saved the checkpoint says less, or otherwise: the rest is read off the weights.
-    from .exporter.checkpoint import Checkpoint  # pyright: ignore[reportMissingImports]
+    from .exporter.checkpoint.checkpoint import Checkpoint
 
     return Checkpoint.open(source).config
 

@@ -11,10 +11,10 @@ from typing import Any
 
 from gpt2onnx.errors import Gpt2OnnxError, OptionError, PromptError
 
-from .generator import Model
+from .model import Model
 from .observer import OBSERVER, Observer
 from .options import GenerationConfig
-from .results import Outcome, Request
+from .requests import Outcome, Request
 
 Record = dict[str, Any]
 

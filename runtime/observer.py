@@ -9,9 +9,9 @@ from contextvars import ContextVar
 from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
-    from .generator import Model
+    from .model import Model
     from .options import GenerationConfig
-    from .results import Result
+    from .requests import Result
 
 
 class Run(AbstractContextManager["Run"], Protocol):

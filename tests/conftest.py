@@ -6,9 +6,7 @@ import io
 import os
 import signal
 import sys
-import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -19,16 +17,15 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["OPENBLAS_NUM_THREADS"] = "1"
 
 import pytest
-from support.checkpoints import random_checkpoint
+from support.checkpoints import MakeCheckpoint, random_checkpoint
+from support.commands import CommandLine, Finished
 from support.golden import MODES, Golden, golden
 from support.reference import Reference
 
 import gpt2onnx
 from gpt2onnx.cli.main import main
 from gpt2onnx.models.tales import FOLDER
-from gpt2onnx.runtime import devices, providers
-
-MakeCheckpoint = Callable[..., Path]
+from gpt2onnx.runtime.ort import devices, providers
 
 _NOT_RUN = pytest.StashKey[str]()
 collect_ignore = list[str]()
@@ -40,7 +37,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Sets where answers come from."""
+    """Sets where answers come from; lets Ctrl-C reach what tests start, also where a shell's background ignores it."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     golden.mode = config.getoption("golden")
     if golden.mode == "stored":
         collect_ignore.append("reference")
@@ -77,18 +75,6 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
     """Says which tests this machine could not run."""
     if _NOT_RUN in config.stash:
         terminalreporter.write_line(config.stash[_NOT_RUN], yellow=True)
-
-
-@dataclass(frozen=True)
-class Finished:
-    """What a command left behind."""
-
-    code: int
-    out: str
-    err: str
-
-
-CommandLine = Callable[..., Finished]
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -171,23 +157,3 @@ def command_line(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[s
         return Finished(int(exit_.value.code or 0), out, err)
 
     return run
-
-
-def heed_interrupts() -> None:
-    """For a Popen's preexec_fn: what runs in a shell's background inherits that Ctrl-C is ignored."""
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
-
-
-def wait_until(condition: Callable[[], bool], seconds: float = 20) -> None:
-    """Fails where a condition doesn't come true in time."""
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "it didn't happen in time"
-        time.sleep(0.005)
-
-
-def assert_same_tokens(actual: Sequence[int], expected: Sequence[int], label: object = "") -> None:
-    """Fails with the first token that differs."""
-    for index, (one, other) in enumerate(zip(actual, expected, strict=False)):
-        assert one == other, f"{label}: token {index} is {one}, expected {other}"
-    assert len(actual) == len(expected), f"{label}: {len(actual)} tokens, expected {len(expected)}"

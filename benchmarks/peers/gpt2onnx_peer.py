@@ -3,7 +3,7 @@
 from importlib.metadata import version
 
 import gpt2onnx
-from gpt2onnx.runtime.results import Request
+from gpt2onnx.runtime.requests import Request
 
 
 class Driver:

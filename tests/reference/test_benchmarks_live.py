@@ -2,8 +2,8 @@
 
 from pathlib import Path
 
-from conftest import MakeCheckpoint
 from support import benchmarks
+from support.checkpoints import MakeCheckpoint
 
 import gpt2onnx
 

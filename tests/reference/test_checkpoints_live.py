@@ -11,18 +11,17 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from conftest import MakeCheckpoint
 from golden import make_torch_files
 from safetensors.torch import load_file, save_file
 from support import reference_models, torch_files
-from support.checkpoints import byte_tokenizer
+from support.checkpoints import MakeCheckpoint, byte_tokenizer
 from support.reference_models import GPTModel, NanoGPT, randomised, save_build_nanogpt, save_nanogpt, save_plainly
 from support.weight_files import assert_reads, save_shards
 
 import gpt2onnx
 from gpt2onnx.errors import CheckpointError
-from gpt2onnx.exporter.checkpoint import Checkpoint
-from gpt2onnx.exporter.pickles import read_checkpoint_file
+from gpt2onnx.exporter.checkpoint.checkpoint.checkpoint import Checkpoint
+from gpt2onnx.exporter.checkpoint.checkpoint.torch_file import read_checkpoint_file
 from gpt2onnx.models.shapes import weight_shapes
 
 State = dict[str, torch.Tensor]

@@ -10,7 +10,7 @@ from support.reference import Reference
 from support.versions import skip_with_transformers_4
 
 import gpt2onnx
-from gpt2onnx.runtime.experiments.next_token import next_token, stages
+from gpt2onnx.experiments.next_token import next_token, stages
 
 PROMPT = "Once upon a time there was a"
 

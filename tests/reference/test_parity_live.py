@@ -12,14 +12,15 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from conftest import CommandLine, MakeCheckpoint
 from onnx import ModelProto, helper, numpy_helper
 from safetensors.numpy import load_file, save_file
+from support.checkpoints import MakeCheckpoint
+from support.commands import CommandLine
 
 import gpt2onnx
-from gpt2onnx.exporter.cases import PROCESSORS, STRATEGIES, cases, why_left_out
-from gpt2onnx.exporter.checkpoint import Checkpoint
-from gpt2onnx.exporter.parity import check
+from gpt2onnx.exporter.checkpoint.checkpoint.checkpoint import Checkpoint
+from gpt2onnx.exporter.validate.cases import PROCESSORS, STRATEGIES, cases, why_left_out
+from gpt2onnx.exporter.validate.parity import check
 from gpt2onnx.models.bundle import GRAPH, WIDE_GRAPH, WIDE_WEIGHTS, Bundle, describe_files
 
 pytestmark = pytest.mark.usefixtures("wide_at_any_width")

@@ -8,10 +8,10 @@ from hypothesis import strategies as st
 from support.logits import INF, SIZE, SMALL, apply_reference, assert_same, reference_chain
 from support.versions import skip_with_transformers_4
 
-from gpt2onnx.runtime import logits as ours
-from gpt2onnx.runtime import warpers as our_warpers
+from gpt2onnx.runtime.decoding import filters as our_warpers
+from gpt2onnx.runtime.decoding import processors as ours
+from gpt2onnx.runtime.decoding.sampling import Candidates, softmax
 from gpt2onnx.runtime.options import GenerationConfig
-from gpt2onnx.runtime.sampling import Candidates, softmax
 
 OPTIONS = st.fixed_dictionaries(
     {

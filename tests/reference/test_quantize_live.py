@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import MakeCheckpoint
+from support.checkpoints import MakeCheckpoint
 from support.graphs import CONFIGS
 from support.network import OnInput
 from support.quantized import (
@@ -22,8 +22,8 @@ from support.quantized import (
 from support.reference import load_reference
 
 import gpt2onnx
-from gpt2onnx.exporter import quality
-from gpt2onnx.exporter.calibrate import observe
+from gpt2onnx.exporter.quantize.blocks.calibrate import observe
+from gpt2onnx.exporter.validate import quality
 from gpt2onnx.models.bundle import Bundle
 
 pytestmark = pytest.mark.usefixtures("wide_at_any_width")

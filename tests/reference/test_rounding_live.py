@@ -3,13 +3,13 @@
 from pathlib import Path
 
 import pytest
-from conftest import MakeCheckpoint
+from support.checkpoints import MakeCheckpoint
 
 import gpt2onnx
-from gpt2onnx.exporter import operators
-from gpt2onnx.exporter.checkpoint import Checkpoint
-from gpt2onnx.exporter.parity import check
-from gpt2onnx.exporter.rounding import OneScale
+from gpt2onnx.exporter.checkpoint.checkpoint.checkpoint import Checkpoint
+from gpt2onnx.exporter.graph.fused import operators
+from gpt2onnx.exporter.quantize.rounding import OneScale
+from gpt2onnx.exporter.validate.parity import check
 from gpt2onnx.models.bundle import WIDE_GRAPH
 
 

@@ -7,12 +7,12 @@ import pytest
 import torch
 
 import gpt2onnx
-from gpt2onnx.exporter import screening as exporter
-from gpt2onnx.exporter.checkpoint import Checkpoint
-from gpt2onnx.exporter.parity import check
+from gpt2onnx.exporter.checkpoint.checkpoint.checkpoint import Checkpoint
+from gpt2onnx.exporter.graph.fused import screening as exporter
+from gpt2onnx.exporter.validate.parity import check
 from gpt2onnx.models.bundle import BODY_GRAPH, Bundle
-from gpt2onnx.runtime import head as runtime
-from gpt2onnx.runtime.session import Session
+from gpt2onnx.runtime.engine import head as runtime
+from gpt2onnx.runtime.engine.runner import Session
 
 # A network this small gains nothing by more, and loses much beside other work.
 torch.set_num_threads(1)

@@ -6,7 +6,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-REPOSITORY = Path(__file__).parents[2]
+from support.paths import REPOSITORY
+
 SCENARIOS = ["batch 8", "context", "sampling"]
 PROCESSES = ["cold start", "memory"]
 # A checkpoint that is long enough for all prompts.

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,9 @@ from tokenizers import decoders, models, pre_tokenizers
 
 from gpt2onnx.models.config import GPT2Config
 from gpt2onnx.models.shapes import weight_shapes
+
+# Writes a small random checkpoint, given fields of its config.json, and returns its folder.
+MakeCheckpoint = Callable[..., Path]
 
 END_OF_TEXT = "<|endoftext|>"
 ALL_BYTES_AND_END = 257  # entries of a byte-level vocabulary without merges

@@ -9,7 +9,7 @@ import numpy as np
 
 from gpt2onnx.models.bundle import Bundle
 from gpt2onnx.models.config import GPT2Config
-from gpt2onnx.runtime.session import Session
+from gpt2onnx.runtime.engine.runner import Session
 
 from .golden import assert_close
 from .reference import Reference

@@ -10,7 +10,8 @@ from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 import pytest
-from conftest import MakeCheckpoint
+
+from support.checkpoints import MakeCheckpoint
 
 MAIN, TAGGED = "a" * 40, "b" * 40
 REPOSITORY = "someone/small-gpt2"

@@ -19,24 +19,25 @@ from onnx import numpy_helper
 from safetensors.numpy import load_file, save_file
 
 import gpt2onnx
-from gpt2onnx.exporter import calibrate, quality
-from gpt2onnx.exporter.calibrate import Calibration
-from gpt2onnx.exporter.checkpoint import Checkpoint
-from gpt2onnx.exporter.graph import build
-from gpt2onnx.exporter.inputs import Moments, Tensor
-from gpt2onnx.exporter.operators import Precision
-from gpt2onnx.exporter.quantize import QuantizedMatrix, dequantize
-from gpt2onnx.exporter.rounding import InBlocks, Rounding
-from gpt2onnx.exporter.stored import StoredWeights
-from gpt2onnx.exporter.twins import Part, Twins
-from gpt2onnx.exporter.weights import WeightsFile
+from gpt2onnx.exporter.checkpoint.checkpoint.checkpoint import Checkpoint
+from gpt2onnx.exporter.graph.fused import build
+from gpt2onnx.exporter.graph.operators import Precision
+from gpt2onnx.exporter.graph.stored import StoredWeights
+from gpt2onnx.exporter.graph.weights import WeightsFile
+from gpt2onnx.exporter.quantize.blocks import calibrate
+from gpt2onnx.exporter.quantize.blocks.blocks import QuantizedMatrix, dequantize
+from gpt2onnx.exporter.quantize.blocks.calibrate import Calibration
+from gpt2onnx.exporter.quantize.blocks.inputs import Moments, Tensor
+from gpt2onnx.exporter.quantize.blocks.sequential import Part, Twins
+from gpt2onnx.exporter.quantize.rounding import InBlocks, Rounding
+from gpt2onnx.exporter.validate import quality
 from gpt2onnx.models import bundle
 from gpt2onnx.models.config import GPT2Config, read_json
 from gpt2onnx.models.precision import blocks
 from gpt2onnx.models.shapes import weight_shapes
 from gpt2onnx.models.tales import FOLDER
-from gpt2onnx.runtime.sampling import log_softmax
-from gpt2onnx.runtime.session import Session
+from gpt2onnx.runtime.decoding.sampling import log_softmax
+from gpt2onnx.runtime.engine.runner import Session
 
 from .golden import assert_close
 from .graphs import logits_of_prompt, random_tokens

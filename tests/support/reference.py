@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from gpt2onnx.exporter.cases import why_left_out
+from gpt2onnx.exporter.validate.cases import why_left_out
 
 from .golden import golden
 

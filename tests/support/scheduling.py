@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 from hypothesis import strategies as st
 
-from gpt2onnx.runtime.cache import Cache
-from gpt2onnx.runtime.decode import Decoder
+from gpt2onnx.runtime.decoding.strategy import Search, start
+from gpt2onnx.runtime.engine.kv_cache import Cache
+from gpt2onnx.runtime.engine.scheduler import Decoder
 from gpt2onnx.runtime.options import GenerationConfig
-from gpt2onnx.runtime.search import Search, start
 
 VOCABULARY = 13
 CONTEXT = 40

@@ -1,0 +1,190 @@
+"""The grid of a sweep: which strategies are tried on which prompts. Reads TOML; knows nothing of models.
+
+prompts = ["Once upon a time"]      # unless the caller brings others
+
+[options]                           # what holds for all strategies
+max_new_tokens = 60
+seed = [1, 2]                       # of those that sample; the others run once
+
+[[strategy]]
+name = "top-p"
+do_sample = true
+top_p = [0.95, 0.5]                 # lists multiply: two values and two seeds make four runs
+"""
+
+import tomllib
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+from gpt2onnx.errors import OptionError
+
+from ..runtime.options import SAMPLING_OPTIONS, GenerationConfig
+
+MOST_RUNS = 1000
+# Their values are lists themselves, which therefore don't multiply.
+_LISTS = (
+    "sequence_bias", "bad_words_ids", "suppress_tokens", "begin_suppress_tokens", "forced_eos_token_id",
+    "exponential_decay_length_penalty", "eos_token_id", "stop",
+)  # fmt: skip
+# What a sweep doesn't keep, or what would change how it judges.
+_REFUSED = ("logprobs",)
+
+
+@dataclass(frozen=True)
+class Strategy:
+    """One point of the grid.
+
+    Attributes:
+        family: the name of the group it belongs to.
+        label: its own, unique in the grid: the family, and what it has chosen among several values.
+        options: all generation options.
+    """
+
+    family: str
+    label: str
+    options: GenerationConfig
+
+
+@dataclass(frozen=True)
+class Grid:
+    """Strategies, and the prompts that come with them (none for the built-in grid)."""
+
+    strategies: list[Strategy]
+    prompts: list[str]
+
+
+def built_in() -> str:
+    """The built-in grid, as TOML."""
+    return Path(__file__).with_name("notebooks.toml").read_text(encoding="utf-8")
+
+
+def load(path: Path | None, base: GenerationConfig, overrides: Mapping[str, Any] | None = None) -> Grid:
+    """Reads a grid.
+
+    Args:
+        path: a TOML file; None for the built-in grid.
+        base: what holds where the grid says nothing.
+        overrides: generation options that take the place of those under [options].
+
+    Raises:
+        OptionError: the file can't be read or isn't TOML, an option is unknown, of a wrong type or out of range, or
+            contradicts another, or there are too many runs.
+    """
+    name = "the built-in grid" if path is None else str(path)
+    try:
+        text = built_in() if path is None else path.read_text(encoding="utf-8")
+        content = tomllib.loads(text)
+    except OSError as error:
+        raise OptionError(f"can't read {path}: {error.strerror}") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise OptionError(f"{name} is not TOML: {error}") from error
+    try:
+        return _grid(content, base, {key: value for key, value in (overrides or {}).items() if value is not None})
+    except OptionError as error:
+        raise OptionError(f"{name}: {error}") from error
+
+
+def _grid(content: Mapping[str, Any], base: GenerationConfig, overrides: Mapping[str, Any]) -> Grid:
+    unknown = content.keys() - {"prompts", "options", "strategy"}
+    if unknown:
+        raise OptionError(f"unknown key {min(unknown)!r}: a grid has prompts, [options] and [[strategy]]")
+    prompts, common, tables = content.get("prompts", []), content.get("options", {}), content.get("strategy")
+    if not isinstance(prompts, list) or not all(isinstance(prompt, str) and prompt for prompt in prompts):
+        raise OptionError("prompts must be a list of texts, none of them empty")
+    if not isinstance(common, dict):
+        raise OptionError("options must be a table: [options]")
+    if not isinstance(tables, list) or not tables or not all(isinstance(table, dict) for table in tables):
+        raise OptionError("a grid needs at least one strategy: [[strategy]]")
+    strategies: list[Strategy] = []
+    for number, table in enumerate(tables, 1):
+        family = table.get("name", f"strategy {number}")
+        if not isinstance(family, str) or not family:
+            raise OptionError(f"the name of strategy {number} must be a text")
+        own = {key: value for key, value in table.items() if key != "name"}
+        try:
+            strategies += _strategies(family, {**common, **overrides}, own, base)
+        except OptionError as error:
+            raise OptionError(f"strategy {family!r}: {error}") from error
+        if len(strategies) > MOST_RUNS:
+            raise OptionError(f"more than {MOST_RUNS} runs a prompt: shorten a list, or make several grids")
+    labels = [strategy.label for strategy in strategies]
+    for label in labels:
+        if labels.count(label) > 1:
+            raise OptionError(f"two strategies are called {label!r}: give them different names")
+    return Grid(strategies, prompts)
+
+
+def _strategies(
+    family: str, common: Mapping[str, Any], own: Mapping[str, Any], base: GenerationConfig
+) -> list[Strategy]:
+    """All combinations of one table's values."""
+    given = {**common, **own}
+    for name in _REFUSED:
+        if name in given:
+            raise OptionError(f"{name} can't be swept")
+    # A seed says what to draw, not whether to.
+    asked = [name for name in SAMPLING_OPTIONS if name != "seed" and name in own]
+    if given.get("do_sample") is False and asked:
+        raise OptionError(f"{asked[0]} has no effect with do_sample = false: leave one of them out")
+    given.setdefault("do_sample", bool(asked))
+    choices = {name: _choices(name, value) for name, value in given.items()}
+    total = 1
+    for values in choices.values():
+        total *= len(values)
+    if total > MOST_RUNS:
+        raise OptionError(f"{total:,} runs are more than {MOST_RUNS}: shorten a list")
+    varied = [name for name, values in choices.items() if len(values) > 1]
+    found: dict[str, Strategy] = {}
+    for combination in product(*choices.values()):
+        chosen = dict(zip(choices, combination, strict=True))
+        options = base.merged(chosen)
+        if not options.do_sample:
+            options = replace(options, seed=None)
+        # What changes nothing without sampling makes no runs of its own.
+        telling = [name for name in varied if options.do_sample or name not in SAMPLING_OPTIONS]
+        label = _label(family, {name: chosen[name] for name in telling})
+        found.setdefault(label, Strategy(family, label, options))
+    return list(found.values())
+
+
+def _choices(name: str, value: Any) -> Sequence[Any]:
+    if not isinstance(value, list) or name in _LISTS:
+        return [value]
+    if not value:
+        raise OptionError(f"{name} is an empty list")
+    if len({repr(each) for each in value}) < len(value):
+        raise OptionError(f"{name} lists a value twice")
+    return value
+
+
+def describe(name: str, value: Any) -> str:
+    """An option and its value in short words."""
+    if name == "no_repeat_ngram_size" and value == 0:
+        return "no blocking"
+    return f"{_WORDS.get(name, name)} {str(value).lower() if isinstance(value, bool) else value}"
+
+
+_WORDS = {
+    "num_beams": "beams",
+    "no_repeat_ngram_size": "n-gram",
+    "top_k": "top-k",
+    "top_p": "top-p",
+    "min_p": "min-p",
+    "typical_p": "typical-p",
+}
+
+
+def _label(family: str, varied: Mapping[str, Any]) -> str:
+    chosen = ", ".join(describe(name, value) for name, value in varied.items())
+    # A family that is called as its options are is named by them already.
+    if family == ", ".join(_WORDS.get(name, name) for name in varied):
+        return chosen
+    return f"{family}: {chosen}" if chosen else family
+
+
+def to_json(options: GenerationConfig) -> dict[str, Any]:
+    """All options, as JSON holds them."""
+    return {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(options).items()}

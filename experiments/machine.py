@@ -1,0 +1,133 @@
+"""The machine as a benchmark sees it: what it is, how fast it reads its memory, what this process takes of that."""
+
+import platform
+import sys
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+
+from ..runtime.host import resources
+from ..runtime.ort import providers
+
+_STATUS = Path("/proc/self/status")
+_CPUINFO = Path("/proc/cpuinfo")
+
+
+@dataclass(frozen=True)
+class ProcessMemory:
+    """What this process takes, in bytes; None where the system doesn't say.
+
+    Attributes:
+        resident: now.
+        anonymous: the part of it that only this process has.
+        file: the part of it that is pages of files: libraries, and weights that are read where they lie. Processes share
+            them, and the kernel can drop them.
+        peak: the most that was ever resident.
+    """
+
+    resident: int | None
+    anonymous: int | None
+    file: int | None
+    peak: int | None
+
+
+def process_memory() -> ProcessMemory:
+    """The memory of this process: https://docs.kernel.org/filesystems/proc.html, elsewhere getrusage(2)."""
+    try:
+        lines = _STATUS.read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return ProcessMemory(None, None, None, _peak_by_usage())
+    fields = {name: value.split() for name, _, value in (line.partition(":") for line in lines)}
+
+    def of(name: str) -> int | None:
+        return int(fields[name][0]) * 1024 if name in fields else None
+
+    return ProcessMemory(of("VmRSS"), of("RssAnon"), of("RssFile"), of("VmHWM"))
+
+
+def _peak_by_usage() -> int | None:
+    if sys.platform == "win32":  # has no such call
+        return None
+    import resource
+
+    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return most if sys.platform == "darwin" else most * 1024
+
+
+class MemoryReader(AbstractContextManager["MemoryReader"]):
+    """Reads memory as fast as so many threads can, which bounds what they can decode.
+
+    Args:
+        threads: read at once, each a part.
+        size: bytes read at a time, many times what caches hold.
+
+    Attributes:
+        best: bytes a second, the most that was measured.
+    """
+
+    def __init__(self, threads: int, size: int = 1 << 28) -> None:
+        self.best = 0.0
+        self._pool = ThreadPoolExecutor(threads)
+        array = np.ones(size // 4, np.float32)
+        # Which way of reading is the fastest differs from machine to machine.
+        ways: list[tuple[Callable[[Any], object], Any]] = [
+            (np.max, array),
+            (np.bitwise_or.reduce, array.view(np.uint64)),
+            (_product, array),
+        ]
+        self._ways = [(way, np.array_split(content, threads)) for way, content in ways]
+        self._size = array.nbytes
+
+    def read(self) -> float:
+        """Reads once in each way; gives the bytes a second of the fastest."""
+        found = 0.0
+        for way, parts in self._ways:
+            started = time.perf_counter()
+            for _ in self._pool.map(way, parts):
+                pass
+            found = max(found, self._size / (time.perf_counter() - started))
+        self.best = max(self.best, found)
+        return found
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._pool.shutdown()
+
+
+def _product(part: Any) -> object:
+    return np.dot(part, part)
+
+
+def describe() -> dict[str, Any]:
+    """The processor, the cores that this process may use, the system, and the versions of what computes."""
+    return {
+        "processor": _processor(),
+        "cores": resources.cores().usable,
+        "system": f"{platform.system()} {platform.release()} {platform.machine()}",
+        "versions": {
+            "gpt2onnx": version("gpt2onnx"),
+            providers.PACKAGE: providers.VERSION,
+            "numpy": np.__version__,
+            "python": platform.python_version(),
+        },
+    }
+
+
+def _processor() -> str:
+    try:
+        lines = _CPUINFO.read_text(encoding="utf-8").splitlines()
+    except OSError:
+        lines = []
+    names = [
+        value.strip() for name, _, value in (line.partition(":") for line in lines) if name.strip() == "model name"
+    ]
+    return names[0] if names else platform.processor() or platform.machine()

@@ -1,0 +1,208 @@
+"""What goes into drawing a token: from logits through temperature and filters to a draw, stage by stage.
+
+The stages are the processors of `generate` itself, in their order, and the draws those of its generator: the first
+draw for a seed is the token that `generate` takes there, and N draws are those that N sequences of one request,
+or N calls of torch.multinomial after one torch.manual_seed, take.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from gpt2onnx.errors import OptionError, PromptError
+
+from ..runtime.decoding.filters import warp, warpers
+from ..runtime.decoding.processors import Tokens, process, processors
+from ..runtime.decoding.sampling import Candidates, Generator, Logits, softmax
+from ..runtime.decoding.torch_topk import largest
+from ..runtime.model import Model
+from ..runtime.options import GenerationConfig
+from ..runtime.requests import Prompt
+
+# Called with the draws made so far and in all.
+Progress = Callable[[int, int], None]
+
+# What each filter is called, in the order in which they apply, and the value that filters nothing.
+_FILTERS: dict[str, Any] = {
+    "top_h": None, "top_k": 0, "top_p": 1.0, "min_p": None, "typical_p": 1.0, "epsilon_cutoff": 0.0, "eta_cutoff": 0.0,
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Stage:
+    """The candidates after one step.
+
+    Attributes:
+        name: "logits" (the network's own), "penalties" (what holds without sampling, too), "temperature", or
+            the name of a filter.
+        scores: float32 [vocabulary]; minus infinity for what can't be drawn any more.
+        probabilities: their softmax, float32 [vocabulary].
+    """
+
+    name: str
+    scores: Logits
+    probabilities: Logits
+
+
+@dataclass(frozen=True)
+class Choice:
+    """How the next token is drawn with one set of options.
+
+    Attributes:
+        options: the options.
+        stages: from the network's logits to what the token is drawn from.
+        draws: how many draws were made.
+        counts: int64 [vocabulary], how often each token was drawn.
+    """
+
+    options: GenerationConfig
+    stages: list[Stage]
+    draws: int
+    counts: npt.NDArray[np.int64]
+
+    @property
+    def probabilities(self) -> Logits:
+        """What tokens are drawn with, float32 [vocabulary]."""
+        return self.stages[-1].probabilities
+
+    def top(self, count: int) -> list[int]:
+        """The likeliest tokens by the network's own logits, the likeliest first."""
+        return [int(token) for token in largest(self.stages[0].scores, count)]
+
+    def rank(self, token: int) -> int:
+        """A token's place by the network's own logits; 1 for the likeliest."""
+        scores = self.stages[0].scores
+        return 1 + int(np.count_nonzero(scores > scores[token]))
+
+
+@dataclass(frozen=True)
+class NextToken:
+    """What may follow a prompt.
+
+    Attributes:
+        prompt_ids: the prompt's tokens.
+        choices: one for each temperature.
+    """
+
+    prompt_ids: list[int]
+    choices: list[Choice]
+
+
+def next_token(
+    model: Model,
+    prompt: Prompt,
+    *,
+    temperatures: Sequence[float] = (),
+    top_h: float | None = None,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    min_p: float | None = None,
+    typical_p: float | None = None,
+    epsilon_cutoff: float | None = None,
+    eta_cutoff: float | None = None,
+    draws: int = 0,
+    seed: int | None = None,
+    progress: Progress | None = None,
+) -> NextToken:
+    """Follows the logits after a prompt to the draw of the next token.
+
+    Args:
+        model: gives the logits; options that aren't given are its own, as in `generate`.
+        prompt: a text, or token ids.
+        temperatures: each is followed by itself.
+        top_h, top_k, top_p, min_p, typical_p, epsilon_cutoff, eta_cutoff: the filters.
+        draws: how often to draw, for each temperature anew from the seed.
+        seed: of the draws; a fresh one where None.
+        progress: called after every hundred draws.
+
+    Raises:
+        PromptError: the prompt is empty, too long, or not in the vocabulary.
+        OptionError: an option is out of range.
+        BackendError: ONNX Runtime failed.
+    """
+    if draws < 0:
+        raise OptionError(f"draws must be at least 0, not {draws}")
+    filters = {
+        "top_h": top_h, "top_k": top_k, "top_p": top_p, "min_p": min_p, "typical_p": typical_p,
+        "epsilon_cutoff": epsilon_cutoff, "eta_cutoff": eta_cutoff,
+    }  # fmt: skip
+    # With beams there is no single draw.
+    one_draw = {"do_sample": True, "num_beams": 1, "num_return_sequences": 1, "seed": seed}
+    given: Sequence[float | None] = temperatures or (None,)
+    settings = [model.options(one_draw | filters | {"temperature": temperature}) for temperature in given]
+    tokens = model.prompt_ids(prompt)
+    for options in settings:
+        model.check_options(options, len(tokens))
+    cache = model.session.new_cache(1, len(tokens))
+    logits = model.session.forward(cache, slice(0, 1), tokens[None])[0, -1].copy()
+    choices = []
+    for index, options in enumerate(settings):
+
+        def report(done: int, before: int = index * draws) -> None:
+            if progress is not None:
+                progress(before + done, draws * len(settings))
+
+        choices.append(choose(logits, options, tokens=tokens, draws=draws, report=report))
+    return NextToken(tokens.tolist(), choices)
+
+
+def choose(
+    logits: Logits,
+    options: GenerationConfig,
+    *,
+    tokens: Tokens | None = None,
+    draws: int = 0,
+    report: Callable[[int], None] | None = None,
+) -> Choice:
+    """Follows logits, float32 [vocabulary], to draws of a token.
+
+    Args:
+        logits: of any vocabulary.
+        options: the sampling options, with the seed.
+        tokens: what was written before, int64 [length], where an option depends on it.
+        draws: how often to draw.
+        report: called with the number of draws so far.
+    """
+    way = stages(logits, options, np.zeros(0, np.int64) if tokens is None else tokens)
+    generator = Generator(options.seed)
+    counts = np.zeros(len(logits), np.int64)
+    candidates = Candidates.all(way[-1].scores).possible()
+    for index in range(draws):
+        counts[generator.multinomial(candidates)[0]] += 1
+        if report is not None and (index + 1) % 100 == 0:
+            report(index + 1)
+    return Choice(options, way, draws, counts)
+
+
+def stages(logits: Logits, options: GenerationConfig, tokens: Tokens) -> list[Stage]:
+    """The candidates after each step that the options ask for; temperature is always one of them."""
+    # Probabilities don't depend on whether scores are renormalised.
+    alone: dict[str, Any] = {"do_sample": True, "num_beams": 1, "num_return_sequences": 1, "renormalize_logits": False}
+    unfiltered = replace(options, **alone, **_FILTERS)
+    filters = {name: getattr(options, name) for name in _FILTERS if getattr(options, name) != _FILTERS[name]}
+    steps = {"penalties": replace(unfiltered, do_sample=False), "temperature": unfiltered}
+    for name, value in filters.items():
+        steps[name] = unfiltered = replace(unfiltered, **{name: value})
+    result = [Stage("logits", logits, softmax(logits))]
+    for name, so_far in steps.items():
+        # Each time from the start, so that `processors` and `warpers` alone decide about order.
+        scores = warp(warpers(so_far), process(processors(so_far, tokens), tokens, logits)).dense()
+        if name != "penalties" or scores is not logits:
+            result.append(Stage(name, scores, softmax(scores)))
+    return result
+
+
+def token_of(model: Model, text: str) -> int:
+    """The one token that a text is.
+
+    Raises:
+        PromptError: it is several, or none.
+    """
+    ids = model.tokenizer.encode(text, add_special_tokens=False)
+    if len(ids) == 1:
+        return ids[0]
+    pieces = " ".join(repr(model.tokenizer.piece(token)) for token in ids)
+    raise PromptError(f"{text!r} is not one token of this model, but {f'{len(ids)}: {pieces}' if ids else 'none'}")

@@ -1,0 +1,232 @@
+"""A sweep: every strategy of a grid on every prompt, one JSON line a run.
+
+results.jsonl is all that is kept while it runs; the other files are made from it and from nothing else, so they can be
+made again at any time.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from itertools import islice
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from gpt2onnx.errors import OptionError, OutputError
+
+from ..runtime.jsontext import to_line
+from ..runtime.model import Model
+from ..runtime.requests import Result
+from . import grid, report
+from .energy.csvlog import to_csv
+from .energy.tracker import EnergyTracker
+from .grid import Strategy
+from .metrics import distinct, repeated
+
+RESULTS, EMISSIONS, SUMMARY, REPORT = "results.jsonl", "emissions.csv", "summary.csv", "report.html"
+
+Record = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """What is run: strategies by prompts.
+
+    Raises:
+        OptionError: there is no prompt, one is there twice, or there are too many runs.
+    """
+
+    model: Model
+    prompts: Sequence[str]
+    strategies: Sequence[Strategy]
+
+    def __post_init__(self) -> None:
+        if not self.prompts:
+            raise OptionError("a sweep needs a prompt")
+        if len(set(self.prompts)) < len(self.prompts):
+            raise OptionError("a prompt is given twice")
+        if len(self) > grid.MOST_RUNS:
+            raise OptionError(f"{len(self):,} runs are more than {grid.MOST_RUNS}: fewer prompts, or a smaller grid")
+
+    def __len__(self) -> int:
+        return len(self.prompts) * len(self.strategies)
+
+    def runs(self) -> Iterator[tuple[str, Strategy]]:
+        """All runs in their order: prompt by prompt."""
+        return ((prompt, strategy) for prompt in self.prompts for strategy in self.strategies)
+
+    def key(self, prompt: str, strategy: Strategy) -> str:
+        """What tells this run from all others, of this sweep or another."""
+        files, session = self.model.bundle.manifest.files, self.model.session
+        parts = (
+            sorted(record.sha256 for record in files.values()), session.device, session.threads,
+            prompt, strategy.label, grid.to_json(strategy.options),
+        )  # fmt: skip
+        return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def run(sweep: Sweep, folder: Path, tracker: EnergyTracker | None = None, *, resume: bool = False) -> Iterator[Record]:
+    """Makes the runs, and appends each to results.jsonl as soon as it is done.
+
+    Args:
+        sweep: what to run.
+        folder: where results.jsonl is.
+        tracker: measures the energy; without one, there are no figures of it.
+        resume: go on behind the runs that are there; otherwise they are overwritten.
+
+    Yields:
+        The record of each run, in order, those first that are there already.
+
+    Raises:
+        OutputError: the folder can't be written, or holds results of another sweep.
+        PromptError: a prompt is too long.
+        BackendError: ONNX Runtime or codecarbon failed.
+    """
+    path = folder / RESULTS
+    done, end = _done(path, sweep) if resume else ([], 0)
+    yield from done
+    if len(done) == len(sweep):
+        return
+    # What comes first in a fresh process takes longer.
+    sweep.model.answer([sweep.prompts[0]], sweep.model.options({"max_new_tokens": 2, "do_sample": False}))
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with path.open("ab") as file:
+            file.truncate(end)
+            for prompt, strategy in islice(sweep.runs(), len(done), None):
+                record = _run(sweep, prompt, strategy, tracker)
+                file.write((to_line(record) + "\n").encode())
+                file.flush()
+                yield record
+    except OSError as error:
+        raise OutputError(f"can't write {error.filename or path}: {error.strerror}") from error
+
+
+def write_files(records: Sequence[Record], folder: Path) -> None:
+    """Writes emissions.csv, summary.csv and report.html; the same records give the same files.
+
+    Raises:
+        OutputError: the folder can't be written.
+        MissingExtraError: jinja2 isn't installed.
+    """
+    rows = [record["emissions"] for record in records if record["emissions"] is not None]
+    table = [summary(record) for record in records]
+    contents = {
+        EMISSIONS: _to_csv(rows),
+        SUMMARY: _to_csv(table),
+        REPORT: report.render(records) if records else None,
+    }
+    for name, content in contents.items():
+        try:
+            if content is None:
+                (folder / name).unlink(missing_ok=True)
+            else:
+                (folder / name).write_text(content, encoding="utf-8", newline="")
+        except OSError as error:
+            raise OutputError(f"can't write {folder / name}: {error.strerror}") from error
+
+
+def summary(record: Record) -> Record:
+    """A record as one flat row: the first continuation's text, and every figure."""
+    first = record["sequences"][0]
+    energy = record["energy"] or {}
+    row: Record = {name: record[name] for name in ("prompt_index", "prompt", "family", "strategy")}
+    row |= {"text": first["text"], "finish_reason": first["finish_reason"]}
+    row |= {name: record[name] for name in ("prompt_tokens", "completion_tokens", "seconds", "tokens_per_second")}
+    row |= {name: energy.get(name) for name in ("joules", "joules_per_token", "g_co2eq_per_1000_tokens", "reliable")}
+    return row | {name: record[name] for name in METRICS} | dict(record["options"])
+
+
+METRICS = ("mean_length", "mean_logprob", "distinct_1", "distinct_2", "distinct_3", "repeated_4gram_share")
+
+
+def _run(sweep: Sweep, prompt: str, strategy: Strategy, tracker: EnergyTracker | None) -> Record:
+    model, options = sweep.model, strategy.options
+    if tracker is None:
+        model.forget()
+        (result,) = model.answer([prompt], options)
+        row, seconds = None, result.seconds
+    else:
+        with tracker.begin(model, options, strategy=strategy.label) as run:
+            results = model.answer([prompt], options)
+            (result,) = run.end(results, again=lambda: model.answer([prompt], options))
+        row = tracker.rows[-1]
+        seconds = row["seconds"]
+    return {
+        "key": sweep.key(prompt, strategy),
+        "prompt_index": sweep.prompts.index(prompt),
+        "prompt": prompt,
+        "prompt_ids": result.prompt_ids,
+        "family": strategy.family,
+        "strategy": strategy.label,
+        "options": grid.to_json(options),
+        "sequences": result.to_dict()["sequences"],
+        **result.usage,
+        "seconds": seconds,
+        "tokens_per_second": result.usage["completion_tokens"] / seconds,
+        **_metrics(model, result),
+        "energy": None if result.energy is None else asdict(result.energy),
+        "emissions": None if row is None else {name: _plain(value) for name, value in row.items()},
+        "model": _facts(model),
+    }
+
+
+def _metrics(model: Model, result: Result) -> Record:
+    tokens = [sequence.token_ids for sequence in result.sequences]
+    logprobs = [logprob for ids in tokens for logprob in model.score(ids, prompt=result.prompt_ids).logprobs]
+    values = (
+        fmean(len(ids) for ids in tokens), fmean(logprobs), *(distinct(tokens, size) for size in (1, 2, 3)), repeated(tokens)
+    )  # fmt: skip
+    return dict(zip(METRICS, values, strict=True))
+
+
+def _facts(model: Model) -> Record:
+    manifest, session = model.bundle.manifest, model.session
+    return {
+        "source": manifest.source,
+        "dtype": manifest.dtype,
+        "graph": manifest.graph,
+        "device": session.device,
+        "threads": session.threads,
+    }
+
+
+def _to_csv(rows: Sequence[Record]) -> str | None:
+    """Rows under the columns of all of them: another version of codecarbon may have others."""
+    columns = list(dict.fromkeys(name for row in rows for name in row))
+    return to_csv([columns, *([row.get(name) for name in columns] for row in rows)]) if rows else None
+
+
+def _plain(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value
+
+
+def _done(path: Path, sweep: Sweep) -> tuple[list[Record], int]:
+    """The runs that are done, and where the last whole line ends."""
+    if not path.exists():
+        return [], 0
+    records: list[Record] = []
+    end = 0
+    runs = sweep.runs()
+    with path.open("rb") as file:
+        for line in file:
+            if not line.endswith(b"\n"):
+                break
+            expected = next(runs, None)
+            record = _parse(line)
+            if expected is None or record is None or record.get("key") != sweep.key(*expected):
+                raise OutputError(
+                    f"{path} holds results of another sweep (grid, prompts, model or threads): choose another --out"
+                )
+            records.append(record)
+            end += len(line)
+    return records, end
+
+
+def _parse(line: bytes) -> Record | None:
+    try:
+        record = json.loads(line)
+    except ValueError:
+        return None
+    return record if isinstance(record, dict) else None

@@ -1,0 +1,121 @@
+"""Any supported checkpoint, as named arrays that are read one at a time.
+
+Weights are named as in transformers' GPT2LMHeadModel, without its `transformer.` prefix: `wte.weight`,
+`h.0.attn.c_attn.weight`, `ln_f.bias`, `lm_head.weight`. Knows nothing of graphs.
+"""
+
+import hashlib
+import logging
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from gpt2onnx.errors import CheckpointError, MissingExtraError
+
+from ...models.bundle import CONFIG, sha256_of
+from ...models.config import GPT2Config, read_json
+from ...models.shapes import weight_shapes
+
+try:
+    from .formats import open_weights
+    from .hub import find
+    from .layouts import Weight, arrange
+except ImportError as error:
+    raise MissingExtraError("Exporting a checkpoint", error.name or "safetensors", "export") from error
+
+# What a checkpoint may hold besides: causal masks, which GPT-2 once kept as buffers.
+_BUFFER = re.compile(r"^h\.\d+\.attn\.(?:masked_)?bias$")
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A GPT-2 checkpoint.
+
+    Attributes:
+        name: the source as the user named it.
+        folder: where its files are: configuration, tokenizer, weights.
+        config: its architecture.
+        raw_config: its config.json as it stands, or one made up from what the weights show; where the weights
+            contradict its tie_word_embeddings, they are believed.
+        tied: whether the output head is the token embedding.
+    """
+
+    name: str
+    folder: Path
+    config: GPT2Config
+    raw_config: Mapping[str, Any]
+    tied: bool
+    _weights: Mapping[str, Weight]
+
+    @classmethod
+    def open(cls, source: str, revision: str | None = None) -> "Checkpoint":
+        """Finds a source and reads its configuration and tensor names, but no weights yet.
+
+        Args:
+            source: the embedded name `tales`, a checkpoint folder, one checkpoint file, or a Hugging Face id.
+            revision: branch, tag or commit of a Hugging Face id.
+
+        Raises:
+            CheckpointError: it can't be found or read, or isn't a GPT-2 that can be exported.
+            MissingExtraError: a Hugging Face id was given, and huggingface_hub isn't installed.
+        """
+        path = find(source, revision)
+        folder = path.parent if path.is_file() else path
+        given = read_json(folder / CONFIG) if (folder / CONFIG).is_file() else None
+        if given is not None and "model_type" in given:
+            GPT2Config.from_dict(given)  # another architecture is a plainer reason to stop than its weights' names
+        saved = open_weights(path)
+        raw_config, weights = arrange(saved.arrays, saved.settings, given, saved.path)
+        config = GPT2Config.from_dict(raw_config)
+        tied = _is_tied(config, weights, saved.path)
+        if tied != config.tie_word_embeddings:
+            raw_config, config = raw_config | {"tie_word_embeddings": tied}, replace(config, tie_word_embeddings=tied)
+        shapes = weight_shapes(config, tied=tied)
+        for name, expected in shapes.items():
+            if name not in weights:
+                raise CheckpointError(f"{saved.path}: the weights lack tensor {name} (shape {list(expected)})")
+            weights[name].check(expected)
+        unused = [name for name in weights.keys() - shapes.keys() - {"lm_head.weight"} if not _BUFFER.match(name)]
+        if unused:
+            some = ", ".join(sorted(unused)[:3]) + (" …" if len(unused) > 3 else "")
+            _log.warning("%s: %d tensors are no part of a GPT-2 and are left out: %s", source, len(unused), some)
+        return cls(source, folder, config, raw_config, tied, weights)
+
+    def tensor(self, name: str) -> npt.NDArray[np.float32]:
+        """One weight in float32, in the checkpoint's shape; matrices are [in, out].
+
+        Raises:
+            CheckpointError: the file is damaged, or a number isn't finite.
+        """
+        array = self._weights[name].read()
+        if not np.isfinite(array).all():
+            raise CheckpointError(
+                f"{self.name}: tensor {name} holds numbers that are infinite or none at all (NaN): its training failed"
+            )
+        return array
+
+    def sha256(self) -> str:
+        """One hash over the weight files, in the order of their names."""
+        digest = hashlib.sha256()
+        for path in sorted({part.path for weight in self._weights.values() for part in weight.parts}):
+            digest.update(bytes.fromhex(sha256_of(path)))
+        return digest.hexdigest()
+
+
+def _is_tied(config: GPT2Config, weights: Mapping[str, Weight], path: Path) -> bool:
+    """Whether the head is the token embedding: as transformers 5 decides it, a head that differs is kept."""
+    head = weights.get("lm_head.weight")
+    if head is not None:
+        return head.equals(weights["wte.weight"])
+    if not config.tie_word_embeddings:
+        raise CheckpointError(
+            f"{path}: the weights lack tensor lm_head.weight, and config.json says tie_word_embeddings false"
+        )
+    return True

@@ -1,0 +1,139 @@
+"""From what a user names to files on this machine: embedded, a folder, a file, or on the Hugging Face hub."""
+
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+from gpt2onnx.errors import CheckpointError, MissingExtraError
+
+from ...models import tales
+from ...models.bundle import CONFIG
+from ...models.messages import one_line
+from .formats import SUFFIXES
+
+# What to fetch: the small files, then the weights in one format.
+_SMALL = ["*.json", "merges.txt", "vocab.txt", "*.model"]
+_SAFETENSORS = ["model.safetensors", "model-*.safetensors"]
+_PICKLES = ["pytorch_model.bin", "pytorch_model-*.bin"]
+
+
+def find(source: str, revision: str | None) -> Path:
+    """The folder or file of a source; one on the hub is fetched into the hub's own cache first.
+
+    Args:
+        source: the embedded name `tales`, a checkpoint folder or file, or a Hugging Face id.
+        revision: branch, tag or commit of a Hugging Face id.
+
+    Raises:
+        CheckpointError: it can't be found or fetched.
+        MissingExtraError: a Hugging Face id was given, and huggingface_hub isn't installed.
+    """
+    if source == "tales":
+        return tales.FOLDER
+    path = Path(source)
+    # Unlike pathlib, os.path takes a name too long, or a folder that may not be searched, for one that isn't there.
+    if os.path.isdir(path):  # noqa: PTH112
+        return path
+    if os.path.isfile(path):  # noqa: PTH113
+        if path.suffix not in SUFFIXES:
+            raise CheckpointError(f"{source} is not a checkpoint folder, nor a {', '.join(SUFFIXES)} file")
+        return path
+    if not _may_be_an_id(source):
+        raise CheckpointError(f"no checkpoint folder or file at {source!r}")
+    return _download(source, revision)
+
+
+def find_config(source: str) -> Path | None:
+    """The config.json of a source, fetched without the weights; None where it has none of its own.
+
+    Raises:
+        CheckpointError, MissingExtraError: as for `find`.
+    """
+    if source != "tales" and not os.path.exists(source) and _may_be_an_id(source):  # noqa: PTH110
+        folder = _fetch(source, None, [CONFIG])
+    else:
+        folder = find(source, None)
+    path = (folder.parent if folder.is_file() else folder) / CONFIG
+    return path if path.is_file() else None
+
+
+def _may_be_an_id(source: str) -> bool:
+    """A hub id is `name` or `owner/name`; anything else can only have been meant as a path."""
+    path = Path(source)
+    return not (path.is_absolute() or source.startswith((".", "~")) or source.count("/") > 1 or not source)
+
+
+def _download(repository: str, revision: str | None) -> Path:
+    folder = _fetch(repository, revision, _SMALL + _SAFETENSORS)
+    if not (folder / CONFIG).is_file():
+        raise CheckpointError(f"the repository {repository!r} has no {CONFIG}: it holds no GPT-2 of the hub's form")
+    if not _has_weights(folder, _SAFETENSORS):
+        # The folder's name is the commit, so both halves are of one state.
+        folder = _fetch(repository, folder.name, _SMALL + _PICKLES)
+    if not _has_weights(folder, _SAFETENSORS + _PICKLES):
+        raise CheckpointError(
+            f"the repository {repository!r} has no weights of a known format, at least not in its root"
+        )
+    return folder
+
+
+def _has_weights(folder: Path, patterns: list[str]) -> bool:
+    return any(path.is_file() for pattern in patterns for path in folder.glob(pattern))
+
+
+def _fetch(repository: str, revision: str | None, patterns: list[str]) -> Path:
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    try:
+        from huggingface_hub import snapshot_download
+        from huggingface_hub.errors import (
+            GatedRepoError,
+            HfHubHTTPError,
+            HFValidationError,
+            LocalEntryNotFoundError,
+            RepositoryNotFoundError,
+            RevisionNotFoundError,
+        )
+        from huggingface_hub.utils.tqdm import tqdm
+    except ImportError as error:
+        raise MissingExtraError(
+            f"Fetching {repository!r} from the Hugging Face hub", "huggingface_hub", "export"
+        ) from error
+
+    class Bar(tqdm):  # type: ignore[type-arg, misc, unused-ignore]
+        """The hub's progress bar, on a terminal only."""
+
+        def __init__(self, *arguments: Any, **settings: Any) -> None:
+            quiet = {} if sys.stderr.isatty() else {"disable": True}
+            super().__init__(*arguments, **settings | quiet)  # type: ignore[no-untyped-call, unused-ignore]
+
+    hint = f"no checkpoint {repository!r}: not a local folder or file, not an embedded model"
+    try:
+        return Path(
+            snapshot_download(
+                repository, revision=revision, allow_patterns=patterns, ignore_patterns=["*/*"], tqdm_class=Bar
+            )
+        )
+    except HFValidationError as error:
+        raise CheckpointError(f"{hint}, and not a valid Hugging Face id") from error
+    except GatedRepoError as error:
+        raise CheckpointError(
+            f"{repository!r} is gated: ask for access on its page, then log in with hf auth login"
+        ) from error
+    except RepositoryNotFoundError as error:
+        raise CheckpointError(
+            f"{hint}, and the Hugging Face hub knows none, or only a private one (then: hf auth login)"
+        ) from error
+    except RevisionNotFoundError as error:
+        raise CheckpointError(f"{repository!r} has no revision {revision!r} on the Hugging Face hub") from error
+    except LocalEntryNotFoundError as error:
+        raise CheckpointError(
+            f"{hint}, and the Hugging Face hub can't be reached, nor is all of it in the hub's cache"
+        ) from error
+    except HfHubHTTPError as error:
+        status = error.response.status_code if error.response is not None else "no answer"
+        raise CheckpointError(f"the Hugging Face hub answered {status} for {repository!r}: try again later") from error
+    except Exception as error:  # which library speaks HTTP, and so what it raises, changes with the hub's version
+        raise CheckpointError(
+            f"fetching {repository!r} from the Hugging Face hub broke off: {one_line(error)}; try again"
+        ) from error

@@ -1,0 +1,1 @@
+"""Named arrays to ONNX. Knows neither checkpoints nor calibration."""

@@ -1,0 +1,78 @@
+"""The portable graph: optimum's own export, in standard ONNX operators, in the layout of our bundles.
+
+It runs on execution providers that lack ONNX Runtime's fused operators, and nobody here wrote it: so
+the fused graph is compared with it. PyTorch traces the network for it, which needs the whole model in memory.
+"""
+
+import contextlib
+import io
+import logging
+import tempfile
+import warnings
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import onnx
+
+from gpt2onnx.errors import BackendError, MissingExtraError
+
+from ...models import bundle
+from ...models.messages import one_line
+from ...models.shapes import weight_shapes
+from ..checkpoint.checkpoint import Checkpoint
+
+if TYPE_CHECKING:
+    from transformers import GPT2LMHeadModel  # noqa: TID251
+
+_TASK = "text-generation-with-past"
+
+
+def write_portable_graph(checkpoint: Checkpoint, folder: Path) -> None:
+    """Writes the graph and its external data into a bundle's folder.
+
+    Raises:
+        MissingExtraError: the packages of the extra `optimum` aren't installed.
+        BackendError: optimum can't export the network.
+    """
+    try:
+        from optimum.exporters.onnx import onnx_export_from_model  # pyright: ignore[reportMissingImports]
+    except ImportError as error:
+        raise MissingExtraError("The portable graph", error.name or "optimum-onnx", "optimum") from error
+    model = _in_pytorch(checkpoint)
+    with tempfile.TemporaryDirectory(dir=folder) as temporary:
+        # optimum and PyTorch's tracer report progress and doubts of their own.
+        with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            logging.getLogger("optimum").setLevel(logging.ERROR)
+            try:
+                onnx_export_from_model(model, temporary, task=_TASK, do_validation=False)
+            except OSError:
+                raise
+            except Exception as error:
+                raise BackendError(f"optimum can't export {checkpoint.name}: {one_line(error)}") from error
+        del model
+        graph = onnx.load(Path(temporary) / "model.onnx")
+        onnx.save_model(
+            graph,
+            folder / bundle.GRAPH,
+            save_as_external_data=True,
+            location=Path(bundle.WEIGHTS).name,
+            size_threshold=1024,
+        )
+
+
+def _in_pytorch(checkpoint: Checkpoint) -> "GPT2LMHeadModel":
+    import torch  # noqa: TID251
+    from transformers import GPT2Config, GPT2LMHeadModel  # noqa: TID251
+
+    config = GPT2Config.from_dict({**checkpoint.raw_config, "tie_word_embeddings": checkpoint.tied})
+    # The other attentions of transformers 4 leave out scale_attn_by_inverse_layer_idx and scale_attn_weights.
+    config._attn_implementation = "eager"
+    model = GPT2LMHeadModel(config).eval()
+    names = weight_shapes(checkpoint.config, tied=checkpoint.tied)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            stored = name.removeprefix("transformer.")
+            assert stored in names, f"transformers has a parameter {name} that the checkpoint's shapes lack"
+            parameter.copy_(torch.from_numpy(checkpoint.tensor(stored)))
+    return model

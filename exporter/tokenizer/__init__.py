@@ -1,0 +1,1 @@
+"""Any GPT-2 tokenizer, as a tokenizer.json."""

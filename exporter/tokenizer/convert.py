@@ -1,0 +1,342 @@
+"""Brings a checkpoint's tokenizer into the bundle as tokenizer.json, whatever form it has.
+
+What the files mean is taken from transformers 5's GPT2Tokenizer, BertTokenizer and TokenizersBackend.
+"""
+
+import json
+import logging
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
+
+from gpt2onnx.errors import CheckpointError, MissingExtraError
+
+from ...models.bundle import TOKENIZER
+from ...models.config import read_json
+from ...models.messages import one_line, shown
+from .known import CHARACTERS, END_OF_TEXT, GPT2_VOCABULARIES, characters, gpt2
+
+_SETTINGS = "tokenizer_config.json"
+_COMPANIONS = (_SETTINGS, "special_tokens_map.json", "added_tokens.json")
+_BYTE_LEVEL_FILES = (("vocab.json", "merges.txt"), ("encoder.json", "vocab.bpe"))
+_WORD_PIECE_FILE = "vocab.txt"
+_MOST_JSON = 64 * 2**20  # bytes of a tokenizer.json; those of the largest vocabularies have 35 million
+_log = logging.getLogger(__name__)
+
+# The special tokens that a tokenizer has unless its files say otherwise, in transformers' order.
+_NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+_DEFAULT_TOKENS: Mapping[str, Mapping[str, Any]] = {
+    "GPT2Tokenizer": dict.fromkeys(("bos_token", "eos_token", "unk_token"), END_OF_TEXT),
+    "BertTokenizer": {
+        "unk_token": "[UNK]",
+        "sep_token": "[SEP]",
+        "pad_token": "[PAD]",
+        "cls_token": "[CLS]",
+        "mask_token": "[MASK]",
+    },
+}
+
+
+def write_tokenizer(checkpoint: Path, config: Mapping[str, Any], target: Path) -> None:
+    """Writes tokenizer.json and its companions into the folder `target`.
+
+    Args:
+        checkpoint: folder with tokenizer.json; with vocab.json and merges.txt; with BERT's vocab.txt; with a
+            sentencepiece model; with nanoGPT's meta.pkl; or with none of them, for GPT-2's own vocabulary.
+        config: the checkpoint's config.json; its vocab_size has to be there.
+        target: an existing folder.
+
+    Raises:
+        CheckpointError: there is no tokenizer, it can't be read, or it has more tokens than the network.
+        MissingExtraError: it is a sentencepiece model, which only transformers can convert.
+    """
+    files = _TokenizerFiles.read(checkpoint, config)
+    sentencepiece = sorted(checkpoint.glob("*.model"))
+    if (checkpoint / TOKENIZER).is_file():
+        tokenizer = files.from_tokenizer_json(target)
+    elif files.class_name == "BertTokenizer" and (checkpoint / _WORD_PIECE_FILE).is_file():
+        tokenizer = files.from_word_pieces()
+    elif pair := next(
+        (pair for pair in _BYTE_LEVEL_FILES if all((checkpoint / name).is_file() for name in pair)), None
+    ):
+        tokenizer = files.from_byte_level_bpe(*pair)
+    elif (checkpoint / _WORD_PIECE_FILE).is_file():
+        tokenizer = files.from_word_pieces()
+    elif sentencepiece:
+        tokenizer = _convert_sentencepiece(checkpoint, target)
+    elif (checkpoint / CHARACTERS).is_file():
+        tokenizer, files = characters(checkpoint / CHARACTERS), replace(files, class_name="PreTrainedTokenizerFast")
+    elif config["vocab_size"] in GPT2_VOCABULARIES:
+        tokenizer = files.from_nothing()
+        _log.warning("%s has no tokenizer: GPT-2's own is taken, to which its vocabulary fits", checkpoint)
+    else:
+        raise CheckpointError(
+            f"{checkpoint} has no tokenizer, and a vocabulary of {config['vocab_size']} isn't GPT-2's:"
+            f" put {TOKENIZER} there, vocab.json with merges.txt, vocab.txt, or nanoGPT's {CHARACTERS}"
+        )
+    largest = max(tokenizer.get_vocab(with_added_tokens=False).values(), default=-1)
+    if largest >= config["vocab_size"]:
+        raise CheckpointError(
+            f"{checkpoint}: the tokenizer has ids up to {largest}, config.json a vocab_size of {config['vocab_size']}"
+        )
+    if any(index >= config["vocab_size"] for index in tokenizer.get_added_tokens_decoder()):
+        (target / TOKENIZER).unlink(missing_ok=True)
+        tokenizer = _without_added_tokens_from(config["vocab_size"], tokenizer, checkpoint)
+    if not (target / TOKENIZER).exists():
+        # Not by its own `save`, whose failures aren't OSErrors.
+        (target / TOKENIZER).write_text(_compact(json.loads(tokenizer.to_str())), encoding="utf-8")
+    for name in _COMPANIONS:
+        if (checkpoint / name).is_file() and not (target / name).exists():
+            shutil.copyfile(checkpoint / name, target / name)
+    if not (target / _SETTINGS).exists():
+        minimal = {"tokenizer_class": files.class_name, **_DEFAULT_TOKENS.get(files.class_name, {})}
+        (target / _SETTINGS).write_text(json.dumps(minimal, indent=2) + "\n", encoding="utf-8", newline="\n")
+
+
+def _compact(content: dict[str, Any]) -> str:
+    """The text of a tokenizer.json: without layout, and with merges in the shorter of their two forms."""
+    model = content.get("model") or {}
+    merges = model.get("merges")
+    if isinstance(merges, list) and all(isinstance(pair, list) and " " not in "".join(pair) for pair in merges):
+        content = content | {"model": model | {"merges": [" ".join(pair) for pair in merges]}}
+    return json.dumps(content, ensure_ascii=False, separators=(",", ":"))
+
+
+def _without_added_tokens_from(end: int, tokenizer: Tokenizer, checkpoint: Path) -> Tokenizer:
+    """Without added tokens that the network has no row for, such as a padding token that was never trained."""
+    content = json.loads(tokenizer.to_str())
+    dropped = [token["content"] for token in content["added_tokens"] if token["id"] >= end]
+    content["added_tokens"] = [token for token in content["added_tokens"] if token["id"] < end]
+    tokenizer = Tokenizer.from_str(json.dumps(content))
+    if any(index >= end for index in tokenizer.encode("").ids):
+        raise CheckpointError(f"{checkpoint}: the tokenizer begins texts with a token that the network has no row for")
+    _log.warning("%s: left out added tokens that the network has no rows for: %s", checkpoint, ", ".join(dropped)[:200])
+    return tokenizer
+
+
+def _byte_level_bpe(vocab: Path, merges: Path, *, add_prefix_space: bool) -> Tokenizer:
+    """GPT-2's tokenizer from its original two files, without special tokens.
+
+    Args:
+        vocab: JSON object from token to id (vocab.json, or OpenAI's encoder.json).
+        merges: one merge a line (merges.txt, or OpenAI's vocab.bpe).
+        add_prefix_space: encode a text's first word as if it stood after a space.
+
+    Raises:
+        CheckpointError: a file can't be read or doesn't hold such a vocabulary.
+    """
+    ids = read_json(vocab)
+    try:
+        lines = merges.read_text(encoding="utf-8").split("\n")
+        merged = (line.split(" ") for line in lines if line and not line.startswith("#version"))
+        pairs = [(left, right) for left, right in merged]
+        tokenizer = Tokenizer(models.BPE(vocab=ids, merges=pairs))
+    except Exception as error:  # tokenizers raises no narrower type
+        raise CheckpointError(f"{vocab} and {merges.name} don't make a tokenizer: {error}") from error
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=add_prefix_space)
+    tokenizer.decoder = decoders.ByteLevel()
+    return tokenizer
+
+
+@dataclass(frozen=True)
+class _TokenizerFiles:
+    """The small files that say how a tokenizer differs from its class.
+
+    Attributes:
+        class_name: of transformers, without an ending Fast.
+        settings: tokenizer_config.json.
+        special: the special tokens by their role, as text or with their properties; None where there is none.
+        extra: special tokens without a role.
+        added: further tokens in the order of their ids.
+    """
+
+    folder: Path
+    class_name: str
+    settings: Mapping[str, Any]
+    special: Mapping[str, Any]
+    extra: tuple[Any, ...]
+    added: tuple[AddedToken, ...]
+
+    @classmethod
+    def read(cls, folder: Path, config: Mapping[str, Any]) -> "_TokenizerFiles":
+        settings = _read_if_there(folder / _SETTINGS)
+        class_name = settings.get("tokenizer_class") or config.get("tokenizer_class")
+        if not isinstance(class_name, str):
+            bert = (folder / _WORD_PIECE_FILE).is_file() and not (folder / "vocab.json").is_file()
+            class_name = "BertTokenizer" if bert else "GPT2Tokenizer"
+        class_name = class_name.removesuffix("Fast")
+        special = dict(_DEFAULT_TOKENS.get(class_name, {}))
+        special |= {name: settings[name] for name in settings if name.endswith("_token") and _is_token(settings[name])}
+        special |= {name: None for name in _NAMED_TOKENS if settings.get(name, "") is None}
+        extra = _listed(settings.get("extra_special_tokens")) or _listed(settings.get("additional_special_tokens"))
+        by_id = settings.get("added_tokens_decoder")
+        if by_id is None:
+            # Only where tokenizer_config.json doesn't list the added tokens do the older files count.
+            older = _read_if_there(folder / "special_tokens_map.json")
+            special |= {name: token for name, token in older.items() if name.endswith("_token") and _is_token(token)}
+            roles = {_text(token) for token in [*special.values(), *extra] if token is not None}
+            by_id = [
+                (index, {"content": token, "special": token in roles, "normalized": token not in roles})
+                for token, index in _read_if_there(folder / "added_tokens.json").items()
+            ]
+            extra = extra or _listed(older.get("additional_special_tokens"))
+        try:
+            pairs = by_id.items() if isinstance(by_id, dict) else by_id
+            in_order = sorted(((int(index), token) for index, token in pairs), key=lambda pair: pair[0])
+            added = tuple(_added_token(token, special=False) for _, token in in_order)
+        except (AttributeError, KeyError, OverflowError, TypeError, ValueError) as error:
+            raise CheckpointError(f"{folder}: the added tokens can't be read: {error!r}") from error
+        return cls(folder, class_name, settings, special, extra, added)
+
+    def from_tokenizer_json(self, target: Path) -> Tokenizer:
+        """Takes tokenizer.json as it is, but for its layout, unless its settings say otherwise."""
+        path = self.folder / TOKENIZER
+        content = read_json(path, _MOST_JSON)
+        try:
+            as_it_is = Tokenizer.from_str(json.dumps(content))
+            tokenizer = Tokenizer.from_str(json.dumps(self._with_settings(content)))
+        except Exception as error:  # tokenizers raises no narrower type
+            raise CheckpointError(f"{path} can't be read: {error}") from error
+        self._add_tokens(tokenizer)
+        if tokenizer.to_str() == as_it_is.to_str():
+            (target / TOKENIZER).write_text(_compact(content), encoding="utf-8")
+        return tokenizer
+
+    def from_byte_level_bpe(self, vocab: str, merges: str) -> Tokenizer:
+        prefix_space = bool(self.settings.get("add_prefix_space", False))
+        tokenizer = _byte_level_bpe(self.folder / vocab, self.folder / merges, add_prefix_space=prefix_space)
+        self._add_tokens(tokenizer)
+        before, after = (
+            self.special.get(name) if self.settings.get(f"add_{name}") else None for name in ("bos_token", "eos_token")
+        )
+        if before or after:
+            tokenizer.post_processor = self._template(tokenizer, before, after)
+        return tokenizer
+
+    def from_nothing(self) -> Tokenizer:
+        """GPT-2's own."""
+        tokenizer = gpt2()
+        self._add_tokens(tokenizer)
+        return tokenizer
+
+    def from_word_pieces(self) -> Tokenizer:
+        """BERT's tokenizer, as Chinese GPT-2 models have it."""
+        path = self.folder / _WORD_PIECE_FILE
+        try:
+            pieces = models.WordPiece.read_file(str(path))
+            tokenizer = Tokenizer(models.WordPiece(pieces, unk_token=_text(self.special["unk_token"])))
+        except Exception as error:  # tokenizers raises no narrower type
+            raise CheckpointError(f"{path} doesn't make a tokenizer: {error}") from error
+        tokenizer.normalizer = normalizers.BertNormalizer(
+            clean_text=True,
+            handle_chinese_chars=self.settings.get("tokenize_chinese_chars", True),
+            strip_accents=self.settings.get("strip_accents"),
+            lowercase=self.settings.get("do_lower_case", True),
+        )
+        tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+        tokenizer.decoder = decoders.WordPiece(prefix="##")
+        self._add_tokens(tokenizer)
+        tokenizer.post_processor = self._template(tokenizer, self.special["cls_token"], self.special["sep_token"])
+        return tokenizer
+
+    def _template(self, tokenizer: Tokenizer, before: Any, after: Any) -> processors.TemplateProcessing:
+        """Puts special tokens around every text."""
+        first, last = [_text(before)] if before else [], [_text(after)] if after else []
+        return processors.TemplateProcessing(
+            single=[*first, "$A", *last],
+            special_tokens=[(token, tokenizer.token_to_id(token)) for token in dict.fromkeys(first + last)],
+        )
+
+    def _with_settings(self, content: dict[str, Any]) -> dict[str, Any]:
+        """A tokenizer.json with what tokenizer_config.json says of prefix spaces and of case."""
+        splitter, normalizer = content.get("pre_tokenizer") or {}, content.get("normalizer") or {}
+        if self.class_name == "GPT2Tokenizer" and splitter.get("type") == "ByteLevel":
+            prefix_space = self.settings.get("add_prefix_space", splitter.get("add_prefix_space"))
+            return content | {"pre_tokenizer": splitter | {"add_prefix_space": prefix_space}}
+        if self.class_name == "BertTokenizer" and normalizer.get("type") == "BertNormalizer":
+            names = {
+                "do_lower_case": "lowercase",
+                "strip_accents": "strip_accents",
+                "tokenize_chinese_chars": "handle_chinese_chars",
+            }
+            said = {names[name]: value for name, value in self.settings.items() if name in names}
+            return content | {"normalizer": normalizer | said}
+        return content
+
+    def _add_tokens(self, tokenizer: Tokenizer) -> None:
+        """Adds what the settings list and the tokenizer lacks; the ids follow from the order."""
+        order = {name: place for place, name in enumerate(_NAMED_TOKENS)}
+        by_role = sorted(self.special.items(), key=lambda item: order.get(item[0], len(order)))
+        named = [token for _, token in by_role if token is not None]
+        tokens = list(self.added)
+        known = {token.content for token in [*tokens, *tokenizer.get_added_tokens_decoder().values()]}
+        for token in [*named, *self.extra]:
+            if _text(token) not in known:
+                known.add(_text(token))
+                try:
+                    tokens.append(_added_token(token, special=True))
+                except TypeError as error:
+                    raise CheckpointError(
+                        f"{self.folder}: special token {shown(token)} can't be read: {error}"
+                    ) from error
+        roles = {_text(token) for token in named}
+        for token in tokens:
+            token.special = token.special or token.content in roles
+        tokenizer.add_tokens(tokens)
+
+
+def _is_token(value: Any) -> bool:
+    return isinstance(value, str) or (isinstance(value, dict) and isinstance(value.get("content"), str))
+
+
+def _listed(tokens: Any) -> tuple[Any, ...]:
+    """Tokens that a file lists, or names one by one."""
+    values = tokens.values() if isinstance(tokens, dict) else tokens if isinstance(tokens, list) else ()
+    return tuple(token for token in values if _is_token(token))
+
+
+def _text(token: Any) -> str:
+    return str(token["content"]) if isinstance(token, dict) else str(token)
+
+
+def _added_token(token: Any, *, special: bool) -> AddedToken:
+    """A token with the properties that a file gives it."""
+    if isinstance(token, str):
+        return AddedToken(token, special=special)
+    names = ("single_word", "lstrip", "rstrip", "normalized", "special")
+    properties = {"special": special} | {name: token[name] for name in names if name in token}
+    return AddedToken(token["content"], **properties)
+
+
+def _read_if_there(path: Path) -> dict[str, Any]:
+    return read_json(path) if path.is_file() else {}
+
+
+def _is_installed(package: str) -> bool:
+    try:
+        return find_spec(package) is not None
+    except ValueError:  # where something has put no module in its place
+        return False
+
+
+def _convert_sentencepiece(checkpoint: Path, target: Path) -> Tokenizer:
+    """Lets transformers convert a sentencepiece model; what it writes is what it would use itself."""
+    purpose = f"Converting the sentencepiece tokenizer of {checkpoint}"
+    for package in ("transformers", "sentencepiece"):
+        if not _is_installed(package):
+            raise MissingExtraError(purpose, package, "optimum")
+    from transformers import AutoTokenizer  # noqa: TID251  # the one place that converts with it
+
+    try:
+        AutoTokenizer.from_pretrained(str(checkpoint), local_files_only=True).save_pretrained(str(target))
+        return Tokenizer.from_file(str(target / TOKENIZER))
+    except Exception as error:  # transformers raises whatever its many converters raise
+        reason = one_line(error)[:300]
+        raise CheckpointError(
+            f"{checkpoint}: transformers can't convert the sentencepiece tokenizer: {reason}"
+        ) from error

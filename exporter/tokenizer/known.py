@@ -1,0 +1,51 @@
+"""Tokenizers of checkpoints that come without any: GPT-2's own, and the characters of a nanoGPT data set.
+
+gpt2_merges.txt.gz is the list of merges that OpenAI published with GPT-2 (https://github.com/openai/gpt-2,
+under the licence beside the file). The whole vocabulary follows from it.
+"""
+
+import gzip
+from pathlib import Path
+
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+from gpt2onnx.errors import CheckpointError
+
+from ..checkpoint.torch_file import read_plain_pickle
+
+END_OF_TEXT = "<|endoftext|>"
+# GPT-2's vocabulary, and the multiple of 64 that nanoGPT and others round it up to.
+GPT2_VOCABULARIES = (50257, 50304)
+CHARACTERS = "meta.pkl"
+
+
+def gpt2() -> Tokenizer:
+    """GPT-2's tokenizer, without special tokens."""
+    merges = gzip.decompress(Path(__file__).with_name("gpt2_merges.txt.gz").read_bytes()).decode("utf-8")
+    pairs = [(left, right) for left, _, right in (line.partition(" ") for line in merges.rstrip("\n").split("\n"))]
+    # One letter stands for each byte: those that can be printed come first.
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokens = [*letters, *(left + right for left, right in pairs), END_OF_TEXT]
+    tokenizer = Tokenizer(models.BPE(vocab={token: index for index, token in enumerate(tokens)}, merges=pairs))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return tokenizer
+
+
+def characters(path: Path) -> Tokenizer:
+    """One token for each character, as nanoGPT's data/shakespeare_char/prepare.py numbers them in meta.pkl.
+
+    Raises:
+        CheckpointError: the file can't be read or holds no such table.
+    """
+    content = read_plain_pickle(path)
+    ids = content.get("stoi") if isinstance(content, dict) else None
+    if not isinstance(ids, dict) or not all(
+        isinstance(letter, str) and len(letter) == 1 and isinstance(index, int) and index >= 0
+        for letter, index in ids.items()
+    ):
+        raise CheckpointError(f"{path} has no table from characters to ids: it isn't nanoGPT's {CHARACTERS}")
+    # Without merges each character is a token; one that isn't in the table is left out.
+    tokenizer = Tokenizer(models.BPE(vocab=ids, merges=[]))
+    tokenizer.decoder = decoders.Fuse()
+    return tokenizer

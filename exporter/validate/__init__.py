@@ -1,0 +1,1 @@
+"""Comparison with PyTorch (parity) and with fp32 (quality)."""

@@ -1,0 +1,137 @@
+"""What a precision costs: a bundle's predictions against those of the same weights in fp32.
+
+Two figures, both over positions of a text: perplexity, and the mean Kullback-Leibler divergence
+KL(fp32 || bundle) in nats per token, 0 for equal predictions. On a text of one's own both say how
+the bundle will do there. With none at hand the fp32 model writes the text itself, sampled from its own
+unaltered distribution: the mean divergence is then that over what the model really says, and it
+equals, in expectation, the logarithm of the rise in perplexity.
+"""
+
+import itertools
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from gpt2onnx.errors import OptionError
+
+from ...models.bundle import TOKENIZER, Bundle
+from ...runtime.engine.kv_cache import Cache
+from ...runtime.engine.runner import Session
+from ...runtime.tokenizer import Tokenizer
+from ..quantize.calibrate import sample
+
+# A window's logits are held twice: 128 positions of a vocabulary of 50,257 are 26 MB each.
+_WINDOW = 128
+_TEXTS = 4
+
+
+@dataclass(frozen=True)
+class Quality:
+    """A bundle's predictions against those of fp32.
+
+    Attributes:
+        text: what they were compared on: "own samples", or the caller's name for it.
+        tokens: predicted, whose means the other figures are.
+        reference_perplexity: of fp32.
+        perplexity: of the bundle.
+        kl: mean KL(fp32 || bundle), nats per token.
+    """
+
+    text: str
+    tokens: int
+    reference_perplexity: float
+    perplexity: float
+    kl: float
+
+
+def on_text(bundle: Bundle, reference: Bundle, text: str, *, name: str = "text", threads: int | None = None) -> Quality:
+    """Compares a bundle with the same checkpoint's fp32 bundle on a text.
+
+    The text is cut into windows as long as the context; the first token of each is not predicted.
+
+    Raises:
+        OptionError: the text has fewer than two tokens.
+        BundleError, BackendError: a bundle can't be used.
+    """
+    tokens = Tokenizer(bundle.folder / TOKENIZER).encode(text)
+    if len(tokens) < 2:
+        raise OptionError("quality is measured on a text of at least two tokens")
+    ours, theirs = _sessions(bundle, reference, threads)
+    return _summary(name, _windows(ours, theirs, tokens))
+
+
+def on_own_samples(
+    bundle: Bundle, reference: Bundle, *, tokens: int = 256, seed: int = 1, threads: int | None = None
+) -> Quality:
+    """Compares a bundle with the same checkpoint's fp32 bundle on texts that the latter samples.
+
+    Raises:
+        BackendError: ONNX Runtime can't load or run a graph.
+    """
+    ours, theirs = _sessions(bundle, reference, threads)
+    texts = sample(theirs, _TEXTS, min(theirs.config.n_positions, -(-tokens // _TEXTS) + 1), seed)
+    return _summary("own samples", itertools.chain.from_iterable(_windows(ours, theirs, text) for text in texts))
+
+
+def _sessions(bundle: Bundle, reference: Bundle, threads: int | None) -> tuple[Session, Session]:
+    """Where a bundle has a second graph, that is the one that rounds more, and it's prompts and batches that are compared."""
+    ours = Session(bundle, threads=threads)
+    ours.open_wide()
+    return ours, Session(reference, threads=threads)
+
+
+# For predicted positions: the losses of fp32 and of the bundle, and their divergence.
+_Figures = tuple[npt.NDArray[np.float64], npt.NDArray[np.float64], npt.NDArray[np.float64]]
+
+
+def _windows(ours: Session, theirs: Session, tokens: Sequence[int] | npt.NDArray[np.int64]) -> Iterator[_Figures]:
+    length = theirs.config.n_positions
+    for start in range(0, len(tokens) - 1, length):
+        window = np.array(tokens[start : start + length], np.int64)[None]
+        caches = ours.new_cache(1, window.shape[1]), theirs.new_cache(1, window.shape[1])
+        for first in range(0, window.shape[1] - 1, _WINDOW):
+            part = window[:, first : first + _WINDOW]
+            following = window[0, first + 1 : first + 1 + part.shape[1]]
+            yield _compare(ours, theirs, caches, part, following)
+
+
+def _compare(
+    ours: Session,
+    theirs: Session,
+    caches: tuple[Cache, Cache],
+    tokens: npt.NDArray[np.int64],
+    following: npt.NDArray[np.int64],
+) -> _Figures:
+    """Runs [1, count] tokens through both; of the last there may be no following one."""
+    count, row = tokens.shape[1], slice(0, 1)
+    candidate = _log_softmax(ours.forward(caches[0], row, tokens, keep=count)[0, : len(following)])
+    truth = _log_softmax(theirs.forward(caches[1], row, tokens, keep=count)[0, : len(following)])
+    return _figures(candidate, truth, following)
+
+
+def _figures(
+    candidate: npt.NDArray[np.float64], truth: npt.NDArray[np.float64], tokens: npt.NDArray[np.int64]
+) -> _Figures:
+    rows = np.arange(len(tokens))
+    divergence = np.einsum("rv,rv->r", np.exp(truth), truth - candidate)
+    return -truth[rows, tokens], -candidate[rows, tokens], divergence
+
+
+def _summary(name: str, parts: Iterator[_Figures]) -> Quality:
+    truth, candidate, divergence = (np.concatenate(each) for each in zip(*parts, strict=True))
+    return Quality(
+        text=name,
+        tokens=len(truth),
+        reference_perplexity=math.exp(truth.mean()),
+        perplexity=math.exp(candidate.mean()),
+        kl=float(divergence.mean()),
+    )
+
+
+def _log_softmax(logits: npt.NDArray[np.float32]) -> npt.NDArray[np.float64]:
+    shifted = logits.astype(np.float64) - logits.max(-1, keepdims=True)
+    result: npt.NDArray[np.float64] = shifted - np.log(np.exp(shifted).sum(-1, keepdims=True))
+    return result

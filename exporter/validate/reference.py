@@ -1,0 +1,194 @@
+"""The network in PyTorch, run by transformers: the judge of a bundle.
+
+Needs the packages torch and transformers, which are imported when a network is loaded.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from gpt2onnx.errors import CheckpointError, MissingExtraError
+
+from ...models.bundle import CONFIG
+from ...models.config import GPT2Config
+from ...models.shapes import weight_shapes
+from ...runtime.decoding.processors import Tokens
+from ...runtime.decoding.sampling import Candidates, Generator
+from ..checkpoint.checkpoint import Checkpoint
+from ..quantize.rounding import Rounding
+from .cases import Case
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from transformers import GPT2LMHeadModel
+
+Logits = npt.NDArray[np.float32]
+
+# Additions in another order change a sum of some thousand products by about this share of its size.
+_FLOAT32_NOISE = 1e-6
+
+
+class Reference:
+    """A checkpoint in PyTorch, float32; read by transformers itself where it is in transformers' own layout.
+
+    Attributes:
+        name: versions of transformers and torch, for the report.
+        version: of transformers.
+
+    Raises:
+        MissingExtraError: torch or transformers isn't installed.
+        CheckpointError: transformers can't load the checkpoint.
+    """
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        try:
+            import torch
+            import transformers
+        except ImportError as error:
+            raise MissingExtraError("Checking parity with PyTorch", error.name or "torch", "optimum") from error
+        transformers.utils.logging.set_verbosity_error()
+        transformers.utils.logging.disable_progress_bar()
+        self.version = transformers.__version__
+        self.name = f"transformers {self.version}, torch {torch.__version__}"
+        self._config, self._tied = checkpoint.config, checkpoint.tied
+        try:
+            self._model = _load(checkpoint)
+        except Exception as error:  # transformers raises whatever its parts raise
+            raise CheckpointError(f"transformers can't load {checkpoint.name} to compare with: {error}") from error
+        # The cases say what matters, whatever the checkpoint's own options are.
+        self._model.generation_config = transformers.GenerationConfig()
+
+    def logits(self, prompts: Sequence[Tokens]) -> list[Logits]:
+        """Logits [position, vocabulary] of each prompt."""
+        import torch
+
+        with torch.inference_mode():
+            return [self._model(torch.from_numpy(prompt[None])).logits[0].numpy() for prompt in prompts]
+
+    def take(self, tensor: Callable[[str], npt.NDArray[np.float32]], *, own_head: bool = False) -> None:
+        """Takes over other weights, by their checkpoint names.
+
+        Args:
+            tensor: gives them.
+            own_head: from now on the output head is a weight of its own, also where it was the token embedding.
+        """
+        if own_head and self._tied:
+            from torch.nn import Parameter
+
+            self._model.lm_head.weight = Parameter(self._model.lm_head.weight.detach().clone())
+            self._tied = False
+        _fill(self._model, self._config, tensor, tied=self._tied)
+
+    @contextmanager
+    def rounding(self, kinds: Callable[[str], Rounding | None], *, half: bool) -> Iterator[None]:
+        """Lets every linear layer round as the kernels of a lower precision do.
+
+        Args:
+            kinds: for a weight's name, how its inputs are rounded to 8 bits; None for not at all.
+            half: whether inputs and outputs are rounded to float16.
+        """
+        import torch
+        from transformers.pytorch_utils import Conv1D
+
+        generator = torch.Generator().manual_seed(0)
+
+        def rounded(name: str) -> Callable[[Any, tuple["Tensor"]], tuple["Tensor"]]:
+            kind = kinds(name)
+
+            def hook(_: Any, inputs: tuple["Tensor"]) -> tuple["Tensor"]:
+                (x,) = inputs
+                noise = _FLOAT32_NOISE * x.square().mean().sqrt() * torch.randn(x.shape, generator=generator)
+                if half:
+                    x = x.half().float()
+                if kind is not None:
+                    x = torch.from_numpy(kind.rounded(x.numpy()))
+                return (x + noise,)
+
+            return hook
+
+        def halved(_: Any, inputs: tuple["Tensor"], output: "Tensor") -> "Tensor":
+            return output.half().float()
+
+        handles = []
+        for name, module in self._model.named_modules():
+            if isinstance(module, Conv1D | torch.nn.Linear):
+                hook = rounded(name.removeprefix("transformer.") + ".weight")
+                handles.append(module.register_forward_pre_hook(hook))
+                if half:
+                    handles.append(module.register_forward_hook(halved))
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def tokens(self, case: Case) -> list[list[int]]:
+        """What `transformers.generate` adds to the prompt: of each returned sequence, up to its end token."""
+        import torch
+
+        options = dict(case.options)
+        seed = options.pop("seed", None)
+        ends = options.get("eos_token_id", [])
+        ends = [ends] if isinstance(ends, int) else list(ends)
+        prompt = torch.tensor([case.prompt_ids])
+        if seed is not None:
+            torch.manual_seed(seed)
+        # What follows an end token is padding; it goes through the network, so it has to be a token.
+        options |= {"attention_mask": torch.ones_like(prompt), "pad_token_id": ends[0] if ends else 0}
+        model: Any = self._model  # whose type says nothing of generate
+        with torch.inference_mode():
+            output = model.generate(prompt, **options)
+        sequences = []
+        for row in output[:, prompt.shape[1] :].tolist():
+            length = next((index + 1 for index, token in enumerate(row) if token in ends), len(row))
+            sequences.append(row[:length])
+        return sequences
+
+
+def _load(checkpoint: Checkpoint) -> "GPT2LMHeadModel":
+    import torch
+    from transformers import GPT2Config as Settings
+    from transformers import GPT2LMHeadModel
+
+    # transformers 4's other attention implementations leave out scale_attn_by_inverse_layer_idx.
+    attention: dict[str, Any] = {"attn_implementation": "eager"}
+    weights = [*checkpoint.folder.glob("model*.safetensors"), *checkpoint.folder.glob("pytorch_model*.bin")]
+    if (checkpoint.folder / CONFIG).is_file() and weights and not Path(checkpoint.name).is_file():
+        config = Settings.from_dict(dict(checkpoint.raw_config))
+        return GPT2LMHeadModel.from_pretrained(
+            checkpoint.folder, config=config, dtype=torch.float32, **attention
+        ).eval()
+    model = GPT2LMHeadModel(Settings(**dict(checkpoint.raw_config) | attention)).eval()
+    _fill(model, checkpoint.config, checkpoint.tensor, tied=checkpoint.tied)
+    return model
+
+
+def _fill(
+    model: "GPT2LMHeadModel", config: GPT2Config, tensor: Callable[[str], npt.NDArray[np.float32]], *, tied: bool
+) -> None:
+    import torch
+
+    parameters = dict(model.named_parameters())
+    with torch.no_grad():
+        for name in weight_shapes(config, tied=tied):
+            place = name if name.startswith("lm_head") else f"transformer.{name}"
+            parameters[place].copy_(torch.from_numpy(np.require(tensor(name), requirements=["C", "W"])))
+
+
+def same_random_numbers() -> bool:
+    """Whether this PyTorch's CPU generator has the stream that `runtime.sampling` reproduces."""
+    import torch
+
+    logits = np.zeros(1000, np.float32)
+    state = torch.random.get_rng_state()
+    try:
+        torch.manual_seed(0)
+        theirs = [int(torch.multinomial(torch.softmax(torch.from_numpy(logits), -1), 1)) for _ in range(8)]
+    finally:
+        torch.random.set_rng_state(state)
+    generator = Generator(0)
+    return theirs == [int(generator.multinomial(Candidates.all(logits))[0]) for _ in range(8)]

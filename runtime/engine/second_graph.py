@@ -1,0 +1,97 @@
+"""A bundle's second graph, for passes of many tokens, opened when it has become worth that.
+
+Opening it takes about as long as it saves on six hundred to a thousand tokens, and it takes memory: a process that reads a short prompt
+and writes one text goes without. Tokens are counted, not time, so that a run can be repeated.
+"""
+
+import logging
+
+import numpy as np
+import numpy.typing as npt
+
+from gpt2onnx.errors import BackendError
+
+from ...models.bundle import WIDE_GRAPH, WIDE_WEIGHTS, Bundle
+from ..host import resources
+from ..ort import devices, providers, signature
+from . import footprint
+
+_log = logging.getLogger(__name__)
+# In one pass, from which on its operators are faster.
+FEWEST = 6
+# In all such passes: with one more, it has become worth opening it.
+WORTH = 512
+
+
+def make_weights(bundle: Bundle, threads: int) -> dict[str, npt.NDArray[np.generic]]:
+    """The second graph's own weights, by name: of each matrix the values, int8 [in, out], and the scales, float32 [out].
+
+    Raises:
+        BackendError: ONNX Runtime failed.
+    """
+    path = bundle.folder / WIDE_WEIGHTS
+    # Unoptimised: otherwise all of it would be computed while it is opened, and nothing given back before the end.
+    graph = providers.open_graph(path, devices.CPU, threads=threads, name=path, optimize=False)
+    names = list(providers.declared(graph, path)[1])
+    return dict(zip(names, providers.run(graph, names, {}), strict=True))
+
+
+class WideGraph:
+    """The second graph of a bundle, on the CPU.
+
+    Args:
+        bundle: whose it is.
+        threads: of one operator.
+        after: tokens that have to come in passes of many until it is opened; 0 opens it right away.
+
+    Raises:
+        BundleError: it isn't the graph that config.json describes.
+    """
+
+    def __init__(self, bundle: Bundle, threads: int, after: int) -> None:
+        self._bundle, self._threads, self._left, self._tried = bundle, threads, after, False
+        self._graph: providers.Graph | None = None
+        if after == 0:
+            self._try()
+
+    def take(self, tokens: int) -> providers.Graph | None:
+        """The graph, if a pass of so many tokens is to go through it; none where there isn't the memory.
+
+        Raises:
+            BundleError: it isn't the graph that config.json describes.
+        """
+        if tokens < FEWEST:
+            return None
+        if not self._tried:
+            self._left -= tokens
+            if self._left < 0:
+                self._try()
+        return self._graph
+
+    def _try(self) -> None:
+        self._tried = True
+        try:
+            self.open()
+        except BackendError as error:
+            _log.info("prompts and batches stay slower: %s", error)
+
+    def open(self) -> None:
+        """Opens it now, unless it is open.
+
+        Raises:
+            BundleError: it isn't the graph that config.json describes.
+            BackendError: it takes more memory than there is, ONNX Runtime can't load it, or another bundle has taken its place.
+        """
+        if self._graph is not None:
+            return
+        path = self._bundle.folder / WIDE_GRAPH
+        self._bundle.check_in_place()
+        if short := resources.shortage(footprint.wide_memory(self._bundle)):
+            raise BackendError(f"{path} needs about {short}")
+        weights = make_weights(self._bundle, self._threads)
+        graph = providers.open_graph(path, devices.CPU, threads=self._threads, name=path, weights=weights)
+        self._bundle.check_in_place()  # again: all that was read is of one bundle
+        signature.check(self._bundle.config, "tensor(float)", *providers.declared(graph, path), path)
+        self._graph = graph
+        del weights
+        resources.return_freed_memory()

@@ -1,0 +1,1 @@
+"""Cores, memory and locks of the machine."""

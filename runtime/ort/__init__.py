@@ -1,0 +1,1 @@
+"""ONNX Runtime: its providers, devices, sessions and small graphs."""

@@ -1,0 +1,105 @@
+"""Whether a graph is the network that config.json describes, by the inputs and outputs that it declares.
+
+Knows no runtime: it is given names, types and shapes.
+"""
+
+from collections.abc import Mapping, Sequence
+
+from gpt2onnx.errors import BundleError
+
+from ...models import contract
+from ...models.config import GPT2Config
+from ...models.messages import shown
+
+# A type in ONNX's words, and the length of each axis, or a name where that varies.
+Declared = tuple[str, Sequence[int | str | None]]
+_Wanted = tuple[str | None, tuple[int | None, ...]]
+
+_FLOATS = "tensor(float)"
+_IDS: _Wanted = ("tensor(int64)", (None, None))
+
+
+def check(
+    config: GPT2Config,
+    floats: str,
+    inputs: Mapping[str, Declared],
+    outputs: Mapping[str, Declared],
+    graph: object,
+    *,
+    body: bool = False,
+) -> None:
+    """Compares a graph with an architecture.
+
+    Args:
+        config: the architecture.
+        floats: type of the cached keys and values: "tensor(float)" or "tensor(float16)".
+        inputs: of the graph, by name.
+        outputs: of the graph, by name.
+        graph: what errors name.
+        body: whether it is the network without its output head.
+
+    Raises:
+        BundleError: an input or output is missing, unknown, or of another type or shape.
+    """
+    cache = floats, (None, config.n_head, None, config.head_size)
+    layers = range(config.n_layer)
+    wanted: dict[str, _Wanted] = dict.fromkeys(
+        (contract.INPUT_IDS, contract.ATTENTION_MASK, contract.POSITION_IDS), _IDS
+    )
+    wanted |= {name: cache for layer in layers for name in contract.past_names(layer)}
+    if contract.LOGITS_TO_KEEP in inputs:
+        wanted[contract.LOGITS_TO_KEEP] = "tensor(int64)", (1,)
+    _compare("input", inputs, wanted, graph)
+    name, width = (contract.HIDDEN_STATES, config.n_embd) if body else (contract.LOGITS, config.vocab_size)
+    wanted = {name: (None, (None, None, width))}
+    wanted |= {name: cache for layer in layers for name in contract.present_names(layer)}
+    _compare("output", outputs, wanted, graph)
+
+
+def check_head(
+    config: GPT2Config, inputs: Mapping[str, Declared], outputs: Mapping[str, Declared], graph: object
+) -> None:
+    """Compares the graph of an output head with an architecture.
+
+    Args:
+        config: the architecture.
+        inputs: of the graph, by name.
+        outputs: of the graph, by name.
+        graph: what errors name.
+
+    Raises:
+        BundleError: an input or output is missing, unknown, or of another type or shape.
+    """
+    _compare("input", inputs, {contract.HIDDEN_STATES: (_FLOATS, (None, None, config.n_embd))}, graph)
+    _compare("output", outputs, {contract.LOGITS: (_FLOATS, (None, None, config.vocab_size))}, graph)
+
+
+def check_screening_head(
+    config: GPT2Config, inputs: Mapping[str, Declared], outputs: Mapping[str, Declared], graph: object
+) -> None:
+    """As `check_head`, of a head that screens."""
+    wanted: dict[str, _Wanted] = dict.fromkeys(
+        (contract.HIDDEN_STATES, contract.BALANCED), (_FLOATS, (None, config.n_embd))
+    )
+    wanted |= {contract.COMMON: (_FLOATS, (None, 1)), contract.CANDIDATES: ("tensor(int64)", (1,))}
+    wanted[contract.HEAD] = (_FLOATS, (config.vocab_size, config.n_embd))
+    _compare("input", inputs, wanted, graph)
+    wanted = {contract.LOGITS: (_FLOATS, (None, config.vocab_size)), contract.HIGHEST: (_FLOATS, (None, None))}
+    _compare("output", outputs, wanted, graph)
+
+
+def _compare(kind: str, declared: Mapping[str, Declared], wanted: Mapping[str, _Wanted], graph: object) -> None:
+    for name in sorted(declared.keys() ^ wanted.keys()):
+        reason = "lacks" if name in wanted else "shouldn't have"
+        raise BundleError(f"{graph} isn't what config.json describes: it {reason} the {kind} {shown(name)}")
+    for name, (number, shape) in wanted.items():
+        its_number, its_shape = declared[name]
+        fits = len(its_shape) == len(shape) and all(
+            length is None or not isinstance(its, int) or its == length
+            for its, length in zip(its_shape, shape, strict=True)
+        )
+        if number not in (None, its_number) or not fits:
+            raise BundleError(
+                f"{graph} isn't what config.json describes: its {kind} {name} is {its_number} {shown(list(its_shape))},"
+                f" not {number or 'numbers'} {['any' if length is None else length for length in shape]}"
+            )

@@ -1,0 +1,393 @@
+"""What the command line prints, as scripts rely on it."""
+
+import ast
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from support.commands import CommandLine
+from support.reference import Reference
+from support.tokens import assert_same_tokens
+from support.versions import skip_with_transformers_4
+
+import gpt2onnx
+from gpt2onnx.models.bundle import MANIFEST, Bundle
+
+PROMPT = "Once upon a time"
+# An export that is as fast as it can be.
+UNCHECKED = ["--no-calibrate", "--no-quality", "--no-parity"]
+SHORT = ["--max-new-tokens", 12]
+
+
+def without_seconds(line: str) -> dict[str, Any]:
+    """A result line, without the one value that differs from run to run."""
+    record = json.loads(line)
+    assert isinstance(record.pop("seconds", 0.0), float)
+    return record
+
+
+def test_export_then_generate(command_line: CommandLine, tmp_path: Path, tales_model: gpt2onnx.Model) -> None:
+    done = command_line("export", "tales", tmp_path / "new" / "bundle", "--no-parity")
+    assert (done.code, done.err) == (0, "")
+    assert done.out.count("\n") == 1
+    assert "28." in done.out
+    done = command_line("generate", PROMPT, "-m", tmp_path / "new" / "bundle")
+    assert (done.code, done.err) == (0, "")
+    assert done.out == tales_model.generate(PROMPT, max_new_tokens=64).text + "\n"
+
+
+def test_export_json_is_the_manifest(command_line: CommandLine, tmp_path: Path) -> None:
+    done = command_line(
+        "export", "tales", tmp_path / "bundle", "--dtype", "int8", "--block-size", 32, "--json", *UNCHECKED
+    )
+    manifest = json.loads(done.out)
+    assert manifest == json.loads((tmp_path / "bundle" / MANIFEST).read_text("utf-8"))
+    assert (manifest["dtype"], manifest["block_size"], manifest["source"]) == ("int8", 32, "tales")
+    assert (done.code, done.err) == (0, "")
+
+
+def test_export_replaces_a_bundle_only_by_force(command_line: CommandLine, tmp_path: Path) -> None:
+    assert command_line("export", "tales", tmp_path / "bundle", "--dtype", "int8", *UNCHECKED).code == 0
+    assert command_line("export", "tales", tmp_path / "bundle").code == 1
+    assert Bundle.open(tmp_path / "bundle").manifest.dtype == "int8"
+    assert command_line("export", "tales", tmp_path / "bundle", "--force", "--no-parity").code == 0
+    assert Bundle.open(tmp_path / "bundle").manifest.dtype == "fp32"
+    assert [path.name for path in tmp_path.iterdir()] == ["bundle"]
+
+
+def test_generate_json(command_line: CommandLine, tales_bundle: Path, tales_reference: Reference) -> None:
+    done = command_line("generate", PROMPT, "-m", tales_bundle, "--json", *SHORT)
+    assert (done.code, done.err) == (0, "")
+    record = json.loads(done.out)
+    assert list(record) == ["prompt", "prompt_ids", "sequences", "usage", "seconds", "energy"]
+    assert record["prompt"] == PROMPT
+    (sequence,) = record["sequences"]
+    assert list(sequence) == ["text", "token_ids", "finish_reason", "logprobs"]
+    assert (sequence["finish_reason"], sequence["logprobs"], record["energy"]) == ("length", None, None)
+    assert record["usage"] == {"prompt_tokens": len(record["prompt_ids"]), "completion_tokens": 12}
+    assert 0 < record["seconds"] < 60
+    (expected,) = tales_reference.tokens(record["prompt_ids"], max_new_tokens=12)
+    assert_same_tokens(sequence["token_ids"], expected)
+
+
+def test_several_sequences(command_line: CommandLine, tales_bundle: Path, tales_reference: Reference) -> None:
+    options = ["-m", tales_bundle, "--num-return-sequences", 3, "--seed", 7, *SHORT]
+    record = json.loads(command_line("generate", PROMPT, "--json", *options).out)
+    expected = tales_reference.tokens(
+        record["prompt_ids"], 7, do_sample=True, num_return_sequences=3, max_new_tokens=12
+    )
+    for sequence, tokens in zip(record["sequences"], expected, strict=True):
+        assert_same_tokens(sequence["token_ids"], tokens)
+    assert record["usage"]["completion_tokens"] == 36
+    text = command_line("generate", PROMPT, *options).out
+    assert text == "\n---\n".join(sequence["text"] for sequence in record["sequences"]) + "\n"
+
+
+def test_beams(command_line: CommandLine, tales_bundle: Path, tales_reference: Reference) -> None:
+    done = command_line("generate", PROMPT, "-m", tales_bundle, "--num-beams", 3, "--json", *SHORT)
+    record = json.loads(done.out)
+    (expected,) = tales_reference.tokens(record["prompt_ids"], num_beams=3, max_new_tokens=12)
+    assert_same_tokens(record["sequences"][0]["token_ids"], expected)
+
+
+def test_prompts_come_from_argument_ids_or_standard_input(
+    command_line: CommandLine, tales_bundle: Path, tales_model: gpt2onnx.Model
+) -> None:
+    ids = tales_model.tokenizer.encode(PROMPT)
+    common = ["-m", tales_bundle, "--json", *SHORT]
+    records = [
+        without_seconds(done.out)
+        for done in (
+            command_line("generate", PROMPT, *common),
+            command_line("generate", "--prompt-ids", ",".join(map(str, ids)), *common),
+            command_line("generate", *common, stdin=PROMPT),
+            command_line("generate", *common, stdin=f"{PROMPT}\n"),
+        )
+    ]
+    assert records == [records[0]] * 4
+    assert records[0]["prompt_ids"] == ids
+
+
+def test_echo_and_streaming_change_no_text(
+    command_line: CommandLine, tales_bundle: Path, tales_model: gpt2onnx.Model
+) -> None:
+    text = tales_model.generate(PROMPT, max_new_tokens=12).text
+    common = ["generate", PROMPT, "-m", tales_bundle, *SHORT]
+    for way in (["--stream"], ["--no-stream"], []):
+        assert command_line(*common, *way).out == f"{text}\n"
+        assert command_line(*common, *way, "--no-echo").out == f"{text}\n"
+        assert command_line(*common, *way, "--echo").out == f"{PROMPT}{text}\n"
+
+
+def test_options_that_are_lists(command_line: CommandLine, tales_bundle: Path, tales_reference: Reference) -> None:
+    given = {
+        "sequence_bias": "[[[262],2.5],[[290,258],-1]]", "begin_suppress_tokens": "306,262",
+        "forced_eos_token_id": "13,14", "exponential_decay_length_penalty": "3,1.3",
+    }  # fmt: skip
+    arguments = [part for name, text in given.items() for part in (f"--{name.replace('_', '-')}", text)]
+    record = json.loads(command_line("generate", PROMPT, "-m", tales_bundle, "--json", *SHORT, *arguments).out)
+    options = {name: list(ast.literal_eval(text)) for name, text in given.items()}
+    options["sequence_bias"] = [[ids, float(bias)] for ids, bias in options["sequence_bias"]]
+    (expected,) = tales_reference.tokens(record["prompt_ids"], max_new_tokens=12, **options)
+    assert_same_tokens(record["sequences"][0]["token_ids"], expected, "lists")
+
+
+@pytest.mark.parametrize(
+    "option",
+    [
+        ("temperature", 0.7),
+        ("top_h", 0.6),
+        ("top_k", 30),
+        ("top_p", 0.9),
+        ("min_p", 0.05),
+        ("typical_p", 0.8),
+        ("epsilon_cutoff", 0.01),
+        ("eta_cutoff", 0.01),
+        ("seed", 4),
+    ],
+    ids=lambda option: option[0],
+)
+def test_a_sampling_option_turns_sampling_on(
+    option: tuple[str, float], command_line: CommandLine, tales_bundle: Path, tales_reference: Reference
+) -> None:
+    name, value = option
+    if name == "top_h":
+        skip_with_transformers_4("it has no top_h")
+    given = [f"--{name.replace('_', '-')}", value]
+    seed = [] if name == "seed" else ["--seed", 4]
+    common = ["generate", PROMPT, "-m", tales_bundle, "--json", *SHORT, *given]
+    record = json.loads(command_line(*common, *seed).out)
+    options = {} if name == "seed" else {name: value}
+    (sampled,) = tales_reference.tokens(record["prompt_ids"], 4, do_sample=True, max_new_tokens=12, **options)
+    assert_same_tokens(record["sequences"][0]["token_ids"], sampled, name)
+
+    greedy = json.loads(command_line("generate", PROMPT, "-m", tales_bundle, "--json", *SHORT).out)
+    assert sampled != greedy["sequences"][0]["token_ids"]
+    plain = json.loads(command_line(*common, "--no-do-sample").out)
+    assert plain["sequences"] == greedy["sequences"]
+    if name != "seed":
+        # Without a seed every run is another one.
+        texts = {command_line(*common, "--max-new-tokens", 40).out.split('"seconds"')[0] for _ in range(2)}
+        assert len(texts) == 2
+
+
+def test_lengths_stops_and_end_tokens(
+    command_line: CommandLine, tales_bundle: Path, tales_model: gpt2onnx.Model
+) -> None:
+    def generate(*options: object, prompt: tuple[object, ...] = (PROMPT,)) -> dict[str, Any]:
+        record = json.loads(command_line("generate", *prompt, "-m", tales_bundle, "--json", *options).out)
+        return record["sequences"][0]
+
+    plain = tales_model.generate(PROMPT, max_new_tokens=64).sequences[0]
+    assert generate()["token_ids"] == plain.token_ids
+    prompt_length = len(tales_model.tokenizer.encode(PROMPT))
+    assert generate("--max-length", prompt_length + 5)["token_ids"] == plain.token_ids[:5]
+    fourth = plain.token_ids[3]
+    ended = generate("--eos-token-id", fourth)
+    assert ended["token_ids"] == plain.token_ids[: plain.token_ids.index(fourth) + 1]
+    assert ended["finish_reason"] == "stop"
+    stopped = generate("--stop", "never to be found", "--stop", plain.text[10:14])
+    assert stopped["text"] == plain.text[: plain.text.index(plain.text[10:14])]
+    assert stopped["finish_reason"] == "stop"
+    ids = [300] * 480
+    long = generate("--max-new-tokens", 600, "--eos-token-id", 0, prompt=("--prompt-ids", ",".join(map(str, ids))))
+    assert long["finish_reason"] == "context"
+    # The last token is chosen from the logits of the last position and needs none itself.
+    assert len(long["token_ids"]) == 512 + 1 - len(ids)
+
+
+def test_logprobs(command_line: CommandLine, tales_bundle: Path) -> None:
+    done = command_line("generate", PROMPT, "-m", tales_bundle, "--json", "--logprobs", 2, "--max-new-tokens", 3)
+    (sequence,) = json.loads(done.out)["sequences"]
+    assert [entry["token_id"] for entry in sequence["logprobs"]] == sequence["token_ids"]
+    for entry in sequence["logprobs"]:
+        assert entry["top"][0] == [entry["token_id"], entry["logprob"]], "greedy decoding takes the likeliest"
+        assert entry["top"][1][1] < entry["logprob"] < 0
+
+
+REQUESTS = [
+    {"id": "a", "prompt": PROMPT, "max_new_tokens": 7},
+    {"id": 2, "prompt_ids": [80, 300, 5], "max_new_tokens": 3, "do_sample": True, "seed": 11, "top_k": 10},
+    "this is not JSON",
+    {"id": {"any": "thing"}, "prompt": "The king", "num_beams": 2, "max_new_tokens": 4},
+    {"id": "wrong", "prompt": "The king", "temprature": 1},
+    {"id": "cold", "prompt": "The king", "temperature": 0},
+    {"id": "empty", "prompt": ""},
+    {"prompt": "The queen said", "max_new_tokens": 5, "temperature": 2.0},
+]
+NO_ERROR = [0, 1, 3, 7]
+
+
+@pytest.fixture
+def requests(tmp_path: Path) -> Path:
+    path = tmp_path / "requests.jsonl"
+    lines = [each if isinstance(each, str) else json.dumps(each) for each in REQUESTS]
+    path.write_text("\n".join(lines) + "\n\n", "utf-8")
+    return path
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 8])
+def test_a_file_of_requests(
+    batch_size: int, requests: Path, command_line: CommandLine, tales_bundle: Path, tales_reference: Reference
+) -> None:
+    done = command_line("generate", "-m", tales_bundle, "--input", requests, "--batch-size", batch_size)
+    assert (done.code, done.err) == (0, "")
+    records = [json.loads(line) for line in done.out.splitlines()]
+    assert [record["id"] for record in records] == [
+        each.get("id") if isinstance(each, dict) else None for each in REQUESTS
+    ]
+    for index, (record, request) in enumerate(zip(records, REQUESTS, strict=True)):
+        if index not in NO_ERROR:
+            assert list(record) == ["id", "error"]
+            assert "\n" not in record["error"]
+            continue
+        assert list(record) == ["id", "prompt", "prompt_ids", "sequences", "usage", "seconds", "energy"]
+        options = {name: value for name, value in request.items() if name not in ("id", "prompt", "prompt_ids", "seed")}
+        # Only do_sample turns sampling on in a request, so the last one is greedy.
+        options = {"do_sample": False} | options
+        (expected,) = tales_reference.tokens(record["prompt_ids"], request.get("seed"), **options)
+        assert_same_tokens(record["sequences"][0]["token_ids"], expected, request)
+
+
+def test_options_of_the_command_hold_for_every_line(
+    requests: Path, command_line: CommandLine, tales_bundle: Path
+) -> None:
+    done = command_line("generate", "-m", tales_bundle, "--input", requests, "--max-new-tokens", 2)
+    lengths = [json.loads(line).get("usage", {}).get("completion_tokens") for line in done.out.splitlines()]
+    assert [lengths[index] for index in NO_ERROR] == [7, 3, 4, 5], "a line's own options win"
+    requests.write_text('{"prompt": "x"}\n', "utf-8")
+    done = command_line("generate", "-m", tales_bundle, "--input", requests, "--max-new-tokens", 2)
+    assert json.loads(done.out)["usage"]["completion_tokens"] == 2
+
+
+def test_an_interrupted_job_goes_on_where_it_stopped(
+    requests: Path, command_line: CommandLine, tales_bundle: Path, tmp_path: Path
+) -> None:
+    output = tmp_path / "results.jsonl"
+    job = ["generate", "-m", tales_bundle, "--input", requests, "--output", output]
+    done = command_line(*job)
+    assert (done.code, done.out, done.err) == (0, "", "")
+    whole = output.read_text("utf-8")
+    lines = whole.splitlines(keepends=True)
+    for kept in (0, 3, len(lines)):
+        # The last line was being written when it happened.
+        output.write_text("".join(lines[:kept]) + "".join(lines[kept : kept + 1])[:20], "utf-8")
+        assert command_line(*job, "--resume").code == 0
+        resumed = output.read_text("utf-8").splitlines(keepends=True)
+        assert resumed[:kept] == lines[:kept], "finished lines are left as they are"
+        assert [without_seconds(line) for line in resumed] == [without_seconds(line) for line in lines]
+
+
+def test_only_results_are_overwritten(
+    requests: Path, command_line: CommandLine, tales_bundle: Path, tmp_path: Path
+) -> None:
+    output = tmp_path / "notes.txt"
+    output.write_text("buy milk\n", "utf-8")
+    job = ["generate", "-m", tales_bundle, "--input", requests, "--output", output]
+    done = command_line(*job)
+    assert done.code == 1
+    assert "doesn't hold results" in done.err
+    assert output.read_text("utf-8") == "buy milk\n"
+    output.write_text("", "utf-8")
+    assert command_line(*job).code == 0
+    first = output.read_text("utf-8")
+    assert command_line(*job).code == 0
+    assert len(output.read_text("utf-8").splitlines()) == len(first.splitlines()) > 0
+
+
+def test_resuming_refuses_the_results_of_other_requests(
+    requests: Path, command_line: CommandLine, tales_bundle: Path, tmp_path: Path
+) -> None:
+    output = tmp_path / "results.jsonl"
+    output.write_text('{"id": "b", "prompt": "…"}\n', "utf-8")
+    before = output.read_bytes()
+    done = command_line("generate", "-m", tales_bundle, "--input", requests, "--output", output, "--resume")
+    assert done.code == 1
+    assert "results of other requests" in done.err
+    assert output.read_bytes() == before
+
+
+def start(*arguments: object) -> subprocess.Popen[bytes]:
+    command = [sys.executable, "-m", "gpt2onnx", *map(str, arguments)]
+    return subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+
+
+def test_text_streams_before_the_command_ends(tales_bundle: Path, tales_model: gpt2onnx.Model) -> None:
+    with start("generate", PROMPT, "-m", tales_bundle, "--max-new-tokens", 200, "--threads", 1) as process:
+        assert process.stdout
+        first = os.read(process.stdout.fileno(), 10_000)
+        rest, err = process.communicate(timeout=60)
+    assert (process.returncode, err) == (0, b"")
+    text = (first + rest).decode()
+    assert text == tales_model.generate(PROMPT, max_new_tokens=200).text + "\n"
+    assert 0 < len(first) < len(text.encode()) / 2
+
+
+def test_a_reader_who_leaves_early_gets_no_complaint(tales_bundle: Path) -> None:
+    with start("generate", PROMPT, "-m", tales_bundle, "--max-new-tokens", 400, "--threads", 1) as process:
+        assert process.stdout
+        assert process.stderr
+        os.read(process.stdout.fileno(), 1)
+        process.stdout.close()
+        assert process.stderr.read() == b""
+        assert process.wait(timeout=60) == 1
+
+
+def test_help_of_every_command_shows_an_example(command_line: CommandLine) -> None:
+    done = command_line("--help")
+    assert done.code == 0
+    commands = [line.split()[0] for line in done.out.split("Commands:")[1].splitlines() if line.strip()]
+    assert {"export", "generate"} <= set(commands)
+    for name in commands:
+        done = command_line(name, "--help")
+        assert (done.code, done.err) == (0, "")
+        assert f"  gpt2onnx {name} " in done.out, name
+    assert command_line("--version").out.startswith("gpt2onnx, version ")
+
+
+def test_verbose_logs_to_standard_error_only(tales_bundle: Path) -> None:
+    with start("generate", PROMPT, "-m", tales_bundle, "-v", "--json", *SHORT) as process:
+        out, _ = process.communicate(timeout=60)
+    assert process.returncode == 0
+    assert json.loads(out)["prompt"] == PROMPT
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no pseudo-terminals")
+@pytest.mark.parametrize("quiet", [False, True])
+def test_a_person_at_a_terminal_sees_progress(quiet: bool, tales_bundle: Path, tmp_path: Path) -> None:
+    """Bytes of an export and lines of a job on standard error, where that is a terminal; results stay without them."""
+    import fcntl
+    import pty
+    import struct
+    import termios
+
+    requests = tmp_path / "requests.jsonl"
+    requests.write_text('{"prompt": "Once"}\n' * 3)
+    commands = {
+        "B/s": ("export", "tales", tmp_path / "bundle", "--no-parity"),
+        "3 lines": ("generate", "-m", tales_bundle, "--input", requests, "--max-new-tokens", 2),
+    }
+    for expected, arguments in commands.items():
+        master, slave = pty.openpty()
+        fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 100, 0, 0))
+        process = subprocess.Popen(
+            [sys.executable, "-m", "gpt2onnx", *map(str, arguments), *(["-q"] if quiet else [])],
+            stdout=subprocess.PIPE, stderr=slave,
+        )  # fmt: skip
+        os.close(slave)
+        shown = b""
+        while True:
+            try:
+                shown += os.read(master, 4096)
+            except OSError:  # the other end is closed
+                break
+        out, _ = process.communicate(timeout=60)
+        os.close(master)
+        assert process.returncode == 0
+        assert (expected in shown.decode()) == (not quiet), shown.decode()
+        assert b"lines" not in out
+        assert b"B/s" not in out

@@ -1,0 +1,328 @@
+"""Wrong input: one line that helps, exit code 1 or 2, and nothing half-written."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from support.checkpoints import MakeCheckpoint
+from support.commands import CommandLine, Finished
+from support.systems import linux, posix
+
+import gpt2onnx
+from gpt2onnx.models.bundle import MANIFEST, WEIGHTS
+
+Snapshot = dict[str, int]
+
+
+@pytest.fixture
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A working folder, with an empty cache beside it."""
+    folder = tmp_path / "place"
+    folder.mkdir()
+    monkeypatch.setenv("GPT2ONNX_CACHE", str(tmp_path / "cache"))
+    monkeypatch.chdir(folder)
+    return folder
+
+
+def snapshot(place: Path) -> Snapshot:
+    """Everything in the folder and beside it, hidden files too."""
+    return {
+        str(path.relative_to(place.parent)): path.stat().st_mtime_ns if path.is_file() else -1
+        for path in place.parent.rglob("*")
+    }
+
+
+def assert_one_line(done: Finished, code: int, hint: str) -> None:
+    assert (done.code, done.out) == (code, ""), done.err
+    assert done.err.startswith("gpt2onnx: ")
+    assert done.err.count("\n") == 1
+    assert done.err.endswith("\n")
+    assert "Traceback" not in done.err
+    assert hint in done.err
+
+
+def edit_config(folder: Path, **changes: object) -> None:
+    config = json.loads((folder / "config.json").read_text("utf-8"))
+    (folder / "config.json").write_text(json.dumps(config | changes), "utf-8")
+
+
+def truncate(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+# What is done to a good checkpoint, and what the message has to name.
+DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
+    "no config": (lambda folder: (folder / "config.json").unlink(), "config.json"),
+    "config is no JSON": (lambda folder: (folder / "config.json").write_text("{"), "config.json"),
+    "config is a list": (lambda folder: (folder / "config.json").write_text("[]"), "config.json"),
+    "not a GPT-2": (lambda folder: edit_config(folder, model_type="llama"), "not a GPT-2"),
+    "unknown activation": (lambda folder: edit_config(folder, activation_function="wave"), "'wave'"),
+    "indivisible heads": (lambda folder: edit_config(folder, n_head=5), "n_head"),
+    "negative width": (lambda folder: edit_config(folder, n_embd=-32), "n_embd"),
+    "width of another model": (lambda folder: edit_config(folder, n_embd=64), "shape"),
+    "more layers than weights": (lambda folder: edit_config(folder, n_layer=3), "h.2."),
+    "no weights": (lambda folder: (folder / "model.safetensors").unlink(), "weights"),
+    "truncated weights": (lambda folder: truncate(folder / "model.safetensors"), "model.safetensors"),
+    "empty weights": (lambda folder: (folder / "model.safetensors").write_bytes(b""), "model.safetensors"),
+    "no tokenizer": (lambda folder: (folder / "tokenizer.json").unlink(), "tokenizer"),
+    "truncated tokenizer": (lambda folder: truncate(folder / "tokenizer.json"), "tokenizer.json"),
+    "generation config is no JSON": (
+        lambda folder: (folder / "generation_config.json").write_text("?"),
+        "generation_config.json",
+    ),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_damaged_checkpoints(
+    damage: str, place: Path, command_line: CommandLine, make_checkpoint: MakeCheckpoint
+) -> None:
+    folder = make_checkpoint()
+    spoil, hint = DAMAGE[damage]
+    spoil(folder)
+    before = snapshot(place)
+    assert_one_line(command_line("export", folder, "bundle"), 1, hint)
+    assert snapshot(place) == before
+    assert_one_line(command_line("generate", "Once", "-m", folder), 1, hint)
+    assert not [path for path in place.parent.rglob("*") if path.is_file()], "something is left in the cache"
+
+
+@pytest.mark.parametrize(
+    ("source", "hint"),
+    [
+        ("no-such-model", "no checkpoint 'no-such-model'"),
+        ("nobody/no-such-model", "nobody/no-such-model"),
+        ("./nowhere", "./nowhere"),
+        ("/nowhere/at/all", "/nowhere/at/all"),
+        ("a/b/c", "a/b/c"),
+        ("not an id!", "not an id!"),
+        ("empty", "empty has no"),
+        ("x" * 300, "xxx"),
+    ],
+)
+def test_no_such_model(source: str, hint: str, place: Path, command_line: CommandLine) -> None:
+    (place / "empty").mkdir()
+    before = snapshot(place)
+    assert_one_line(command_line("export", source, "bundle"), 1, hint)
+    assert snapshot(place) == before
+    assert_one_line(command_line("generate", "Once", "-m", source), 1, hint)
+    assert not [path for path in place.parent.rglob("*") if path.is_file()]
+
+
+@pytest.mark.parametrize(
+    ("target", "hint"),
+    [
+        pytest.param("/dev/null/bundle", "/dev/null", marks=posix),
+        ("file", "not a folder"),
+        ("file/bundle", "file"),
+        ("full", "not a bundle"),
+        ("x" * 300, "too long"),
+        ("/proc/bundle", "/proc"),
+    ],
+)
+def test_unwritable_targets(target: str, hint: str, place: Path, command_line: CommandLine) -> None:
+    (place / "file").write_text("mine")
+    (place / "full").mkdir()
+    (place / "full" / "file").write_text("mine")
+    before = snapshot(place)
+    for force in ([], ["--force"]):
+        assert_one_line(command_line("export", "tales", target, *force), 1, hint)
+        assert snapshot(place) == before
+
+
+def test_existing_bundle_survives_whatever_fails(place: Path, command_line: CommandLine, tales_bundle: Path) -> None:
+    gpt2onnx.export("tales", place / "bundle", dtype="int8", calibrate=False, quality=False)
+    before = snapshot(place)
+    assert_one_line(command_line("export", "tales", "bundle"), 1, "--force")
+    assert_one_line(command_line("export", "no-such-model", "bundle", "--force"), 1, "no-such-model")
+    assert snapshot(place) == before
+
+
+def test_a_bug_in_the_middle_leaves_nothing(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*arguments: object, **options: object) -> None:
+        raise ZeroDivisionError
+
+    monkeypatch.setattr("gpt2onnx.exporter.export.build", fail)
+    before = snapshot(place)
+    with pytest.raises(ZeroDivisionError):
+        gpt2onnx.export("tales", place / "bundle")
+    assert snapshot(place) == before
+
+
+@posix
+def test_an_interrupted_export_leaves_nothing(place: Path, make_checkpoint: MakeCheckpoint) -> None:
+    # Large enough to be caught at work.
+    folder = make_checkpoint(n_embd=512, n_layer=12)
+    before = snapshot(place)
+    command = [sys.executable, "-m", "gpt2onnx", "export", str(folder), "bundle", "--dtype", "int4"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        deadline = time.monotonic() + 60
+        while not list(place.rglob("*.onnx_data")) and time.monotonic() < deadline:
+            time.sleep(0.01)
+        assert snapshot(place) != before
+        assert (place / "bundle").exists() is False
+        process.send_signal(signal.SIGINT)
+        out, err = process.communicate(timeout=60)
+    # The empty line ends the one on which a terminal shows ^C.
+    assert (process.returncode, out, err) == (130, "", "\ngpt2onnx: interrupted\n")
+    assert snapshot(place) == before
+
+
+@pytest.mark.parametrize(
+    ("arguments", "hint"),
+    [
+        (["--dtype", "fp32", "--pure"], "pure"),
+        (["--block-size", 32], "block_size"),
+        (["--dtype", "int4", "--block-size", 48], "block_size"),
+    ],
+)
+def test_export_options_that_contradict(
+    arguments: list[object], hint: str, place: Path, command_line: CommandLine
+) -> None:
+    before = snapshot(place)
+    assert_one_line(command_line("export", "tales", "bundle", *arguments), 1, hint)
+    assert snapshot(place) == before
+
+
+@pytest.mark.parametrize(
+    ("arguments", "hint"),
+    [
+        ([""], "the prompt is empty"),
+        (["tale " * 600], "context window 512"),
+        (["--prompt-ids", ",".join(["1"] * 513)], "513 tokens"),
+        (["--prompt-ids", "1,8192"], "8192"),
+        (["--prompt-ids=-1"], "-1"),
+        (["x", "--temperature", 0], "temperature"),
+        (["x", "--temperature", -1], "temperature"),
+        (["x", "--temperature", "nan"], "temperature"),
+        (["x", "--temperature", "inf"], "temperature"),
+        (["x", "--top-p", 1.5], "top_p"),
+        (["x", "--top-k", -1], "top_k"),
+        (["x", "--min-p", -0.1], "min_p"),
+        (["x", "--typical-p", 0], "typical_p"),
+        (["x", "--repetition-penalty", 0], "repetition_penalty"),
+        (["x", "--seed", -1], "seed"),
+        (["x", "--max-new-tokens", 0], "max_new_tokens"),
+        (["x", "--max-length", 1], "max_length"),
+        (["x", "--num-beams", 0], "num_beams"),
+        (["x", "--num-beams", 2, "--num-return-sequences", 3], "num_return_sequences"),
+        (["x", "--num-return-sequences", 3], "num_return_sequences"),
+        (["x", "--num-beams", 2, "--stream"], "stream"),
+        (["x", "--bad-words-ids", "[[9000]]"], "bad_words_ids"),
+        (["x", "--sequence-bias", "[[[9000],1]]"], "sequence_bias"),
+        (["x", "--sequence-bias", "[[5,1]]"], "sequence_bias"),
+        (["--prompt-ids", "1", "--forced-bos-token-id", 9000], "forced_bos_token_id"),
+        (["x", "--forced-eos-token-id", "5,9000"], "forced_eos_token_id"),
+        (["x", "--exponential-decay-length-penalty", "5,0"], "exponential_decay_length_penalty"),
+        (["x", "--top-h", 0], "top_h"),
+        (["x", "--stop", ""], "stop"),
+        (["x", "--device", "abacus"], "abacus"),
+        (["--input", "nothing.jsonl"], "nothing.jsonl"),
+        (["--input", "."], "."),
+        (["--input", "some.jsonl", "--output", "nowhere/out.jsonl"], "nowhere/out.jsonl"),
+        pytest.param(["--input", "some.jsonl", "--output", "/dev/full"], "/dev/full", marks=linux),
+        (["--input", "some.jsonl", "--output", "../place/some.jsonl"], "is the input"),
+        (["--input", "some.jsonl", "--output", "some.jsonl", "--resume"], "is the input"),
+    ],
+    ids=lambda value: " ".join(map(str, value))[:40] if isinstance(value, list) else "",
+)
+def test_values_that_cannot_be_used(
+    arguments: list[object], hint: str, place: Path, command_line: CommandLine, tales_bundle: Path
+) -> None:
+    (place / "some.jsonl").write_text('{"id": 1, "prompt": "x", "max_new_tokens": 1}\n')
+    before = snapshot(place)
+    assert_one_line(command_line("generate", "-m", tales_bundle, *arguments), 1, hint)
+    assert snapshot(place) == before
+
+
+@pytest.mark.parametrize(
+    ("arguments", "hint"),
+    [
+        (["frobnicate"], "frobnicate"),
+        (["--nonsense"], "--nonsense"),
+        (["generate", "x", "--nonsense"], "--nonsense"),
+        (["generate", "x", "y"], "y"),
+        (["generate", "x", "--top-k", "many"], "many"),
+        (["generate", "x", "--temperature", "hot"], "hot"),
+        (["generate", "x", "--threads", 0], "--threads"),
+        (["generate", "--prompt-ids", ""], "--prompt-ids"),
+        (["generate", "--prompt-ids", "1,b"], "1,b"),
+        (["generate", "x", "--bad-words-ids", "[1]"], "[1]"),
+        (["generate", "x", "--bad-words-ids", "{"], "{"),
+        (["generate", "x", "--early-stopping", "maybe"], "maybe"),
+        (["generate", "x", "--prompt-ids", "1"], "--prompt-ids"),
+        (["generate", "x", "--input", "f"], "--input"),
+        (["generate", "x", "--output", "f"], "--input"),
+        (["generate", "--input", "f", "--resume"], "--output"),
+        (["generate", "--input", "f", "--batch-size", 0], "--batch-size"),
+        (["generate", "x", "--stream", "--json"], "--stream"),
+        (["export"], "SOURCE"),
+        (["export", "tales"], "BUNDLE"),
+        (["export", "tales", "bundle", "--dtype", "int2"], "int2"),
+        (["export", "tales", "bundle", "--block-size", "big"], "big"),
+    ],
+    ids=lambda value: " ".join(map(str, value))[:40] if isinstance(value, list) else "",
+)
+def test_wrong_usage(arguments: list[object], hint: str, place: Path, command_line: CommandLine) -> None:
+    before = snapshot(place)
+    assert_one_line(command_line(*arguments), 2, hint)
+    assert snapshot(place) == before
+
+
+def test_nothing_on_standard_input(command_line: CommandLine, tales_bundle: Path) -> None:
+    assert_one_line(command_line("generate", "-m", tales_bundle, stdin=""), 1, "the prompt is empty")
+    assert_one_line(command_line("generate", "-m", tales_bundle, "--json", stdin="\n"), 1, "the prompt is empty")
+
+
+DAMAGED_BUNDLES: dict[str, tuple[Callable[[Path], object], str]] = {
+    "manifest is no JSON": (lambda folder: (folder / MANIFEST).write_text("{"), MANIFEST),
+    "manifest of something else": (lambda folder: (folder / MANIFEST).write_text('{"format_version": 1}'), MANIFEST),
+    "format of the future": (
+        lambda folder: (folder / MANIFEST).write_text('{"format_version": 99, "files": {}}'),
+        "upgrade gpt2onnx",
+    ),
+    "weights are missing": (lambda folder: (folder / WEIGHTS).unlink(), WEIGHTS),
+    "weights are truncated": (lambda folder: truncate(folder / WEIGHTS), WEIGHTS),
+    "graph is damaged": (
+        lambda folder: (folder / "onnx/model.onnx").write_bytes(b"x" * (folder / "onnx/model.onnx").stat().st_size),
+        "model.onnx",
+    ),
+    "tokenizer is damaged": (
+        lambda folder: (folder / "tokenizer.json").write_bytes(b"x" * (folder / "tokenizer.json").stat().st_size),
+        "tokenizer.json",
+    ),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGED_BUNDLES)
+def test_damaged_bundles(damage: str, place: Path, command_line: CommandLine, make_checkpoint: MakeCheckpoint) -> None:
+    bundle = gpt2onnx.export(make_checkpoint(), place / "bundle").folder
+    spoil, hint = DAMAGED_BUNDLES[damage]
+    spoil(bundle)
+    before = snapshot(place)
+    assert_one_line(command_line("generate", "Once", "-m", bundle), 1, hint)
+    assert snapshot(place) == before
+
+
+def test_names_do_not_steer_the_terminal(
+    place: Path, command_line: CommandLine, make_checkpoint: MakeCheckpoint
+) -> None:
+    folder = make_checkpoint()
+    (folder / "config.json").write_text(json.dumps({"model_type": "\x1b[31mred\n\u202e\u2028"}))
+    for named in (folder, Path("\x1b[31mred\udcff"), "\x1b]0;title\x07"):
+        done = command_line("export", named, "bundle")
+        assert_one_line(done, 1, "")
+        assert done.err.rstrip("\n").isprintable()
+        assert_one_line(command_line("verify", named), 1, "")
+
+
+def test_one_line_also_from_a_process_of_its_own(place: Path) -> None:
+    command = [sys.executable, "-m", "gpt2onnx", "generate", "x", "-m", "no-such-model"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, env=os.environ, check=False)
+    assert_one_line(Finished(done.returncode, done.stdout, done.stderr), 1, "no-such-model")

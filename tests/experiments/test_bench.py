@@ -1,0 +1,231 @@
+"""`gpt2onnx bench`: what it counts and what it says. How fast anything is, no test asks."""
+
+import json
+import mmap
+import sys
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from support.checkpoints import MakeCheckpoint
+from support.commands import CommandLine
+
+import gpt2onnx
+from gpt2onnx.errors import OptionError
+from gpt2onnx.experiments import machine
+from gpt2onnx.experiments.benchmark import Percentiles, Run, Spread, benchmark, time_run, weights_read
+from gpt2onnx.runtime.engine.kv_cache import Cache
+from gpt2onnx.runtime.engine.scheduler import Decoder
+from gpt2onnx.runtime.model import Model
+
+VOCABULARY = 11
+# Seconds that the counting network's pass takes: one over a prompt, and one over a batch's next tokens.
+PREFILL, STEP = 100.0, 1.0
+
+
+class CountingNetwork:
+    """Computes nothing, tells the time by its passes, and always finds token 0 the likeliest, which GPT-2s may end with."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+        self.passes: list[tuple[int, int]] = []
+
+    def new_cache(self, rows: int, positions: int) -> Cache:
+        return Cache((1, 2, rows, 1, positions, 1))
+
+    def forward(
+        self,
+        cache: Cache,
+        rows: slice,
+        tokens: np.ndarray,
+        keep: int = 1,
+        lengths: np.ndarray | None = None,
+        certain: int | None = None,
+    ) -> np.ndarray:
+        self.passes.append(tokens.shape)
+        self.now += PREFILL if tokens.shape[1] > 1 else STEP
+        cache.advance(rows, tokens.shape[1], lengths)
+        logits = np.zeros((len(tokens), keep, VOCABULARY), np.float32)
+        logits[..., 0] = 1
+        return logits
+
+
+def counted(batch: int, length: int, new: int) -> tuple[CountingNetwork, Run]:
+    network = CountingNetwork()
+    prompts = [np.arange(row, row + length) % VOCABULARY for row in range(1, batch + 1)]
+    run = time_run(Decoder(network), prompts, new, context=100, clock=lambda: network.now)
+    return network, run
+
+
+@given(batch=st.integers(1, 5), length=st.one_of(st.integers(2, 20), st.integers(65, 80)), new=st.integers(1, 20))
+def test_every_token_is_counted_once_in_its_phase(batch: int, length: int, new: int) -> None:
+    """Short prompts pass through the network together, long ones one by one."""
+    network, run = counted(batch, length, new)
+    together = batch if length <= 20 else 1
+    passes = batch // together
+    assert network.passes == [(together, length)] * passes + [(batch, 1)] * (new - 1)
+    assert run.prefill_seconds == passes * PREFILL
+    assert run.first_token_seconds == [PREFILL * (row // together + 1) for row in range(batch)]
+    assert run.decode_seconds == STEP * (new - 1)
+    assert run.token_seconds == [STEP] * (batch * (new - 1))
+
+
+@given(st.lists(st.floats(0, 1e6), min_size=1, max_size=300))
+def test_percentiles_are_ordered_and_measured_values(values: list[float]) -> None:
+    found = Percentiles.of(values)
+    assert found.p50 <= found.p90 <= found.p99 <= found.most == max(values)
+    assert {found.p50, found.p90, found.p99} <= set(values)
+    for percent, value in ((50, found.p50), (90, found.p90), (99, found.p99)):
+        assert 100 * sum(each <= value for each in values) >= percent * len(values)
+    spread = Spread.of(values)
+    assert min(values) == spread.least <= spread.median <= spread.most == max(values)
+
+
+def test_a_batch_of_a_real_model(tales_model: Model) -> None:
+    seen: list[tuple[int, int]] = []
+    result = benchmark(
+        tales_model,
+        prompt_tokens=5,
+        new_tokens=4,
+        batch_size=3,
+        repetitions=2,
+        progress=lambda *done: seen.append(done),
+    )
+    assert seen == [(1, 2), (2, 2)]
+    config = tales_model.config
+    # Of the last of 9 tokens there are no keys and values.
+    assert result.cache_bytes == 3 * 8 * 2 * config.n_layer * config.n_embd * 4
+    assert result.bandwidth is not None
+    # The positions are looked up, everything else is read: 4 bytes a parameter.
+    parameters = sum(record.size for name, record in tales_model.bundle.manifest.files.items() if "data" in name) / 4
+    read = parameters - config.n_positions * config.n_embd
+    assert result.bandwidth.weights == pytest.approx(4 * read, rel=0.01)
+    # Steps find 5, 6 and 7 positions and add one.
+    assert result.bandwidth.cache == 3 * 6.5 * 2 * config.n_layer * config.n_embd * 4
+
+
+def test_one_new_token_is_all_prefill(tales_model: Model) -> None:
+    result = benchmark(tales_model, prompt_tokens=2, new_tokens=1, repetitions=1)
+    assert (result.decode, result.seconds_per_token, result.bandwidth) == (None, None, None)
+    assert result.prefill.median > 0
+
+
+def test_prompts_are_the_seed_s_and_end_tokens_end_nothing(
+    make_checkpoint: MakeCheckpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With two entries, every other token is the end token."""
+    checkpoint = make_checkpoint(vocab_size=2, eos_token_id=[0, 1], bos_token_id=0)
+    model = gpt2onnx.load(gpt2onnx.export(checkpoint, tmp_path / "bundle", parity=False).folder, threads=1)
+    shapes: list[tuple[int, int]] = []
+    prompts: list[list[int]] = []
+    forward = model.session.forward
+
+    def counting(cache: Cache, rows: slice, tokens: np.ndarray, *more: Any, **named: Any) -> np.ndarray:
+        shapes.append(tokens.shape)
+        if len(prompts) < 1:
+            prompts.append(tokens[0].tolist())
+        return forward(cache, rows, tokens, *more)
+
+    monkeypatch.setattr(model.session, "forward", counting)
+    benchmark(model, prompt_tokens=6, new_tokens=20, repetitions=1, seed=3)
+    # One run to warm up and one that counts, neither with a pass too few, nor sharing the other's prompt.
+    assert shapes == ([(1, 6)] + [(1, 1)] * 19) * 2
+    assert prompts == [np.random.default_rng(3).integers(2, size=(1, 6))[0].tolist()]
+
+
+@pytest.mark.parametrize("name", ["prompt_tokens", "new_tokens", "batch_size", "repetitions"])
+def test_numbers_below_one_are_refused(tales_model: Model, name: str) -> None:
+    with pytest.raises(OptionError, match=f"{name} must be at least 1, not 0"):
+        benchmark(tales_model, **{name: 0})
+
+
+def test_more_than_the_context_window_is_refused(command_line: CommandLine, tales_bundle: Path) -> None:
+    done = command_line("bench", "-m", tales_bundle, "--prompt-tokens", 1000, "--new-tokens", 1000)
+    assert (done.code, done.out) == (1, "")
+    assert "take 1999 positions, the context window has" in done.err
+
+
+def test_weights_read_leave_out_an_untied_embedding(make_checkpoint: MakeCheckpoint, tmp_path: Path) -> None:
+    """An untied embedding is as large as the head, but only looked up."""
+    read = {}
+    for tied in (True, False):
+        checkpoint = make_checkpoint(tie_word_embeddings=tied)
+        read[tied] = weights_read(gpt2onnx.export(checkpoint, tmp_path / str(tied), parity=False))
+    assert read[True] == pytest.approx(read[False], abs=8192)  # the graph, and the alignment of weights
+
+
+def test_json_holds_everything(command_line: CommandLine, tales_bundle: Path) -> None:
+    done = command_line(
+        "bench", "-m", tales_bundle, "--prompt-tokens", 3, "--new-tokens", 5, "--batch-size", 2,
+        "--repetitions", 2, "--threads", 1, "--json",
+    )  # fmt: skip
+    assert (done.code, done.err) == (0, "")
+    found = json.loads(done.out)
+    spread = {"median", "least", "most"}
+    assert {name: set(found[name]) for name in ("prefill", "decode", "time_to_first_token")} == {
+        "prefill": spread, "decode": spread, "time_to_first_token": spread,
+    }  # fmt: skip
+    assert set(found["seconds_per_token"]) == {"p50", "p90", "p99", "most"}
+    assert set(found["memory"]) == {"resident", "anonymous", "file", "peak"}
+    assert set(found["bandwidth"]) == {"bytes_per_second", "weights", "cache", "weights_share"}
+    assert (found["prompt_tokens"], found["new_tokens"], found["batch_size"]) == (3, 5, 2)
+    assert (found["model"], found["dtype"], found["device"], found["threads"]) == (str(tales_bundle), "fp32", "cpu", 1)
+    assert found["versions"]["numpy"] == np.__version__
+    weights, speed = found["bandwidth"]["weights"], found["decode"]["median"] / 2
+    assert found["bandwidth"]["weights_share"] == pytest.approx(
+        weights * speed / found["bandwidth"]["bytes_per_second"]
+    )
+
+
+def test_the_table_for_people(command_line: CommandLine, tales_bundle: Path) -> None:
+    arguments = ("bench", "-m", tales_bundle, "--prompt-tokens", 3, "--new-tokens", 3, "--repetitions", 1)
+    done = command_line(*arguments)
+    assert done.code == 0
+    for part in ("prefill", "decode", "tokens/s", "p50", "p99", "GB/s", "onnxruntime", "resident"):
+        assert part in done.out, part
+    assert "onnxruntime" not in command_line(*arguments, "-q").out
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems don't tell as much")
+def test_memory_of_this_process() -> None:
+    used = machine.process_memory()
+    assert None not in (used.resident, used.anonymous, used.file, used.peak)
+    # Memory that is new for certain; what an array takes may have belonged to another one before.
+    with mmap.mmap(-1, 1 << 26, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS) as block:
+        block.write(b"1" * len(block))
+        after = machine.process_memory()
+        assert after.anonymous - used.anonymous > 0.9 * len(block)
+    assert after.peak >= after.resident >= after.anonymous
+
+
+def test_the_best_reading_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    ticks = count()
+    monkeypatch.setattr(machine.time, "perf_counter", lambda: float(next(ticks)))
+    with machine.MemoryReader(2, size=1 << 20) as reader:
+        # By this clock each way of reading takes a second.
+        assert reader.read() == reader.best == 1 << 20
+
+
+def test_every_option_arrives(command_line: CommandLine, monkeypatch: pytest.MonkeyPatch, tales_bundle: Path) -> None:
+    taken: dict[str, object] = {}
+
+    def measure(model: object, **given: object) -> None:
+        taken.update(given, model=model)
+        raise OptionError("enough")
+
+    monkeypatch.setattr("gpt2onnx.cli.bench.load", lambda *given, **more: (*given, more))
+    monkeypatch.setattr("gpt2onnx.experiments.benchmark.benchmark", measure)
+    finished = command_line(
+        "bench", "-m", tales_bundle, "--prompt-tokens", 2, "--new-tokens", 3, "--batch-size", 5, "--repetitions", 7,
+        "--seed", 11, "--device", "cuda", "--threads", 13,
+    )  # fmt: skip
+    assert finished.err == "gpt2onnx: enough\n"
+    del taken["progress"]
+    assert taken == {
+        "model": (str(tales_bundle), "cuda", 13, {"screen_after": 2}), "prompt_tokens": 2, "new_tokens": 3, "batch_size": 5, "repetitions": 7,
+        "seed": 11,
+    }  # fmt: skip

@@ -1,0 +1,613 @@
+"""Every kind of checkpoint is read as PyTorch reads it, and a broken one is refused in one line.
+
+Files that PyTorch wrote are in golden/torch_files; support/torch_files.py writes others like them.
+"""
+
+import io
+import json
+import pickle
+import shutil
+import tracemalloc
+import zipfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+from support import torch_files
+from support.checkpoints import MakeCheckpoint, byte_tokenizer
+from support.golden import FOLDER, Golden, assert_close
+from support.graphs import logits_of_prompt
+from support.reference import Reference
+from support.versions import skip_with_transformers_4
+from support.weight_files import SAVE, TINY, State, assert_reads, book_state, nanogpt_state
+
+import gpt2onnx
+from gpt2onnx.errors import CheckpointError
+from gpt2onnx.exporter.checkpoint.arrays import StridedArray
+from gpt2onnx.exporter.checkpoint.checkpoint.checkpoint import Checkpoint
+from gpt2onnx.exporter.checkpoint.checkpoint.torch_file import read_checkpoint_file
+from gpt2onnx.models.config import GPT2Config
+
+# Made by PyTorch: golden/make_torch_files.py.
+FILES = FOLDER / "torch_files"
+
+
+@pytest.fixture(scope="module")
+def checkpoint(make_checkpoint: MakeCheckpoint) -> Path:
+    return make_checkpoint()
+
+
+@pytest.fixture
+def folder(checkpoint: Path, tmp_path: Path) -> Path:
+    """A checkpoint to spoil, without weights."""
+    target = tmp_path / "checkpoint"
+    shutil.copytree(checkpoint, target, ignore=shutil.ignore_patterns("*.safetensors"))
+    return target
+
+
+@pytest.fixture
+def state(checkpoint: Path) -> State:
+    return load_file(checkpoint / "model.safetensors")
+
+
+@pytest.fixture
+def tiny(make_checkpoint: MakeCheckpoint) -> Path:
+    """A checkpoint of the architecture that PyTorch's files have, without weights."""
+    folder = make_checkpoint(**TINY)
+    (folder / "model.safetensors").unlink()
+    return folder
+
+
+def edit_config(folder: Path, **changes: Any) -> None:
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+Loaded = Callable[..., State]
+
+
+@pytest.fixture
+def loaded(golden: Golden) -> Loaded:
+    """Tensors of a file that PyTorch wrote, as it reads them, in float32: loaded(path, key of what holds them)."""
+
+    def load(path: Path, *keys: str) -> State:
+        def tensors() -> Mapping[str, Any]:
+            from support import reference_models
+
+            content = reference_models.load(path)
+            for key in keys:
+                content = content[key]
+            return content
+
+        def numbers() -> np.ndarray:
+            return np.concatenate([tensor.detach().float().numpy().ravel() for tensor in tensors().values()])
+
+        shapes = golden.answer(
+            ["shapes", path.name], lambda: {name: list(tensor.shape) for name, tensor in tensors().items()}
+        )
+        flat = golden.array(["numbers", path.name], numbers)
+        assert not np.isnan(flat).any()
+        sizes = [int(np.prod(shape)) for shape in shapes.values()]
+        parts = np.split(flat, np.cumsum(sizes)[:-1])
+        return {name: part.reshape(shape) for (name, shape), part in zip(shapes.items(), parts, strict=True)}
+
+    return load
+
+
+def refused(source: Path) -> str:
+    """The message, one line, with which a checkpoint is refused."""
+    with pytest.raises(CheckpointError) as caught:
+        Checkpoint.open(str(source))
+    message = str(caught.value)
+    assert "\n" not in message
+    return message
+
+
+# Hugging Face's own layout
+
+TYPES = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16, "float64": np.float64}
+
+
+@pytest.mark.parametrize("dtype", TYPES)
+@pytest.mark.parametrize("form", SAVE)
+def test_every_form_and_type_is_read(form: str, dtype: str, folder: Path, state: State) -> None:
+    state = {name: array.astype(TYPES[dtype]) for name, array in state.items()}
+    SAVE[form](state, folder)
+    assert_reads(Checkpoint.open(str(folder)), state)
+
+
+@pytest.mark.parametrize("dtype", TYPES)
+@pytest.mark.parametrize("ending", [".pt", "_legacy.pt"])
+def test_every_type_of_pytorch_s_files_is_read(ending: str, dtype: str, tiny: Path, loaded: Loaded) -> None:
+    path = FILES / f"{dtype}{ending}"
+    shutil.copy(path, tiny / "pytorch_model.bin")
+    assert_reads(Checkpoint.open(str(tiny)), loaded(path))
+
+
+def test_pytorch_s_shards_are_read(tiny: Path, loaded: Loaded) -> None:
+    shutil.copytree(FILES / "sharded", tiny, dirs_exist_ok=True)
+    state: State = {}
+    for shard in sorted(FILES.glob("sharded/*.bin")):
+        state |= loaded(shard)
+    assert_reads(Checkpoint.open(str(tiny)), state)
+
+
+@pytest.mark.parametrize("name", ["float32.pt", "float16.pt", "bfloat16.pt", "float64.pt"])
+def test_files_written_without_pytorch_are_like_its_own(name: str, loaded: Loaded, tmp_path: Path) -> None:
+    """Byte for byte, as far as anything reads them; torch.load reads them in reference/test_checkpoints_live.py."""
+    dtype = TYPES[name.removesuffix(".pt")]
+    torch_files.save({key: array.astype(dtype) for key, array in loaded(FILES / name).items()}, tmp_path / name)
+    with zipfile.ZipFile(FILES / name) as theirs, zipfile.ZipFile(tmp_path / name) as ours:
+        assert set(ours.namelist()) <= set(theirs.namelist())
+        for member in ours.namelist():
+            assert ours.read(member) == theirs.read(member), member
+
+
+@pytest.mark.parametrize("form", SAVE)
+@pytest.mark.parametrize(
+    "prefix",
+    ["transformer.", "", "_orig_mod.transformer.", "module.transformer.", "gpt2.", "base_model.model.transformer."],
+)
+def test_prefixes_and_old_mask_buffers_don_t_matter(form: str, prefix: str, folder: Path, state: State) -> None:
+    renamed = {name.replace("transformer.", prefix): array for name, array in state.items()}
+    for layer in range(2):
+        renamed[f"{prefix}h.{layer}.attn.bias"] = np.tril(np.ones((1, 1, 64, 64), np.uint8))
+        renamed[f"{prefix}h.{layer}.attn.masked_bias"] = np.array(-1e4, np.float32)
+    SAVE[form](renamed, folder)
+    assert_reads(Checkpoint.open(str(folder)), state)
+
+
+def test_safetensors_come_before_pickles(folder: Path, state: State) -> None:
+    SAVE["safetensors"](state, folder)
+    SAVE["pytorch"]({name: array + 1 for name, array in state.items()}, folder)
+    assert_reads(Checkpoint.open(str(folder)), state)
+
+
+def test_an_adapter_is_no_model(folder: Path, state: State) -> None:
+    SAVE["safetensors"](state, folder)
+    (folder / "adapter_config.json").write_text('{"peft_type": "LORA"}')
+    assert "merge_and_unload" in refused(folder)
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "some.bin", "some.pt", "some.pth"])
+def test_one_file_is_enough_to_name(name: str, folder: Path, state: State) -> None:
+    (save_file if name.endswith("safetensors") else torch_files.save)(state, folder / name)
+    (folder / "another.pt").write_bytes(b"not read")
+    opened = Checkpoint.open(str(folder / name))
+    assert opened.folder == folder
+    assert_reads(opened, state)
+
+
+@pytest.mark.parametrize("name", ["views.pt", "views_legacy.pt"])
+def test_views_parameters_and_shared_storages_are_read_as_pytorch_does(name: str, loaded: Loaded) -> None:
+    arrays, wanted = read_checkpoint_file(FILES / name)["weights"], loaded(FILES / name, "weights")
+    assert set(arrays) == set(wanted)
+    for key, array in wanted.items():
+        found = arrays[key].read()
+        assert found.shape == arrays[key].shape == array.shape, key
+        assert np.array_equal(found.astype(np.float32), array), key
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_a_small_view_reads_no_more_of_a_large_storage(zipped: bool, tmp_path: Path) -> None:
+    path = tmp_path / "large.pt"
+    large = np.arange(4_000_000, dtype=np.float32)
+    torch_files.save({"view": large[1000:1010], "other": large}, path, zipped=zipped)
+    tracemalloc.start()
+    found = read_checkpoint_file(path)["view"].read()
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert np.array_equal(found, np.arange(1000, 1010))
+    assert peak < 1_000_000, f"{peak} bytes for ten numbers"
+
+
+@pytest.mark.parametrize("form", ["safetensors", "pytorch"])
+def test_a_head_of_its_own_is_kept_where_transformers_keeps_it(
+    form: str, make_checkpoint: MakeCheckpoint, reference_of: type[Reference], golden: Golden
+) -> None:
+    skip_with_transformers_4("a head that differs is dropped where the config says that it's tied")
+    folder = make_checkpoint(**TINY)
+    state = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    embedding = state["transformer.wte.weight"]
+    for head, tied in ((embedding.copy(), True), (embedding + 1, False)):
+        for said in (True, False):
+            edit_config(folder, tie_word_embeddings=said)
+            SAVE[form](state | {"lm_head.weight": head}, folder)
+            opened = Checkpoint.open(str(folder))
+            assert opened.tied is tied
+            expected = golden.array(
+                ["head", form, tied, said], lambda: reference_of(folder).model.lm_head.weight.detach().numpy()
+            )
+            assert np.array_equal(opened.tensor("wte.weight" if tied else "lm_head.weight"), expected)
+
+
+def test_a_missing_head_is_an_error_where_the_config_wants_one(folder: Path, state: State) -> None:
+    SAVE["safetensors"](state, folder)
+    edit_config(folder, tie_word_embeddings=False)
+    assert "lm_head.weight" in refused(folder)
+
+
+# Other layouts
+
+
+# What golden/make_torch_files.py saved: whether the head is tied, and the activation.
+NETWORKS = {
+    "book.pth": (False, "gelu_new"),
+    "book_beside_an_optimizer.pth": (False, "gelu_new"),
+    "nanogpt.pt": (True, "gelu"),
+    "nanogpt_compiled.pt": (True, "gelu"),
+    "build_nanogpt.pt": (True, "gelu_pytorch_tanh"),
+    "build_nanogpt_legacy.pt": (True, "gelu_pytorch_tanh"),
+}
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_other_layouts_compute_what_their_network_does(name: str, golden: Golden, tmp_path: Path) -> None:
+    shutil.copy(FILES / name, tmp_path)
+    if name.startswith("book"):
+        (tmp_path / "config.json").write_text('{"n_heads": 2}')
+    opened = Checkpoint.open(str(tmp_path))
+    assert (opened.tied, opened.config.activation_function) == NETWORKS[name]
+    byte_tokenizer(29).save(str(tmp_path / "tokenizer.json"))
+    bundle = gpt2onnx.export(tmp_path / name, tmp_path / "bundle")
+    ids, prompt = np.arange(8) * 7 % 29, [3, 14, 15]
+
+    def logits(tokens: list[int]) -> np.ndarray:
+        import torch
+        from support.reference_models import saved_network
+
+        with torch.no_grad():
+            return saved_network(FILES / name)(torch.tensor([tokens])).numpy()
+
+    def greedy() -> list[int]:
+        tokens: list[int] = []
+        for _ in range(5):
+            tokens.append(int(logits(prompt + tokens)[0, -1].argmax()))
+        return tokens
+
+    expected = golden.array(["logits of the network", name], lambda: logits(ids.tolist()))
+    assert_close(logits_of_prompt(bundle, ids[None]), expected, 2e-5)
+    generated = gpt2onnx.load(bundle.folder, threads=1).generate(prompt, max_new_tokens=5, do_sample=False)
+    assert generated.sequences[0].token_ids == golden.answer(["tokens of the network", name], greedy)
+
+
+def test_the_book_s_model_with_gpt2_s_weights_is_tied_and_has_gpt2_s_heads(tmp_path: Path) -> None:
+    state = book_state(768)
+    state["tok_emb.weight"][:] = np.arange(768)
+    state["out_head.weight"][:] = np.arange(768)
+    save_file(state, tmp_path / "gpt2-small-124M.safetensors")
+    opened = Checkpoint.open(str(tmp_path))
+    assert opened.tied
+    assert opened.config.n_head == 12
+    assert opened.config.activation_function == "gelu_new"
+
+
+def test_the_number_of_heads_has_to_be_known(tmp_path: Path) -> None:
+    path = tmp_path / "model.pth"
+    torch_files.save(book_state(8), path)
+    assert all(word in refused(path) for word in ("heads", "config.json", "n_head", "width 8"))
+    torch_files.save({"model_state_dict": book_state(8), "config": {"n_heads": 4}}, path)
+    assert Checkpoint.open(str(path)).config.n_head == 4
+
+
+def test_what_is_refused_is_not_called_damaged(tmp_path: Path) -> None:
+    content = {"model": nanogpt_state(29), "model_args": {"n_head": 2}, "losses": {(1, 2): 3.0}}
+    torch_files.save(content, tmp_path / "ckpt.pt")
+    with pytest.raises(CheckpointError, match=r"refused: a key .* is a tuple; save the model's state_dict\(\) alone"):
+        Checkpoint.open(str(tmp_path))
+
+
+def test_lightning_s_prefix_and_suffix(tiny: Path, loaded: Loaded) -> None:
+    shutil.copy(FILES / "last.ckpt", tiny)
+    saved = loaded(FILES / "last.ckpt", "state_dict")
+    state = {name.removeprefix("model."): array for name, array in saved.items()}
+    assert_reads(Checkpoint.open(str(tiny / "last.ckpt")), state)
+
+
+def test_what_a_trainer_leaves_beside_the_weights_is_passed_over(folder: Path, state: State) -> None:
+    save_file(state, folder / "weights.safetensors")
+    for name in ("optimizer.pt", "rng_state_0.pth", "scaler.pt", "training_args.bin", "random_states_0.pkl"):
+        (folder / name).write_bytes(b"not read")
+    assert_reads(Checkpoint.open(str(folder)), state)
+
+
+def test_the_first_configs_say_n_ctx(make_checkpoint: MakeCheckpoint) -> None:
+    folder = make_checkpoint(n_positions=40)
+    path = folder / "config.json"
+    content = json.loads(path.read_text())
+    content["n_ctx"] = content.pop("n_positions")
+    path.write_text(json.dumps(content))
+    opened = Checkpoint.open(str(folder))
+    assert opened.config.n_positions == opened.raw_config["n_positions"] == 40
+
+
+def test_generation_options_in_config_json_count_where_there_is_no_other_file(
+    folder: Path, checkpoint: Path, state: State, reference_of: type[Reference]
+) -> None:
+    """As in transformers, which wrote them there once."""
+    skip_with_transformers_4("max_length in config.json counts otherwise")
+    SAVE["safetensors"](state, folder)
+    (folder / "generation_config.json").unlink()
+    edit_config(folder, do_sample=True, top_k=5, temperature=0.7, max_length=20)
+    (expected,) = reference_of(folder, f"{checkpoint.name}, options in config.json").tokens([5, 6, 7], 3)
+    gpt2onnx.export(folder, folder / "bundle")
+    found = gpt2onnx.load(folder / "bundle", threads=1).generate([5, 6, 7], seed=3)
+    assert len(expected) > 3
+    assert found.sequences[0].token_ids == expected
+
+
+def test_a_head_that_is_left_out_is_told(folder: Path, state: State, caplog: pytest.LogCaptureFixture) -> None:
+    SAVE["safetensors"](state | {"score.weight": np.ones((3, 32), np.float32)}, folder)
+    assert_reads(Checkpoint.open(str(folder)), state)
+    assert "score.weight" in caplog.text
+    caplog.clear()
+    shapes = {"transformer.h.0.attn.bias": (1, 1, 64, 64), "transformer.h.0.attn.masked_bias": (1,)}
+    masks = {name: np.ones(shape, np.float32) for name, shape in shapes.items()}
+    SAVE["safetensors"](state | masks | {"lm_head.weight": state["transformer.wte.weight"]}, folder)
+    Checkpoint.open(str(folder))
+    assert not caplog.text
+
+
+@pytest.mark.parametrize("number", [float("nan"), float("inf"), -float("inf")])
+def test_a_weight_that_is_no_number_is_named(number: float, folder: Path, state: State) -> None:
+    state["transformer.h.1.mlp.c_proj.weight"][3, 4] = number
+    SAVE["safetensors"](state, folder)
+    with pytest.raises(CheckpointError, match=r"h\.1\.mlp\.c_proj\.weight"):
+        gpt2onnx.export(folder, folder / "bundle")
+    assert not (folder / "bundle").exists()
+
+
+def test_a_weight_beyond_float16_is_named(folder: Path, state: State) -> None:
+    state["transformer.h.1.mlp.c_proj.bias"][3] = 1e6
+    SAVE["safetensors"](state, folder)
+    with pytest.raises(CheckpointError, match=r"h\.1\.mlp\.c_proj\.bias.*float16"):
+        gpt2onnx.export(folder, folder / "bundle", dtype="fp16")
+
+
+def test_nanogpt_s_padded_vocabulary_stays(tmp_path: Path) -> None:
+    torch_files.save({"model": nanogpt_state(50304), "model_args": {"n_head": 2}}, tmp_path / "ckpt.pt")
+    opened = Checkpoint.open(str(tmp_path / "ckpt.pt"))
+    assert opened.config.vocab_size == 50304
+    assert opened.raw_config["eos_token_id"] == 50256
+    assert not opened.config.n_embd % opened.config.n_head
+
+
+def test_weights_without_their_tokenizer_say_what_is_missing(tmp_path: Path) -> None:
+    shutil.copy(FILES / "nanogpt.pt", tmp_path)
+    with pytest.raises(CheckpointError, match=r"tokenizer\.json"):
+        gpt2onnx.export(tmp_path / "nanogpt.pt", tmp_path / "bundle")
+    assert not (tmp_path / "bundle").exists()
+
+
+# Broken and hostile checkpoints
+
+
+def test_a_wrong_shape_names_the_tensor_what_was_found_and_what_was_wanted(folder: Path, state: State) -> None:
+    SAVE["safetensors"](state | {"transformer.h.1.mlp.c_fc.bias": np.zeros(100, np.float32)}, folder)
+    assert all(part in refused(folder) for part in ("transformer.h.1.mlp.c_fc.bias", "[100]", "[128]"))
+
+
+def test_a_wrong_shape_in_the_book_s_model_is_told_in_its_own_terms(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"n_heads": 2}')
+    state = book_state(8)
+    state["trf_blocks.0.att.W_key.weight"] = np.zeros((8, 7), np.float32)
+    torch_files.save(state, tmp_path / "model.pth")
+    assert all(part in refused(tmp_path) for part in ("trf_blocks.0.att.W_key.weight", "[8, 7]", "[8, 8]"))
+    del state["trf_blocks.0.att.W_key.weight"]
+    torch_files.save(state, tmp_path / "model.pth")
+    assert "lack tensor trf_blocks.0.att.W_key.weight" in refused(tmp_path)
+
+
+@pytest.mark.parametrize("form", SAVE)
+def test_a_missing_tensor_and_a_wrong_type_are_named(form: str, folder: Path, state: State) -> None:
+    name = "transformer.h.0.ln_2.weight"
+    SAVE[form]({key: value for key, value in state.items() if key != name}, folder)
+    assert "h.0.ln_2.weight" in refused(folder)
+    SAVE[form](state | {name: np.ones(32, np.int64)}, folder)
+    message = refused(folder)
+    assert name in message
+    assert "int64" in message.lower().replace("i64", "int64")
+
+
+@pytest.mark.parametrize("form", SAVE)
+@pytest.mark.parametrize("part", [0.0, 0.001, 0.5, 0.999])
+def test_truncated_files_are_refused(form: str, part: float, folder: Path, state: State) -> None:
+    SAVE[form](state, folder)
+    path = max(folder.glob("*.bin"), default=None) or max(folder.glob("*.safetensors"))
+    content = path.read_bytes()
+    path.write_bytes(content[: int(part * len(content))])
+    assert path.name in refused(folder)
+
+
+@pytest.mark.parametrize("part", [0.0, 0.001, 0.5, 0.999])
+@pytest.mark.parametrize("name", ["float32.pt", "float32_legacy.pt", "nanogpt.pt"])
+def test_truncated_files_of_pytorch_are_refused(name: str, part: float, tiny: Path) -> None:
+    content = (FILES / name).read_bytes()
+    (tiny / "pytorch_model.bin").write_bytes(content[: int(part * len(content))])
+    assert "pytorch_model.bin" in refused(tiny)
+
+
+@pytest.mark.parametrize("kind", ["safetensors", "pytorch"])
+def test_shards_have_to_be_there_inside_and_complete(kind: str, folder: Path, state: State) -> None:
+    SAVE[f"sharded {kind}"](state, folder)
+    stem, suffix = {"safetensors": ("model", "safetensors"), "pytorch": ("pytorch_model", "bin")}[kind]
+    index = folder / f"{stem}.{suffix}.index.json"
+    content = json.loads(index.read_text())
+    shard = folder / f"{stem}-00002-of-00003.{suffix}"
+
+    index.write_text(json.dumps({"weight_map": content["weight_map"] | {"transformer.extra": shard.name}}))
+    assert all(part in refused(folder) for part in ("transformer.extra", shard.name))
+    outside = folder.parent / shard.name
+    shutil.copy(shard, outside)
+    for name in (f"../{shard.name}", str(outside), "..", "sub/" + shard.name):
+        index.write_text(json.dumps({"weight_map": content["weight_map"] | {"transformer.ln_f.bias": name}}))
+        assert "outside" in refused(folder)
+    index.write_text(json.dumps(content))
+    shard.unlink()
+    assert "missing" in refused(folder)
+    for broken in ("{", "[]", '{"weight_map": 3}', '{"weight_map": {"a": 3}}'):
+        index.write_text(broken)
+        assert index.name in refused(folder)
+
+
+class Hostile:
+    """Unpickles to whatever a function returns, once it is run."""
+
+    def __init__(self, function: Callable[..., object], *arguments: object) -> None:
+        self.call = (function, arguments)
+
+    def __reduce__(self) -> tuple[Callable[..., object], tuple[object, ...]]:
+        return self.call
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_code_in_a_checkpoint_is_refused_by_name_and_not_run(zipped: bool, folder: Path, state: State) -> None:
+    path, trace = folder / "pytorch_model.bin", folder / "trace"
+    for hostile, name in (
+        (Hostile(eval, f"open({str(trace)!r}, 'w')"), "builtins.eval"),
+        (Hostile(Path.touch, trace), "builtins.getattr"),
+        (Hostile(shutil.copy, folder / "config.json", trace), "shutil.copy"),
+    ):
+        for content in (state | {"x": hostile}, {"model": state, "x": [hostile]}, hostile):
+            torch_files.save(content, path, zipped=zipped)
+            message = refused(folder)
+            assert "refused" in message
+            assert name in message
+    assert not trace.exists()
+
+
+def test_a_whole_module_is_refused_by_name(folder: Path) -> None:
+    shutil.copy(FILES / "module.pt", folder / "pytorch_model.bin")
+    message = refused(folder)
+    assert "refused" in message
+    assert "torch.nn.modules.linear.Linear" in message
+
+
+@pytest.mark.parametrize(
+    "tensor",
+    [
+        (10**15, (4,), (1,)),
+        (0, (10**9, 10**9), (1, 1)),
+        (0, (4,), (10**12,)),
+        (-4, (4,), (1,)),
+        (8, (4,), (-1,)),
+        (0, (4, 4), (1,)),
+        (0, ("4",), (1,)),
+        (0, 4, 1),
+        (0.5, (4,), (1,)),
+    ],
+    ids=str,
+)
+def test_a_tensor_that_leaves_its_storage_is_refused(tensor: tuple[Any, Any, Any], folder: Path) -> None:
+    path = folder / "pytorch_model.bin"
+    with zipfile.ZipFile(FILES / "float32.pt") as archive:
+        storage_of = b"ctorch\nFloatStorage\n"
+        assert storage_of in archive.read("float32/data.pkl")
+    offset, shape, strides = tensor
+    # {"wte.weight": _rebuild_tensor_v2(storage, *body)}, in the pickle machine's own words
+    program = (
+        b"\x80\x02}Vwte.weight\nctorch._utils\n_rebuild_tensor_v2\n((Vstorage\nctorch\nFloatStorage\nV0\nVcpu\nI16\ntQ"
+    )
+    values = b"".join(pickle.dumps(value, protocol=0)[:-1] for value in (offset, shape, strides))
+    torch_files.write_zip(path, program + values + b"I00\nNtRs.", {"0": bytes(64)})
+    message = refused(folder)
+    assert "tensor wte.weight is damaged" in message or "ends before tensor wte.weight" in message
+    inside = b"".join(pickle.dumps(value, protocol=0)[:-1] for value in (12, (2, 2), (1, 1)))
+    torch_files.write_zip(path, program + inside + b"I00\nNtRs.", {"0": bytes(64)})
+    assert read_checkpoint_file(path)["wte.weight"].shape == (2, 2)
+
+
+@pytest.mark.parametrize("name", ["float32.pt", "float32_legacy.pt"])
+def test_a_damaged_file_never_does_more_than_be_refused(name: str, tmp_path: Path) -> None:
+    path, content = tmp_path / name, (FILES / name).read_bytes()
+    pickled = slice(0, 1500)
+    generator = np.random.default_rng(0)
+    for _ in range(300):
+        broken = bytearray(content)
+        for place in generator.integers(pickled.start, pickled.stop, size=generator.integers(1, 4)):
+            broken[place] = generator.integers(256)
+        path.write_bytes(broken)
+        try:
+            read = read_checkpoint_file(path)
+        except CheckpointError as error:
+            assert "\n" not in str(error)  # noqa: PT017  # most do fail, not all
+        else:
+            for array in read.values() if isinstance(read, dict) else ():
+                if isinstance(array, StridedArray) and np.prod(array.shape) < 10**6:
+                    array.read()
+
+
+def test_files_that_are_no_checkpoints_are_told_apart(folder: Path, state: State) -> None:
+    assert "no weights" in refused(folder)
+    torch_files.save(state, folder / "a.pt")
+    torch_files.save(state, folder / "b.pt")
+    assert all(name in refused(folder) for name in ("a.pt", "b.pt"))
+    path = folder / "pytorch_model.bin"
+    for content, word in (
+        (pickle.dumps(3), "torch.save"),
+        (b"hello", "torch.save"),
+        (b"", "torch.save"),
+        (b"PK\x03\x04 no archive", "truncated"),
+    ):
+        path.write_bytes(content)
+        assert word in refused(folder)
+    torch_files.save([1, 2], path)
+    assert "state dict" in refused(folder)
+    torch_files.save({"weight": np.ones(3, np.float32)}, path)
+    assert "weight" in refused(folder)
+    torch_files.save(state, path)
+    repacked = io.BytesIO(path.read_bytes())
+    with zipfile.ZipFile(repacked) as source, zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as target:
+        for member in source.infolist():
+            target.writestr(member.filename, source.read(member), zipfile.ZIP_DEFLATED)
+    assert "compressed" in refused(folder)
+    assert "not a checkpoint" in refused(folder / "config.json")
+    assert "no checkpoint" in refused(folder / "none")
+    assert "no checkpoint" in refused(folder / ("long" * 1000))
+
+
+def test_a_json_file_that_is_too_large_is_not_read(folder: Path, state: State) -> None:
+    save_file(state, folder / "model.safetensors")
+    config = folder / "config.json"
+    config.write_bytes(config.read_bytes() + b" " * 100_000_000)
+    tracemalloc.start()
+    try:
+        with pytest.raises(CheckpointError, match=r"config\.json has more than the 16,777,216 bytes"):
+            Checkpoint.open(str(folder))
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert peak < 2 * 16 * 2**20
+
+
+def test_a_json_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"can't read .*config\.json: "):
+        GPT2Config.from_file(tmp_path / "config.json")
+    (tmp_path / "config.json").mkdir()
+    with pytest.raises(CheckpointError, match=r"can't read .*config\.json: "):
+        GPT2Config.from_file(tmp_path / "config.json")
+
+
+def test_a_file_without_its_config_says_so(tmp_path: Path, state: State) -> None:
+    torch_files.save(state, tmp_path / "pytorch_model.bin")
+    assert "config.json" in refused(tmp_path)
+    assert "config.json" in refused(tmp_path / "pytorch_model.bin")
+
+
+@pytest.mark.parametrize("form", SAVE)
+def test_a_failed_export_leaves_the_target_as_it_was(form: str, folder: Path, state: State, tmp_path: Path) -> None:
+    SAVE[form](state, folder)
+    target = tmp_path / "bundle"
+    gpt2onnx.export(folder, target)
+    before = {path: path.read_bytes() for path in sorted(target.rglob("*")) if path.is_file()}
+    path = max(folder.glob("*.bin"), default=None) or max(folder.glob("*.safetensors"))
+    path.write_bytes(path.read_bytes()[:-1000])
+    with pytest.raises(CheckpointError, match=path.name):
+        gpt2onnx.export(folder, target, force=True)
+    assert {path: path.read_bytes() for path in sorted(target.rglob("*")) if path.is_file()} == before
+    assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []

@@ -1,0 +1,235 @@
+"""The second graph for prompts and batches: what it computes, and when it is opened."""
+
+import gc
+import inspect
+import logging
+import shutil
+import weakref
+from dataclasses import replace
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+from support.commands import CommandLine
+
+import gpt2onnx
+from gpt2onnx.errors import BackendError, BundleError, OptionError
+from gpt2onnx.exporter.graph.stored import StoredWeights, in_axis
+from gpt2onnx.models.bundle import WIDE_GRAPH, WIDE_WEIGHTS, Bundle, describe_files
+from gpt2onnx.models.shapes import weight_shapes
+from gpt2onnx.runtime.engine import footprint, second_graph
+from gpt2onnx.runtime.engine.runner import Session
+from gpt2onnx.runtime.host import resources
+from gpt2onnx.runtime.ort import providers
+
+PRECISIONS: dict[str, dict[str, Any]] = {
+    "int8": {"dtype": "int8", "block_size": 16},
+    "int4": {"dtype": "int4"},
+    "int4 pure": {"dtype": "int4", "pure": True},
+}
+
+
+@pytest.fixture(scope="module", params=PRECISIONS)
+def made(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    """The embedded model as if it were wide enough for a second graph."""
+    with pytest.MonkeyPatch.context() as patch:
+        export = import_module("gpt2onnx.exporter.export")
+        patch.setattr(export, "_WIDE_WIDTH", 0)
+        # It is the graphs that are looked at, not how well they do: fewer texts are enough, and much faster.
+        patch.setattr(export, "_MORE_TEXTS", 4)
+        folder = tmp_path_factory.mktemp("wide") / "bundle"
+        return gpt2onnx.export("tales", folder, quality=False, **PRECISIONS[request.param])
+
+
+def logits(session: Session, tokens: np.ndarray, *parts: int) -> np.ndarray:
+    """Of all positions of [rows, count] tokens, taken in parts of these lengths."""
+    rows = slice(0, len(tokens))
+    cache = session.new_cache(len(tokens), tokens.shape[1])
+    ends = np.cumsum(parts)
+    assert ends[-1] == tokens.shape[1]
+    passes = (tokens[:, end - count : end] for end, count in zip(ends, parts, strict=True))
+    return np.concatenate([session.forward(cache, rows, each, keep=each.shape[1]).copy() for each in passes], axis=1)
+
+
+def test_weights_are_the_first_graphs_up_to_rounding(made: Bundle) -> None:
+    stored, ours = StoredWeights(made), StoredWeights(made, wide=True)
+    steps_of, changed = dict(ours.made()), 0
+    for name in weight_shapes(made.config, tied=False):
+        steps = steps_of.get(name)
+        if steps is None:
+            np.testing.assert_array_equal(ours.tensor(name), stored.tensor(name), err_msg=name)
+            continue
+        error = np.abs(ours.tensor(name) - stored.tensor(name)) / steps
+        assert error.max() <= 0.501, name
+        # All of the range is used: a step is no longer than the largest weight that blocks could hold asks for.
+        share = 0.5 if stored.blocks(name).bits == 8 else 0.4
+        assert np.abs(stored.tensor(name)).max(in_axis(name)).mean() > steps.mean() * 127 * share, name
+        changed += 1
+    assert changed > 20  # of 25
+    assert "lm_head.weight" in steps_of
+
+
+def test_graphs_share_a_cache(made: Bundle) -> None:
+    """A prompt through the one and single tokens through the other give about what either gives alone."""
+    one, both = Session(made, threads=1, wide_after=None), Session(made, threads=1, wide_after=0)
+    count = 20
+    tokens = np.random.default_rng(0).integers(made.config.vocab_size, size=(1, count))
+    steps = [1] * (count - second_graph.FEWEST)
+    alone = logits(one, tokens, second_graph.FEWEST, *steps)
+    np.testing.assert_array_equal(logits(both, tokens, *[1] * count), logits(one, tokens, *[1] * count))
+    mixed = logits(both, tokens, second_graph.FEWEST, *steps)
+    assert not np.array_equal(mixed[:, second_graph.FEWEST - 1], alone[:, second_graph.FEWEST - 1]), (
+        "which graph was it?"
+    )
+    assert np.abs(mixed - alone).max() < 0.1 * np.abs(alone).max()
+
+
+@pytest.mark.parametrize("copied", [True, False])
+@pytest.mark.parametrize("made", ["int8"], indirect=True)
+def test_weights_are_kept_only_where_they_are_read(made: Bundle, copied: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    given: list[np.ndarray] = []
+
+    def make_weights(*arguments: Any) -> dict[str, np.ndarray]:
+        weights = original(*arguments)
+        given.extend(weights.values())
+        return weights
+
+    original = second_graph.make_weights
+    monkeypatch.setattr(second_graph, "make_weights", make_weights)
+    if not copied:
+        monkeypatch.setattr(providers, "_copies_weights", lambda: False)
+    session = Session(made, threads=1, wide_after=0)
+    tokens = np.random.default_rng(0).integers(made.config.vocab_size, size=(1, 20))
+    expected = logits(session, tokens, 20)
+    assert given
+    assert session._wide is not None
+    assert session._wide._graph is not None
+    if copied and providers._copies_weights():
+        # Nothing reads these any more.
+        for each in given:
+            each.fill(0)
+        del each
+        np.testing.assert_array_equal(logits(session, tokens, 20), expected)
+    seen = [weakref.ref(each) for each in given]
+    given.clear()
+    gc.collect()
+    held = [each() is not None for each in seen]
+    assert held == [not (copied and providers._copies_weights())] * len(seen)
+    del session
+    gc.collect()
+    assert not any(each() is not None for each in seen)
+
+
+def opened(session: Session, rows: int, passes: int, count: int = 1) -> int | None:
+    """In which of some passes of so many tokens the second graph is opened."""
+    for number in range(passes):
+        session.forward(session.new_cache(rows, count), slice(0, rows), np.ones((rows, count), np.int64))
+        if session._wide is not None and session._wide._graph is not None:
+            return number
+    return None
+
+
+@pytest.mark.parametrize("made", ["int8"], indirect=True)
+def test_opened_when_worth_it(made: Bundle) -> None:
+    assert opened(Session(made), second_graph.FEWEST - 1, 300) is None
+    assert opened(Session(made), 16, 100) == second_graph.WORTH // 16
+    assert opened(Session(made), 1, 100, 64) == second_graph.WORTH // 64
+    assert opened(Session(made, wide_after=0), second_graph.FEWEST, 1) == 0
+    assert opened(Session(made, wide_after=None), 16, 100) is None
+    assert opened(gpt2onnx.load(made.folder, wide_after=100).session, 25, 5) == 4
+    with pytest.raises(OptionError, match="wide_after must be at least 0, not -1"):
+        gpt2onnx.load(made.folder, wide_after=-1)
+
+
+def test_numbers_are_those_of_the_documents() -> None:
+    default = inspect.signature(gpt2onnx.load).parameters["wide_after"].default
+    assert (second_graph.FEWEST, second_graph.WORTH, default) == (6, 512, 512)
+
+
+@pytest.mark.parametrize(
+    ("command", "arguments"),
+    [("eval", ["{}"]), ("sweep", ["--prompt", "Once", "--out", "out"]), ("generate", ["--input", "{}"])],
+)
+def test_opened_right_away_where_results_must_not_depend_on_earlier_ones(
+    command: str, arguments: list[str], command_line: CommandLine, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "file").write_text('{"prompt": "Once"}\n')
+    monkeypatch.chdir(tmp_path)
+    taken: dict[str, Any] = {}
+
+    def load(*_: object, **others: object) -> None:
+        taken.update(others)
+        raise BackendError("enough")
+
+    monkeypatch.setattr(f"gpt2onnx.cli.{command}.load", load)
+    finished = command_line(command, *(each.format(tmp_path / "file") for each in arguments))
+    assert "enough" in finished.err
+    assert taken == {"wide_after": 0}
+
+
+@pytest.mark.parametrize("made", ["int8"], indirect=True)
+def test_not_opened_where_memory_is_short(
+    made: Bundle, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    session = Session(made)
+    monkeypatch.setattr(resources, "shortage", lambda size: "more than there is" if size > 1000 else None)
+    monkeypatch.setattr(footprint, "wide_memory", lambda bundle: 2000)
+    with caplog.at_level(logging.INFO):
+        assert opened(session, 1, 100, 64) is None
+    assert [record.message for record in caplog.records if "wide.onnx" in record.message] == [
+        f"prompts and batches stay slower: {made.folder / WIDE_GRAPH} needs about more than there is"
+    ]
+    with pytest.raises(BackendError, match="needs about"):
+        session.open_wide()
+
+
+@pytest.mark.parametrize("made", ["int8"], indirect=True)
+def test_not_opened_where_another_bundle_took_its_place(
+    made: Bundle, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = tmp_path / "bundle"
+    shutil.copytree(made.folder, folder)
+    session = Session(Bundle.open(folder))
+    gpt2onnx.export("tales", folder, force=True)
+    with caplog.at_level(logging.INFO):
+        assert opened(session, 1, 100, 64) is None
+    assert f"prompts and batches stay slower: {folder} is another bundle by now: load it again" in caplog.text
+
+
+@pytest.mark.parametrize("made", ["int8"], indirect=True)
+def test_memory_is_about_what_is_said(made: Bundle, tales_bundle: Path) -> None:
+    weights = second_graph.make_weights(made, 1)
+    assert footprint.wide_memory(made) == 2 * sum(each.size for each in weights.values() if each.dtype == np.int8)
+    assert footprint.wide_memory(Bundle.open(tales_bundle)) == 0
+
+
+@pytest.mark.parametrize("made", ["int8"], indirect=True)
+@pytest.mark.parametrize("name", [WIDE_GRAPH, WIDE_WEIGHTS])
+def test_second_graph_takes_no_weights_from_elsewhere(made: Bundle, name: str, tmp_path: Path) -> None:
+    folder = tmp_path / "bundle"
+    shutil.copytree(made.folder, folder)
+    graph = onnx.load(folder / name, load_external_data=False)
+    tensor = next(each for each in graph.graph.initializer if each.external_data)
+    tensor.external_data[0].value = "../../secret"
+    (folder / name).write_bytes(graph.SerializeToString())
+    replace(made.manifest, files=describe_files(folder)).write(folder)
+    with pytest.raises(BundleError, match=f"{Path(name).name} takes weights from"):
+        Bundle.open(folder)
+
+
+@pytest.mark.parametrize("made", ["int8"], indirect=True)
+def test_another_networks_second_graph_is_refused(made: Bundle, tmp_path: Path) -> None:
+    folder = tmp_path / "bundle"
+    shutil.copytree(made.folder, folder)
+    graph = onnx.load(folder / WIDE_GRAPH, load_external_data=False)
+    (output,) = [each for each in graph.graph.output if each.name == "logits"]
+    graph.graph.output.remove(output)
+    (folder / WIDE_GRAPH).write_bytes(graph.SerializeToString())
+    replace(made.manifest, files=describe_files(folder)).write(folder)
+    with pytest.raises(
+        BundleError, match=r"wide\.onnx isn't what config\.json describes: it lacks the output 'logits'"
+    ):
+        opened(Session(Bundle.open(folder), wide_after=0), 16, 1)

@@ -1,0 +1,357 @@
+"""Whatever form a checkpoint's tokenizer has, its ids and texts in the bundle are those of transformers."""
+
+import json
+import pickle
+import shutil
+import sys
+from collections.abc import Callable
+from importlib.machinery import ModuleSpec
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import tokenizers
+from support.checkpoints import END_OF_TEXT, byte_tokenizer
+from support.golden import Golden
+from support.tokenizer_files import GPT2_FILES, TEXTS, differences, in_transformers, write
+from support.versions import skip_with_transformers_4
+from tokenizers import decoders, models, normalizers, pre_tokenizers
+
+from gpt2onnx.errors import CheckpointError, MissingExtraError
+from gpt2onnx.exporter.tokenizer.convert.convert import write_tokenizer
+from gpt2onnx.runtime.tokenizer import Tokenizer
+
+END = 1000  # most tests need only the first merges of GPT-2's vocabulary
+
+
+class Judge:
+    """transformers' answers, and the files that it saves."""
+
+    def __init__(self, golden: Golden) -> None:
+        self.golden = golden
+
+    def assert_agrees(self, case: object, checkpoint: Path) -> Path:
+        """Writes the bundle's tokenizer, and compares it with what transformers makes of the checkpoint's."""
+        skip_with_transformers_4("files of tokenizers mean something else")
+        bundle = checkpoint / "bundle"
+        bundle.mkdir()
+        write_tokenizer(checkpoint, json.loads((checkpoint / "config.json").read_text()), bundle)
+
+        def live() -> Any:
+            expected = in_transformers(checkpoint)
+            # The bundle is a checkpoint for others, so transformers must read the same from it.
+            shutil.copyfile(checkpoint / "config.json", bundle / "config.json")
+            assert in_transformers(bundle) == expected
+            return expected
+
+        assert differences(bundle, self.golden.answer(["texts", case, TEXTS], live)) == []
+        return bundle
+
+    def save(self, case: object, folder: Path) -> None:
+        """Saves the folder's tokenizer as transformers does, beside what is there."""
+
+        def live() -> dict[str, str]:
+            import transformers
+
+            transformers.AutoTokenizer.from_pretrained(folder).save_pretrained(folder / "saved")
+            return {path.name: path.read_text("utf-8") for path in sorted((folder / "saved").iterdir())}
+
+        for name, text in self.golden.answer(["saved", case], live).items():
+            (folder / name).write_text(text, "utf-8")
+
+
+@pytest.fixture(scope="module")
+def judge(golden: Golden) -> Judge:
+    return Judge(golden)
+
+
+@pytest.fixture(scope="module")
+def first_merges() -> tuple[str, str]:
+    """vocab.json and merges.txt of the first END tokens."""
+    ids = json.loads((GPT2_FILES / "encoder.json").read_text("utf-8"))
+    vocabulary = {token: index for token, index in ids.items() if index < END} | {END_OF_TEXT: END}
+    lines = (GPT2_FILES / "vocab.bpe").read_text("utf-8").split("\n")
+    return json.dumps(vocabulary), "\n".join(lines[: 1 + END - 256]) + "\n"
+
+
+@pytest.fixture
+def byte_level(first_merges: tuple[str, str], tmp_path: Path) -> Path:
+    for name, content in zip(("vocab.json", "merges.txt"), first_merges, strict=True):
+        (tmp_path / name).write_text(content, "utf-8")
+    return tmp_path
+
+
+NEW = {"lstrip": False, "rstrip": False, "single_word": False}
+
+
+@pytest.mark.parametrize(
+    "files",
+    {
+        "nothing else": {},
+        "prefix space": {"tokenizer_config_json": {"add_prefix_space": True}},
+        "end of text before": {"tokenizer_config_json": {"add_bos_token": True, "bos_token": END_OF_TEXT}},
+        "end of text around": {"tokenizer_config_json": {"add_bos_token": True, "add_eos_token": True}},
+        "added_tokens.json": {"added_tokens_json": {"<sep>": END + 2, "<pad>": END + 1, "<new>": END + 3}},
+        "special_tokens_map.json": {
+            "special_tokens_map_json": {
+                "pad_token": "<pad>",
+                "eos_token": {"content": END_OF_TEXT, "normalized": True, **NEW},
+                "sep_token": {"content": "<sep>", "normalized": False, **NEW, "lstrip": True},
+                "additional_special_tokens": ["<new>"],
+            },
+            "added_tokens_json": {"<pad>": END + 1, "<sep>": END + 2, "<soft>": END + 3, "<new>": END + 4},
+        },
+        "added_tokens_decoder": {
+            "tokenizer_config_json": {
+                "tokenizer_class": "GPT2Tokenizer",
+                "pad_token": "<pad>",
+                "unk_token": None,
+                "additional_special_tokens": ["<sep>"],
+                "added_tokens_decoder": {
+                    f"{END}": {"content": END_OF_TEXT, "normalized": True, **NEW, "special": True},
+                    f"{END + 1}": {"content": "<pad>", "normalized": False, **NEW, "special": True},
+                    f"{END + 2}": {"content": "<sep>", "normalized": False, **NEW, "special": True},
+                    f"{END + 3}": {"content": "<soft>", "normalized": True, **NEW, "special": False},
+                    f"{END + 4}": {"content": "<new>", "normalized": False, **NEW, "lstrip": True, "rstrip": True},
+                },
+            }
+        },
+        "typed tokens": {
+            "tokenizer_config_json": {
+                "bos_token": {"__type": "AddedToken", "content": "<new>", "normalized": True, **NEW},
+                "eos_token": {"__type": "AddedToken", "content": END_OF_TEXT, "normalized": True, **NEW},
+                "clean_up_tokenization_spaces": True,
+            }
+        },
+        "cleaned up all the same": {
+            "tokenizer_config_json": {
+                "clean_up_tokenization_spaces": True,
+                "clean_up_tokenization_spaces_for_bpe_even_though_it_will_corrupt_output": True,
+            }
+        },
+    }.items(),
+    ids=lambda item: item[0],
+)
+def test_vocab_json_and_merges(files: tuple[str, dict[str, Any]], byte_level: Path, judge: Judge) -> None:
+    judge.assert_agrees(files[0], write(byte_level, **files[1]))
+
+
+def with_hugging_face_s_names(folder: Path) -> None:
+    """GPT-2's whole vocabulary."""
+    folder.mkdir()
+    for openai, hugging_face in (("encoder.json", "vocab.json"), ("vocab.bpe", "merges.txt")):
+        shutil.copyfile(GPT2_FILES / openai, folder / hugging_face)
+
+
+def test_openai_s_own_file_names_and_all_of_its_vocabulary(golden: Golden, tmp_path: Path) -> None:
+    own, bundle = (tmp_path / name for name in ("own", "bundle"))
+    for folder in (own, bundle):
+        folder.mkdir()
+    for name in ("encoder.json", "vocab.bpe"):
+        shutil.copyfile(GPT2_FILES / name, own / name)
+    write_tokenizer(own, {"vocab_size": 50257}, bundle)
+
+    def live() -> Any:
+        with_hugging_face_s_names(tmp_path / "named")
+        return in_transformers(write(tmp_path / "named"))
+
+    assert differences(bundle, golden.answer(["GPT-2's own", TEXTS], live)) == []
+
+
+@pytest.mark.parametrize("vocabulary", [50257, 50304])
+def test_a_checkpoint_without_a_tokenizer_has_gpt2_s_own_where_it_fits(
+    vocabulary: int, golden: Golden, tmp_path: Path
+) -> None:
+    """As GPTModel's and nanoGPT's, which are trained with that and saved without it."""
+    bundle = tmp_path / "bundle"
+    bundle.mkdir()
+    write_tokenizer(tmp_path, {"vocab_size": vocabulary}, bundle)
+
+    def live() -> Any:
+        with_hugging_face_s_names(tmp_path / "named")
+        return in_transformers(write(tmp_path / "named", config_json={"vocab_size": vocabulary}))
+
+    assert differences(bundle, golden.answer(["GPT-2's own", TEXTS], live)) == []
+    vocab = json.loads((bundle / "tokenizer.json").read_text("utf-8"))["model"]["vocab"]
+    assert vocab == json.loads((GPT2_FILES / "encoder.json").read_text("utf-8"))
+
+
+def test_the_characters_of_a_nanogpt_data_set(golden: Golden, tmp_path: Path) -> None:
+    letters = sorted(set("First Citizen:\nBefore we proceed any further, hear me speak. é今"))
+    ids = {letter: index for index, letter in enumerate(letters)}
+    table = {"vocab_size": len(ids), "stoi": ids, "itos": dict(enumerate(letters))}
+    (tmp_path / "meta.pkl").write_bytes(pickle.dumps(table))
+    bundle = tmp_path / "bundle"
+    bundle.mkdir()
+    write_tokenizer(tmp_path, {"vocab_size": len(ids)}, bundle)
+    write(bundle)
+    texts = ["First Citizen:\nBefore we proceed", "  speak.  \n\n é今", "F"]
+
+    def live() -> Any:
+        import transformers
+
+        reference = transformers.AutoTokenizer.from_pretrained(bundle)
+        return [[reference.encode(text), reference.decode(reference.encode(text))] for text in texts]
+
+    wanted = [[[ids[letter] for letter in text], text] for text in texts]
+    tokenizer = Tokenizer(bundle / "tokenizer.json")
+    assert [[tokenizer.encode(text), tokenizer.decode(tokenizer.encode(text))] for text in texts] == wanted
+    assert golden.answer(["characters", texts], live) == wanted
+
+
+@pytest.mark.parametrize("content", [{"stoi": {"ab": 1}}, {"stoi": {"a": -1}}, {}, [1], Path("x")], ids=str)
+def test_another_meta_pkl_is_refused(content: object, tmp_path: Path) -> None:
+    (tmp_path / "meta.pkl").write_bytes(pickle.dumps(content))
+    with pytest.raises(CheckpointError, match=r"meta\.pkl"):
+        write_tokenizer(tmp_path, {"vocab_size": 10}, tmp_path)
+
+
+def test_tokenizer_json_comes_along_without_its_layout(byte_level: Path, judge: Judge) -> None:
+    judge.save("byte level", write(byte_level))
+    for name in ("vocab.json", "merges.txt"):
+        (byte_level / name).unlink(missing_ok=True)
+    bundle = judge.assert_agrees("tokenizer.json", byte_level)
+    found, given = (tokenizers.Tokenizer.from_file(str(each / "tokenizer.json")) for each in (bundle, byte_level))
+    assert found.to_str() == given.to_str()
+    sizes = [(each / "tokenizer.json").stat().st_size for each in (bundle, byte_level)]
+    assert sizes[0] < sizes[1] / 2, "GPT-2's own would take 3.6 MB of a bundle instead of 1.4"
+
+
+def test_settings_beside_tokenizer_json_count(byte_level: Path, judge: Judge) -> None:
+    judge.save("byte level", write(byte_level))
+    path = byte_level / "tokenizer_config.json"
+    settings = {"add_prefix_space": True, "pad_token": "<pad>", "additional_special_tokens": ["<sep>"]}
+    path.write_text(json.dumps(json.loads(path.read_text()) | settings))
+    judge.assert_agrees("settings beside tokenizer.json", byte_level)
+
+
+def test_any_other_tokenizer_json_stays_what_it_is(judge: Judge, tmp_path: Path) -> None:
+    letters = sorted({letter for text in TEXTS for letter in text})[:-40]  # the others are unknown
+    pieces = ["▁", "▁he", "llo", "▁and", "ing", "▁the", "ti", "今天", *letters]
+    scored = [("<unk>", 0.0), *((piece, -1 - index / 100) for index, piece in enumerate(pieces))]
+    unigram = tokenizers.Tokenizer(models.Unigram(scored, unk_id=0))
+    unigram.normalizer = normalizers.NFKC()
+    unigram.pre_tokenizer = pre_tokenizers.Metaspace()
+    unigram.decoder = decoders.Metaspace()
+    unigram.add_special_tokens(["<unk>"])
+    unigram.save(str(tmp_path / "tokenizer.json"))
+    settings = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "unk_token": "<unk>",
+        "clean_up_tokenization_spaces": True,
+    }
+    judge.assert_agrees("unigram", write(tmp_path, tokenizer_config_json=settings))
+
+
+PIECES = [
+    "[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *"!\"#$%&'()*+,-./:;<=>?@[]^_{|}~。…“”—",
+    *(letter for letter in "abcdefghijklmnopqrstuvwxyzABCDEIXY0123456789äöüßœé"),
+    *("##" + letter for letter in "abcdefghijklmnopqrstuvwxyzABCDEIXY0123456789äöüßœé"),
+    *"今天气很好我们去公园吧私は日本語を少し話しますカタナ한국어도조금합니다㐀", "##カ", "##は", "##します",
+    "hello", "it", "two", "space", "##s", "they", "n't", "re", "ve", "token", "café", "cafe", "clock", "don", "##'t",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        None,
+        {},
+        {"do_lower_case": False},
+        {"do_lower_case": False, "strip_accents": True},
+        {"do_lower_case": True, "strip_accents": False, "tokenize_chinese_chars": False},
+        {"clean_up_tokenization_spaces": True},
+        {"do_lower_case": False, "clean_up_tokenization_spaces": True, "additional_special_tokens": ["[NEW]"]},
+        {"tokenizer_class": "BertTokenizer", "do_lower_case": False, "init_inputs": [], "max_len": 1024},
+        {"tokenizer_class": "BertTokenizerFast", "bos_token": "[CLS]", "eos_token": "[SEP]", "pad_token": "<pad>"},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("form", ["vocab.txt", "tokenizer.json"])
+def test_bert_s_word_pieces(form: str, settings: dict[str, Any] | None, judge: Judge, tmp_path: Path) -> None:
+    pieces = "\n".join(dict.fromkeys(PIECES)) + "\n"
+    # As the Chinese models have it: config.json names the tokenizer's class.
+    files = {"config_json": {"tokenizer_class": "BertTokenizer"}, "vocab_txt": pieces}
+    if settings is not None:
+        files["tokenizer_config_json"] = settings
+    write(tmp_path, **files)
+    if form == "tokenizer.json":
+        judge.save(["pieces", settings], tmp_path)
+        (tmp_path / "vocab.txt").unlink()
+    judge.assert_agrees(["pieces", settings], tmp_path)
+
+
+def test_special_tokens_surround_bert_s_texts(judge: Judge, tmp_path: Path) -> None:
+    write(tmp_path, config_json={"tokenizer_class": "BertTokenizer"}, vocab_txt="\n".join(dict.fromkeys(PIECES)))
+    tokenizer = Tokenizer(judge.assert_agrees(["pieces", None], tmp_path) / "tokenizer.json")
+    ids = tokenizer.encode("hello 今天")
+    assert [ids[0], ids[-1]] == [PIECES.index("[CLS]"), PIECES.index("[SEP]")]
+    assert tokenizer.decode(ids) == "hello 今 天"
+
+
+def test_cleaned_text_grows_into_the_same_text(judge: Judge, tmp_path: Path) -> None:
+    """Token by token, whatever the next token does to spaces that were already there."""
+    settings = {"clean_up_tokenization_spaces": True}
+    write(
+        tmp_path,
+        config_json={"tokenizer_class": "BertTokenizer"},
+        vocab_txt="\n".join(dict.fromkeys(PIECES)),
+        tokenizer_config_json=settings,
+    )
+    tokenizer = Tokenizer(judge.assert_agrees(["pieces", settings], tmp_path) / "tokenizer.json")
+    unique = list(dict.fromkeys(PIECES))
+    some = [unique.index(token) for token in ("it", "'", "s", "n't", "t", ".", ",", "re", "天", "a")]
+    sequences = [[first, second, third] * 3 for first in some for second in some for third in some]
+
+    def live() -> list[str]:
+        import transformers
+
+        reference = transformers.AutoTokenizer.from_pretrained(tmp_path)
+        return [reference.decode(ids) for ids in sequences]
+
+    shown_early = 0
+    for ids, text in zip(sequences, judge.golden.answer(["cleaned up", sequences], live), strict=True):
+        stream = tokenizer.stream()
+        pieces = [stream.push(token) for token in ids]
+        shown_early += any(pieces)
+        assert "".join([*pieces, stream.finish()]) == text, ids
+    assert shown_early > len(sequences) / 4
+
+
+@pytest.mark.parametrize("package", ["transformers", "sentencepiece"])
+def test_sentencepiece_needs_an_extra(package: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "spiece.model").write_bytes(b"anything")
+    for name in ("transformers", "sentencepiece"):
+        installed = ModuleType(name)
+        installed.__spec__ = ModuleSpec(name, None)
+        monkeypatch.setitem(sys.modules, name, None if name == package else installed)
+    with pytest.raises(MissingExtraError, match=rf"{package}: pip install 'gpt2onnx\[optimum\]'"):
+        write_tokenizer(tmp_path, {"vocab_size": 10}, tmp_path)
+
+
+def spoil(name: str, content: str) -> Callable[[Path], None]:
+    return lambda folder: (folder / name).write_text(content) and None
+
+
+@pytest.mark.parametrize(
+    ("break_it", "word"),
+    [
+        (lambda folder: (folder / "merges.txt").unlink(), "no tokenizer"),
+        (spoil("merges.txt", "one two three\n"), "merges.txt"),
+        (spoil("vocab.json", "{"), "vocab.json"),
+        (spoil("tokenizer_config.json", "[]"), "tokenizer_config.json"),
+        (spoil("tokenizer_config.json", '{"added_tokens_decoder": {"7": 3}}'), "added tokens"),
+        (spoil("tokenizer_config.json", '{"added_tokens_decoder": [3]}'), "added tokens"),
+        (spoil("added_tokens.json", '{"<pad>": "x", "<new>": 3}'), "added tokens"),
+        (spoil("tokenizer.json", '{"model": {}}'), "tokenizer.json"),
+        (lambda folder: byte_tokenizer(257).save(str(folder / "tokenizer.json")), "vocab_size"),
+    ],
+)
+def test_a_broken_tokenizer_is_told_in_one_line(break_it: Callable[[Path], None], word: str, byte_level: Path) -> None:
+    break_it(byte_level)
+    target = byte_level / "target"
+    target.mkdir()
+    with pytest.raises(CheckpointError, match=word) as caught:
+        write_tokenizer(byte_level, {"vocab_size": 200}, target)
+    assert "\n" not in str(caught.value)

@@ -1,0 +1,462 @@
+"""A fleet of workers: the lines of one machine, whatever becomes of workers and machines on the way."""
+
+from __future__ import annotations
+
+import gzip
+import importlib.util
+import io
+import json
+import logging
+import os
+import random
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from support.commands import CommandLine
+
+import gpt2onnx
+from gpt2onnx import fleet as _quiet_ray  # noqa: F401  # before Ray itself
+from gpt2onnx.errors import BackendError, BundleError, OutputError, PromptError
+from gpt2onnx.models.tales import FOLDER
+from gpt2onnx.runtime.host import locks
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")  # of Ray's own imports
+    import pyarrow
+    import ray
+    from pyarrow import fs, parquet
+    from ray.cluster_utils import Cluster
+    from ray.exceptions import OutOfDiskError
+
+from gpt2onnx.fleet.attempts import MOST_ATTEMPTS, Attempts
+from gpt2onnx.fleet.parts import Part, cut, encode
+from gpt2onnx.fleet.run import Summary, run
+from gpt2onnx.fleet.shared_bundle import SharedBundle
+from gpt2onnx.fleet.worker import Work, Worker
+from gpt2onnx.runtime.options import GenerationConfig
+
+# Ray Data warns of itself where its settings are copied.
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:ray.data.context")
+
+Record = dict[str, Any]
+PART = 8
+STORE = 80 << 20  # the least that Ray takes
+NEW_TOKENS = 24
+
+
+@pytest.fixture(scope="module")
+def requests(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A file with what a file can hold: strategies and seeds, bad lines, empty ones, other line ends, broken UTF-8."""
+    draw = random.Random(1)
+    words = ["king", "tailor", "old woman", "brook", "cat"]
+    strategies: list[Record] = [
+        {}, {"num_beams": 3}, {"do_sample": True, "seed": 7}, {"do_sample": True, "top_p": 0.8, "seed": 1}, {"logprobs": 2},
+        {"max_new_tokens": 3}, {"stop": ["the"]}, {"temperature": 0}, {"prompt": None, "prompt_ids": [5, 262, 99]},
+    ]  # fmt: skip
+    lines = []
+    for index in range(130):
+        request = {"id": index, "prompt": f"The {draw.choice(words)} and the {draw.choice(words)}"}
+        lines.append(json.dumps(request | draw.choice(strategies)).encode())
+    lines[3] = b'{"id": 3, "prompt": "The'
+    lines[17] = lines[90] = b""
+    lines[20] = b'{"id": "\xff", "prompt": "The \xff king"}'
+    lines[21] = b'{"id": [21], "prompt": "half a pair: \\ud800"}\r'
+    lines[40] = b"   "
+    path = tmp_path_factory.mktemp("fleet") / "requests.jsonl"
+    path.write_bytes(b"\n".join(lines))
+    return path
+
+
+@pytest.fixture(scope="module")
+def expected(tales_bundle: Path, requests: Path) -> list[Record]:
+    """What one machine makes of it."""
+    command = [
+        sys.executable, "-m", "gpt2onnx", "generate", "-m", str(tales_bundle), "--threads", "1", "--batch-size", "4",
+        "--max-new-tokens", str(NEW_TOKENS), "--input", str(requests),
+    ]  # fmt: skip
+    output = subprocess.run(command, capture_output=True, check=True).stdout
+    return [_timeless(json.loads(line)) for line in output.splitlines()]
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[Cluster]:
+    """A head with a core, which this process has joined; tests add machines."""
+    if sys.platform != "linux":
+        pytest.skip("workers are looked for in /proc")
+    made = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "object_store_memory": STORE})
+    ray.init(address=made.address, log_to_driver=False, logging_level=logging.CRITICAL)
+    yield made
+    ray.shutdown()
+    made.shutdown()
+
+
+def _timeless(record: Record) -> Record:
+    return {name: value for name, value in record.items() if name != "seconds"}
+
+
+def _lines(folder: Path) -> list[Record]:
+    """All results, in the order of their files' names."""
+    parts = sorted(folder.glob("part-*"))
+    return [_timeless(json.loads(line)) for part in parts for line in part.read_bytes().splitlines()]
+
+
+def _work(format: Any = "jsonl", **options: Any) -> Work:  # noqa: A002
+    defaults = GenerationConfig.from_file_content(json.loads((FOLDER / "generation_config.json").read_text()))
+    return Work(defaults.merged({"max_new_tokens": NEW_TOKENS} | options), 4, format, "cpu", 1)
+
+
+def _run(bundle: Path, requests: Path, output: Path, workers: int, **given: Any) -> Summary:
+    work = given.pop("work", _work())
+    return run(
+        bundle, str(requests), str(output), work, workers=workers, part_size=given.pop("part_size", PART), **given
+    )
+
+
+def _assert_same(actual: list[Record], expected: list[Record]) -> None:
+    """All alike, and log probabilities up to rounding, which what else is in the batch decides."""
+    for index, (one, other) in enumerate(zip(actual, expected, strict=False)):
+        (texts, numbers), (other_texts, other_numbers) = _without_logprobs(one), _without_logprobs(other)
+        assert texts == other_texts, f"result {index}"
+        assert numbers == pytest.approx(other_numbers, abs=1e-4), f"result {index}"
+    assert len(actual) == len(expected)
+
+
+def _without_logprobs(record: Record) -> tuple[Record, list[float]]:
+    """A result that has log probabilities' tokens only, and their values."""
+    numbers: list[float] = []
+    rest = json.loads(json.dumps(record))
+    for token in (token for sequence in rest.get("sequences", ()) for token in sequence["logprobs"] or ()):
+        numbers += [token.pop("logprob"), token.pop("processed_logprob"), *(pair.pop() for pair in token["top"])]
+    return rest, numbers
+
+
+def _when(count: int, act: Callable[[], None]) -> Callable[[int, int], None]:
+    """Progress that acts once, when so many parts are written."""
+    parts = 0
+
+    def progress(requests: int, tokens: int) -> None:
+        nonlocal parts
+        parts += 1
+        if parts == count:
+            act()
+
+    return progress
+
+
+def _workers() -> list[int]:
+    """Processes of workers in this process' cluster, by the name that Ray gives them: children of its children."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdecimal():
+            try:
+                named = (entry / "cmdline").read_bytes().startswith(b"ray::MapWorker")
+                if named and _parent(_parent(int(entry.name))) == os.getpid():
+                    found.append(int(entry.name))
+            except OSError:  # it has just ended
+                continue
+    return found
+
+
+def _parent(process: int) -> int:
+    return int(Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[1])
+
+
+# Without a cluster.
+
+
+def test_a_part_depends_on_nothing_but_its_lines(tales_int8_bundle: Path, requests: Path) -> None:
+    """Whichever parts a worker had before: in int8, too, where sums of other shape round otherwise."""
+    bundle = SharedBundle.share(tales_int8_bundle, elsewhere=False)
+    lines = requests.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
+    parts = [part for _, part in cut(lines, 0, PART)][:6]
+    orders = [list(range(6)), [5, 4, 3, 2, 1, 0], [2, 2, 5, 0, 3, 1, 4]]
+    results = []
+    for order in orders:
+        worker = Worker(bundle, _work(), None, None)
+        done = {index: [_timeless(record) for record in worker.records(parts[index])] for index in order}
+        results.append([done[index] for index in range(6)])
+    for index in range(6):
+        for other in results[1:]:
+            _assert_same(other[index], results[0][index])
+
+
+def test_parts_are_cut_by_requests() -> None:
+    lines = io.TextIOWrapper(io.BytesIO(b"a\n\nb\r\n  \nc\rd\n\xffe"), encoding="utf-8", errors="replace")
+    cuts = list(cut(lines, 3, 2))
+    assert cuts == [(Part(3, 0), ["a\n", "b\n"]), (Part(3, 2), ["c\n", "d\n"]), (Part(3, 4), ["\ufffde"])]
+    names = [part.name("jsonl") for part, _ in cuts]
+    assert names == sorted(names)
+    assert [Part.named(name) for name in names] == [part for part, _ in cuts]
+    assert Part.named("part-1.jsonl") is None
+
+
+def test_parquet_holds_what_a_line_holds(tales_model: gpt2onnx.Model, expected: list[Record]) -> None:
+    table = parquet.read_table(io.BytesIO(encode(Part(0, 0), [{**one, "seconds": 0.5} for one in expected], "parquet")))
+    assert table["index"].to_pylist() == list(range(len(expected)))
+    _assert_same(_from_parquet(table), _in_utf8(expected))
+
+
+def test_wrong_usage_is_said_at_once(command_line: CommandLine, tales_bundle: Path, tmp_path: Path) -> None:
+    file = tmp_path / "in.jsonl"
+    file.write_text('{"prompt": "a"}\n')
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "letter.txt").write_text("mine")
+    job = ["generate", "-m", tales_bundle, "--engine", "ray"]
+    for arguments, code, message in [
+        (["generate", "--workers", 2], 2, "go with --engine ray"),
+        ([*job, "--input", file], 2, "--input and --output"),
+        ([*job, "--input", file, "--output", tmp_path / "o", "--energy", tmp_path / "e"], 2, "one machine"),
+        ([*job, "--input", tmp_path / "none", "--output", tmp_path / "o"], 1, "can't read"),
+        ([*job, "--input", "nope://x/y", "--output", tmp_path / "o"], 1, "can't read nope://x/y"),
+        ([*job, "--input", file, "--output", other], 1, "holds other files"),
+        ([*job, "--input", file, "--output", file], 1, "is a file"),
+        ([*job, "--input", file, "--output", tmp_path / "o", "--device", "auto"], 1, "the device is cpu"),
+        ([*job, "--input", file, "--output", tmp_path / "o", "--address", "ray://h:1"], 1, "ray job submit"),
+        ([*job, "--input", file, "--output", tmp_path / "o", "--address", "127.0.0.1:1"], 1, "can't join the Ray cluster"),
+        ([*job, "--input", file, "--output", tmp_path / "o", "--address", "here"], 1, "can't join the Ray cluster"),
+    ]:  # fmt: skip
+        finished = command_line(*arguments)
+        assert finished.code == code, arguments
+        assert message in finished.err
+        assert finished.err.count("\n") == 1
+    assert (other / "letter.txt").read_text() == "mine"
+    assert not (tmp_path / "o").exists()
+
+
+def test_every_option_arrives(
+    command_line: CommandLine, monkeypatch: pytest.MonkeyPatch, tales_bundle: Path, tmp_path: Path
+) -> None:
+    taken: dict[str, Any] = {}
+
+    def carry_out(*places: Any, **given: Any) -> Summary:
+        *taken["places"], taken["work"] = places
+        taken.update(given)
+        return Summary()
+
+    monkeypatch.setattr("gpt2onnx.fleet.run.run", carry_out)
+    job = ["generate", "-m", tales_bundle, "--input", "in", "--output", tmp_path / "out", "--engine", "ray"]
+    assert command_line(*job).code == 0
+    plain = taken["work"]
+    assert (plain.batch_size, plain.format, plain.device, plain.threads) == (8, "jsonl", "cpu", 1)
+    assert (taken["address"], taken["workers"], taken["part_size"], taken["resume"]) == (None, None, None, False)
+
+    more = ["--address", "h:1", "--workers", 2, "--part-size", 3, "--format", "parquet", "--resume", "--batch-size", 5,
+            "--device", "cuda", "--threads", 7, "--num-beams", 4]  # fmt: skip
+    assert command_line(*job, *more).code == 0
+    work = taken["work"]
+    assert taken["places"] == [tales_bundle, "in", str(tmp_path / "out")]
+    assert (work.batch_size, work.format, work.device, work.threads, work.options.num_beams) == (
+        5,
+        "parquet",
+        "cuda",
+        7,
+        4,
+    )
+    assert (taken["address"], taken["workers"], taken["part_size"], taken["resume"]) == ("h:1", 2, 3, True)
+
+
+def test_without_ray_the_extra_is_named(
+    command_line: CommandLine, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *more: None if name == "ray" else find(name, *more))
+    for name in [name for name in sys.modules if name.startswith("gpt2onnx.fleet")]:
+        monkeypatch.delitem(sys.modules, name)
+    finished = command_line("generate", "--input", tmp_path / "i", "--output", tmp_path / "o", "--engine", "ray")
+    assert finished.code == 1
+    assert "pip install 'gpt2onnx[ray]'" in finished.err
+
+
+# With one.
+
+
+def test_bundle_reaches_machines_that_do_not_see_it(
+    cluster: Cluster, tales_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("GPT2ONNX_CACHE", str(tmp_path / "cache"))
+    folder = tmp_path / "bundle"
+    shutil.copytree(tales_bundle, folder)
+    shared = SharedBundle.share(folder, elsewhere=True)
+    assert shared.here() == folder
+    folder.rename(tmp_path / "gone")
+    copy = shared.here()
+    assert copy.is_relative_to(tmp_path / "cache")
+    assert gpt2onnx.load(copy, threads=1).generate("The cat", max_new_tokens=2).text
+    weights = copy / "onnx" / "model.onnx_data"
+    content = bytearray(weights.read_bytes())
+    content[1000] ^= 1
+    weights.write_bytes(content)
+    took = []
+    windows = SimpleNamespace(LK_LOCK=1, locking=lambda *given: took.append(given[1:]))
+    with monkeypatch.context() as elsewhere:
+        elsewhere.setitem(sys.modules, "msvcrt", windows)
+        elsewhere.setattr(locks, "sys", SimpleNamespace(platform="win32"))
+        copy = shared.here()
+    assert took == [(1, 1)]
+    gpt2onnx.load(copy, verify=True, threads=1)
+    (tmp_path / "gone" / "onnx" / "model.onnx_data").write_bytes(content)
+    with pytest.raises(BundleError, match=r"model\.onnx_data"):
+        SharedBundle.share(tmp_path / "gone", elsewhere=True)
+
+    def full(chunk: bytes) -> None:
+        raise OutOfDiskError
+
+    monkeypatch.setattr(ray, "put", full)
+    with pytest.raises(BackendError, match="doesn't fit into Ray's object store"):
+        SharedBundle.share(tales_bundle, elsewhere=True)
+
+
+def test_what_kills_every_worker_ends_the_job(cluster: Cluster, tales_bundle: Path) -> None:
+    attempts = Attempts.remote()
+    name = Part(0, 0).name("jsonl")
+    assert ray.get([attempts.begin.remote(name) for _ in range(MOST_ATTEMPTS)])[-1] == MOST_ATTEMPTS
+    worker = Worker(SharedBundle.share(tales_bundle, elsewhere=False), _work(), attempts, None)
+    with pytest.raises(BackendError, match=f"{MOST_ATTEMPTS} workers died over {name}"):
+        worker(pyarrow.table({"file": [0], "first": [0], "lines": [['{"prompt": "a"}']]}))
+
+
+def test_one_worker_and_a_killed_one(
+    cluster: Cluster, tales_bundle: Path, requests: Path, expected: list[Record], tmp_path: Path
+) -> None:
+    killed = []
+
+    def kill() -> None:
+        killed.extend(_workers())
+        os.kill(killed[0], signal.SIGKILL)
+
+    summary = _run(tales_bundle, requests, tmp_path, workers=1, progress=_when(3, kill))
+    assert len(killed) == 1
+    _assert_same(_lines(tmp_path), expected)
+    errors = sum("error" in record for record in expected)
+    tokens = sum(record["usage"]["completion_tokens"] for record in expected if "usage" in record)
+    assert summary == Summary(-(-len(expected) // PART), 0, len(expected), errors, tokens)
+    assert errors >= 3
+    # Done is done; and other work isn't taken for it.
+    assert _run(tales_bundle, requests, tmp_path, workers=1, resume=True) == Summary(kept=summary.parts)
+    with pytest.raises(OutputError, match="different in its options"):
+        _run(tales_bundle, requests, tmp_path, workers=1, resume=True, work=_work(num_beams=2))
+
+
+def test_three_workers_and_a_lost_machine(
+    cluster: Cluster, tales_bundle: Path, requests: Path, expected: list[Record], tmp_path: Path
+) -> None:
+    """Its two workers, and what they hold, are lost; the machine that is left has room for one."""
+    machine = cluster.add_node(num_cpus=2, object_store_memory=STORE)
+    seen: list[int] = []
+
+    def lose() -> None:
+        seen.extend(_workers())
+        cluster.remove_node(machine, allow_graceful=False)
+
+    _run(tales_bundle, requests, tmp_path, workers=3, work=_work("parquet"), progress=_when(4, lose))
+    assert len(seen) >= 2
+    table = pyarrow.concat_tables(parquet.read_table(part) for part in sorted(tmp_path.glob("part-*.parquet")))
+    assert table["index"].to_pylist() == list(range(len(expected)))
+    _assert_same(_from_parquet(table), _in_utf8(expected))
+    # The process stays in the cluster, whose store is rid of the bundle.
+    assert not ray._private.worker.global_worker.core_worker.get_all_reference_counts()
+
+
+def _in_utf8(records: list[Record]) -> list[Record]:
+    """With halves of surrogate pairs replaced, which Parquet can't hold."""
+    text = json.dumps(records, ensure_ascii=False).encode("utf-8", "replace").decode()
+    assert "half a pair: ?" in text
+    return json.loads(text)
+
+
+def _from_parquet(table: pyarrow.Table) -> list[Record]:
+    """Result lines again, as far as a column of texts tells ids apart."""
+    records: list[Record] = []
+    for row in table.to_pylist():
+        name = row["id"]
+        record: Record = {"id": json.loads(name) if name is not None and name[0] in "[0123456789" else name}
+        if row["error"] is not None:
+            records.append({**record, "error": row["error"]})
+            continue
+        for sequence in row["sequences"]:
+            for token in sequence["logprobs"] or ():
+                token["top"] = [list(pair) for pair in token["top"]]
+        records.append(
+            record | {key: row[key] for key in ("prompt", "prompt_ids", "sequences", "usage")} | {"energy": None}
+        )
+    return records
+
+
+def test_object_storage(
+    cluster: Cluster, tales_bundle: Path, requests: Path, expected: list[Record], tmp_path: Path
+) -> None:
+    """An S3 server on this machine: a folder of two files, one of them compressed, of which half the parts are kept."""
+    pytest.importorskip("moto", reason="the S3 server of the tests isn't installed")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    server = subprocess.Popen(
+        [sys.executable, "-m", "moto.server", "-p", str(port)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    try:
+        where = f"?scheme=http&endpoint_override=127.0.0.1:{port}&region=us-east-1&allow_bucket_creation=true"
+        storage, _ = fs.FileSystem.from_uri(f"s3://key:secret@jobs{where}")
+        deadline = time.monotonic() + 60
+        while True:
+            try:
+                storage.create_dir("jobs/in")
+                break
+            except OSError:
+                assert time.monotonic() < deadline, "the S3 server doesn't start"
+        for name, content in [("a.jsonl", requests.read_bytes()), ("b.jsonl.gz", gzip.compress(requests.read_bytes()))]:
+            with storage.open_output_stream(f"jobs/in/{name}", compression=None) as file:
+                file.write(content)
+        places = [f"s3://key:secret@jobs/{folder}{where}" for folder in ("in", "out")]
+        summary = run(tales_bundle, *places, _work(), workers=1, part_size=32)
+        parts = [one.path for one in storage.get_file_info(fs.FileSelector("jobs/out")) if "part-" in one.path]
+        assert len(parts) == summary.parts == 2 * -(-len(expected) // 32)
+        lost = sorted(parts)[::3]
+        for path in lost:
+            storage.delete_file(path)
+        assert run(tales_bundle, *places, _work(), workers=1, resume=True).parts == len(lost)
+        lines = b"".join(storage.open_input_stream(path).read() for path in sorted(parts)).splitlines()
+        _assert_same([_timeless(json.loads(line)) for line in lines], expected * 2)
+        with pytest.raises(PromptError, match="can't read s3://jobs/none: ") as error:
+            run(tales_bundle, f"s3://key:secret@jobs/none{where}", str(tmp_path / "o"), _work())
+        assert "secret" not in str(error.value)
+    finally:
+        server.kill()
+        server.wait()
+
+
+def test_interrupted_killed_and_resumed(
+    cluster: Cluster, tales_bundle: Path, requests: Path, expected: list[Record], tmp_path: Path
+) -> None:
+    command = [
+        sys.executable, "-m", "gpt2onnx", "generate", "-m", str(tales_bundle), "--batch-size", "4", "--max-new-tokens",
+        str(NEW_TOKENS), "--input", str(requests), "--output", str(tmp_path), "--engine", "ray", "--workers", "1",
+        "--part-size", str(PART), "--resume", "--address", cluster.address,
+    ]  # fmt: skip
+    for signal_, wanted in [(signal.SIGINT, 2), (signal.SIGKILL, 5)]:
+        process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+        deadline = time.monotonic() + 60
+        while process.poll() is None and time.monotonic() < deadline and len(list(tmp_path.glob("part-*"))) < wanted:
+            time.sleep(0.005)
+        process.send_signal(signal_)
+        _, err = process.communicate(timeout=60)
+        if signal_ == signal.SIGINT:
+            assert (process.returncode, err.strip()) == (130, "gpt2onnx: interrupted")
+    done = {path.name: path.stat().st_mtime_ns for path in tmp_path.glob("part-*")}
+    assert wanted <= len(done) < len(expected) // PART, "the job was done before it could be killed"
+    (tmp_path / ".part-00000-000000000096.jsonl.1234.new").write_text('{"id": 96, "pro')  # of a write cut off
+    summary = _run(tales_bundle, requests, tmp_path, workers=1, resume=True, part_size=None)
+    assert summary.kept == len(done)
+    _assert_same(_lines(tmp_path), expected)
+    assert {name: (tmp_path / name).stat().st_mtime_ns for name in done} == done
+    assert not list(tmp_path.glob(".part-*"))

@@ -1,0 +1,63 @@
+"""The README's examples run as they stand."""
+
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from support.paths import README
+from support.systems import posix
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```$", README.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
+
+
+@pytest.fixture(scope="module")
+def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with what the README's examples read."""
+    folder = tmp_path_factory.mktemp("readme")
+    (folder / "docs").mkdir()
+    shutil.copy(README.parent / "docs" / "the-verdict.txt", folder / "docs")
+    (requests,) = blocks("json")
+    (folder / "requests.jsonl").write_text(requests, encoding="utf-8")
+    return folder
+
+
+@posix
+def test_shell_examples_run(workplace: Path) -> None:
+    commands = [line.split("#")[0].strip() for block in blocks("sh") for line in block.splitlines()]
+    run = 0
+    for command in commands:
+        if not command or command.startswith("pip "):
+            continue
+        local = re.sub(r"\bgpt2onnx\b(?=\s)", f"{shlex.quote(sys.executable)} -m gpt2onnx", command)
+        done = subprocess.run(local, shell=True, cwd=workplace, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, f"{command}\n{done.stderr}"
+        assert done.stdout.strip() or "--output" in command, command
+        run += 1
+    assert run >= 5
+    results = (workplace / "results.jsonl").read_text(encoding="utf-8").splitlines()
+    assert len(results) == len(blocks("json")[0].strip().splitlines())
+    assert not [line for line in results if '"error"' in line]
+
+
+def test_python_examples_run(workplace: Path) -> None:
+    for code in blocks("python"):
+        done = subprocess.run([sys.executable, "-c", code], cwd=workplace, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.strip()
+
+
+def test_the_demo_tells_the_story_of_the_readme(tmp_path: Path) -> None:
+    recipe = (README.parent / "Makefile").read_text(encoding="utf-8").partition("\ndemo:")[2].partition("\n\n")[0]
+    commands = re.findall(r"^\t@\$\(BIN\)/gpt2onnx (.*)$", recipe, re.MULTILINE)
+    assert len(commands) == 2
+    for command in commands:
+        arguments = [sys.executable, "-m", "gpt2onnx", *shlex.split(command)]
+        done = subprocess.run(arguments, cwd=tmp_path, capture_output=True, encoding="utf-8", timeout=300)
+        assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == blocks("text")[0].split()

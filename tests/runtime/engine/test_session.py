@@ -1,0 +1,121 @@
+"""What loading a bundle gives beyond its logits: one owner of threads, errors in one line, buffers that stay small."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import onnxruntime
+import pytest
+
+import gpt2onnx
+from gpt2onnx.errors import BackendError, OptionError
+from gpt2onnx.models import contract
+from gpt2onnx.models.bundle import Bundle
+from gpt2onnx.runtime.engine.runner import Session
+
+
+@pytest.mark.parametrize("threads", [0, -1])
+def test_threads_out_of_range(tales_bundle: Path, threads: int) -> None:
+    with pytest.raises(OptionError, match=f"threads must be at least 1, not {threads}"):
+        gpt2onnx.load(tales_bundle, threads=threads)
+
+
+def test_threads_are_what_was_asked_for(tales_bundle: Path) -> None:
+    for threads in (1, 2, 5):
+        loaded = Session(Bundle.open(tales_bundle), threads=threads)
+        assert loaded.threads == loaded._graph.get_session_options().intra_op_num_threads == threads
+
+
+def test_a_loaded_model_costs_nothing_while_idle(tales_bundle: Path) -> None:
+    """With two threads, of which the second could wait for work in a loop: processor time over half a second's sleep."""
+    code = (
+        "import sys, time, gpt2onnx\n"
+        "model = gpt2onnx.load(sys.argv[1], threads=2); model.generate('Once', max_new_tokens=8); time.sleep(0.1)\n"
+        "before = time.process_time(); time.sleep(0.5); print(time.process_time() - before)"
+    )
+    done = subprocess.run([sys.executable, "-c", code, tales_bundle], capture_output=True, check=True)
+    assert float(done.stdout) < 0.005
+
+
+def test_a_graph_that_cannot_be_loaded_is_one_line(
+    tales_bundle: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    def fail(*arguments: object, **options: object) -> None:
+        raise RuntimeError("first\n  second")
+
+    monkeypatch.setattr(onnxruntime, "InferenceSession", fail)
+    with pytest.raises(BackendError, match=r"ONNX Runtime can't load .*model\.onnx: first second$"):
+        gpt2onnx.load(tales_bundle)
+    assert capfd.readouterr().err == ""
+
+
+@pytest.mark.parametrize(
+    "message",
+    ["Exception during initialization: std::bad_alloc", "Failed to allocate memory for requested buffer of size 7"],
+)
+def test_onnxruntime_out_of_memory_says_how_much_there_is(
+    tales_bundle: Path, monkeypatch: pytest.MonkeyPatch, message: str
+) -> None:
+    loaded = Session(Bundle.open(tales_bundle), threads=1)
+
+    def fail(*arguments: object) -> None:
+        raise RuntimeError(message)
+
+    monkeypatch.setattr(loaded._graph, "run_with_iobinding", fail)
+    with pytest.raises(BackendError, match=r"there isn't enough memory \(the tightest limit is "):
+        loaded.forward(loaded.new_cache(1, 8), slice(0, 1), np.array([[1]]))
+
+
+def test_a_cache_that_numpy_cannot_make_is_an_option_error(tales_bundle: Path) -> None:
+    loaded = Session(Bundle.open(tales_bundle), threads=1)
+    with pytest.raises(OptionError, match=r"no memory for a cache of .* GB \(1000000000 sequences of 1000 tokens\)"):
+        loaded.new_cache(10**9, 1000)
+
+
+def test_buffers_of_long_prompts_are_not_kept(tales_model: gpt2onnx.Model) -> None:
+    loaded = tales_model.session
+    cache = loaded.new_cache(2, 64)
+    for count in (1, 4, 16, 17):
+        loaded.forward(cache, slice(0, 1), np.ones((1, count), np.int64), keep=count)
+    loaded.forward(cache, slice(0, 2), np.ones((2, 1), np.int64))
+    assert len(cache.bindings) == 4
+
+
+def test_padding_is_computed_from_nothing_left_in_memory(tales_bundle: Path) -> None:
+    """Up to 1.26, ONNX Runtime's attention reads what lies in memory where a prompt is left out of a pass beyond its end."""
+    loaded = Session(Bundle.open(tales_bundle), threads=1)
+    tokens, lengths = np.arange(80).reshape(2, 40), np.array([10, 20])
+    alone = []
+    for row, length in enumerate(lengths):
+        alone += [loaded.forward(loaded.new_cache(1, 64), slice(0, 1), tokens[row : row + 1, :length])[0].copy()]
+    cache = loaded.new_cache(1, 64)
+    loaded.forward(cache, slice(0, 1), tokens[:1, :20])
+    cache.data[:] = np.nan
+    # Its attention takes as much memory as that of the two prompts together, and leaves NaN there.
+    with pytest.raises(BackendError, match="not a number"):
+        loaded.forward(cache, slice(0, 1), tokens[1:])
+    cache = loaded.new_cache(2, 64)
+    together = loaded.forward(cache, slice(0, 2), tokens[:, :20], lengths=lengths)
+    np.testing.assert_allclose(together, alone, rtol=1e-4, atol=1e-4)
+    assert np.isfinite(cache.data).all()
+
+
+def test_last_logits_before_padding_of_a_graph_that_returns_keys_and_values(
+    tales_bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Such as optimum's. The fused graph stands in for it: without a past it returns them, too."""
+    loaded = Session(Bundle.open(tales_bundle), threads=1)
+    tokens, lengths = np.arange(40).reshape(2, 20), np.array([10, 20])
+    expected = loaded.forward(loaded.new_cache(2, 64), slice(0, 2), tokens, keep=3, lengths=lengths)
+    graph = loaded._graph
+
+    class AllLogits:
+        def run(self, names: list[str], inputs: dict[str, np.ndarray]) -> list[np.ndarray]:
+            return graph.run(names, inputs | {contract.LOGITS_TO_KEEP: np.array([20])})
+
+    monkeypatch.setattr(loaded, "_graph", AllLogits())
+    monkeypatch.setattr(loaded, "_inputs", [name for name in loaded._inputs if name != contract.LOGITS_TO_KEEP])
+    monkeypatch.setattr(loaded, "_in_place", False)
+    found = loaded.forward(loaded.new_cache(2, 64), slice(0, 2), tokens, keep=3, lengths=lengths)
+    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4)

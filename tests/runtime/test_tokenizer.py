@@ -1,0 +1,208 @@
+"""GPT-2's tokenisation, and text that grows token by token."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from support.checkpoints import END_OF_TEXT, MakeCheckpoint
+from support.golden import Golden
+from support.tokenizer_files import GPT2_FILES, gpt2_in_transformers, odd_texts
+
+import gpt2onnx
+from gpt2onnx.errors import BundleError, CheckpointError
+from gpt2onnx.exporter.tokenizer.convert.convert import write_tokenizer
+from gpt2onnx.runtime.tokenizer import Tokenizer, find_stop
+
+VOCAB, MERGES = GPT2_FILES / "encoder.json", GPT2_FILES / "vocab.bpe"
+GPT2 = {"model_type": "gpt2", "vocab_size": 50257}  # its config.json, as far as it matters here
+
+TEXTS = [
+    "",
+    " ",
+    "hello, world!",
+    "It's 12:34 o'clock; they'll've gone  by   now.",
+    "line one\nline two\n\n\tindented \r\n end ",
+    "Grüße, naïve café — “quoted” …",
+    "私は日本語を少し話します。한국어도 조금.",
+    "👋🏽 family: 👨‍👩‍👧‍👦 flag: 🇳🇿 done",
+    "é as one, é as two characters",
+    "zero\u200bwidth \u00a0nbsp \u2028separator",
+    f"before{END_OF_TEXT}after",
+    "a" * 300,
+    "1234567890" * 20,
+]
+# Every character that UTF-8 can hold.
+text = st.text(st.characters(exclude_categories=["Cs"]), max_size=60)
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
+    folder = tmp_path_factory.mktemp("gpt2")
+    write_tokenizer(GPT2_FILES, GPT2, folder)
+    return Tokenizer(folder / "tokenizer.json")
+
+
+def streamed(tokenizer: Tokenizer, ids: list[int], stop: tuple[str, ...] = ()) -> list[str]:
+    """The pieces that tokens give one after another, the rest at the end last."""
+    stream = tokenizer.stream(stop)
+    return [*(stream.push(token) for token in ids), stream.finish()]
+
+
+def test_known_ids_of_gpt2(tokenizer: Tokenizer) -> None:
+    assert tokenizer.encode("hello, world!") == [31373, 11, 995, 0]
+    sentence = "Natural language processing helps computers understand text."
+    assert tokenizer.encode(sentence) == [35364, 3303, 7587, 5419, 9061, 1833, 2420, 13]
+    assert tokenizer.encode(END_OF_TEXT) == [50256]
+
+
+@pytest.mark.parametrize("samples", [TEXTS, odd_texts()], ids=["texts", "odd texts"])
+def test_ids_are_those_of_transformers(samples: list[str], tokenizer: Tokenizer, golden: Golden) -> None:
+    def live() -> list[list[object]]:
+        reference = gpt2_in_transformers()
+        encoded = [reference.encode(sample) for sample in samples]
+        options = {"skip_special_tokens": True, "clean_up_tokenization_spaces": False}
+        return [[ids, reference.decode(ids, **options)] for ids in encoded]
+
+    for sample, (ids, text) in zip(samples, golden.answer(["GPT-2", samples], live), strict=True):
+        assert tokenizer.encode(sample) == ids, ascii(sample)
+        assert tokenizer.decode(ids) == text, ascii(sample)
+
+
+@given(sample=text)
+@settings(max_examples=200, deadline=None)
+def test_any_text_comes_back(sample: str, tokenizer: Tokenizer) -> None:
+    assert tokenizer.decode(tokenizer.encode(sample)) == sample
+
+
+def test_embedded_tokenizer_loads_in_transformers_with_the_same_ids(
+    tales_checkpoint: Path, tales_model: gpt2onnx.Model, golden: Golden
+) -> None:
+    def live() -> list[list[int]]:
+        import transformers
+
+        reference = transformers.AutoTokenizer.from_pretrained(tales_checkpoint)
+        return [reference.encode(sample) for sample in TEXTS]
+
+    for sample, ids in zip(TEXTS, golden.answer(["tales", TEXTS], live), strict=True):
+        assert tales_model.tokenizer.encode(sample) == ids, sample
+
+
+def test_checkpoint_with_the_original_two_files(make_checkpoint: MakeCheckpoint, tmp_path: Path) -> None:
+    folder = make_checkpoint(vocab_size=50257, n_embd=8, n_head=1, n_layer=1)
+    (folder / "tokenizer.json").unlink()
+    (folder / "vocab.json").write_bytes(VOCAB.read_bytes())
+    (folder / "merges.txt").write_bytes(MERGES.read_bytes())
+    gpt2onnx.export(folder, tmp_path / "bundle")
+    assert Tokenizer(tmp_path / "bundle" / "tokenizer.json").encode("hello, world!") == [31373, 11, 995, 0]
+
+
+def test_files_that_are_no_tokenizer(tmp_path: Path) -> None:
+    (tmp_path / "merges.txt").write_text("not three words\n", "utf-8")
+    shutil.copyfile(VOCAB, tmp_path / "vocab.json")
+    with pytest.raises(CheckpointError, match=r"merges\.txt"):
+        write_tokenizer(tmp_path, GPT2, tmp_path)
+    (tmp_path / "tokenizer.json").write_text('{"model": 1}', "utf-8")
+    with pytest.raises(BundleError, match=r"tokenizer\.json"):
+        Tokenizer(tmp_path / "tokenizer.json")
+
+
+@pytest.mark.parametrize("sample", TEXTS)
+def test_pieces_make_the_text_and_break_no_character(sample: str, tokenizer: Tokenizer) -> None:
+    sample = sample.replace(END_OF_TEXT, "")
+    pieces = streamed(tokenizer, tokenizer.encode(sample))
+    assert "".join(pieces) == sample
+    assert not any("\ufffd" in piece for piece in pieces)
+    assert pieces[-1] == "", "text that could have been shown before"
+
+
+@pytest.mark.parametrize("sample", ["a👋b", "日本語", "né", "👨‍👩‍👧‍👦", "\U00010348"])
+def test_a_character_of_many_tokens_comes_with_its_last_one(sample: str, tokenizer: Tokenizer) -> None:
+    """One token a byte, as a model may well write it."""
+    ids = [token for byte in sample.encode() for token in byte_ids(tokenizer)[byte]]
+    stream = tokenizer.stream()
+    shown = b""
+    for index, token in enumerate(ids):
+        shown += stream.push(token).encode()
+        whole = sample.encode()[: index + 1].decode("utf-8", "ignore").encode()
+        assert shown == whole, f"after byte {index}"
+    assert stream.finish() == ""
+
+
+def byte_ids(tokenizer: Tokenizer) -> list[list[int]]:
+    """Of each byte, the id of the token that is this byte: the first 256, by the order that GPT-2 gives them."""
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    order = printable + [byte for byte in range(256) if byte not in printable]
+    return [[order.index(byte)] for byte in range(256)]
+
+
+@given(ids=st.lists(st.integers(0, 50256), max_size=30))
+@settings(max_examples=300, deadline=None)
+def test_pieces_of_any_tokens_make_their_text(ids: list[int], tokenizer: Tokenizer) -> None:
+    assert "".join(streamed(tokenizer, ids)) == tokenizer.decode(ids)
+
+
+@given(ids=st.lists(st.integers(0, 255), max_size=12))
+@settings(max_examples=500, deadline=None)
+def test_pieces_of_any_bytes_make_their_text(ids: list[int], tokenizer: Tokenizer) -> None:
+    assert "".join(streamed(tokenizer, ids)) == tokenizer.decode(ids)
+
+
+@given(data=st.data(), sample=st.text("ab 👋é", max_size=30))
+@settings(max_examples=300, deadline=None)
+def test_nothing_of_a_stop_string_is_shown(data: st.DataObject, sample: str, tokenizer: Tokenizer) -> None:
+    stop = tuple(data.draw(st.lists(st.text("ab 👋é", min_size=1, max_size=5), min_size=1, max_size=3)))
+    ids = tokenizer.encode(sample)
+    # Decoding ends with the first token that completes a stop string.
+    texts = [tokenizer.decode(ids[: count + 1]) for count in range(len(ids))]
+    count = next((index + 1 for index, part in enumerate(texts) if find_stop(part, stop) is not None), len(ids))
+    final = texts[count - 1][: find_stop(texts[count - 1], stop)] if ids else ""
+
+    stream, shown = tokenizer.stream(stop), ""
+    for token in ids[:count]:
+        shown += stream.push(token)
+        assert final.startswith(shown), "text was shown that had to be taken back"
+    assert shown + stream.finish() == final
+    assert not any(string in final for string in stop)
+
+
+def test_only_what_may_become_a_stop_string_is_held_back(tokenizer: Tokenizer) -> None:
+    ids = [tokenizer.encode(letter)[0] for letter in "abxabcz"]
+    assert streamed(tokenizer, ids, ("abc",)) == ["", "", "abx", "", "", "", "", ""]
+    assert streamed(tokenizer, ids, ("bcd", "q")) == ["a", "", "bx", "a", "", "", "bcz", ""]
+
+
+@given(seed=st.integers(0, 2**32 - 1))
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+def test_streamed_text_is_the_generated_text(seed: int, byte_model: gpt2onnx.Model) -> None:
+    """Tokens are bytes here, so most of what is sampled breaks characters."""
+    options = {"max_new_tokens": 40, "do_sample": True, "temperature": 3.0, "seed": seed}
+    result = byte_model.generate([72, 105], **options)
+    stream = byte_model.stream([72, 105], **options)
+    assert "".join(stream) == result.text
+    assert stream.result.sequences == result.sequences
+
+
+@pytest.fixture(scope="module")
+def byte_model(make_checkpoint: MakeCheckpoint) -> gpt2onnx.Model:
+    return gpt2onnx.load(make_checkpoint(), threads=1)
+
+
+def test_generation_stops_at_a_stop_string_across_tokens(tales_model: gpt2onnx.Model) -> None:
+    prompt, length = "Once upon a time", 20
+    plain = tales_model.generate(prompt, max_new_tokens=length).sequences[0]
+    pieces = [tales_model.tokenizer.decode([token]) for token in plain.token_ids]
+    crossed = 0
+    for index in range(5, length - 1):
+        # From the middle of a token to the middle of the next one.
+        string = pieces[index][-2:] + pieces[index + 1][:2]
+        end = plain.text.find(string)
+        crossed += not any(string in piece for piece in pieces)
+        result = tales_model.generate(prompt, max_new_tokens=length, stop=[string]).sequences[0]
+        assert (result.text, result.finish_reason) == (plain.text[:end], "stop"), string
+        assert result.token_ids == plain.token_ids[: len(result.token_ids)]
+        assert string in tales_model.tokenizer.decode(result.token_ids)
+        assert string not in tales_model.tokenizer.decode(result.token_ids[:-1]), "stopped too late"
+        assert "".join(tales_model.stream(prompt, max_new_tokens=length, stop=[string])) == result.text
+    assert crossed > 12

@@ -1,0 +1,313 @@
+"""Prompts, options, request lines, command lines and bundles that nobody would write: a result, or one clear line."""
+
+import contextlib
+import dataclasses
+import functools
+import io
+import json
+import math
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+import click
+import numpy as np
+import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
+from support.checkpoints import END_OF_TEXT, MakeCheckpoint
+from support.fuzzing import damaged, ends_well, inputs, odd_values, write_json
+
+import gpt2onnx
+from gpt2onnx.cli import main as command_line
+from gpt2onnx.errors import OptionError
+from gpt2onnx.models.bundle import GENERATION_CONFIG, GRAPH, WEIGHTS, Manifest, describe_files
+from gpt2onnx.runtime import jobs
+from gpt2onnx.runtime.jsontext import to_line
+from gpt2onnx.runtime.options import GenerationConfig
+from gpt2onnx.runtime.requests import Result
+
+OPTIONS = [field.name for field in dataclasses.fields(GenerationConfig)]
+CONTEXT, VOCABULARY = 64, 257
+
+
+@pytest.fixture(scope="module")
+def bundle(make_checkpoint: MakeCheckpoint, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    checkpoint = make_checkpoint(n_embd=8, n_layer=1, n_head=1)
+    return gpt2onnx.export(checkpoint, tmp_path_factory.mktemp("fuzz") / "bundle").folder
+
+
+@pytest.fixture(scope="module")
+def model(bundle: Path) -> gpt2onnx.Model:
+    return gpt2onnx.load(bundle, threads=1)
+
+
+# Halves of surrogate pairs, NULs, other scripts, letters of many code points, special tokens written as text, megabytes.
+TEXTS = st.one_of(
+    st.text(max_size=40),
+    st.text(st.characters(categories=["Cs", "Cc", "Cf", "Co", "Mn", "Zl", "Zp"]), max_size=20),
+    st.sampled_from(
+        [
+            "", "\0", "\ud800", "\udfff\ud800", "a\0b", "\r\n", "\u2028", "\ufeff", "\u202e", "한국어", "العربية", "👩‍👩‍👧‍👦" * 5,
+            END_OF_TEXT, END_OF_TEXT * 70, f"a{END_OF_TEXT}b", END_OF_TEXT[:-1], "<pad>", "[UNK]", "\x1b[31m", "%s{}$(id)",
+        ]
+    ),
+)  # fmt: skip
+IDS = st.lists(st.one_of(st.integers(0, VOCABULARY - 1), st.integers(-2, VOCABULARY + 2), odd_values), max_size=8)
+NUMBERS = st.one_of(st.integers(-2, 6), st.floats(-2, 3), odd_values)
+GIVEN = st.dictionaries(
+    st.sampled_from(OPTIONS),
+    st.one_of(
+        NUMBERS, TEXTS, st.lists(TEXTS, max_size=2), IDS, st.lists(IDS, max_size=2), st.sampled_from(["never", True]),
+        st.lists(st.tuples(IDS, NUMBERS), max_size=2), st.tuples(NUMBERS, NUMBERS),
+    ),
+    max_size=3,
+)  # fmt: skip
+
+
+def check_result(result: Any) -> None:
+    """What a result promises, whatever was asked for."""
+    if not isinstance(result, Result):
+        return
+    for sequence in result.sequences:
+        assert len(result.prompt_ids) + len(sequence.token_ids) <= CONTEXT + 1
+        assert all(0 <= token < VOCABULARY for token in sequence.token_ids)
+        assert sequence.finish_reason in ("stop", "length", "context")
+        sequence.text.encode("utf-8")
+    json.loads(to_line(result.to_dict()))
+
+
+@inputs(few=200)
+@given(st.one_of(TEXTS, IDS), st.integers(1, 3))
+@example("\ud800", 1)
+@example([math.nan], 1)
+@example([True], 1)
+@example([10**30], 1)
+def test_prompts(model: gpt2onnx.Model, prompt: Any, length: int) -> None:
+    check_result(ends_well(lambda: model.generate(prompt, max_new_tokens=length)))
+    ends_well(lambda: "".join(model.stream(prompt, max_new_tokens=length)).encode("utf-8"))
+    ends_well(lambda: model.score(prompt).perplexity)
+
+
+@pytest.mark.parametrize(
+    "prompt", ["a" * 5_000_000, "한" * 1_000_000, END_OF_TEXT * 100_000, "\0" * 1_000_000, [1] * 1_000_000]
+)
+def test_prompts_of_megabytes(prompt: str | list[int], model: gpt2onnx.Model) -> None:
+    for action in (lambda: model.generate(prompt), lambda: model.score(prompt)):
+        assert "shorten" in str(ends_well(action)) or "context" in str(ends_well(action))
+
+
+@inputs(few=400)
+@given(GIVEN, st.integers(1, 4))
+@example({"top_k": 10**400}, 1)
+@example({"max_new_tokens": 10**18}, 1)
+@example({"no_repeat_ngram_size": 2**63}, 1)
+@example({"prompt_lookup": 2**63}, 1)
+@example({"logprobs": 10**400}, 1)
+@example({"stop": ["x" * 10**6]}, 1)
+@example({"seed": 10**400}, 1)
+@example({"min_length": 10**400}, 1)
+@example({"bad_words_ids": [[1] * 1000]}, 1)
+def test_options(model: gpt2onnx.Model, given_options: dict[str, Any], length: int) -> None:
+    options = {"max_new_tokens": length} | given_options
+    check_result(ends_well(lambda: model.generate("Once", **options)))
+
+
+NOT_A_NUMBER = [math.nan, math.inf, -math.inf, "1", None, [1], {}, True, 10**400, -(10**400), "\ud800"]
+
+
+@pytest.mark.parametrize("name", [name for name in OPTIONS if name != "stop"])
+def test_values_out_of_range_are_named(name: str) -> None:
+    refused = 0
+    for value in NOT_A_NUMBER:
+        outcome = ends_well(functools.partial(GenerationConfig, **{name: value}))
+        if isinstance(outcome, str):
+            assert name in outcome, outcome
+            refused += 1
+    assert refused >= 5, f"{name} takes nearly anything"
+
+
+@pytest.mark.parametrize(
+    ("options", "names"),
+    [
+        ({"num_return_sequences": 3, "num_beams": 2}, ("num_return_sequences", "num_beams")),
+        ({"num_return_sequences": 2}, ("num_return_sequences", "greedy")),
+        ({"prompt_lookup": 4, "num_beams": 2}, ("prompt_lookup", "num_beams")),
+        ({"logprobs": 1, "num_beams": 2}, ("logprobs", "num_beams")),
+        ({"max_length": 2}, ("max_length", "prompt")),
+        ({"bad_words_ids": [[VOCABULARY]]}, ("bad_words_ids", str(VOCABULARY))),
+        ({"sequence_bias": [[[VOCABULARY], 1.0]]}, ("sequence_bias", str(VOCABULARY))),
+        ({"forced_eos_token_id": VOCABULARY}, ("forced_eos_token_id", str(VOCABULARY))),
+        ({"forced_eos_token_id": 5, "suppress_tokens": [5]}, ("forced_eos_token_id", "suppress_tokens")),
+    ],
+)
+def test_contradictions_are_named(options: dict[str, Any], names: tuple[str, ...], model: gpt2onnx.Model) -> None:
+    with pytest.raises(OptionError) as caught:
+        model.generate("Once", **options)
+    assert all(name in str(caught.value) for name in names)
+
+
+def test_beams_cannot_be_streamed(model: gpt2onnx.Model) -> None:
+    with pytest.raises(OptionError, match="num_beams"):
+        model.open_stream(gpt2onnx.runtime.requests.Request("Once", model.options({"num_beams": 2})))
+
+
+LINES = st.one_of(
+    st.text(max_size=60),
+    st.builds(
+        lambda fields, prompt: json.dumps(fields | prompt),
+        st.dictionaries(st.one_of(st.sampled_from([*OPTIONS, "id", "prompt", "prompt_ids"]), st.text(max_size=4)), st.one_of(NUMBERS, TEXTS, IDS), max_size=3),
+        st.one_of(st.just({}), st.fixed_dictionaries({"prompt": TEXTS, "max_new_tokens": st.just(2)})),
+    ),
+    damaged(b'{"id": 1, "prompt": "Once", "max_new_tokens": 2, "seed": 3}').map(lambda line: line.decode("utf-8", "replace")),
+    st.sampled_from(["[" * 100_000, '{"prompt": ' + "[" * 900 + "]" * 900 + "}", '{"id": NaN, "prompt": "a"}', '{"id": ' + "9" * 5000 + ', "prompt": "a"}', "null", '""', "{}"]),
+)  # fmt: skip
+
+
+@inputs(few=150)
+@given(st.lists(LINES, max_size=4), st.integers(1, 3))
+@example(['{"prompt": "a", "max_new_tokens": 2, "id": {"a": ' + "[" * 500 + "]" * 500 + "}}"], 1)
+def test_request_lines(model: gpt2onnx.Model, lines: list[str], batch_size: int) -> None:
+    options = model.options({"max_new_tokens": 2})
+    records = ends_well(lambda: list(jobs.run(model, lines, options, batch_size)))
+    assert isinstance(records, list), records
+    assert len(records) == sum(1 for line in lines if line.strip())
+    for record in records:
+        line = to_line(record)
+        assert "\n" not in line
+        json.loads(line)
+        assert ("error" in record) != ("sequences" in record)
+
+
+@inputs(few=60)
+@given(st.data())
+def test_bundles(bundle: Path, tmp_path_factory: pytest.TempPathFactory, data: st.DataObject) -> None:
+    """A file is damaged, and its manifest may have been written anew by whoever did it."""
+    folder = tmp_path_factory.getbasetemp() / "odd_bundle"
+    shutil.rmtree(folder, ignore_errors=True)
+    shutil.copytree(bundle, folder)
+    names = sorted(path.relative_to(bundle).as_posix() for path in bundle.rglob("*") if path.is_file())
+    name = data.draw(st.sampled_from(names))
+    content = (folder / name).read_bytes()
+    (folder / name).write_bytes(data.draw(damaged(content)))
+    if data.draw(st.integers(0, 3)):
+        with contextlib.suppress(gpt2onnx.errors.BundleError):
+            dataclasses.replace(Manifest.read(folder), files=describe_files(folder)).write(folder)
+
+    def use() -> Any:
+        loaded = gpt2onnx.load(folder, threads=1)
+        return loaded.generate(
+            "Once", max_new_tokens=3, do_sample=data.draw(st.booleans()), num_beams=data.draw(st.integers(1, 2))
+        )
+
+    result = ends_well(use)
+    if isinstance(result, Result):
+        json.loads(to_line(result.to_dict()))
+
+
+@inputs(few=40)
+@given(damage=st.lists(st.tuples(st.floats(0, 1, exclude_max=True), st.integers(0, 255)), min_size=1, max_size=3))
+def test_damaged_graphs(
+    bundle: Path, tmp_path_factory: pytest.TempPathFactory, damage: list[tuple[float, int]]
+) -> None:
+    """Hashes made to fit, a graph reaches ONNX Runtime, which must not crash."""
+    folder = tmp_path_factory.getbasetemp() / "odd_graph"
+    if not folder.exists():
+        shutil.copytree(bundle, folder)
+    graph = bytearray((bundle / GRAPH).read_bytes())
+    for place, byte in damage:
+        graph[int(place * len(graph))] = byte
+    (folder / GRAPH).write_bytes(graph)
+    dataclasses.replace(Manifest.read(folder), files=describe_files(folder)).write(folder)
+    ends_well(lambda: gpt2onnx.load(folder, threads=1).generate("Once", max_new_tokens=2))
+
+
+@inputs(few=60)
+@given(
+    st.dictionaries(
+        st.sampled_from([*OPTIONS, "stop_strings", "transformers_version", "_from_model_config"]),
+        st.one_of(NUMBERS, IDS, TEXTS),
+        max_size=3,
+    )
+)
+def test_generation_configs_of_bundles(
+    bundle: Path, tmp_path_factory: pytest.TempPathFactory, content: dict[str, Any]
+) -> None:
+    folder = tmp_path_factory.getbasetemp() / "odd_generation"
+    if not folder.exists():
+        shutil.copytree(bundle, folder)
+    write_json(folder / GENERATION_CONFIG, content)
+    dataclasses.replace(Manifest.read(folder), files=describe_files(folder)).write(folder)
+    ends_well(lambda: check_result(gpt2onnx.load(folder, threads=1).generate("Once", max_new_tokens=2)))
+
+
+@pytest.mark.parametrize("pattern", ["nan", "infinity", "zeros", "ones"])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"do_sample": True, "seed": 1},
+        {"num_beams": 3},
+        {"logprobs": 2},
+        {"do_sample": True, "top_p": 0.5, "top_k": 3},
+        {"do_sample": True, "typical_p": 0.5},
+        {"do_sample": True, "min_p": 0.5, "num_return_sequences": 3},
+    ],
+    ids=str,
+)
+def test_weights_that_are_no_numbers(pattern: str, options: dict[str, Any], bundle: Path, tmp_path: Path) -> None:
+    """A network that was destroyed in training still gives tokens, or says what is wrong."""
+    folder = shutil.copytree(bundle, tmp_path / "bundle")
+    fill = {"nan": np.nan, "infinity": np.inf, "zeros": 0, "ones": 1}[pattern]
+    weights = np.full((folder / WEIGHTS).stat().st_size // 4, fill, np.float32)
+    (folder / WEIGHTS).write_bytes(weights.tobytes().ljust((folder / WEIGHTS).stat().st_size, b"\0"))
+    dataclasses.replace(Manifest.read(folder), files=describe_files(folder)).write(folder)
+    result = ends_well(lambda: gpt2onnx.load(folder, threads=1).generate("Once", max_new_tokens=3, **options))
+    if pattern in ("nan", "infinity"):
+        assert "not a number" in str(result)
+    else:
+        json.loads(to_line(result.to_dict()))
+
+
+ARGUMENTS = st.one_of(
+    st.sampled_from(["--" + name.replace("_", "-") for name in OPTIONS] + ["--json", "--stream", "--echo", "--no-stream", "-q", "--prompt-ids", "--batch-size", "--resume", "--verify", "--threads", "--device", "--help"]),
+    st.sampled_from(["0", "1", "-1", "nan", "inf", "1e999", "9" * 5000, "", "[[1]]", "[" * 2000, "{}", "1,2,3", "1,,2", "true", "never", "cpu"]),
+    st.text(max_size=5),
+)  # fmt: skip
+
+
+@inputs(few=250)
+@given(
+    st.sampled_from(["generate", "generate", "generate", "verify", "tokens", "next", "inspect", "export"]),
+    st.lists(ARGUMENTS, max_size=4),
+)
+@example("generate", ["--prompt-ids", "9" * 5000])
+@example("generate", ["--bad-words-ids", "[" * 2000])
+@example("generate", ["\ud800", "--echo"])
+def test_command_lines(
+    bundle: Path, tmp_path_factory: pytest.TempPathFactory, command: str, arguments: list[str]
+) -> None:
+    """What `main` doesn't turn into a line and an exit code would end with a traceback."""
+    source = ["--model", str(bundle)] if command in ("generate", "tokens", "next") else []
+    length = ["--max-new-tokens", "2"] if command == "generate" else []
+    out, err = (io.TextIOWrapper(io.BytesIO(), "utf-8", "backslashreplace") for _ in range(2))
+    sys_argv, sys_stdin = sys.argv, sys.stdin
+    sys.argv = ["gpt2onnx", command, *source, *length, *arguments]
+    sys.stdin = io.TextIOWrapper(io.BytesIO(b"Once"))
+    place = tmp_path_factory.getbasetemp() / "odd_place"
+    place.mkdir(exist_ok=True)
+    try:
+        streams = contextlib.redirect_stdout(out), contextlib.redirect_stderr(err)
+        with contextlib.chdir(place), streams[0], streams[1], pytest.raises(SystemExit) as exit_:
+            command_line.main()
+    finally:
+        sys.argv, sys.stdin = sys_argv, sys_stdin
+    err.seek(0)
+    said = err.read()
+    assert exit_.value.code in (0, 1, 2), said
+    assert "Traceback" not in said
+    if exit_.value.code:
+        assert said.count("\n") == 1, said
+        assert said.startswith("gpt2onnx: ")
+        assert click.unstyle(said) == said

@@ -1,0 +1,360 @@
+"""The server, with OpenAI's own client and against the runtime: shapes, texts, streams, errors."""
+
+from __future__ import annotations
+
+import json
+import random
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from itertools import chain
+from typing import Any
+
+import openai
+import pytest
+from support.serving import Running, serving
+
+import gpt2onnx
+
+PROMPT = "Once upon a time"
+
+
+@pytest.fixture(scope="module")
+def model(tales_bundle: Any) -> gpt2onnx.Model:
+    return gpt2onnx.load(tales_bundle, threads=1)
+
+
+@pytest.fixture(scope="module")
+def server(model: gpt2onnx.Model) -> Iterator[Running]:
+    with serving(model, max_batch=6) as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def client(server: Running) -> Iterator[openai.OpenAI]:
+    with openai.OpenAI(base_url=f"{server.address}/v1", api_key="none", max_retries=0) as client:
+        yield client
+
+
+def alone(tales_model: gpt2onnx.Model, **options: Any) -> list[str]:
+    """The texts that the runtime gives without a server."""
+    options = {"prompts": PROMPT, "max_new_tokens": 16} | options
+    return [sequence.text for sequence in tales_model.generate(**options).sequences]
+
+
+def test_completion(client: openai.OpenAI, tales_model: gpt2onnx.Model) -> None:
+    completion = client.completions.create(model="tales", prompt=PROMPT, temperature=0)
+    assert completion.id.startswith("cmpl-")
+    assert (completion.object, completion.model) == ("text_completion", "tales")
+    (choice,) = completion.choices
+    (expected,) = alone(tales_model)
+    assert (choice.text, choice.index, choice.finish_reason, choice.logprobs) == (expected, 0, "length", None)
+    assert completion.usage is not None
+    counts = completion.usage.prompt_tokens, completion.usage.completion_tokens, completion.usage.total_tokens
+    assert counts == (4, 16, 20)
+
+
+def test_defaults_are_openais(client: openai.OpenAI, tales_model: gpt2onnx.Model) -> None:
+    """Sampling from the whole vocabulary at temperature 1, 16 tokens."""
+    choice = client.completions.create(model="tales", prompt=PROMPT, seed=5).choices[0]
+    assert [choice.text] == alone(tales_model, do_sample=True, top_k=0, seed=5)
+
+
+STRATEGIES: list[tuple[dict[str, Any], dict[str, Any]]] = [
+    ({"temperature": 0}, {}),
+    ({"extra_body": {"do_sample": False}}, {}),
+    ({"temperature": 0.7, "top_p": 0.9, "seed": 1, "n": 3},
+     {"do_sample": True, "temperature": 0.7, "top_p": 0.9, "top_k": 0, "seed": 1, "num_return_sequences": 3}),
+    ({"seed": -1}, {"do_sample": True, "top_k": 0, "seed": 2**32 - 1}),
+    ({"seed": 7, "extra_body": {"top_k": 5, "min_p": 0.05, "typical_p": 0.9}},
+     {"do_sample": True, "top_k": 5, "min_p": 0.05, "typical_p": 0.9, "seed": 7}),
+    ({"n": 2, "extra_body": {"num_beams": 4, "length_penalty": 0.5, "early_stopping": True, "no_repeat_ngram_size": 2}},
+     {"num_return_sequences": 2, "num_beams": 4, "length_penalty": 0.5, "early_stopping": True, "no_repeat_ngram_size": 2}),
+    ({"seed": 3, "extra_body": {"num_beams": 3, "do_sample": True}}, {"num_beams": 3, "do_sample": True, "top_k": 0, "seed": 3}),
+    ({"temperature": 0, "max_tokens": 40, "stop": [" and", "king"]}, {"max_new_tokens": 40, "stop": [" and", "king"]}),
+    ({"temperature": 0, "extra_body": {"repetition_penalty": 1.3, "suppress_tokens": [5, 6], "bad_words_ids": [[7, 8], [9]],
+                                       "min_new_tokens": 3, "prompt_lookup": 4}},
+     {"repetition_penalty": 1.3, "suppress_tokens": [5, 6], "bad_words_ids": [[7, 8], [9]], "min_new_tokens": 3}),
+    ({"temperature": 0, "extra_body": {"encoder_repetition_penalty": 1.4, "encoder_no_repeat_ngram_size": 2,
+                                       "sequence_bias": [[[262], -3], [[263, 264], 1.5]], "begin_suppress_tokens": [262],
+                                       "forced_eos_token_id": 300, "exponential_decay_length_penalty": [4, 1.2]}},
+     {"encoder_repetition_penalty": 1.4, "encoder_no_repeat_ngram_size": 2, "sequence_bias": [[[262], -3], [[263, 264], 1.5]],
+      "begin_suppress_tokens": [262], "forced_eos_token_id": 300, "exponential_decay_length_penalty": [4, 1.2]}),
+    ({"seed": 2, "extra_body": {"top_h": 0.7, "epsilon_cutoff": 0.01, "eta_cutoff": 0.01, "renormalize_logits": True}},
+     {"do_sample": True, "seed": 2, "top_k": 0, "top_h": 0.7, "epsilon_cutoff": 0.01, "eta_cutoff": 0.01,
+      "renormalize_logits": True}),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("asked", "options"), STRATEGIES, ids=[str(index) for index in range(len(STRATEGIES))])
+@pytest.mark.parametrize("stream", [False, True])
+def test_strategies(
+    client: openai.OpenAI, tales_model: gpt2onnx.Model, asked: dict[str, Any], options: dict[str, Any], stream: bool
+) -> None:
+    texts: dict[int, str] = {}
+    reasons: dict[int, str] = {}
+    if stream:
+        for part in client.completions.create(model="tales", prompt=PROMPT, stream=True, **asked):
+            for choice in part.choices:
+                assert choice.index not in reasons, "a choice goes on after its end"
+                texts[choice.index] = texts.get(choice.index, "") + choice.text
+                if choice.finish_reason is not None:
+                    reasons[choice.index] = choice.finish_reason
+    else:
+        for choice in client.completions.create(model="tales", prompt=PROMPT, **asked).choices:
+            texts[choice.index], reasons[choice.index] = choice.text, choice.finish_reason
+    assert [texts[index] for index in sorted(texts)] == alone(tales_model, **options)
+    assert set(reasons) == set(texts)
+
+
+def test_prompts_as_list_and_ids(client: openai.OpenAI, tales_model: gpt2onnx.Model) -> None:
+    texts = [PROMPT, "The old king", "A"]
+    ids = [tales_model.tokenizer.encode(text) for text in texts]
+    expected = [
+        alone(tales_model, prompts=text, do_sample=True, top_k=0, seed=2, num_return_sequences=2) for text in texts
+    ]
+    for prompt in (texts, ids):
+        completion = client.completions.create(model="tales", prompt=prompt, n=2, seed=2)
+        assert [choice.index for choice in completion.choices] == list(range(6))
+        assert [choice.text for choice in completion.choices] == list(chain(*expected))
+        assert completion.usage is not None
+        assert completion.usage.prompt_tokens == sum(map(len, ids))
+        assert completion.usage.completion_tokens == 6 * 16
+    single = client.completions.create(model="tales", prompt=ids[1], n=2, seed=2)
+    assert [choice.text for choice in single.choices] == expected[1]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_logprobs(client: openai.OpenAI, tales_model: gpt2onnx.Model, stream: bool) -> None:
+    arguments: dict[str, Any] = {
+        "model": "tales",
+        "prompt": PROMPT,
+        "max_tokens": 30,
+        "seed": 4,
+        "logprobs": 3,
+        "echo": True,
+    }
+    if stream:
+        parts = [part.choices[0] for part in client.completions.create(stream=True, **arguments)]
+    else:
+        parts = client.completions.create(**arguments).choices
+    text = "".join(part.text for part in parts)
+    tokens = list(chain.from_iterable(part.logprobs.tokens for part in parts))
+    values = list(chain.from_iterable(part.logprobs.token_logprobs for part in parts))
+    tops = list(chain.from_iterable(part.logprobs.top_logprobs for part in parts))
+    offsets = list(chain.from_iterable(part.logprobs.text_offset for part in parts))
+    assert text.startswith(PROMPT)
+    # What the model gives the whole text, in one pass over all of it.
+    ids = tales_model.tokenizer.encode(PROMPT)
+    result = tales_model.generate(PROMPT, do_sample=True, top_k=0, seed=4, max_new_tokens=30)
+    scored = tales_model.score(ids + result.sequences[0].token_ids)
+    assert [tales_model.tokenizer.piece(token) for token in scored.token_ids] == tokens
+    assert text == "".join(tokens)
+    assert values[0] is None
+    assert values[1:] == pytest.approx(scored.logprobs, abs=2e-5)
+    for token, offset, value, top in zip(tokens, offsets, values, tops, strict=True):
+        assert text[offset : offset + len(token)] == token
+        if top is None:
+            assert value is None
+            continue
+        assert top[token] == value
+        assert 3 <= len(top) <= 4
+        assert sorted(top.values(), reverse=True)[:3][-1] >= min(top.values())
+
+
+def test_characters_of_several_bytes(server: Running, tales_model: gpt2onnx.Model) -> None:
+    """Tokens that are parts of a character are written as bytes, and offsets count characters."""
+    prompt = "…é…"
+    ids = tales_model.tokenizer.encode(prompt)
+    (choice,) = server.complete(prompt, echo=True, logprobs=0, max_tokens=0).json()["choices"]
+    assert choice["text"] == prompt
+    written = b"".join(
+        bytes.fromhex(token.removeprefix("bytes:").replace("\\x", "")) if token.startswith("bytes:") else token.encode()
+        for token in choice["logprobs"]["tokens"]
+    )
+    assert written.decode() == prompt
+    assert len(choice["logprobs"]["tokens"]) == len(ids)
+    assert any(token.startswith("bytes:") for token in choice["logprobs"]["tokens"])
+    assert choice["logprobs"]["text_offset"][-1] <= len(prompt) - 1
+
+
+def test_scoring_without_a_token(server: Running, tales_model: gpt2onnx.Model) -> None:
+    text = "The king was very old, and had no children."
+    body = server.complete(text, echo=True, logprobs=0, max_tokens=0).json()
+    (choice,) = body["choices"]
+    assert choice["text"] == text
+    assert choice["logprobs"]["token_logprobs"][1:] == pytest.approx(tales_model.score(text).logprobs, abs=2e-5)
+    assert body["usage"]["completion_tokens"] == 0
+    assert server.complete(text, max_tokens=0).json()["choices"][0]["text"] == ""
+
+
+def test_logprobs_end_where_the_text_does(server: Running, tales_model: gpt2onnx.Model) -> None:
+    whole = server.complete(temperature=0, max_tokens=30, logprobs=0).json()["choices"][0]
+    for stop in (whole["text"][9:14], whole["text"][20:23]):
+        cut = server.complete(temperature=0, max_tokens=30, logprobs=0, stop=stop).json()["choices"][0]
+        assert cut["text"] == whole["text"][: whole["text"].index(stop)]
+        assert cut["finish_reason"] == "stop"
+        count = len(cut["logprobs"]["tokens"])
+        assert cut["logprobs"]["token_logprobs"] == pytest.approx(whole["logprobs"]["token_logprobs"][:count], abs=1e-5)
+        assert all(offset < len(cut["text"]) for offset in cut["logprobs"]["text_offset"])
+        assert "".join(cut["logprobs"]["tokens"]).startswith(cut["text"])
+    # An end token belongs to the choice, though not to its text.
+    (third,) = tales_model.tokenizer.encode(whole["logprobs"]["tokens"][2])
+    end = server.complete(temperature=0, logprobs=0, eos_token_id=third).json()["choices"][0]
+    assert (end["finish_reason"], end["logprobs"]["tokens"]) == ("stop", whole["logprobs"]["tokens"][:3])
+
+
+def test_best_of(client: openai.OpenAI, tales_model: gpt2onnx.Model) -> None:
+    """The n of best_of that are likeliest by token, best first."""
+    completion = client.completions.create(model="tales", prompt=PROMPT, n=2, best_of=5, seed=6)
+    made = tales_model.generate(
+        PROMPT, do_sample=True, top_k=0, seed=6, max_new_tokens=16, num_return_sequences=5, logprobs=0
+    ).sequences
+    mean = {one.text: sum(each.logprob for each in one.logprobs) / len(one.logprobs) for one in made}
+    assert [choice.text for choice in completion.choices] == sorted(mean, key=mean.__getitem__, reverse=True)[:2]
+    assert completion.usage is not None
+    assert completion.usage.completion_tokens == 5 * 16
+
+
+def test_greedy_copies(client: openai.OpenAI, tales_model: gpt2onnx.Model) -> None:
+    for n, best_of in ((3, 3), (1, 2)):
+        completion = client.completions.create(model="tales", prompt=PROMPT, temperature=0, n=n, best_of=best_of)
+        assert [choice.text for choice in completion.choices] == alone(tales_model) * n
+
+
+def test_empty_prompt_is_the_end_of_text(client: openai.OpenAI, tales_model: gpt2onnx.Model) -> None:
+    end = list(tales_model.generation_config.eos_token_ids)
+    expected = alone(tales_model, prompts=end)
+    for prompt in (None, "", end):
+        assert [client.completions.create(model="tales", prompt=prompt, temperature=0).choices[0].text] == expected
+
+
+def test_usage_at_the_end_of_a_stream(client: openai.OpenAI) -> None:
+    parts = list(
+        client.completions.create(model="tales", prompt=PROMPT, stream=True, stream_options={"include_usage": True})
+    )
+    assert all(part.usage is None for part in parts[:-1])
+    assert len({part.id for part in parts}) == 1
+    assert parts[-1].choices == []
+    assert parts[-1].usage is not None
+    assert parts[-1].usage.completion_tokens == 16
+
+
+def test_events_as_they_are_written(server: Running) -> None:
+    with server.client.stream("POST", "/v1/completions", json={"prompt": PROMPT, "stream": True}) as response:
+        assert response.headers["content-type"].startswith("text/event-stream")
+        assert response.headers["cache-control"] == "no-store"
+        blocks = "".join(response.iter_text()).split("\n\n")
+    assert blocks[-2:] == ["data: [DONE]", ""]
+    for block in blocks[:-2]:
+        assert set(json.loads(block.removeprefix("data: "))) == {"id", "object", "created", "model", "choices", "usage"}
+
+
+def test_models(client: openai.OpenAI) -> None:
+    (entry,) = client.models.list().data
+    assert (entry.id, entry.object, entry.owned_by) == ("tales", "model", "gpt2onnx")
+    assert client.models.retrieve("tales") == entry
+    with pytest.raises(openai.NotFoundError, match="isn't served"):
+        client.models.retrieve("davinci")
+
+
+WRONG: list[tuple[dict[str, Any], str, str | None]] = [
+    ({"model": "davinci"}, "isn't served", "model"),
+    ({"top_p": 1.5}, "top_p", "top_p"),
+    ({"temperature": -1}, "temperature", "temperature"),
+    ({"temperature": "0.5"}, "temperature", "temperature"),
+    ({"max_tokens": -1}, "max_tokens", "max_tokens"),
+    ({"max_tokens": 16.5}, "max_tokens", "max_tokens"),
+    ({"stop": [""]}, "stop", "stop"),
+    ({"n": 0}, "n:", "n"),
+    ({"n": 7}, "7 sequences", "n"),
+    ({"num_beams": 7}, "7 sequences", "num_beams"),
+    ({"n": 3, "num_beams": 2}, "n 3 is more", "n"),
+    ({"n": 3, "best_of": 2}, "best_of", "best_of"),
+    ({"best_of": 2, "stream": True}, "best_of", "best_of"),
+    ({"stream_options": {"include_usage": True}}, "stream", "stream_options"),
+    ({"logprobs": 1, "num_beams": 2}, "logprobs", "logprobs"),
+    ({"temperature": 0, "do_sample": True}, "temperature", "temperature"),
+    ({"bad_words_ids": [[9999]]}, "bad_words_ids", "bad_words_ids"),
+    ({"logit_bias": {"5": 1}}, "bad_words_ids", "logit_bias"),
+    ({"presence_penalty": 0.5}, "Not supported", "presence_penalty"),
+    ({"frequency_penalty": 0.5}, "Not supported", "frequency_penalty"),
+    ({"suffix": "end"}, "Not supported", "suffix"),
+    ({"max_new_tokens": 3}, "unknown field 'max_new_tokens'", "max_new_tokens"),
+    ({"messages": []}, "unknown field 'messages'", "messages"),
+    ({"prompt": 3}, "prompt must be", "prompt"),
+    ({"prompt": []}, "prompt must be", "prompt"),
+    ({"prompt": [1, "two"]}, "prompt must be", "prompt"),
+    ({"prompt": [True]}, "prompt must be", "prompt"),
+    ({"prompt": [8192]}, "8192 is no token id", "prompt"),
+    ({"max_tokens": 600}, "context window", "max_tokens"),
+    ({"prompt": "a " * 600}, "context window", "prompt"),
+    ({"prompt": ["one", "a " * 600]}, "context window", "prompt"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("fields", "message", "param"), WRONG, ids=[str(sorted(fields)) for fields, _, _ in WRONG])
+def test_wrong_requests(server: Running, fields: dict[str, Any], message: str, param: str | None) -> None:
+    response = server.complete(**fields) if "prompt" not in fields else server.complete(fields["prompt"])
+    assert response.status_code == (404 if param == "model" else 400), response.text
+    error = response.json()["error"]
+    assert set(error) == {"message", "type", "param", "code"}
+    assert message in error["message"]
+    assert "\n" not in error["message"]
+    assert error["param"] == param
+    if "context window" in message:
+        assert error["code"] == "context_length_exceeded"
+    assert error["type"] == ("not_found_error" if param == "model" else "invalid_request_error")
+
+
+def test_errors_in_openais_client(client: openai.OpenAI) -> None:
+    with pytest.raises(openai.BadRequestError) as refused:
+        client.completions.create(model="tales", prompt="a " * 600)
+    assert refused.value.code == "context_length_exceeded"
+    assert refused.value.param == "prompt"
+    with pytest.raises(openai.BadRequestError):  # a stream is refused before it begins
+        client.completions.create(model="tales", prompt=PROMPT, stream=True, top_p=2)
+    with pytest.raises(openai.NotFoundError):
+        client.completions.create(model="other", prompt=PROMPT)
+
+
+def test_malformed_requests(server: Running) -> None:
+    json_type = {"content-type": "application/json"}
+    for content in (b"", b"{", b"[]", b'"text"', b"\xff", b'{"prompt": NaN}', b'{"temperature": NaN}', b"[" * 100_000):
+        response = server.client.post("/v1/completions", content=content, headers=json_type)
+        assert response.status_code == 400, (content[:20], response.text)
+        assert response.json()["error"]["type"] == "invalid_request_error"
+    assert server.client.post("/v1/completions", content=b'{"prompt": "a"}').status_code == 415
+    text = {"content-type": "text/plain"}
+    assert server.client.post("/v1/completions", content=b'{"prompt": "a"}', headers=text).status_code == 415
+    assert server.client.get("/v1/completions").status_code == 405
+    assert "error" in server.client.get("/v1/completions").json()
+    assert server.client.post("/v1/chat/completions", json={}).json()["error"]["type"] == "not_found_error"
+    # Half of a surrogate pair can be asked for and echoed.
+    response = server.client.post("/v1/completions", content=rb'{"prompt": "a\ud800", "echo": true}', headers=json_type)
+    assert response.status_code == 200
+    assert response.json()["choices"][0]["text"].startswith("a\ud800")
+
+
+def test_same_text_in_any_company(server: Running, tales_model: gpt2onnx.Model) -> None:
+    """Clients that come at random times, with all strategies, get what they would get alone."""
+    random_ = random.Random(1)
+    long = " ".join(["The old king had three sons, and the youngest was called Simpleton."] * 12)
+    work = []
+    for index in range(30):
+        asked, options = STRATEGIES[index % len(STRATEGIES)]
+        prompt = random_.choice([PROMPT, "The old king", long[: random_.randrange(20, len(long))]])
+        asked = dict(asked)
+        fields = asked | asked.pop("extra_body", {}) | {"max_tokens": random_.randrange(1, 40)}
+        work.append((prompt, fields, options | {"max_new_tokens": fields["max_tokens"]}, random_.random() * 1.5))
+    stop = threading.Event()
+
+    def ask(prompt: str, fields: dict[str, Any], delay: float) -> list[str]:
+        stop.wait(delay)
+        return [choice["text"] for choice in server.complete(prompt, **fields).json()["choices"]]
+
+    with ThreadPoolExecutor(len(work)) as pool:
+        answers = [pool.submit(ask, prompt, fields, delay) for prompt, fields, _, delay in work]
+    for index, ((prompt, _, options, _), answer) in enumerate(zip(work, answers, strict=True)):
+        assert answer.result() == alone(tales_model, prompts=prompt, **options), f"request {index}"
+    assert server.metric("batch_rows_sum") / server.metric("batch_rows_count") > 1.5, "nothing ran together"

@@ -1,0 +1,170 @@
+"""What the server asks of the decoding loop: prompts read in parts, arrivals at any time, searches that are cancelled."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from support.scheduling import CONTEXT, REQUESTS, VOCABULARY, HashingNetwork, results, run
+
+import gpt2onnx
+from gpt2onnx.errors import OptionError
+from gpt2onnx.runtime.decoding.strategy import Search, start
+from gpt2onnx.runtime.engine.generation import Generation
+from gpt2onnx.runtime.engine.scheduler import Decoder
+from gpt2onnx.runtime.options import GenerationConfig
+from gpt2onnx.runtime.requests import Request
+
+
+def begin(prompt: list[int], options: dict[str, Any]) -> Search:
+    return start(np.array(prompt), GenerationConfig(**options), CONTEXT)
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    arrivals=st.lists(st.tuples(st.integers(0, 6), REQUESTS), min_size=1, max_size=8),
+    batch_size=st.integers(1, 4), chunk=st.one_of(st.none(), st.integers(1, 40)), data=st.data(),
+)  # fmt: skip
+def test_any_arrival_any_chunk_any_cancellation(
+    arrivals: list[Any], batch_size: int, chunk: int | None, data: st.DataObject
+) -> None:
+    """Searches that aren't cancelled give what they give alone, and all rows are free in the end."""
+    network = HashingNetwork()
+    decoder = Decoder(network)
+    searches = [begin(*request) for _, request in arrivals]
+
+    def source() -> Iterator[Search | None]:
+        for (pause, _), search in zip(arrivals, searches, strict=True):
+            yield from [None] * pause
+            yield search
+
+    cancelled: set[int] = set()
+    finished: set[int] = set()
+    for search in decoder.run(source(), batch_size, chunk):
+        if search is None:
+            continue
+        assert id(search) not in finished
+        if search.done and id(search) not in cancelled:
+            finished.add(id(search))
+        if data.draw(st.integers(0, 9)) == 0:
+            victim = data.draw(st.sampled_from(searches))
+            if id(victim) not in finished:
+                victim.cancel()
+                assert victim.done
+                cancelled.add(id(victim))
+    assert decoder._owners == []
+    for search, (_, request) in zip(searches, arrivals, strict=True):
+        if id(search) not in cancelled:
+            assert id(search) in finished
+            assert results([search]) == run(HashingNetwork(), [request], 1), request
+    # What the cache holds now is right, too.
+    again = [request for _, request in arrivals]
+    assert run(network, again, 2, decoder) == [run(HashingNetwork(), [request], 1)[0] for request in again]
+
+
+def test_long_prompt_is_read_between_steps() -> None:
+    network = HashingNetwork()
+    first, second = begin([1], {"max_new_tokens": 12}), begin([2] * 20, {"max_new_tokens": 2})
+    list(Decoder(network).run([first, second], 2, chunk=6))
+    # As many steps of the first as there are parts of the second, which then joins it.
+    assert network.passes[:10] == [(1, 1), (1, 1), (1, 6), (1, 1), (1, 6), (1, 1), (1, 6), (1, 1), (1, 2), (2, 1)]
+
+
+def test_alone_it_is_read_at_once() -> None:
+    network = HashingNetwork()
+    list(Decoder(network).run([begin([2] * 20, {"max_new_tokens": 2})], 2, chunk=6))
+    assert network.passes == [(1, 20), (1, 1)]
+
+
+def test_many_short_prompts_do_not_stall_either() -> None:
+    network = HashingNetwork()
+    one, *others = [begin([index] * 10, {"max_new_tokens": 12}) for index in range(8)]
+    list(Decoder(network).run([one, None, None, *others], 8, chunk=32))
+    assert network.passes[:7] == [(1, 10), (1, 1), (3, 10), (4, 1), (3, 10), (7, 1), (1, 10)]
+
+
+def test_passes_over_few_tokens_do_not_stall_either() -> None:
+    network = HashingNetwork()
+    beginning = [*range(10), *range(10)]
+    one, *others = [begin([*beginning, index], {"max_new_tokens": 12}) for index in range(8)]
+    list(Decoder(network).run([one, None, *others], 8, chunk=32))
+    # Each begins like the first, and is read from there; a pass counts as 16 tokens at least.
+    assert network.passes[:7] == [(1, 21), (1, 1), (1, 1), (1, 1), (3, 1), (1, 1), (1, 1)]
+
+
+def test_no_more_are_taken_than_may_be_read_now() -> None:
+    network = HashingNetwork()
+    asked: list[int] = []
+
+    def source() -> Iterator[Search | None]:
+        for index in range(7):
+            asked.append(len(network.passes))
+            yield begin([index] * 10, {"max_new_tokens": 12})
+
+    list(Decoder(network).run(source(), 8, chunk=32))
+    assert network.passes[:4] == [(4, 10), (4, 1), (3, 10), (7, 1)]
+    assert asked == [0, 0, 0, 0, 2, 2, 2]
+
+
+def test_nothing_waits_is_not_the_end() -> None:
+    """A None lets what runs take a step; where nothing runs, the source is asked again."""
+    network = HashingNetwork()
+    asked = []
+
+    def source() -> Iterator[Search | None]:
+        yield begin([1], {"max_new_tokens": 3})
+        for _ in range(6):
+            asked.append(len(network.passes))
+            yield None
+        yield begin([2], {"max_new_tokens": 2})
+
+    seen = list(Decoder(network).run(source(), 2))
+    assert [search is None for search in seen].count(True) == 6
+    assert network.passes == [(1, 1)] * 5
+    assert asked == [0, 1, 2, 3, 3, 3]
+
+
+@pytest.mark.parametrize("chunk", [None, 3])
+def test_prompt_logprobs(tales_model: gpt2onnx.Model, chunk: int | None) -> None:
+    """The log probabilities of a prompt's tokens are those of the same text scored, also where its beginning is in the cache."""
+    text = "Once upon a time there was a little girl, and she had a dog."
+    options = tales_model.options({"max_new_tokens": 30, "eos_token_id": -1})
+    requests = [Request("Once upon a time there was a dog", options), Request(text, options, prompt_logprobs=2)]
+    found = {}
+    for request, generation in tales_model.follow(requests, 2, chunk):
+        assert isinstance(generation, Generation)
+        if generation.done:
+            found[request.prompt] = generation.result()
+    scored = tales_model.score(text)
+    logprobs = found[text].prompt_logprobs
+    assert [one.token_id for one in logprobs] == scored.token_ids[1:]
+    assert [one.logprob for one in logprobs] == pytest.approx(scored.logprobs, abs=2e-5)
+    assert all(len(one.top) == 2 and one.top[0][1] >= one.logprob - 1e-6 for one in logprobs)
+    assert found[requests[0].prompt].prompt_logprobs is None
+    assert found[text].text == tales_model.generate(text, max_new_tokens=30, eos_token_id=-1).text
+
+
+def test_cancelled_request_leaves_the_others_alone(tales_model: gpt2onnx.Model) -> None:
+    long = tales_model.options({"max_new_tokens": 60, "eos_token_id": -1})
+    requests = [Request(text, long, id=index) for index, text in enumerate(("Once", "The old king", "A", "One day"))]
+    bad = Request([VOCABULARY**9], long, id="bad")
+    results: dict[Any, Any] = {}
+    steps = 0
+    for request, state in tales_model.follow([requests[0], bad, None, *requests[1:]], 3):
+        if isinstance(state, Exception):
+            results[request.id] = state
+            continue
+        if request.id == 1 and (steps := steps + 1) == 5:
+            state.cancel()
+        assert not (steps > 5 and request.id == 1)
+        if state.done and request.id != 1:
+            results[request.id] = state.result().text
+    assert set(results) == {0, 2, 3, "bad"}
+    for index in (0, 2, 3):
+        assert results[index] == tales_model.generate(requests[index].prompt, max_new_tokens=60, eos_token_id=-1).text
+    with pytest.raises(OptionError, match="batch_size"):
+        next(tales_model.follow([], 0))

@@ -1,0 +1,65 @@
+"""Requests made from the server's own OpenAPI document, valid and invalid ones: schemathesis looks for what it breaks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import schemathesis
+from hypothesis import HealthCheck, given, settings
+from schemathesis import GenerationMode
+from support.checkpoints import MakeCheckpoint
+from support.serving import Running, serving
+
+import gpt2onnx
+
+# What the schema allows is refused as well where options contradict each other or don't suit the model.
+CONFIG = schemathesis.Config.from_dict(
+    {"checks": {"positive_data_acceptance": {"expected-statuses": ["2xx", "400", "404"]}}}
+)
+
+
+@pytest.fixture(scope="module")
+def server(make_checkpoint: MakeCheckpoint, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
+    bundle = gpt2onnx.export(make_checkpoint(), tmp_path_factory.mktemp("bundle") / "tiny").folder
+    with serving(gpt2onnx.load(bundle, threads=1), name="tiny", max_batch=4) as running:
+        yield running
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "mode", "examples"),
+    [
+        ("POST", "/v1/completions", GenerationMode.POSITIVE, 40),
+        ("POST", "/v1/completions", GenerationMode.NEGATIVE, 40),
+        ("GET", "/v1/models", GenerationMode.POSITIVE, 1),
+        ("GET", "/v1/models/{model}", GenerationMode.POSITIVE, 15),
+        ("GET", "/health", GenerationMode.POSITIVE, 1),
+        ("GET", "/metrics", GenerationMode.POSITIVE, 1),
+    ],
+)
+def test_interface_keeps_to_its_schema(
+    server: Running, method: str, path: str, mode: GenerationMode, examples: int
+) -> None:
+    """Status, content type, headers and body are those of the document; wrong requests are refused, right ones aren't."""
+    schema = schemathesis.openapi.from_url(f"{server.address}/openapi.json", config=CONFIG)
+    statuses: dict[int, int] = {}
+
+    @settings(
+        max_examples=examples, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck)
+    )
+    @given(case=schema[path][method].as_strategy(generation_mode=mode))
+    def check(case: Any) -> None:
+        response = case.call()
+        case.validate_response(response)
+        statuses[response.status_code] = statuses.get(response.status_code, 0) + 1
+        if response.status_code >= 400:
+            error = response.json()["error"]
+            assert set(error) == {"message", "type", "param", "code"}
+            assert error["message"]
+        assert server.engine.failure is None
+
+    check()
+    if path == "/v1/completions":
+        assert (statuses.get(200, 0) > 0) == (mode is GenerationMode.POSITIVE), statuses
+    server.wait_for_idle()
