@@ -4,7 +4,7 @@ import sys
 import time
 from contextlib import ExitStack
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, TYPE_CHECKING, Any
 
 import click
 
@@ -12,11 +12,14 @@ from gpt2onnx.errors import OutputError, PromptError
 
 from ..runtime import jobs
 from ..runtime.jsontext import to_line
-from ..runtime.model import Model
+from ..runtime.model import BATCH_SIZE, Model
 from ..runtime.requests import Request, Result
 from . import console, energy_options, fleet_options
 from .generation_options import generation_options, token_ids
 from .model_options import device_options, load, model_option
+
+if TYPE_CHECKING:
+    from ..experiments.energy.tracker import EnergyTracker
 
 
 @click.command("generate")
@@ -34,7 +37,7 @@ from .model_options import device_options, load, model_option
 @click.option(
     "--batch-size",
     type=click.IntRange(min=1),
-    default=8,
+    default=BATCH_SIZE,
     show_default=True,
     help="With --input: requests decoded together.",
 )
@@ -58,12 +61,12 @@ def command(
     prompt: str | None, model: str, prompt_ids: list[int] | None, input_name: str | None, output_name: str | None,
     resume: bool, batch_size: int, fleet: fleet_options.FleetOptions | None, device: str, threads: int | None,
     stream: bool | None, echo: bool | None,
-    as_json: bool, energy_file: Path | None, country: str | None, energy_seconds: float | None, quiet: bool, **given: Any,
+    as_json: bool, energy_file: Path | None, country: str | None, energy_seconds: float | None, quiet: bool, given: dict[str, Any],
 ) -> None:  # fmt: skip
     """Continue PROMPT, or standard input where there is none.
 
-    Options that aren't given are those of the model's generation_config.json. Giving a sampling option
-    (temperature, top-h, top-k, top-p, min-p, typical-p, epsilon-cutoff, eta-cutoff, seed) turns sampling on.
+    An option that isn't given is that of the model's generation_config.json; "none" switches an option off. A sampling
+    option (temperature, top-k, top-p, seed and the like) turns sampling on.
 
     \b
     Examples:
@@ -87,8 +90,6 @@ def command(
         raise click.UsageError("--stream and --echo go with a single prompt, not with --input")
     if stream and as_json:
         raise click.UsageError("--stream and --json exclude each other")
-    given["stop"] = list(given["stop"]) or None
-
     if energy_file is None and (country is not None or energy_seconds is not None):
         raise click.UsageError("--country and --energy-seconds go with --energy")
     if input_file is not None and energy_seconds is not None:
@@ -112,15 +113,17 @@ def command(
         )
 
     with ExitStack() as stack:
+        tracker = None
         if energy_file is not None:
-            # Before the model: what is missing or can't be written is said at once.
+            # Before the model: a missing package or a file that can't be written is told at once.
             from ..experiments.energy.tracker import track_energy
 
-            stack.enter_context(track_energy(energy_file, **energy_options.settings(country, energy_seconds)))
+            settings = energy_options.settings(country, energy_seconds)
+            tracker = stack.enter_context(track_energy(energy_file, **settings))
         # A job's results don't depend on those before, which a resumed one hasn't computed.
         loaded = load(model, device, threads, **({} if input_file is None else {"wide_after": 0}))
         if input_file is not None:
-            _run_job(loaded, input_file, output_file, resume, batch_size, quiet, given)
+            _run_job(loaded, input_file, output_file, resume, batch_size, quiet, given, tracker)
             return
         request = Request(text_or_ids, loaded.options(given))
         started = time.perf_counter()
@@ -184,11 +187,11 @@ def _print_text(model: Model, request: Request, stream: bool | None, echo: bool)
 
 
 def _run_job(
-    model: Model, input_file: Path, output_file: Path | None, resume: bool, batch_size: int, quiet: bool, given: dict[str, Any]
+    model: Model, input_file: Path, output_file: Path | None, resume: bool, batch_size: int, quiet: bool, given: dict[str, Any],
+    tracker: "EnergyTracker | None",
 ) -> None:  # fmt: skip
     """Carries out a file of requests; each result is written as soon as those before it are."""
-    # In a file, sampling is asked for by name only.
-    options = model.generation_config.merged(given)
+    options = model.options(given)
     try:
         lines: IO[str] = input_file.open(encoding="utf-8", errors="replace")
     except OSError as error:
@@ -203,7 +206,8 @@ def _run_job(
             if output_file is not None:
                 stack.enter_context(output)
             advance = stack.enter_context(console.line_progress(input_file.name, quiet=quiet))
-            for record in jobs.run(model, lines, options, batch_size):
+            records = jobs.run(model, lines, options, batch_size)
+            for record in records if tracker is None else tracker.job(model, options, records):
                 output.write(to_line(record) + "\n")
                 output.flush()
                 advance(1, record.get("usage", {}).get("completion_tokens", 0))

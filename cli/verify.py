@@ -22,13 +22,13 @@ def command(bundle: Path, as_json: bool, quiet: bool) -> None:
       gpt2onnx verify ./tales
     """
     from ..models.bundle import TOKENIZER, Bundle
-    from ..runtime.engine.runner import Session
+    from ..runtime.engine.runner import Runner
     from ..runtime.tokenizer import Tokenizer
 
     opened = Bundle.open(bundle)
     opened.verify()
     Tokenizer(bundle / TOKENIZER).check(opened.config.vocab_size, thorough=True)
-    Session(opened)
+    Runner(opened)
     manifest = opened.manifest
     size = sum(record.size for record in manifest.files.values())
     if as_json:

@@ -7,7 +7,7 @@ import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, fields, replace
+from dataclasses import asdict, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,11 +22,11 @@ from ..models.bundle import Bundle, Manifest
 from ..models.config import GPT2Config, read_json
 from ..models.precision import BLOCK_SIZES, DTYPES, blocks, default_block_size
 from ..models.shapes import weight_shapes
-from ..runtime.options import GenerationConfig
+from ..runtime.options import BY_NAME, GenerationConfig
 
 try:
     from .checkpoint.checkpoint import Checkpoint
-    from .graph import screening, wide
+    from .graph import ragged, screening, wide
     from .graph.fused import build
     from .graph.operators import Precision
     from .graph.weights import WeightsFile
@@ -276,8 +276,11 @@ def _write_graph(
         twins = calibration.twins() if calibration else None
         model, layers = build(config, tensor, tied=checkpoint.tied, precision=precision, weights=weights, twins=twins)
     (folder / bundle.GRAPH).write_bytes(model.SerializeToString())
+    _write_graphs(folder, [bundle.RAGGED_GRAPH], [ragged.build(model, config)])
     if layers:
-        _write_graphs(folder, (bundle.WIDE_GRAPH, bundle.WIDE_WEIGHTS), wide.build(model, layers))
+        graph, weights_graph = wide.build(model, layers)
+        graphs = ragged.build(graph, config), weights_graph
+        _write_graphs(folder, (bundle.WIDE_GRAPH, bundle.WIDE_WEIGHTS), graphs)
     if precision.floats is np.float32 and precision.blocks("wte") is None and screening.pays(config):
         names = bundle.BODY_GRAPH, bundle.HEAD_GRAPH, bundle.SCREENING_GRAPH
         _write_graphs(folder, names, screening.build(model, config))
@@ -336,7 +339,7 @@ def _generation_config(checkpoint: Checkpoint) -> dict[str, Any]:
             raise CheckpointError(f"{path}: {error}") from error
         return own
     # GPT2Config's own defaults, which hold where config.json doesn't say; older ones say more than these ids.
-    names = {"bos_token_id", "pad_token_id", *(field.name for field in fields(GenerationConfig))}
+    names = {"bos_token_id", "pad_token_id", *BY_NAME}
     given = {name: value for name, value in checkpoint.raw_config.items() if name in names}
     options = {"bos_token_id": 50256, "eos_token_id": 50256} | given
     return {name: value for name, value in options.items() if value is not None}

@@ -5,6 +5,7 @@ genai_config.json       what onnxruntime-genai reads
 gpt2onnx.json           the manifest: origin, precision, size and sha256 of every other file
 onnx/model.onnx         the graph
 onnx/model.onnx_data    its weights, memory-mapped by ONNX Runtime
+onnx/ragged.onnx        the same network for our own runtime: rows bring their own numbers of tokens
 onnx/wide.onnx          in int8 and int4, from 512 wide on: the graph for prompts and batches
 onnx/wide_weights.onnx  makes its weights of the first graph's
 onnx/body.onnx          in fp32, where the output head is large: the graph without it
@@ -36,6 +37,7 @@ TOKENIZER_CONFIG = "tokenizer_config.json"
 GENAI_CONFIG = "genai_config.json"
 GRAPH = "onnx/model.onnx"
 WEIGHTS = "onnx/model.onnx_data"
+RAGGED_GRAPH = "onnx/ragged.onnx"
 WIDE_GRAPH = "onnx/wide.onnx"
 WIDE_WEIGHTS = "onnx/wide_weights.onnx"
 BODY_GRAPH = "onnx/body.onnx"
@@ -268,7 +270,7 @@ def _check_hash(path: Path, record: FileRecord) -> None:
 
 def _check_weights(folder: Path, manifest: Manifest) -> None:
     """ONNX Runtime follows a graph's references to other files; before 1.24 wherever they lead."""
-    for graph in (GRAPH, WIDE_GRAPH, WIDE_WEIGHTS, BODY_GRAPH, HEAD_GRAPH, SCREENING_GRAPH):
+    for graph in (GRAPH, RAGGED_GRAPH, WIDE_GRAPH, WIDE_WEIGHTS, BODY_GRAPH, HEAD_GRAPH, SCREENING_GRAPH):
         if graph not in manifest.files:
             continue
         try:

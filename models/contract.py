@@ -11,6 +11,15 @@ The names and axes are those of optimum's text-generation export, so that other 
     logits                        float   [batch_size, kept_sequence_length, vocab_size]
     present.{i}.key, .value       float   [batch_size, heads, total_sequence_length, head_size]
 
+What our own runtime runs on the CPU lets each row of a pass bring its own number of tokens (`exporter.graph.ragged`):
+
+    input_ids                     int64   [batch_size, longest]     right-padded
+    past_lengths                  int64   [batch_size]              tokens of each row in the cache
+    counts                        int64   [batch_size]              valid tokens of each row; 0 leaves the row as it is
+    logits_at                     int64   [logits]                  flat positions in [batch_size, longest]
+    past_key_values.{i}.*, present.{i}.*                            as above, one memory for both
+    logits                        float   [logits, 1, vocab_size]
+
 Where a bundle also has the network in two parts, its body gives `hidden_states` in place of `logits`, and its head makes the
 one of the other; a third graph is a head that screens, whose weights `estimates.*` are made at runtime (`runtime.screening`):
 
@@ -29,6 +38,10 @@ INPUT_IDS = "input_ids"
 ATTENTION_MASK = "attention_mask"
 POSITION_IDS = "position_ids"
 LOGITS_TO_KEEP = "logits_to_keep"
+PAST_LENGTHS = "past_lengths"
+COUNTS = "counts"
+LOGITS_AT = "logits_at"
+KEPT = "kept"  # the last hidden states whose logits are computed, inside the graph
 LOGITS = "logits"
 HIDDEN_STATES = "hidden_states"
 BALANCED = "balanced"

@@ -11,26 +11,27 @@ from typing import Any
 
 from gpt2onnx.errors import Gpt2OnnxError, OptionError, PromptError
 
-from .model import Model
-from .observer import OBSERVER, Observer
+from .model import BATCH_SIZE, Model
 from .options import GenerationConfig
 from .requests import Outcome, Request
 
 Record = dict[str, Any]
 
 
-def run(model: Model, lines: Iterable[str], options: GenerationConfig, batch_size: int = 1) -> Iterator[Record]:
-    """Carries out request lines, so many at a time.
+def run(
+    model: Model, lines: Iterable[str], options: GenerationConfig, batch_size: int = BATCH_SIZE
+) -> Iterator[Record]:
+    """Carries out request lines, up to `batch_size` at once.
 
     Args:
         model: generates.
-        lines: one JSON object each; taken only as there is room for them. Empty ones are passed over.
-        options: what holds where a line says nothing else.
-        batch_size: requests that are decoded together. In fp32 no result depends on it; kernels of lower precisions round
+        lines: one JSON object each; read when there is room for them. Empty ones are skipped.
+        options: hold unless a line says otherwise.
+        batch_size: requests that are decoded together. In fp32 no result depends on it; kernels of lower precision round
             one row in another way than several, which may decide a near tie.
 
     Yields:
-        A record for each line, in the order of the lines. Inside `track_energy` they are one run, of the strategy "job".
+        A record for each line, in the order of the lines.
 
     Raises:
         OptionError: batch_size is below 1.
@@ -58,35 +59,10 @@ def run(model: Model, lines: Iterable[str], options: GenerationConfig, batch_siz
             yield finished.pop(due)
             due += 1
 
-    def records() -> Iterator[Record]:
-        for request, outcome in model.complete(requests(), batch_size):
-            index, name = request.id
-            finished[index] = {"id": name} | _fields(outcome)
-            yield from ready()
-
-    observer = OBSERVER.get()
-    yield from records() if observer is None else _observed(records(), observer, model, options)
-
-
-def _observed(
-    records: Iterator[Record], observer: Observer, model: Model, options: GenerationConfig
-) -> Iterator[Record]:
-    """Records that make up one run, also where it is interrupted."""
-    requests = 0
-    tokens = {"prompt_tokens": 0, "completion_tokens": 0}
-
-    def end() -> None:
-        measured.end_job(requests=requests, **tokens)
-
-    with observer.begin(model, options, strategy="job", close=end) as measured:
-        try:
-            for record in records:
-                for name, count in record.get("usage", {}).items():
-                    tokens[name] += count
-                requests += 1
-                yield record
-        finally:
-            end()
+    for request, outcome in model.complete(requests(), batch_size):
+        index, name = request.id
+        finished[index] = {"id": name} | _fields(outcome)
+        yield from ready()
 
 
 def parse(line: str, options: GenerationConfig) -> Request:

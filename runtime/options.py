@@ -1,26 +1,42 @@
-"""Generation options: names, defaults and meaning of transformers' GenerationConfig, validated once."""
+"""Generation options: one table, in the names, defaults and meaning of transformers' GenerationConfig.
+
+A field of `GenerationConfig` is the whole definition of an option: type, range, default, help. The command line, request lines, the
+server's schema, the grid of a sweep and the documentation are derived from it. `GenerationOptions` repeats names and types
+for type checkers and editors, which can't derive them; a test compares the two.
+"""
 
 import logging
-import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields, replace
-from typing import Any, Literal, TypeGuard
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal, TypedDict, get_type_hints
+
+import msgspec
+from msgspec import Meta, inspect
 
 from gpt2onnx.errors import OptionError
 
 from ..models.messages import shown
 
 DEFAULT_NEW_TOKENS = 64
-MOST_SEQUENCES = 1000  # of one prompt at a time; each has a row of the cache
+MAX_SEQUENCES = 1000  # of one prompt; each has a row of the KV cache
 # float32 holds logits multiplied or divided by numbers in this range.
-_SMALLEST, LARGEST = 1e-30, 1e30
-_TOKEN_IDS_END = 2**31
-# Giving one of these without saying do_sample means sampling.
-SAMPLING_OPTIONS = (
-    "temperature", "top_h", "top_k", "top_p", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff", "seed",
-)  # fmt: skip
+SMALLEST, LARGEST = 1e-30, 1e30
 
-# What else in transformers' GenerationConfig changes tokens, with the value that changes none.
+Count = Annotated[int, Meta(ge=0)]
+Length = Annotated[int, Meta(ge=1)]
+Rows = Annotated[int, Meta(ge=1, le=MAX_SEQUENCES)]
+TokenId = Annotated[int, Meta(ge=0, lt=2**31)]
+# transformers takes -1 for a token that never comes.
+TokenIdOrNone = Annotated[int, Meta(ge=-1, lt=2**31)]
+Words = Annotated[Sequence[TokenId], Meta(min_length=1)]
+Probability = Annotated[float, Meta(ge=0, le=1)]
+Share = Annotated[float, Meta(gt=0, le=1)]
+Penalty = Annotated[float, Meta(ge=SMALLEST, le=LARGEST)]
+Exponent = Annotated[float, Meta(ge=-LARGEST, le=LARGEST)]
+Factor = Annotated[float, Meta(gt=0, le=LARGEST)]
+Text = Annotated[str, Meta(min_length=1)]
+
+# Generation options of transformers that change tokens and aren't implemented, with the value that changes none.
 _NOT_SUPPORTED = {
     "diversity_penalty": 0.0,
     "dola_layers": None,
@@ -37,180 +53,193 @@ _NOT_SUPPORTED = {
 _log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True, kw_only=True)
-class GenerationConfig:
-    """How to continue a prompt.
+def _about(help: str, *, sampling: bool = False, example: str = "", off: object = None) -> Meta:  # noqa: A002
+    """A field's help, and whether it applies to sampling alone, how it is written on a command line, its value for None."""
+    return Meta(description=help, extra={"sampling": sampling, "example": example, "off": off})
 
-    Attributes:
-        max_new_tokens: at most so many new tokens; wins over max_length. 64 where neither is given.
-        min_new_tokens: no end token before so many new tokens.
-        max_length: at most so many tokens, prompt included.
-        min_length: no end token before so many tokens, prompt included.
-        do_sample: draw the next token instead of taking the likeliest.
-        temperature: divides the logits before sampling; above 0.
-        top_h: sample among the likeliest of the 100 likeliest whose terms of the entropy add up to this share of it.
-        top_k: sample among the k likeliest; 0 for all.
-        top_p: sample among the likeliest whose probabilities add up to p.
-        min_p: sample among those at least p times as likely as the likeliest.
-        typical_p: sample among the tokens of most typical surprise whose probabilities add up to p.
-        epsilon_cutoff: sample among the tokens of at least this probability; 0 for all.
-        eta_cutoff: sample among the tokens of at least this probability, or of less where many are likely; 0 for all.
-        renormalize_logits: make log probabilities of what processors and filters leave, so that beams' scores are such.
-        repetition_penalty: above 1 makes tokens seen before less likely.
-        encoder_repetition_penalty: above 1 makes the prompt's tokens more likely.
-        no_repeat_ngram_size: no n-gram of this size is written twice; 0 for no limit.
-        encoder_no_repeat_ngram_size: no n-gram of this size in the prompt is written again; 0 for no limit.
-        sequence_bias: pairs of a token sequence and what is added to its last token's logit where the rest has just been
-            written, such as [([5, 7], -2.5)].
-        bad_words_ids: token sequences that are never completed.
-        suppress_tokens: tokens that are never chosen.
-        begin_suppress_tokens: tokens that are never chosen first.
-        forced_bos_token_id: the first new token after a prompt of one token.
-        forced_eos_token_id: token or tokens of which one comes last where the length ends a sequence.
-        exponential_decay_length_penalty: a number of new tokens and a factor, such as (50, 1.05): n tokens later, an end
-            token's logit x is x + |x| (factor ** n - 1).
-        num_beams: width of the beam search; 1 for none.
-        length_penalty: exponent of the length that divides a finished beam's score.
-        early_stopping: when a beam search ends; True as soon as there are num_beams candidates, False
-            when a better one is unlikely, "never" when there can be no better one.
-        num_return_sequences: continuations of each prompt.
-        seed: of the random draws, modulo 2**32; fresh ones where None.
-        eos_token_id: token or tokens that end a sequence.
-        stop: string or strings that end a sequence where its new tokens spell them, special tokens included; the text is
-            cut before them.
-        logprobs: also return the log probability of each token and of so many likeliest ones.
-        prompt_lookup: greatest length of drafts copied from earlier text and verified in one pass; 0 for none.
+
+class GenerationConfig(msgspec.Struct, frozen=True, kw_only=True):
+    """How to continue a prompt; each field's help is in the table below, and in docs/cli.md.
+
+    Raises:
+        OptionError: a value is of the wrong type or out of range, or options contradict each other.
     """
 
-    max_new_tokens: int | None = None
-    min_new_tokens: int | None = None
-    max_length: int | None = None
-    min_length: int = 0
-    do_sample: bool = False
-    temperature: float = 1.0
-    top_h: float | None = None
-    top_k: int = 50
-    top_p: float = 1.0
-    min_p: float | None = None
-    typical_p: float = 1.0
-    epsilon_cutoff: float = 0.0
-    eta_cutoff: float = 0.0
-    renormalize_logits: bool = False
-    repetition_penalty: float = 1.0
-    encoder_repetition_penalty: float = 1.0
-    no_repeat_ngram_size: int = 0
-    encoder_no_repeat_ngram_size: int = 0
-    sequence_bias: Sequence[tuple[Sequence[int], float]] | None = None
-    bad_words_ids: Sequence[Sequence[int]] | None = None
-    suppress_tokens: Sequence[int] | None = None
-    begin_suppress_tokens: Sequence[int] | None = None
-    forced_bos_token_id: int | None = None
-    forced_eos_token_id: int | Sequence[int] | None = None
-    exponential_decay_length_penalty: tuple[int, float] | None = None
-    num_beams: int = 1
-    length_penalty: float = 1.0
-    early_stopping: bool | Literal["never"] = False
-    num_return_sequences: int = 1
-    seed: int | None = None
-    eos_token_id: int | Sequence[int] | None = None
-    stop: str | Sequence[str] = ()
-    logprobs: int | None = None
-    prompt_lookup: int = 0
+    max_new_tokens: Annotated[
+        Length | None, _about(f"Most new tokens; wins over max_length. {DEFAULT_NEW_TOKENS} where no length is given.")
+    ] = None
+    min_new_tokens: Annotated[Count | None, _about("No end token before this many new tokens.")] = None
+    max_length: Annotated[Length | None, _about("Most tokens, prompt included.")] = None
+    min_length: Annotated[
+        Count, _about("No end token before this many tokens, prompt included; min_new_tokens replaces it.")
+    ] = 0
+    do_sample: Annotated[bool, _about("Draw the next token instead of taking the likeliest.")] = False
+    temperature: Annotated[
+        Annotated[float, Meta(ge=0, le=LARGEST)],
+        _about("Divides the logits before sampling; 0 for greedy search.", sampling=True),
+    ] = 1.0
+    top_h: Annotated[
+        Share | None,
+        _about("Sample among the likeliest of 100 tokens whose entropy terms add up to this share.", sampling=True),
+    ] = None
+    top_k: Annotated[Count, _about("Sample among the k likeliest tokens; 0 for all.", sampling=True, off=0)] = 50
+    top_p: Annotated[
+        Probability, _about("Sample among the likeliest tokens whose probabilities add up to p.", sampling=True)
+    ] = 1.0
+    min_p: Annotated[
+        Probability | None, _about("Sample among tokens at least p times as likely as the likeliest.", sampling=True)
+    ] = None
+    typical_p: Annotated[
+        Share, _about("Sample among the most typical tokens whose probabilities add up to p.", sampling=True)
+    ] = 1.0
+    epsilon_cutoff: Annotated[
+        Probability, _about("Sample among tokens of at least this probability; 0 for all.", sampling=True)
+    ] = 0.0
+    eta_cutoff: Annotated[
+        Probability,
+        _about("As epsilon_cutoff, with a lower bound where the entropy is high; 0 for all.", sampling=True),
+    ] = 0.0
+    renormalize_logits: Annotated[
+        bool, _about("Turn the scores that processors and filters leave into log probabilities.")
+    ] = False
+    repetition_penalty: Annotated[Penalty, _about("Above 1: tokens seen before become less likely.")] = 1.0
+    encoder_repetition_penalty: Annotated[Penalty, _about("Above 1: the prompt's tokens become more likely.")] = 1.0
+    no_repeat_ngram_size: Annotated[Count, _about("No n-gram of this size occurs twice; 0 for no limit.")] = 0
+    encoder_no_repeat_ngram_size: Annotated[
+        Count, _about("No n-gram of this size in the prompt occurs again; 0 for no limit.")
+    ] = 0
+    sequence_bias: Annotated[
+        Annotated[Sequence[tuple[Words, Exponent]], Meta(min_length=1)] | None,
+        _about(
+            "Added to the logit of the last token of a sequence where the rest of it precedes.",
+            example="[[[5,7],-2.5]]",
+        ),
+    ] = None
+    bad_words_ids: Annotated[
+        Annotated[Sequence[Words], Meta(min_length=1)] | None,
+        _about("Token sequences that are never completed.", example="[[1,2],[3]]"),
+    ] = None
+    suppress_tokens: Annotated[
+        Sequence[TokenIdOrNone] | None, _about("Tokens that are never chosen.", example="1,2,3")
+    ] = None
+    begin_suppress_tokens: Annotated[
+        Sequence[TokenIdOrNone] | None, _about("Tokens that are never chosen first.", example="1,2,3")
+    ] = None
+    forced_bos_token_id: Annotated[TokenId | None, _about("First new token after a prompt of one token.")] = None
+    forced_eos_token_id: Annotated[
+        TokenId | Sequence[TokenId] | None,
+        _about("Token, or one of the tokens, that comes last where the length ends a sequence.", example="1,2"),
+    ] = None
+    exponential_decay_length_penalty: Annotated[
+        tuple[Count, Factor] | None,
+        _about(
+            "A number of new tokens n and a factor f: m tokens after n, an end token's logit x becomes x + |x| (f^m - 1).",
+            example="50,1.05",
+        ),
+    ] = None
+    num_beams: Annotated[Rows, _about("Width of the beam search; 1 for none.")] = 1
+    length_penalty: Annotated[Exponent, _about("Exponent of the length that divides a finished beam's score.")] = 1.0
+    early_stopping: Annotated[
+        bool | Literal["never"],
+        _about(
+            "When a beam search ends: true with num_beams finished beams, false when a better one is unlikely, never when"
+            " a better one is impossible.",
+            example="true",
+        ),
+    ] = False
+    num_return_sequences: Annotated[Rows, _about("Continuations of each prompt.")] = 1
+    seed: Annotated[
+        Count | None, _about("Seed of the random draws, modulo 2**32; a fresh one by default.", sampling=True)
+    ] = None
+    eos_token_id: Annotated[
+        TokenIdOrNone | Sequence[TokenIdOrNone] | None, _about("Token or tokens that end a sequence.", example="1,2")
+    ] = None
+    stop: Annotated[
+        Text | Sequence[Text],
+        _about("String or strings that end a sequence; the text is cut before them.", example="END"),
+    ] = ()
+    logprobs: Annotated[
+        Count | None, _about("Return the log probability of each token, and of this many likeliest tokens.")
+    ] = None
+    prompt_lookup: Annotated[
+        Count, _about("Longest draft copied from earlier text and verified in one forward pass; 0 for none.")
+    ] = 0
 
     def __post_init__(self) -> None:
-        for name in ("max_new_tokens", "max_length"):
-            self._whole(name, least=1)
-        for name in ("num_beams", "num_return_sequences"):
-            self._whole(name, least=1, most=MOST_SEQUENCES)
-        for name in (
-            "min_new_tokens", "min_length", "top_k", "no_repeat_ngram_size", "encoder_no_repeat_ngram_size", "logprobs",
-            "prompt_lookup", "seed",
-        ):  # fmt: skip
-            self._whole(name, least=0)
-        wanted = f"a number from {_SMALLEST:g} to {LARGEST:g}"
-        self._between("temperature", _SMALLEST, LARGEST, f"{wanted} (for greedy decoding, don't sample)")
-        self._between("repetition_penalty", _SMALLEST, LARGEST, wanted)
-        self._between("encoder_repetition_penalty", _SMALLEST, LARGEST, wanted)
-        for name in ("top_p", "min_p", "epsilon_cutoff", "eta_cutoff"):
-            self._between(name, 0, 1, "between 0 and 1")
-        for name in ("top_h", "typical_p"):
-            self._between(name, 0, 1, "above 0 and at most 1", above=True)
-        self._between("length_penalty", -LARGEST, LARGEST, f"a number from {-LARGEST:g} to {LARGEST:g}")
-        for name in ("do_sample", "renormalize_logits"):
-            if not isinstance(getattr(self, name), bool):
-                raise OptionError(f"{name} must be true or false, not {shown(getattr(self, name))}")
-        if not isinstance(self.early_stopping, bool) and self.early_stopping != "never":
-            raise OptionError(f"early_stopping must be true, false or 'never', not {shown(self.early_stopping)}")
-        # transformers takes -1 for a token that never comes.
-        self._token_ids("eos_token_id", self.eos_token_ids, least=-1)
-        for name in ("suppress_tokens", "begin_suppress_tokens"):
-            ids = getattr(self, name)
-            self._token_ids(name, () if ids is None else ids, least=-1)
-        self._token_ids("forced_bos_token_id", self.forced_bos_token_ids)
-        self._token_ids("forced_eos_token_id", self.forced_eos_token_ids)
-        self._check_decay()
-        self._check_bad_words()
-        self._check_biases()
-        texts = isinstance(self.stop, Sequence) and all(isinstance(text, str) and text for text in self.stop)
-        if not texts or self.stop == "":
-            raise OptionError(f"stop must be a string or a list of strings, none of them empty, not {shown(self.stop)}")
+        for option in OPTIONS:
+            value = getattr(self, option.name)
+            if value != option.default:
+                msgspec.structs.force_setattr(self, option.name, option.checked(value))
+        if self.temperature == 0:
+            msgspec.structs.force_setattr(self, "do_sample", False)
+            msgspec.structs.force_setattr(self, "temperature", 1.0)
+        elif self.temperature < SMALLEST:
+            raise OptionError(f"temperature must be 0 (greedy search) or at least {SMALLEST:g}, not {self.temperature}")
         self._check_together()
 
     @property
     def strategy(self) -> str:
-        """What the options amount to: greedy, sampling, beam search or beam sampling."""
+        """Greedy, sampling, beam search or beam sampling."""
         if self.num_beams > 1:
             return "beam sampling" if self.do_sample else "beam search"
         return "sampling" if self.do_sample else "greedy"
 
     @property
     def eos_token_ids(self) -> tuple[int, ...]:
-        """The end tokens, however many."""
+        """The end tokens as a tuple."""
         return _ids(self.eos_token_id)
 
     @property
-    def forced_bos_token_ids(self) -> tuple[int, ...]:
-        """The token that comes first after a prompt of one token, if there is one."""
-        return _ids(self.forced_bos_token_id)
-
-    @property
     def forced_eos_token_ids(self) -> tuple[int, ...]:
-        """The tokens that may come last, however many."""
+        """The tokens of which one comes last, as a tuple."""
         return _ids(self.forced_eos_token_id)
 
     @property
     def stop_strings(self) -> tuple[str, ...]:
-        """The stop strings, however many."""
+        """The stop strings as a tuple."""
         return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
 
     def new_tokens(self, prompt_length: int) -> int:
-        """How many tokens may be generated after a prompt of so many; below 1 where max_length is reached already."""
+        """Most new tokens after a prompt of this many tokens; below 1 if max_length is reached already."""
         if self.max_new_tokens is not None:
             return self.max_new_tokens
         if self.max_length is not None:
             return self.max_length - prompt_length
         return DEFAULT_NEW_TOKENS
 
-    def merged(self, options: Mapping[str, Any]) -> "GenerationConfig":
-        """These options with others on top, by name; None counts as not given.
+    def to_dict(self) -> dict[str, Any]:
+        """All options by name, as JSON holds them."""
+        return {option.name: _plain(getattr(self, option.name)) for option in OPTIONS}
+
+    def replaced(self, **options: Any) -> "GenerationConfig":
+        """These options with others in their place, without the rules of `merged`."""
+        return msgspec.structs.replace(self, **options)
+
+    def merged(self, given: Mapping[str, Any]) -> "GenerationConfig":
+        """These options with given ones on top. None switches an option off; an option that isn't among them stays.
+
+        A sampling option without do_sample turns sampling on.
 
         Raises:
             OptionError: an unknown name, a value out of range, or a contradiction.
         """
-        given = {name: value for name, value in options.items() if value is not None}
-        unknown = given.keys() - {field.name for field in fields(self)}
-        if unknown:
+        if unknown := given.keys() - BY_NAME.keys():
             raise OptionError(f"unknown generation option {min(unknown)!r}")
-        if "max_length" in given and "max_new_tokens" not in given:
-            given["max_new_tokens"] = None
-        return replace(self, **given)
+        values = {name: BY_NAME[name].off if value is None else value for name, value in given.items()}
+        if values.get("max_length") is not None and values.get("max_new_tokens") is None:
+            values["max_new_tokens"] = None
+        if "do_sample" not in values and any(
+            BY_NAME[name].sampling for name, value in given.items() if value is not None
+        ):
+            values["do_sample"] = True
+        return msgspec.structs.replace(self, **values)
 
     @classmethod
     def from_file_content(cls, content: Mapping[str, Any]) -> "GenerationConfig":
-        """The options of a generation_config.json; a warning is logged for what transformers would apply and this can't.
+        """The options of a generation_config.json, where null counts as not given, as in transformers 5.
 
-        Without do_sample, options that only matter to sampling may be out of range, as in transformers: temperature 0, for
-        one, is how some files say greedy. They then count as not given.
+        A warning is logged for an option that transformers applies and this doesn't. Without do_sample, sampling options
+        that are out of range count as not given, as in transformers.
 
         Raises:
             OptionError: a value is out of range.
@@ -218,117 +247,184 @@ class GenerationConfig:
         for name, neutral in _NOT_SUPPORTED.items():
             if content.get(name) not in (None, neutral):
                 _log.warning("generation_config.json asks for %s, which gpt2onnx doesn't apply", name)
-        known = {field.name for field in fields(cls)}
-        given = {name: value for name, value in content.items() if name in known}
+        values = {name: value for name, value in content.items() if name in BY_NAME and value is not None}
+        if content.get("stop_strings") is not None:
+            values.setdefault("stop", content["stop_strings"])
         # A cutoff that is out of range cuts nothing off in transformers.
-        lenient = ("epsilon_cutoff", "eta_cutoff") if given.get("do_sample") else SAMPLING_OPTIONS
-        given = {name: value for name, value in given.items() if name not in lenient or cls._takes(name, value)}
-        return cls().merged({"stop": content.get("stop_strings")} | given)
-
-    @classmethod
-    def _takes(cls, name: str, value: Any) -> bool:
-        """Whether a value of an option is in range."""
-        try:
-            cls().merged({name: value})
-        except OptionError:
-            return False
-        return True
-
-    def _has_no_default(self, name: str) -> bool:
-        """Whether None stands for an option's absence."""
-        return getattr(type(self), name) is None
-
-    def _whole(self, name: str, least: int, most: float = math.inf) -> None:
-        value = getattr(self, name)
-        if value is None and self._has_no_default(name):
-            return
-        if not _is_whole(value) or not least <= value <= most:
-            limit = "" if most == math.inf else f" to {most}"
-            raise OptionError(f"{name} must be a whole number from {least}{limit}, not {shown(value)}")
-
-    def _between(self, name: str, low: float, high: float, wanted: str, *, above: bool = False) -> None:
-        value = getattr(self, name)
-        if value is None and self._has_no_default(name):
-            return
-        if not _is_number(value) or not low <= value <= high or (above and value == low):
-            raise OptionError(f"{name} must be {wanted}, not {shown(value)}")
-
-    def _token_ids(self, name: str, ids: object, least: int = 0) -> None:
-        if not isinstance(ids, Sequence) or not all(_is_whole(i) and least <= i < _TOKEN_IDS_END for i in ids):
-            raise OptionError(f"{name} must hold token ids (whole numbers from {least}), not {shown(ids)}")
-
-    def _check_bad_words(self) -> None:
-        words = self.bad_words_ids
-        if words is None:
-            return
-        if not _is_list(words) or not words:
-            raise OptionError(f"bad_words_ids must be a list of lists of token ids, not {shown(words)}")
-        for word in words:
-            self._token_ids("bad_words_ids", word)
-            if not word:
-                raise OptionError("bad_words_ids must not hold an empty list")
-
-    def _check_biases(self) -> None:
-        biases = self.sequence_bias
-        if biases is None:
-            return
-        if not _is_list(biases) or not biases or not all(_is_list(pair) and len(pair) == 2 for pair in biases):
-            raise OptionError(
-                f"sequence_bias must be a list of token sequences with a number each, such as [[[5, 7], -2.5]],"
-                f" not {shown(biases)}"
-            )
-        for ids, bias in biases:
-            self._token_ids("sequence_bias", ids)
-            if not ids:
-                raise OptionError("sequence_bias must not hold an empty sequence")
-            if not _is_number(bias) or not -LARGEST <= bias <= LARGEST:
-                raise OptionError(
-                    f"sequence_bias must hold numbers from {-LARGEST:g} to {LARGEST:g}, not {shown(bias)}"
-                )
-
-    def _check_decay(self) -> None:
-        decay = self.exponential_decay_length_penalty
-        if decay is None:
-            return
-        start, factor = decay if _is_list(decay) and len(decay) == 2 else (None, None)
-        if not _is_whole(start) or start < 0 or not _is_number(factor) or not 0 < factor <= LARGEST:
-            raise OptionError(
-                f"exponential_decay_length_penalty must be a whole number of tokens and a factor above 0, such as"
-                f" [50, 1.05], not {shown(decay)}"
-            )
+        lenient = {"epsilon_cutoff", "eta_cutoff"}
+        if not values.get("do_sample"):
+            lenient = {option.name for option in OPTIONS if option.sampling}
+        for name in lenient & values.keys():
+            if not BY_NAME[name].takes(values[name]):
+                del values[name]
+        return cls(**values)
 
     def _check_together(self) -> None:
         if self.num_return_sequences > self.num_beams and self.num_beams > 1:
             raise OptionError(
-                f"num_return_sequences {self.num_return_sequences} is more than num_beams {self.num_beams} gives"
+                f"num_return_sequences {self.num_return_sequences} is more than num_beams {self.num_beams}"
             )
         if self.num_return_sequences > 1 and self.num_beams == 1 and not self.do_sample:
-            raise OptionError("num_return_sequences above 1 needs sampling or beams: greedy decoding has one result")
+            raise OptionError("num_return_sequences above 1 needs sampling or beams: greedy search has one result")
         if self.prompt_lookup and (self.num_beams > 1 or self.num_return_sequences > 1):
             raise OptionError("prompt_lookup works on one sequence: not with num_beams or num_return_sequences above 1")
         # transformers refuses these, too.
-        forced = {"forced_bos_token_id": self.forced_bos_token_ids, "forced_eos_token_id": self.forced_eos_token_ids}
+        forced = {
+            "forced_bos_token_id": _ids(self.forced_bos_token_id),
+            "forced_eos_token_id": self.forced_eos_token_ids,
+        }
         for name, ids in forced.items():
             if ids and set(ids) <= set(self.suppress_tokens or ()):
-                raise OptionError(f"{name} can't come where suppress_tokens holds it: {shown(list(ids))}")
+                raise OptionError(f"{name} {shown(list(ids))} is among suppress_tokens: leave one of them out")
         if self.logprobs is not None and self.num_beams > 1:
             raise OptionError("logprobs are of single sequences: not with num_beams above 1")
 
 
+class GenerationOptions(TypedDict, total=False):
+    """The generation options as keyword arguments; None switches one off."""
+
+    max_new_tokens: int | None
+    min_new_tokens: int | None
+    max_length: int | None
+    min_length: int | None
+    do_sample: bool | None
+    temperature: float | None
+    top_h: float | None
+    top_k: int | None
+    top_p: float | None
+    min_p: float | None
+    typical_p: float | None
+    epsilon_cutoff: float | None
+    eta_cutoff: float | None
+    renormalize_logits: bool | None
+    repetition_penalty: float | None
+    encoder_repetition_penalty: float | None
+    no_repeat_ngram_size: int | None
+    encoder_no_repeat_ngram_size: int | None
+    sequence_bias: Sequence[tuple[Sequence[int], float]] | None
+    bad_words_ids: Sequence[Sequence[int]] | None
+    suppress_tokens: Sequence[int] | None
+    begin_suppress_tokens: Sequence[int] | None
+    forced_bos_token_id: int | None
+    forced_eos_token_id: int | Sequence[int] | None
+    exponential_decay_length_penalty: tuple[int, float] | None
+    num_beams: int | None
+    length_penalty: float | None
+    early_stopping: bool | Literal["never"] | None
+    num_return_sequences: int | None
+    seed: int | None
+    eos_token_id: int | Sequence[int] | None
+    stop: str | Sequence[str] | None
+    logprobs: int | None
+    prompt_lookup: int | None
+
+
+@dataclass(frozen=True)
+class Option:
+    """A row of the table.
+
+    Attributes:
+        name: transformers' name of it.
+        type: Python type with its range, for msgspec.
+        default: where neither the bundle nor the caller gives it.
+        off: value that None stands for.
+        help: a sentence.
+        sampling: whether it applies to sampling alone, so that giving it turns sampling on.
+        example: how it is written on a command line, where that isn't plain.
+    """
+
+    name: str
+    type: Any
+    default: Any
+    off: Any
+    help: str
+    sampling: bool
+    example: str
+
+    def checked(self, value: Any) -> Any:
+        """The value, converted to the option's type.
+
+        Raises:
+            OptionError: it is of another type or out of range.
+        """
+        try:
+            return msgspec.convert(value, self.type)
+        except (msgspec.ValidationError, ValueError) as error:
+            raise OptionError(f"{self.name} must be {self.wanted}, not {shown(value)}") from error
+
+    def takes(self, value: Any) -> bool:
+        """Whether the value is in range."""
+        try:
+            self.checked(value)
+        except OptionError:
+            return False
+        return True
+
+    @property
+    def kinds(self) -> list[inspect.Type]:
+        """The types that it takes, None aside."""
+        return [kind for kind in _alternatives(inspect.type_info(self.type)) if not isinstance(kind, inspect.NoneType)]
+
+    @property
+    def wanted(self) -> str:
+        """Type and range in words."""
+        return " or ".join(_in_words(kind, self.example) for kind in self.kinds)
+
+
+def _table() -> Iterator[Option]:
+    hints = get_type_hints(GenerationConfig, include_extras=True)
+    for field in msgspec.structs.fields(GenerationConfig):
+        (about,) = (each for each in hints[field.name].__metadata__ if each.description)
+        off = field.default if about.extra["off"] is None else about.extra["off"]
+        yield Option(
+            field.name,
+            hints[field.name],
+            field.default,
+            off,
+            about.description,
+            about.extra["sampling"],
+            about.extra["example"],
+        )
+
+
+OPTIONS: tuple[Option, ...] = tuple(_table())
+BY_NAME = {option.name: option for option in OPTIONS}
+SAMPLING_OPTIONS = tuple(option.name for option in OPTIONS if option.sampling)
+
+
+def _alternatives(kind: inspect.Type) -> list[inspect.Type]:
+    if isinstance(kind, inspect.Metadata):
+        return _alternatives(kind.type)
+    return list(kind.types) if isinstance(kind, inspect.UnionType) else [kind]
+
+
+def _in_words(kind: inspect.Type, example: str) -> str:
+    """A type and its range, as an error names them."""
+    if isinstance(kind, inspect.IntType):
+        if kind.lt is not None:
+            return "a token id"
+        return f"a whole number from {kind.ge}" + ("" if kind.le is None else f" to {kind.le}")
+    if isinstance(kind, inspect.FloatType):
+        least = f"from {kind.ge:g}" if kind.gt is None else f"above {kind.gt:g} and up"
+        return f"a number {least} to {kind.le:g}"
+    if isinstance(kind, inspect.BoolType):
+        return "true or false"
+    if isinstance(kind, inspect.LiteralType):
+        return " or ".join(map(repr, kind.values))
+    if isinstance(kind, inspect.StrType):
+        return "a text that isn't empty"
+    if isinstance(kind, inspect.CollectionType):
+        (item,) = _alternatives(kind.item_type)
+        if isinstance(item, inspect.IntType | inspect.StrType):
+            return f"a list of {'token ids' if isinstance(item, inspect.IntType) else 'such texts'}"
+    return f"a list such as {example if example.startswith('[') else f'[{example}]'}"
+
+
 def _ids(ids: int | Sequence[int] | None) -> tuple[int, ...]:
-    """Token ids, however many."""
     if ids is None:
         return ()
     return tuple(ids) if isinstance(ids, Sequence) else (ids,)
 
 
-def _is_list(value: object) -> bool:
-    return isinstance(value, Sequence) and not isinstance(value, str)
-
-
-def _is_whole(value: object) -> TypeGuard[int]:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _is_number(value: object) -> TypeGuard[float]:
-    return isinstance(value, int | float) and not isinstance(value, bool)
+def _plain(value: Any) -> Any:
+    return [_plain(each) for each in value] if isinstance(value, list | tuple) else value

@@ -1,18 +1,16 @@
-"""What is asked of a model, and what it answers."""
+"""Requests to a model, and its results."""
 
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
+from dataclasses import asdict, dataclass, field
+from typing import Any
 
 from gpt2onnx.errors import Gpt2OnnxError
 
-from .decoding.strategy import TokenLogprobs
+from .decoding.extensions import Extensions
+from .decoding.logprobs import TokenLogprobs
 from .jsontext import finite
 from .options import GenerationConfig
-
-if TYPE_CHECKING:
-    from ..experiments.energy.tracker import Energy
 
 # A text, or the ids of its tokens.
 Prompt = str | Sequence[int]
@@ -26,8 +24,9 @@ class Request:
         prompt: a text, or token ids.
         options: how to continue it.
         id: the caller's own; comes back with the result.
-        error: why it can't be carried out, where that is known already; becomes its outcome.
-        prompt_logprobs: also find out the log probability of each token of the prompt and of so many likeliest ones.
+        error: why it can't be carried out, if that is known already; becomes its outcome.
+        prompt_logprobs: also compute the log probability of each token of the prompt and of this many likeliest ones.
+        extensions: the caller's own functions in decoding.
     """
 
     prompt: Prompt
@@ -35,6 +34,7 @@ class Request:
     id: Any = None
     error: Gpt2OnnxError | None = None
     prompt_logprobs: int | None = None
+    extensions: Extensions = field(default_factory=Extensions)
 
 
 @dataclass(frozen=True)
@@ -44,35 +44,72 @@ class GeneratedSequence:
     Attributes:
         text: of the new tokens, without special tokens, cut before a stop string.
         token_ids: the new tokens, an end token included.
-        finish_reason: "stop" (end token or stop string), "length", or "context" (the window is full);
-            None where decoding was interrupted.
-        logprobs: of each new token, where they were asked for.
+        finish_reason: "stop" (end token, stop string or criterion), "length", or "context" (the context window is full);
+            None if decoding was interrupted.
+        logprobs: of each new token, if they were asked for.
+        score: of a beam: its log probability divided by its length to the power of length_penalty.
     """
 
     text: str
     token_ids: list[int]
     finish_reason: str | None
     logprobs: list[TokenLogprobs] | None
+    score: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Energy:
+    """Energy of one run; a mean if it was repeated.
+
+    Attributes:
+        joules: of the whole machine, as far as `method` covers it.
+        joules_per_token: `joules` by completion tokens; None if there are none.
+        g_co2eq: grams of CO2 equivalents.
+        g_co2eq_per_1000_tokens: the same by 1,000 completion tokens.
+        watts: mean power.
+        seconds: measured in all.
+        runs: made in that time.
+        method: how the power was found; an estimate says so.
+        reliable: whether it was measured for long enough for the method, and no other run at the same time.
+        country: whose electricity it is (ISO 3166-1 alpha-3); None for the world's average.
+        g_co2eq_per_kwh: emitted there by a kilowatt hour.
+        run_id: of the row in the CSV file.
+    """
+
+    joules: float
+    joules_per_token: float | None
+    g_co2eq: float
+    g_co2eq_per_1000_tokens: float | None
+    watts: float
+    seconds: float
+    runs: int
+    method: str
+    reliable: bool
+    country: str | None
+    g_co2eq_per_kwh: float
+    run_id: str
 
 
 @dataclass(frozen=True)
 class Result:
-    """What became of one prompt.
+    """The continuations of one prompt.
 
     Attributes:
         prompt: its text.
         prompt_ids: its tokens.
-        sequences: its continuations, best first where they are ranked.
+        sequences: its continuations, best first if they are ranked.
         seconds: from joining the batch to the last token.
-        energy: what it took, where that was measured; see `track_energy`.
-        prompt_logprobs: of each token of the prompt but the first, where they were asked for.
+        seed: of its random draws; None without any.
+        energy: of the run, if it was measured; see `track_energy`.
+        prompt_logprobs: of each token of the prompt but the first, if they were asked for.
     """
 
     prompt: str
     prompt_ids: list[int]
     sequences: list[GeneratedSequence]
     seconds: float
-    energy: "Energy | None" = None
+    seed: int | None = None
+    energy: Energy | None = None
     prompt_logprobs: list[TokenLogprobs] | None = None
 
     @property
@@ -94,6 +131,7 @@ class Result:
             "prompt": self.prompt,
             "prompt_ids": self.prompt_ids,
             "sequences": [finite(asdict(sequence)) for sequence in self.sequences],
+            "seed": self.seed,
             "usage": self.usage,
             "seconds": round(self.seconds, 6),
             "energy": None if self.energy is None else asdict(self.energy),

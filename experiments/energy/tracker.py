@@ -1,63 +1,28 @@
-"""Energy of runs: what they took, a row each in a CSV file.
+"""Energy of runs: a row each in a CSV file.
 
-`power` measures, `csvlog` writes; here is which run it was and what that makes a token cost.
+`power` measures and `csvlog` writes; this says which run it was and what a token of it cost.
 """
 
 import os
 import secrets
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from gpt2onnx.errors import OptionError
 
-from ...runtime.observer import OBSERVER
-from ...runtime.options import GenerationConfig
+from ...runtime.model import METER, Model
+from ...runtime.options import OPTIONS, GenerationConfig
 from ...runtime.ort.providers import VERSION
+from ...runtime.requests import Energy, Request, Result
+from ...runtime.stream import Stream
 from .csvlog import CsvLog
 from .power import DEFAULT_SECONDS, MOST_SECONDS, PowerMeter, Reading
-
-if TYPE_CHECKING:
-    from ...runtime.model import Model
-    from ...runtime.requests import Result
-
-
-@dataclass(frozen=True, kw_only=True)
-class Energy:
-    """What one run took: a mean where it was repeated.
-
-    Attributes:
-        joules: of the whole machine, as far as `method` covers it.
-        joules_per_token: `joules` by completion tokens; None where there are none.
-        g_co2eq: grams of CO2 equivalents.
-        g_co2eq_per_1000_tokens: the same by 1,000 completion tokens.
-        watts: mean power.
-        seconds: measured in all.
-        runs: made in that time.
-        method: how the power was found; what is an estimate says so.
-        reliable: whether it was measured for long enough for the method, and no other run at the same time.
-        country: whose electricity it is (ISO 3166-1 alpha-3); None for the world's average.
-        g_co2eq_per_kwh: what a kilowatt hour emits there.
-        run_id: of the row in the CSV file.
-    """
-
-    joules: float
-    joules_per_token: float | None
-    g_co2eq: float
-    g_co2eq_per_1000_tokens: float | None
-    watts: float
-    seconds: float
-    runs: int
-    method: str
-    reliable: bool
-    country: str | None
-    g_co2eq_per_kwh: float
-    run_id: str
 
 
 @contextmanager
@@ -66,9 +31,9 @@ def track_energy(
 ) -> Iterator["EnergyTracker"]:
     """Measures the energy of every `generate` and `stream` inside the `with` block, and appends a row for each to a CSV file.
 
-    A result has its figures as `result.energy`, where it is the only one of its run. Each run starts without what
-    the key-value cache holds of earlier ones, and is repeated until it took long enough to be measured; unseeded sampling
-    gets a seed, so that repeating it gives the same tokens.
+    A result has its figures as `result.energy`, if it is the only one of its run. Each run starts without cached
+    prefixes of earlier ones, and is repeated until it took long enough to be measured; unseeded sampling gets a seed, so
+    that each repetition gives the same tokens.
 
     Args:
         path: the CSV file; several processes may append to it. Without one, figures are only kept in memory.
@@ -82,11 +47,11 @@ def track_energy(
         OutputError: the file can't be written, or has other columns.
     """
     tracker = EnergyTracker(path, country=country, seconds=seconds)
-    token = OBSERVER.set(tracker)
+    token = METER.set(tracker)
     try:
         yield tracker
     finally:
-        OBSERVER.reset(token)
+        METER.reset(token)
         tracker.close()
 
 
@@ -113,23 +78,56 @@ class EnergyTracker:
         self._log = None if path is None else CsvLog(Path(path), columns)
         self._open: dict[EnergyRun, Callable[[], None]] = {}
 
-    def repeatable(self, options: GenerationConfig) -> GenerationConfig:
-        """The same options, with a seed where sampling would have none."""
-        if options.do_sample and options.seed is None:
-            return replace(options, seed=secrets.randbits(32))
-        return options
+    def generate(
+        self, model: Model, options: GenerationConfig, run: Callable[[GenerationConfig], list[Result]]
+    ) -> list[Result]:
+        """Measures a run of `Model.generate`; see `runtime.model.Meter`."""
+        options = repeatable(options)
+        with self.begin(model, options) as measured:
+            return measured.end(run(options), again=lambda: run(options))
+
+    def stream(self, model: Model, stream: Stream) -> "MeasuredStream":
+        """Measures a stream from its first piece on; see `runtime.model.Meter`."""
+        return MeasuredStream(self, model, stream)
+
+    def job(
+        self, model: Model, options: GenerationConfig, records: Iterable[dict[str, Any]]
+    ) -> Iterator[dict[str, Any]]:
+        """Measures the records of a job as one run, of the strategy "job", also if it is interrupted."""
+        counts = {"requests": 0, "prompt_tokens": 0, "completion_tokens": 0}
+
+        def end() -> None:
+            if not run.ended:
+                run.end_counted(None, **counts)
+
+        with self.begin(model, options, strategy="job", close=end) as run:
+            try:
+                for record in records:
+                    for name, count in record.get("usage", {}).items():
+                        counts[name] += count
+                    counts["requests"] += 1
+                    yield record
+            finally:
+                end()
 
     def begin(
         self,
-        model: "Model",
+        model: Model,
         options: GenerationConfig,
         *,
         strategy: str | None = None,
         close: Callable[[], None] | None = None,
     ) -> "EnergyRun":
-        """Begins to measure a run; see `observer.Observer`."""
-        model.forget()
-        # Of runs at the same time none can be told from the other.
+        """Begins to measure a run.
+
+        Args:
+            model: runs.
+            options: its generation options.
+            strategy: a name for them; by default greedy, sampling, beam search or beam sampling.
+            close: ends the run if the caller has left it.
+        """
+        model.reset()
+        # Runs at the same time can't be told apart.
         alone = not self._open
         for other in self._open:
             other.alone = False
@@ -152,13 +150,18 @@ class EnergyTracker:
 
 
 class EnergyRun:
-    """A run under way; made by `EnergyTracker.begin`."""
+    """A run under way; made by `EnergyTracker.begin`. Left by an exception before it has ended, it counts for nothing.
 
-    def __init__(self, tracker: EnergyTracker, model: "Model", options: GenerationConfig, strategy: str) -> None:
+    Attributes:
+        alone: whether no other run is measured at the same time.
+        ended: whether its row is written.
+    """
+
+    def __init__(self, tracker: EnergyTracker, model: Model, options: GenerationConfig, strategy: str) -> None:
         self._tracker, self._model, self._options, self._strategy = tracker, model, options, strategy
         self._measurement = tracker.meter.start()
         self._started, self._cpu_started = time.perf_counter(), time.process_time()
-        self._ended = False
+        self.ended = False
         self.alone = True
 
     def __enter__(self) -> "EnergyRun":
@@ -167,14 +170,22 @@ class EnergyRun:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if not self._ended:
-            self._ended = True
+        if not self.ended:
+            self.ended = True
             self._tracker._open.pop(self, None)
             self._measurement.stop()
 
-    def end(self, results: "list[Result]", again: Callable[[], object] | None = None) -> "list[Result]":
-        """Repeats the run while it was too short, and writes its row; see `observer.Run`."""
-        energy = self._end(
+    def end(self, results: list[Result], again: Callable[[], object] | None = None) -> list[Result]:
+        """Repeats the run while it was too short, and writes its row.
+
+        Args:
+            results: of the run, complete or as far as they came.
+            again: makes the whole run once more; None: it can't be repeated.
+
+        Returns:
+            The results; the only one with its energy.
+        """
+        energy = self.end_counted(
             again,
             requests=len(results),
             prompt_tokens=sum(result.usage["prompt_tokens"] for result in results),
@@ -182,17 +193,13 @@ class EnergyRun:
         )
         return [replace(results[0], energy=energy)] if len(results) == 1 else results
 
-    def end_job(self, *, requests: int, prompt_tokens: int, completion_tokens: int) -> None:
-        """Writes the row of a run whose results nobody keeps, if it isn't there yet; see `observer.Run`."""
-        if not self._ended:
-            self._end(None, requests=requests, prompt_tokens=prompt_tokens, completion_tokens=completion_tokens)
-
-    def _end(self, again: Callable[[], object] | None, **counts: int) -> Energy:
+    def end_counted(self, again: Callable[[], object] | None, **counts: int) -> Energy:
+        """As `end`, given the numbers of requests, prompt_tokens and completion_tokens."""
         elapsed = time.perf_counter() - self._started
         runs, complete = 1, True
         try:
             while again is not None and elapsed < self._tracker.seconds:
-                self._model.forget()
+                self._model.reset()
                 again()
                 runs += 1
                 elapsed = time.perf_counter() - self._started
@@ -200,12 +207,12 @@ class EnergyRun:
             # The last repetition stays in the measured time without being counted.
             complete = False
         cpu_seconds = time.process_time() - self._cpu_started
-        self._ended = True
+        self.ended = True
         reading = self._measurement.stop()
         method = self._tracker.meter.method
         reliable = complete and self.alone and elapsed >= method.seconds
         energy = _energy(reading, runs, counts["completion_tokens"], method.name, reliable=reliable)
-        row = reading.columns | {"strategy": self._strategy} | asdict(self._options) | counts
+        row = reading.columns | {"strategy": self._strategy} | self._options.to_dict() | counts
         row |= _costs(energy, elapsed / runs, cpu_seconds / runs, counts["completion_tokens"]) | _facts(self._model)
         self._tracker._record(self, row)
         if not complete:
@@ -213,9 +220,53 @@ class EnergyRun:
         return energy
 
 
+class MeasuredStream(Stream):
+    """A stream whose energy is measured; its result has it."""
+
+    def __init__(self, tracker: EnergyTracker, model: Model, stream: Stream) -> None:
+        self._stream, self._tracker, self._model = stream, tracker, model
+        self._pieces, self._result = self._measured(), None
+
+    def close(self) -> None:
+        self._pieces.close()
+        self._stream.close()
+
+    @property
+    def request(self) -> Request:
+        return self._stream.request
+
+    @property
+    def result(self) -> Result:
+        return self._result or self._stream.result
+
+    def _measured(self) -> Generator[str]:
+        request, model = self.request, self._model
+        seed = self._stream.result.seed
+        options = request.options if seed is None else request.options.replaced(seed=seed)
+
+        def again() -> None:
+            for _ in model.complete([replace(request, options=options)]):
+                pass
+
+        with self._tracker.begin(model, options, close=self.close) as run:
+            try:
+                yield from self._stream
+            except (GeneratorExit, KeyboardInterrupt):
+                (self._result,) = run.end([self._stream.result])
+                raise
+            (self._result,) = run.end([self._stream.result], again)
+
+
+def repeatable(options: GenerationConfig) -> GenerationConfig:
+    """The options, with a seed if sampling would have none."""
+    if options.do_sample and options.seed is None:
+        return options.replaced(seed=secrets.randbits(32))
+    return options
+
+
 _COLUMNS = [
     "strategy",
-    *(field.name for field in fields(GenerationConfig)),
+    *(option.name for option in OPTIONS),
     "requests", "prompt_tokens", "completion_tokens",
     "runs", "seconds", "cpu_seconds", "tokens_per_second", "joules", "joules_per_token", "g_co2eq_per_1000_tokens", "g_co2eq_per_kwh",
     "method", "reliable",
@@ -258,13 +309,13 @@ def _costs(energy: Energy, seconds: float, cpu_seconds: float, tokens: int) -> d
 
 
 def _facts(model: "Model") -> dict[str, Any]:
-    manifest, session = model.bundle.manifest, model.session
+    manifest, runner = model.bundle.manifest, model.runner
     return {
         "model": manifest.source,
         "dtype": manifest.dtype,
         "graph": manifest.graph,
-        "device": session.device,
-        "threads": session.threads,
+        "device": runner.device,
+        "threads": runner.threads,
         "onnxruntime_version": VERSION,
         "gpt2onnx_version": version("gpt2onnx"),
     }

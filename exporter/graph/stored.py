@@ -14,7 +14,7 @@ from gpt2onnx.errors import BundleError
 from ...models.bundle import GRAPH, WIDE_GRAPH, Bundle
 from ...models.precision import Blocks
 from ...models.shapes import weight_shapes
-from ...runtime.engine import footprint
+from ...runtime.engine import loading
 from ...runtime.engine.second_graph import make_weights
 from ..quantize.blocks import QuantizedMatrix, dequantize
 from ..quantize.rounding import InBlocks, OneScale, Rounding
@@ -55,7 +55,7 @@ class StoredWeights:
             for name in (each.removesuffix(_COLUMNS) for each in constants if each.endswith(_COLUMNS)):
                 least = constants.get(f"{name}.least")
                 self._one_scale[name] = OneScale(None if least is None else float(numpy_helper.to_array(least)))
-            self._made = make_weights(bundle, footprint.threads(bundle))
+            self._made = make_weights(bundle, loading.threads(bundle))
 
     def made(self) -> Iterator[tuple[str, npt.NDArray[Any]]]:
         """The weights that the second graph has of its own: names, and the outputs' scales with an axis for the inputs."""

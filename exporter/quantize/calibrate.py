@@ -14,7 +14,7 @@ from onnx import ModelProto, TensorProto, helper, load
 from ...models import contract
 from ...models.bundle import GRAPH, Bundle
 from ...models.config import GPT2Config
-from ...runtime.engine.runner import Session
+from ...runtime.engine.runner import Runner
 from ...runtime.ort import devices, providers
 from .gradients import Gradients
 from .inputs import SAMPLE, HeadInputs, Inputs
@@ -24,14 +24,14 @@ _LENGTH = 256  # of a text
 _HEAD = "lm_head"
 
 
-def sample(session: Session, rows: int, length: int, seed: int = 0) -> npt.NDArray[np.int64]:
+def sample(runner: Runner, rows: int, length: int, seed: int = 0) -> npt.NDArray[np.int64]:
     """Texts from a network's own distribution, int64 [rows, length]; each begins with any token of the vocabulary."""
     random = np.random.default_rng(seed)
     tokens = np.empty((rows, length), np.int64)
-    tokens[:, 0] = random.integers(session.config.vocab_size, size=rows)
-    cache = session.new_cache(rows, length)
+    tokens[:, 0] = random.integers(runner.config.vocab_size, size=rows)
+    cache = runner.new_cache(rows, length)
     for position in range(1, length):
-        logits = session.forward(cache, slice(0, rows), tokens[:, position - 1 : position])[:, -1]
+        logits = runner.forward(cache, slice(0, rows), tokens[:, position - 1 : position])
         # The largest of logits with Gumbel noise is a draw from their softmax.
         noise = random.standard_exponential(logits.shape, np.float32)
         tokens[:, position] = (logits - np.log(np.maximum(noise, np.finfo(np.float32).tiny))).argmax(-1)
@@ -82,10 +82,10 @@ def observe(
     Raises:
         BackendError: ONNX Runtime can't load or run the graph.
     """
-    session = Session(reference, threads=threads)
-    tokens = sample(session, texts, min(_LENGTH, reference.config.n_positions))
-    threads = session.threads
-    del session
+    runner = Runner(reference, threads=threads)
+    tokens = sample(runner, texts, min(_LENGTH, reference.config.n_positions))
+    threads = runner.threads
+    del runner
     progress(0.5)
     model = load(reference.folder / GRAPH, load_external_data=False)
     values = _inputs_of_matrices(model)

@@ -32,7 +32,7 @@ from ...models.bundle import WIDE_GRAPH, Bundle
 from ...models.config import GPT2Config
 from ...models.shapes import weight_shapes
 from ...runtime.decoding.processors import Tokens
-from ...runtime.engine.runner import Session
+from ...runtime.engine.runner import Runner
 from ...runtime.engine.second_graph import FEWEST
 from ...runtime.model import Model
 from ...runtime.options import GenerationConfig
@@ -78,7 +78,7 @@ def check(folder: Path, checkpoint: Checkpoint, suite: str = "quick", *, screens
     """
     reference = Reference(checkpoint)
     model = Model(folder, wide_after=None, screen_after=0, screens=screens)
-    manifest, session = model.bundle.manifest, model.session
+    manifest, runner = model.bundle.manifest, model.runner
     lossy, times = manifest.dtype in _LOSSY, _TIMES_ROUNDING[manifest.dtype]
     prompts = _prompts(model.config)
     original = reference.logits(prompts)
@@ -97,7 +97,7 @@ def check(folder: Path, checkpoint: Checkpoint, suite: str = "quick", *, screens
         if lossy:
             reference.take(stored.tensor)
             expected = reference.logits(prompts)
-            report["loss"] = _figures(_whole(session, prompts), original)
+            report["loss"] = _figures(_whole(runner, prompts), original)
         if roundings:
             report["rounded"] = _judged(
                 iter(expected), original, _TIMES_NEAREST * _largest(nearest, original), _NOISE_OF_SCALES
@@ -105,7 +105,7 @@ def check(folder: Path, checkpoint: Checkpoint, suite: str = "quick", *, screens
     with reference.rounding(roundings.get, half=manifest.dtype == "fp16"):
         allowed = times * _largest(reference.logits(prompts), expected)
     for name, run in (("whole", _whole), ("cached", _cached), ("ragged", _ragged)):
-        report[name] = _judged(run(session, prompts), expected, allowed, _NOISE)
+        report[name] = _judged(run(runner, prompts), expected, allowed, _NOISE)
     many = [prompt for prompt in prompts if len(prompt) >= FEWEST]
     if WIDE_GRAPH in manifest.files and many:
         report["wide"] = _wide(model.bundle, checkpoint, reference, many)
@@ -173,9 +173,9 @@ def _wide(bundle: Bundle, checkpoint: Checkpoint, reference: Reference, prompts:
     expected = reference.logits(prompts)
     with reference.rounding(_roundings(second, checkpoint).get, half=False):
         allowed = _TIMES_ROUNDING[bundle.manifest.dtype] * _largest(reference.logits(prompts), expected)
-    session = Session(bundle)
-    session.open_wide()
-    figures = _judged(_whole(session, prompts), expected, allowed, _NOISE)
+    runner = Runner(bundle)
+    runner.open_wide()
+    figures = _judged(_whole(runner, prompts), expected, allowed, _NOISE)
     return figures | {"most_steps": steps, "passed": figures["passed"] and steps <= _HALF_A_STEP}
 
 
@@ -185,31 +185,38 @@ def _nearest(stored: StoredWeights, checkpoint: Checkpoint, name: str) -> Logits
     return weight if blocks is None else rounded_to_nearest(weight, blocks, along=in_axis(name))
 
 
-def _whole(session: Session, prompts: list[Tokens]) -> Iterator[Logits]:
+def _whole(runner: Runner, prompts: list[Tokens]) -> Iterator[Logits]:
     """Each prompt in one forward pass."""
     for prompt in prompts:
-        cache = session.new_cache(1, len(prompt))
-        yield session.forward(cache, slice(0, 1), prompt[None], keep=len(prompt))[0]
+        cache = runner.new_cache(1, len(prompt))
+        yield runner.forward(cache, slice(0, 1), prompt[None], logits="all")
 
 
-def _cached(session: Session, prompts: list[Tokens]) -> Iterator[Logits]:
+def _cached(runner: Runner, prompts: list[Tokens]) -> Iterator[Logits]:
     """Each prompt's first half in one pass, then token by token."""
     for prompt in prompts:
-        cache = session.new_cache(1, len(prompt))
+        cache = runner.new_cache(1, len(prompt))
         half = (len(prompt) + 1) // 2
-        parts = [session.forward(cache, slice(0, 1), prompt[None, :half], keep=half)[0].copy()]
-        parts += [session.forward(cache, slice(0, 1), token[None, None])[0].copy() for token in prompt[half:]]
+        parts = [runner.forward(cache, slice(0, 1), prompt[None, :half], logits="all").copy()]
+        parts += [runner.forward(cache, slice(0, 1), token[None, None]).copy() for token in prompt[half:]]
         yield np.concatenate(parts)
 
 
-def _ragged(session: Session, prompts: list[Tokens]) -> Iterator[Logits]:
-    """The last token of all prompts in one pass, after each prompt's others were taken into a row of their own."""
-    cache = session.new_cache(len(prompts), max(map(len, prompts)))
-    for row, prompt in enumerate(prompts):
-        if len(prompt) > 1:
-            session.forward(cache, slice(row, row + 1), prompt[None, :-1])
-    last = np.array([[prompt[-1]] for prompt in prompts])
-    yield from session.forward(cache, slice(0, len(prompts)), last)
+def _ragged(runner: Runner, prompts: list[Tokens]) -> Iterator[Logits]:
+    """All prompts in three passes, each row with its own number of tokens behind its own past."""
+    lengths = np.array([len(prompt) for prompt in prompts])
+    cache = runner.new_cache(len(prompts), lengths.max())
+    found: list[list[Logits]] = [[] for _ in prompts]
+    for share in (1 / 3, 2 / 3, 1):
+        begins = cache.lengths.copy()
+        counts = np.ceil(share * lengths).astype(np.int64) - begins
+        tokens = np.zeros((len(prompts), counts.max()), np.int64)
+        for row, prompt, begin, count in zip(tokens, prompts, begins, counts, strict=True):
+            row[:count] = prompt[begin : begin + count]
+        logits = runner.forward(cache, slice(0, len(prompts)), tokens, counts, "all").copy()
+        for part, each in zip(found, np.split(logits, counts.cumsum()[:-1]), strict=True):
+            part.append(each)
+    yield from map(np.concatenate, found)
 
 
 def _differences(found: Logits, wanted: Logits) -> npt.NDArray[np.float64]:

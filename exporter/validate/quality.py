@@ -18,8 +18,8 @@ import numpy.typing as npt
 from gpt2onnx.errors import OptionError
 
 from ...models.bundle import TOKENIZER, Bundle
-from ...runtime.engine.kv_cache import Cache
-from ...runtime.engine.runner import Session
+from ...runtime.engine.kv_cache import KVCache
+from ...runtime.engine.runner import Runner
 from ...runtime.tokenizer import Tokenizer
 from ..quantize.calibrate import sample
 
@@ -76,18 +76,18 @@ def on_own_samples(
     return _summary("own samples", itertools.chain.from_iterable(_windows(ours, theirs, text) for text in texts))
 
 
-def _sessions(bundle: Bundle, reference: Bundle, threads: int | None) -> tuple[Session, Session]:
+def _sessions(bundle: Bundle, reference: Bundle, threads: int | None) -> tuple[Runner, Runner]:
     """Where a bundle has a second graph, that is the one that rounds more, and it's prompts and batches that are compared."""
-    ours = Session(bundle, threads=threads)
+    ours = Runner(bundle, threads=threads)
     ours.open_wide()
-    return ours, Session(reference, threads=threads)
+    return ours, Runner(reference, threads=threads)
 
 
 # For predicted positions: the losses of fp32 and of the bundle, and their divergence.
 _Figures = tuple[npt.NDArray[np.float64], npt.NDArray[np.float64], npt.NDArray[np.float64]]
 
 
-def _windows(ours: Session, theirs: Session, tokens: Sequence[int] | npt.NDArray[np.int64]) -> Iterator[_Figures]:
+def _windows(ours: Runner, theirs: Runner, tokens: Sequence[int] | npt.NDArray[np.int64]) -> Iterator[_Figures]:
     length = theirs.config.n_positions
     for start in range(0, len(tokens) - 1, length):
         window = np.array(tokens[start : start + length], np.int64)[None]
@@ -99,16 +99,16 @@ def _windows(ours: Session, theirs: Session, tokens: Sequence[int] | npt.NDArray
 
 
 def _compare(
-    ours: Session,
-    theirs: Session,
-    caches: tuple[Cache, Cache],
+    ours: Runner,
+    theirs: Runner,
+    caches: tuple[KVCache, KVCache],
     tokens: npt.NDArray[np.int64],
     following: npt.NDArray[np.int64],
 ) -> _Figures:
     """Runs [1, count] tokens through both; of the last there may be no following one."""
-    count, row = tokens.shape[1], slice(0, 1)
-    candidate = _log_softmax(ours.forward(caches[0], row, tokens, keep=count)[0, : len(following)])
-    truth = _log_softmax(theirs.forward(caches[1], row, tokens, keep=count)[0, : len(following)])
+    row = slice(0, 1)
+    candidate = _log_softmax(ours.forward(caches[0], row, tokens, logits="all")[: len(following)])
+    truth = _log_softmax(theirs.forward(caches[1], row, tokens, logits="all")[: len(following)])
     return _figures(candidate, truth, following)
 
 

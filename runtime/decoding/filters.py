@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from ..options import LARGEST, GenerationConfig
-from .sampling import Candidates, Logits, log_softmax, softmax
+from .torch_random import Candidates, Logits, log_softmax, softmax
 from .torch_topk import ascending, best, largest
 
 Warper = Callable[[Candidates], Candidates]

@@ -9,17 +9,22 @@ Semantics: transformers, src/transformers/generation/logits_process.py, the clas
 from collections.abc import Callable, Sequence
 
 import numpy as np
-import numpy.typing as npt
 
 from ..options import LARGEST, GenerationConfig
-from .sampling import Logits, log_softmax
+from .extensions import Tokens
+from .torch_random import Logits, log_softmax
 
-Tokens = npt.NDArray[np.int64]
 Processor = Callable[[Tokens, Logits], None]
 
 
-def processors(options: GenerationConfig, prompt: Tokens) -> list[Processor]:
-    """The processors that the options ask for after a prompt, int64 [length], in the order in which transformers applies them."""
+def processors(options: GenerationConfig, prompt: Tokens, allowed: Processor | None = None) -> list[Processor]:
+    """The processors that the options ask for, in transformers' order.
+
+    Args:
+        options: the generation options.
+        prompt: int64 [length].
+        allowed: a processor for `prefix_allowed_tokens_fn`.
+    """
     chain: list[Processor] = []
     ends = options.eos_token_ids
     if options.sequence_bias:
@@ -37,10 +42,12 @@ def processors(options: GenerationConfig, prompt: Tokens) -> list[Processor]:
         chain.append(bad_words(options.bad_words_ids, ends))
     if options.min_length > 0 and ends:
         chain.append(min_length(options.min_length, ends))
-    if options.min_new_tokens is not None and options.min_new_tokens > 0 and ends:
+    if options.min_new_tokens and ends:
         chain.append(min_length(len(prompt) + options.min_new_tokens, ends))
-    if options.forced_bos_token_ids:
-        chain.append(forced(options.forced_bos_token_ids, 1))
+    if allowed is not None:
+        chain.append(allowed)
+    if options.forced_bos_token_id is not None:
+        chain.append(forced([options.forced_bos_token_id], 1))
     if options.forced_eos_token_ids:
         chain.append(forced(options.forced_eos_token_ids, len(prompt) + options.new_tokens(len(prompt)) - 1))
     if options.exponential_decay_length_penalty is not None and ends:
@@ -49,10 +56,8 @@ def processors(options: GenerationConfig, prompt: Tokens) -> list[Processor]:
     if options.suppress_tokens:
         chain.append(suppress(options.suppress_tokens))
     if options.begin_suppress_tokens:
-        begins_forced = len(prompt) == 1 and bool(options.forced_bos_token_ids)
+        begins_forced = len(prompt) == 1 and options.forced_bos_token_id is not None
         chain.append(suppress(options.begin_suppress_tokens, len(prompt) + 1 if begins_forced else len(prompt)))
-    if options.renormalize_logits and not options.do_sample:  # sampling has it behind its warpers
-        chain.append(renormalize())
     return chain
 
 

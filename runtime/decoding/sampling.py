@@ -1,151 +1,126 @@
-"""Random draws as PyTorch's CPU generator makes them, so that a seed gives transformers' tokens.
+"""Greedy search and sampling."""
 
-PyTorch's generator is MT19937, seeded as NumPy's legacy RandomState with the seed modulo 2**32.
-`torch.multinomial` draws q ~ Exponential(1) for every entry and takes the largest p / q (the n largest,
-without replacement). Each q takes two 32-bit words, the higher one first; the low 53 bits make u in
-[0, 1), and q = -log1p(-u) in double precision, rounded to float32.
-Source: ATen/native/Distributions.cpp, ATen/core/DistributionsHelper.h and CPUGeneratorImpl.cpp.
-"""
-
-import functools
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+import secrets
 
 import numpy as np
-import numpy.typing as npt
 
-from .torch_random import MersenneTwister
-from .torch_topk import largest
-
-Logits = npt.NDArray[np.float32]
-Indices = npt.NDArray[np.int64]
-Words = npt.NDArray[np.uint64]
-
-_LOW_53_BITS = np.uint64(2**53 - 1)
-_ROUNDING = np.float32(0.9999)  # wider than float32 rounds
-_FEW = 256  # so many entries race each other without heats
+from ..options import GenerationConfig
+from .drafts import Drafts
+from .extensions import Extensions, Tokens
+from .filters import warp, warpers
+from .logprobs import token_logprobs
+from .strategy import Continuation, Limits, Reader, Scores, Stop
+from .torch_random import Generator, Logits
 
 
-@dataclass(frozen=True)
-class Candidates:
-    """What may be drawn, of so many entries.
+class Sampling:
+    """Greedy search and sampling, of one or several continuations that share a stream of random numbers.
 
-    Attributes:
-        scores: unnormalised log probabilities of those that are left, float32 [left].
-        indices: which they are, rising, int64 [left].
-        entries: how many there were at first.
+    Args:
+        prompt: int64 [length].
+        options: the generation options.
+        context: positions of the network.
+        stop: a further reason to end a sequence.
+        extensions: the caller's functions.
     """
 
-    scores: Logits
-    indices: Indices
-    entries: int
+    def __init__(
+        self, prompt: Tokens, options: GenerationConfig, context: int, stop: Stop | None, extensions: Extensions
+    ) -> None:
+        self.prompt = prompt
+        self._options, self._extensions = options, extensions
+        self._limits = Limits(prompt, options, context, stop)
+        self._score = Scores(options, prompt, extensions)
+        self._warpers = warpers(options)
+        self.seed = new_seed(options)
+        self._generator = None if self.seed is None else Generator(self.seed)
+        count = options.num_return_sequences
+        self._buffer = np.zeros((count, max(self._limits.max_length, len(prompt))), np.int64)
+        self._buffer[:, : len(prompt)] = prompt
+        self._results = [Continuation(self._buffer[index, : len(prompt)]) for index in range(count)]
+        self._active = list(range(count))
+        self._drafts = Drafts(options.prompt_lookup)
+        self.reader: Reader | None = None
+        self.exact_top_k = self._exact_top_k()
+        self.positions = self._buffer.shape[1] - 1
 
-    @classmethod
-    def all(cls, scores: Logits) -> "Candidates":
-        """Every entry, given their scores, float32 [entries]."""
-        return cls(scores, _every(len(scores)), len(scores))
+    @property
+    def rows(self) -> int:
+        return len(self._active)
 
-    @classmethod
-    def joined(cls, parts: Sequence["Candidates"]) -> "Candidates":
-        """Those of several parts with as many entries each, which are numbered on from part to part."""
-        indices = [part.indices + number * part.entries for number, part in enumerate(parts)]
-        scores = np.concatenate([part.scores for part in parts])
-        return cls(scores, np.concatenate(indices), len(parts) * parts[0].entries)
+    @property
+    def done(self) -> bool:
+        return not self._active
 
-    def keep(self, places: Indices) -> "Candidates":
-        """Those at some places, rising, among the ones that are left."""
-        return Candidates(self.scores[places], self.indices[places], self.entries)
+    def tokens(self, row: int) -> Tokens:
+        return self._results[self._active[row]].tokens
 
-    def only(self, indices: Indices) -> "Candidates":
-        """Those of some entries that are left."""
-        return self.keep(np.flatnonzero(np.isin(self.indices, indices)))
+    def draft(self) -> Tokens:
+        tokens = self._results[0].tokens
+        room = self._limits.max_length - len(tokens) - 1
+        if self._drafts.longest < 1 or room < 1 or self.rows != 1:
+            return tokens[:0]
+        return self._drafts.propose(tokens, room)
 
-    def possible(self) -> "Candidates":
-        """Those with any chance: minus infinity is the score of what is forbidden."""
-        if self.scores.min(initial=np.inf) > -np.inf:
-            return self
-        return self.keep(np.flatnonzero(self.scores > -np.inf))
+    def advance(self, logits: Logits) -> list[int]:
+        sequences = [self._results[index].tokens for index in self._active]
+        scores = self._score(sequences, logits)
+        row_of = {index: row for row, index in enumerate(self._active)}
+        for index in range(len(self._results)):
+            if index in row_of:
+                self._extend(index, logits[row_of[index]], scores[row_of[index]])
+            elif self._generator is not None:
+                # transformers draws for finished sequences too, which moves the shared stream.
+                self._generator.skip(logits.shape[-1])
+        if self._extensions.stopping_criteria:
+            longer = np.stack([self._results[index].tokens for index in self._active])
+            for index, stops in zip(self._active, self._extensions.stops(longer, scores), strict=True):
+                if stops:
+                    self._results[index].finish_reason = "stop"
+        # The last row takes the place of one that has finished, so that few rows move.
+        rows = list(range(len(self._active)))
+        for row in reversed(rows.copy()):
+            if self._results[self._active[row]].finish_reason is not None:
+                self._active[row], rows[row] = self._active[-1], rows[-1]
+                self._active.pop()
+                rows.pop()
+        return rows
 
-    def dense(self, out: float = -np.inf) -> Logits:
-        """Scores of all entries, float32 [entries], with another one for those that are out."""
-        if len(self.scores) == self.entries:
-            return self.scores
-        scores = np.full(self.entries, out, np.float32)
-        scores[self.indices] = self.scores
-        return scores
+    def cancel(self) -> None:
+        self._active = []
 
+    def continuations(self) -> list[Continuation]:
+        return self._results
 
-@functools.lru_cache(maxsize=4)
-def _every(entries: int) -> Indices:
-    """All indices: the same for each token."""
-    indices = np.arange(entries)
-    indices.flags.writeable = False
-    return indices
+    def _extend(self, index: int, logits: Logits, scores: Logits) -> None:
+        """Appends the next token to a continuation, given the network's logits and the scores, each [vocab]."""
+        result, logprobs = self._results[index], self._options.logprobs
+        if self._generator is None:
+            token = int(scores.argmax())
+        else:
+            candidates = warp(self._warpers, scores)
+            token = int(self._generator.multinomial(candidates)[0])
+            if logprobs is not None:
+                scores = candidates.dense()
+        if logprobs is not None:
+            result.logprobs.append(token_logprobs(token, logits, scores, logprobs))
+        length = len(result.tokens)
+        self._buffer[index, length] = token
+        result.tokens = self._buffer[index, : length + 1]
+        result.finish_reason = self._limits.reason(result.tokens)
 
-
-class Generator:
-    """The stream of random numbers of one prompt."""
-
-    def __init__(self, seed: int | None) -> None:
-        self._words = MersenneTwister(seed)
-
-    def multinomial(self, candidates: Candidates, count: int = 1) -> Indices:
-        """Draws entries without replacement.
-
-        Returns:
-            Indices, int64 [count], in the order in which they were drawn.
-        """
-        entries, possible = candidates.entries, candidates.possible()
-        if not len(possible.scores):  # transformers fails here; as greedy decoding does, go on with the first
-            self.skip(entries)
-            return largest(candidates.dense(), count)
-        words = self._words.pairs(entries, possible.indices)
-        probabilities = softmax(possible.scores)
-        if len(probabilities) > max(count, _FEW):
-            finalists = _finalists(probabilities, words, count)
-            possible, probabilities, words = possible.keep(finalists), probabilities[finalists], words[finalists]
-        race = _race(probabilities, words)
-        if np.count_nonzero(race) >= count:
-            return possible.indices[[race.argmax()] if count == 1 else largest(race, count)]
-        # Too few entries are possible, so impossible ones are drawn as well.
-        return largest(replace(possible, scores=race).dense(0.0), count)
-
-    def skip(self, entries: int) -> None:
-        """Moves on as if one entry of so many had been drawn."""
-        self._words.skip(entries)
-
-
-def _race(probabilities: Logits, words: Words) -> Logits:
-    """p / q of each entry, q from its words."""
-    uniform = (words & _LOW_53_BITS).astype(np.float64) * 2.0**-53
-    with np.errstate(divide="ignore"):
-        exponential: Logits = (-np.log1p(-uniform)).astype(np.float32)
-        return probabilities / exponential
-
-
-def _finalists(probabilities: Logits, words: Words, count: int) -> Indices:
-    """Entries among which are those of the `count` largest p / q.
-
-    Few logarithms are taken: as q is at least u, p / u bounds p / q from above. All where fewer have any chance.
-    """
-    uniform = (words & _LOW_53_BITS).astype(np.float32)
-    uniform *= np.float32(2.0**-53)
-    with np.errstate(divide="ignore"):
-        bound = probabilities / uniform
-    leaders = np.array([bound.argmax()]) if count == 1 else np.argpartition(bound, -count)[-count:]
-    slowest = _race(probabilities[leaders], words[leaders]).min()
-    return np.flatnonzero(bound >= slowest * _ROUNDING)
+    def _exact_top_k(self) -> int | None:
+        """How many of the largest logits it looks at; None for all."""
+        options = self._options
+        if self._score.need_all or options.logprobs is not None:
+            return None
+        if not options.do_sample:
+            return 1
+        return None if options.top_h is not None else options.top_k or None
 
 
-def log_softmax(scores: Logits) -> Logits:
-    """Log probabilities along the last axis, float32."""
-    result: Logits = scores - scores.max(-1, keepdims=True)
-    result -= np.log(np.exp(result).sum(-1, keepdims=True))
-    return result
-
-
-def softmax(scores: Logits) -> Logits:
-    """Probabilities, float32 [entries]."""
-    probabilities: Logits = np.exp(scores - scores.max())
-    probabilities /= probabilities.sum()
-    return probabilities
+def new_seed(options: GenerationConfig) -> int | None:
+    """The options' seed, or a fresh one; None without sampling."""
+    if not options.do_sample:
+        return None
+    return secrets.randbits(32) if options.seed is None else options.seed

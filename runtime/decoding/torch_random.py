@@ -1,85 +1,160 @@
-"""PyTorch's stream of random words, of which only those that matter are worked out.
+"""Random draws as PyTorch's CPU generator makes them, so that a seed gives transformers' tokens.
 
-A draw takes two words for each entry of a vocabulary, though few entries can win it. MT19937 makes words by the
-block: a twist renews all 624 of its state, then each word is tempered by itself. Twisting is the small part, so
-NumPy's own code is made to twist block after block, and asked only for the words that are wanted.
-Source: Matsumoto and Nishimura, "Mersenne Twister", ACM TOMACS 8 (1998), section 2.
+PyTorch's generator is MT19937, seeded as NumPy's legacy RandomState with the seed modulo 2**32.
+`torch.multinomial` draws q ~ Exponential(1) for every entry and takes the largest p / q (the n largest,
+without replacement). Each q takes two 32-bit words, the higher one first; the low 53 bits make u in
+[0, 1), and q = -log1p(-u) in double precision, rounded to float32.
+Source: ATen/native/Distributions.cpp, ATen/core/DistributionsHelper.h and CPUGeneratorImpl.cpp.
 """
 
-import ctypes
-from typing import Any, cast
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
 
-Words = npt.NDArray[np.uint32]
+from .torch_topk import largest
 
-_BLOCK = 624
-_FEW = 400  # where fewer entries than one in so many are wanted, the others are skipped
+Logits = npt.NDArray[np.float32]
+Indices = npt.NDArray[np.int64]
+Words = npt.NDArray[np.uint64]
+
+_LOW_53_BITS = np.uint64(2**53 - 1)
+_ROUNDING = np.float32(0.9999)  # wider than float32 rounds
+_FEW = 256  # so many entries race each other without heats
 
 
-class MersenneTwister:
-    """MT19937, seeded as NumPy's legacy RandomState and PyTorch's CPU generator are.
+@dataclass(frozen=True)
+class Candidates:
+    """What may be drawn, of so many entries.
 
-    Args:
-        seed: counts modulo 2**32; a fresh one where None.
+    Attributes:
+        scores: unnormalised log probabilities of those that are left, float32 [left].
+        indices: which they are, rising, int64 [left].
+        entries: how many there were at first.
     """
 
-    def __init__(self, seed: int | None) -> None:
-        self._bits = np.random.MT19937()
-        if seed is not None:
-            self._bits.state = cast("Any", np.random.RandomState(seed % 2**32).get_state(legacy=False))
-        self._draws = np.random.Generator(self._bits)
-        interface = self._bits.ctypes
-        self._address = interface.state_address
-        # A pointer to NumPy's function that keeps the interpreter's lock: it runs for a quarter of a microsecond.
-        function = ctypes.cast(interface.next_uint32, ctypes.c_void_p).value
-        self._next = ctypes.PYFUNCTYPE(ctypes.c_uint32, ctypes.c_void_p)(cast("int", function))
-        memory = (ctypes.c_uint32 * (_BLOCK + 1)).from_address(self._address)
-        self._state: Words = np.ctypeslib.as_array(memory)
-        self._position = ctypes.c_uint32.from_address(self._address + 4 * _BLOCK)
-        # The state's place in memory is documented, how it lies there isn't.
-        self._known = self._lies_as_expected()
+    scores: Logits
+    indices: Indices
+    entries: int
 
-    def pairs(self, entries: int, wanted: npt.NDArray[np.int64]) -> npt.NDArray[np.uint64]:
-        """Takes two words for each entry from the stream, and returns those of some entries.
+    @classmethod
+    def all(cls, scores: Logits) -> "Candidates":
+        """Every entry, given their scores, float32 [entries]."""
+        return cls(scores, _every(len(scores)), len(scores))
 
-        Args:
-            entries: how many there are.
-            wanted: indices of entries, at least one, rising, int64 [wanted].
+    @classmethod
+    def joined(cls, parts: Sequence["Candidates"]) -> "Candidates":
+        """Those of several parts with as many entries each, which are numbered on from part to part."""
+        indices = [part.indices + number * part.entries for number, part in enumerate(parts)]
+        scores = np.concatenate([part.scores for part in parts])
+        return cls(scores, np.concatenate(indices), len(parts) * parts[0].entries)
+
+    def keep(self, places: Indices) -> "Candidates":
+        """Those at some places, rising, among the ones that are left."""
+        return Candidates(self.scores[places], self.indices[places], self.entries)
+
+    def only(self, indices: Indices) -> "Candidates":
+        """Those of some entries that are left."""
+        return self.keep(np.flatnonzero(np.isin(self.indices, indices)))
+
+    def possible(self) -> "Candidates":
+        """Those with any chance: minus infinity is the score of what is forbidden."""
+        if self.scores.min(initial=np.inf) > -np.inf:
+            return self
+        return self.keep(np.flatnonzero(self.scores > -np.inf))
+
+    def dense(self, out: float = -np.inf) -> Logits:
+        """Scores of all entries, float32 [entries], with another one for those that are out."""
+        if len(self.scores) == self.entries:
+            return self.scores
+        scores = np.full(self.entries, out, np.float32)
+        scores[self.indices] = self.scores
+        return scores
+
+
+@functools.lru_cache(maxsize=4)
+def _every(entries: int) -> Indices:
+    """All indices: the same for each token."""
+    indices = np.arange(entries)
+    indices.flags.writeable = False
+    return indices
+
+
+class Generator:
+    """PyTorch's CPU generator: the stream of random numbers of one prompt.
+
+    Args:
+        seed: counts modulo 2**32.
+    """
+
+    def __init__(self, seed: int) -> None:
+        words = np.random.MT19937()
+        words.state = np.random.RandomState(seed % 2**32).get_state(legacy=False)
+        self._generator = np.random.Generator(words)
+
+    def multinomial(self, candidates: Candidates, count: int = 1) -> Indices:
+        """Draws entries without replacement.
 
         Returns:
-            uint64 [wanted], the first word in the upper half.
+            Indices, int64 [count], in the order in which they were drawn.
         """
-        if not self._known or len(wanted) * _FEW > entries:
-            pairs = self._draws.integers(0, 2**64, size=entries, dtype=np.uint64)
-            return pairs if len(wanted) == entries else pairs[wanted]
-        position, following, address, start = self._position, self._next, self._address, self._position.value
-        words, block = [], 0
-        for entry in wanted.tolist():
-            block = self._move(block, start + 2 * entry)
-            words.append(following(address) << 32 | following(address))
-            block += position.value == 1  # its last word came first: NumPy has twisted
-        self._move(block, start + 2 * entries)
-        return np.array(words, np.uint64)
+        entries, possible = candidates.entries, candidates.possible()
+        if not len(possible.scores):  # transformers fails here; as greedy decoding does, go on with the first
+            self.skip(entries)
+            return largest(candidates.dense(), count)
+        words = self._words(entries)[possible.indices]
+        probabilities = softmax(possible.scores)
+        if len(probabilities) > max(count, _FEW):
+            finalists = _finalists(probabilities, words, count)
+            possible, probabilities, words = possible.keep(finalists), probabilities[finalists], words[finalists]
+        race = _race(probabilities, words)
+        if np.count_nonzero(race) >= count:
+            return possible.indices[[race.argmax()] if count == 1 else largest(race, count)]
+        # Too few entries are possible, so impossible ones are drawn as well.
+        return largest(replace(possible, scores=race).dense(0.0), count)
 
     def skip(self, entries: int) -> None:
-        """Takes two words for each entry from the stream."""
-        if self._known:
-            self._move(0, self._position.value + 2 * entries)
-        else:
-            self._draws.integers(0, 2**64, size=entries, dtype=np.uint64)
+        """Moves on as if one of `entries` entries had been drawn."""
+        self._words(entries)
 
-    def _move(self, block: int, word: int) -> int:
-        """Moves on to a word, counted from the start of the block with number 0, from another block to its own."""
-        position, following, address = self._position, self._next, self._address
-        last, place = divmod(word, _BLOCK)
-        for _ in range(last - block):
-            position.value = _BLOCK  # all its words are used: the next one makes NumPy twist
-            following(address)
-        position.value = place
-        return last
+    def _words(self, entries: int) -> Words:
+        """Two 32-bit words for each entry, the first one in the upper half."""
+        return self._generator.integers(0, 2**64, size=entries, dtype=np.uint64)
 
-    def _lies_as_expected(self) -> bool:
-        state = cast("Any", self._bits.state)["state"]
-        return np.array_equal(self._state[:_BLOCK], state["key"]) and self._position.value == state["pos"]
+
+def _race(probabilities: Logits, words: Words) -> Logits:
+    """p / q of each entry, q from its words."""
+    uniform = (words & _LOW_53_BITS).astype(np.float64) * 2.0**-53
+    with np.errstate(divide="ignore"):
+        exponential: Logits = (-np.log1p(-uniform)).astype(np.float32)
+        return probabilities / exponential
+
+
+def _finalists(probabilities: Logits, words: Words, count: int) -> Indices:
+    """Entries among which are those of the `count` largest p / q.
+
+    Few logarithms are taken: as q is at least u, p / u bounds p / q from above. All where fewer have any chance.
+    """
+    uniform = (words & _LOW_53_BITS).astype(np.float32)
+    uniform *= np.float32(2.0**-53)
+    with np.errstate(divide="ignore"):
+        bound = probabilities / uniform
+    leaders = np.array([bound.argmax()]) if count == 1 else np.argpartition(bound, -count)[-count:]
+    slowest = _race(probabilities[leaders], words[leaders]).min()
+    return np.flatnonzero(bound >= slowest * _ROUNDING)
+
+
+def log_softmax(scores: Logits) -> Logits:
+    """Log probabilities along the last axis, float32."""
+    result: Logits = scores - scores.max(-1, keepdims=True)
+    result -= np.log(np.exp(result).sum(-1, keepdims=True))
+    return result
+
+
+def softmax(scores: Logits) -> Logits:
+    """Probabilities, float32 [entries]."""
+    probabilities: Logits = np.exp(scores - scores.max())
+    probabilities /= probabilities.sum()
+    return probabilities

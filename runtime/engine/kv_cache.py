@@ -1,7 +1,6 @@
-"""Keys and values of the positions computed so far; the only owner of position.
+"""KV cache: keys and values of the positions computed so far; the only owner of position.
 
-Knows no tokens and no onnxruntime. A row is one sequence; its positions are used from the left, each
-row to a length of its own, so sequences of unequal length are never padded.
+Knows no tokens and no ONNX Runtime. A row is one sequence; its positions fill from the left, to a length of its own.
 """
 
 import math
@@ -22,7 +21,7 @@ Shape = tuple[int, int, int, int, int, int]
 
 @dataclass(frozen=True)
 class Copy:
-    """Positions from `start` to before `end` of one row that another row is to take over."""
+    """A row's positions from `start` to before `end`, to be copied to the same positions of another row."""
 
     source: int
     target: int
@@ -30,28 +29,11 @@ class Copy:
     end: int
 
 
-def check_room(rows: int, positions: int, size: int) -> None:
-    """Refuses so many sequences of so many tokens where what they need can't fit into memory.
-
-    Args:
-        rows: sequences.
-        positions: tokens in each.
-        size: bytes that they need.
-
-    Raises:
-        OptionError: with the numbers, and what to lower.
-    """
-    if short := resources.shortage(size):
-        raise OptionError(
-            f"{rows} sequences of {positions} tokens need {short}: lower the batch size, the beams or the length"
-        )
-
-
 class Storage(Protocol):
-    """Where keys and values lie: a piece of memory laid out as an array of a cache's shape.
+    """Memory of keys and values, laid out as an array of a cache's shape.
 
     Attributes:
-        base: address of the memory; another one when the content has moved.
+        base: address of the memory; changes when the content moves.
     """
 
     base: int
@@ -61,7 +43,7 @@ class Storage(Protocol):
         ...
 
     def take_over(self, smaller: Any, rows: int) -> None:
-        """Copies the first rows of a storage of the same kind, with no more rows and positions than this one."""
+        """Copies the first rows of a storage of the same kind that has no more rows and positions than this one."""
         ...
 
 
@@ -73,7 +55,7 @@ class HostStorage:
         self.base = int(self.data.ctypes.data)
 
     def copy(self, copies: Sequence[Copy]) -> None:
-        # What nobody reads any more can be written at once; rows that trade places have to be set aside.
+        # A target that nobody reads is written at once; rows that trade places are set aside first.
         pending, sources = list(copies), {one.source for one in copies}
         while ready := [one for one in pending if one.target not in sources]:
             for one in ready:
@@ -92,8 +74,8 @@ class HostStorage:
         self.data[:, :, :rows, :, :positions] = smaller.data[:, :, :rows]
 
 
-class Cache:
-    """Keys and values of all layers, and which positions of each row they stand for.
+class KVCache:
+    """Keys and values of all layers, and how many positions of each row are in use.
 
     Args:
         shape: [layer, key or value, row, head, position, size].
@@ -102,9 +84,7 @@ class Cache:
 
     Attributes:
         storage: the keys and values.
-        mask: int64 [row, position], 1 for each position in use.
         lengths: int64 [row], positions in use.
-        bindings: the session's own store of buffers bound to this cache.
     """
 
     def __init__(
@@ -116,14 +96,12 @@ class Cache:
         _, _, self.rows, _, self.positions, _ = self.shape = shape
         self._dtype = np.dtype(dtype)
         self.storage = storage(shape, dtype)
-        self.mask = np.zeros((self.rows, self.positions), np.int64)
         self.lengths = np.zeros(self.rows, np.int64)
-        self.bindings: dict[Any, Any] = {}
-        self._claimed = 0
+        self._reserved = 0
 
     @property
     def data(self) -> npt.NDArray[Any]:
-        """The keys and values, where they lie in the host's memory."""
+        """The keys and values, where they are in host memory."""
         assert isinstance(self.storage, HostStorage)
         return self.storage.data
 
@@ -132,43 +110,38 @@ class Cache:
         return math.prod(self.shape) * self._dtype.itemsize
 
     def address(self, layer: int, part: int, row: int) -> int:
-        """Of a row's keys (part 0) or values (part 1) in one layer; those of the next rows follow it."""
+        """Address of a row's keys (part 0) or values (part 1) in one layer; the next rows follow it."""
         _, parts, rows, *row_shape = self.shape
         return self.storage.base + ((layer * parts + part) * rows + row) * math.prod(row_shape) * self._dtype.itemsize
 
     @property
-    def claimed_bytes(self) -> int:
-        """What the rows that were ever in use take."""
-        return self.nbytes * self._claimed // self.rows if self.rows else 0
+    def reserved_bytes(self) -> int:
+        """Memory of the rows that were ever in use."""
+        return self.nbytes * self._reserved // self.rows if self.rows else 0
 
-    def claim(self, rows: int) -> None:
-        """Says that so many rows come to be used; those beyond take no memory until then.
+    def reserve(self, rows: int) -> None:
+        """Allows the first `rows` rows to be written; until then they take no memory.
 
         Raises:
-            OptionError: what is new among them can't fit into the host's memory.
+            OptionError: the new rows don't fit into the host's memory.
         """
-        new = rows - self._claimed
+        new = rows - self._reserved
         if new > 0 and isinstance(self.storage, HostStorage):
-            check_room(new, self.positions, self.nbytes * new // self.rows)
-        self._claimed = max(rows, self._claimed)
+            check_memory(new, self.positions, self.nbytes * new // self.rows)
+        self._reserved = max(rows, self._reserved)
 
-    def advance(self, rows: slice, count: int, lengths: npt.NDArray[np.int64] | None = None) -> npt.NDArray[np.int64]:
-        """Takes the next `count` positions of each row, or so many of them, into use; returns all, int64 [rows, count]."""
-        begins = self.lengths[rows]
-        ends = begins + (count if lengths is None else lengths)
-        positions: npt.NDArray[np.int64] = begins[:, None] + np.arange(count)
-        for row, (begin, end) in enumerate(zip(begins.tolist(), ends.tolist(), strict=True), rows.start):
-            self.mask[row, begin:end] = 1
-        self.lengths[rows] = ends
-        return positions
+    def advance(self, rows: slice, counts: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+        """Takes the next `counts` positions of each row into use; returns the lengths before, int64 [rows]."""
+        past: npt.NDArray[np.int64] = self.lengths[rows].copy()
+        self.lengths[rows] += counts
+        return past
 
     def trim(self, row: int, length: int) -> None:
-        """Forgets a row's positions from `length` on."""
-        self.mask[row, length : self.lengths[row]] = 0
+        """Drops a row's positions from `length` on."""
         self.lengths[row] = length
 
     def copy(self, copies: Sequence[Copy]) -> None:
-        """Makes each target row equal to its source row up to `end`, as it already is up to `start`.
+        """Makes each target row equal to its source row up to `end`; both are equal up to `start` already.
 
         All sources are read before any target is written, so rows may trade places.
         """
@@ -176,18 +149,23 @@ class Cache:
             return
         self.storage.copy(copies)
         for one in copies:
-            self.trim(one.target, one.start)
-            self.mask[one.target, : one.end] = 1
             self.lengths[one.target] = one.end
 
-    def take_over(self, smaller: "Cache") -> None:
+    def take_over(self, smaller: "KVCache") -> None:
         """Copies the rows in use of a cache with no more rows and positions than this one.
 
         Raises:
-            OptionError: they can't fit into the host's memory.
+            OptionError: they don't fit into the host's memory.
         """
-        rows, positions = int(np.flatnonzero(smaller.lengths).max(initial=-1)) + 1, smaller.positions
-        self.claim(rows)
+        rows = int(np.flatnonzero(smaller.lengths).max(initial=-1)) + 1
+        self.reserve(rows)
         self.storage.take_over(smaller.storage, rows)
-        self.mask[:rows, :positions] = smaller.mask[:rows]
         self.lengths[:rows] = smaller.lengths[:rows]
+
+
+def check_memory(rows: int, positions: int, size: int) -> None:
+    """Raises OptionError if `size` bytes, for rows [rows, positions], don't fit into the host's memory."""
+    if short := resources.shortage(size):
+        raise OptionError(
+            f"{rows} sequences of {positions} tokens need {short}: lower the batch size, the beams or the length"
+        )

@@ -14,7 +14,7 @@ from gpt2onnx.errors import BackendError
 from ...models.bundle import WIDE_GRAPH, WIDE_WEIGHTS, Bundle
 from ..host import resources
 from ..ort import devices, providers, signature
-from . import footprint
+from . import loading
 
 _log = logging.getLogger(__name__)
 # In one pass, from which on its operators are faster.
@@ -86,7 +86,7 @@ class WideGraph:
             return
         path = self._bundle.folder / WIDE_GRAPH
         self._bundle.check_in_place()
-        if short := resources.shortage(footprint.wide_memory(self._bundle)):
+        if short := resources.shortage(2 * loading.weight_bytes(self._bundle)):
             raise BackendError(f"{path} needs about {short}")
         weights = make_weights(self._bundle, self._threads)
         graph = providers.open_graph(path, devices.CPU, threads=self._threads, name=path, weights=weights)

@@ -1,7 +1,7 @@
-"""What this process may use of the machine: cores, and memory.
+"""Cores and memory that this process may use.
 
-Knows no ONNX Runtime. Limits come from the scheduler's affinity, from control groups (v1 and v2, those above the
-process's own too: https://docs.kernel.org/admin-guide/cgroup-v2.html) and from the address-space limit.
+Knows no ONNX Runtime. Limits come from the scheduler's affinity, from the control groups of this process and those above them
+(version 2: https://docs.kernel.org/admin-guide/cgroup-v2.html) and from the address-space limit.
 """
 
 import contextlib
@@ -16,17 +16,17 @@ from pathlib import Path
 from typing import NamedTuple
 
 _ROOT = Path("/")  # tests put a folder of their own in its place
-# Less than Python and ONNX Runtime take themselves: not worth the look, which takes a millisecond.
+# Bytes; looking for limits takes a millisecond, which less memory isn't worth.
 _NEGLIGIBLE = 2**26
 
 
 class Cores(NamedTuple):
-    """Cores, and why so many.
+    """Cores, and the limit that decides their number.
 
     Attributes:
         machine: cores of the machine.
         affinity: those that the scheduler lets this process run on (taskset, cpusets).
-        quota: processor time that the process's control groups allow it, in cores; None where they don't say.
+        quota: processor time that control groups allow, in cores; None: they set no limit.
     """
 
     machine: int
@@ -40,14 +40,14 @@ class Cores(NamedTuple):
 
     @property
     def reason(self) -> str:
-        """What decides."""
+        """The limit that decides."""
         if self.quota is not None and self.quota <= self.affinity:
             return f"a control group's quota of {self.quota:g}"
         return "affinity" if self.affinity < self.machine else "the machine"
 
 
 class Memory(NamedTuple):
-    """Memory that can still be had, in bytes, and what limits it."""
+    """Available memory in bytes, and the limit that decides."""
 
     available: int
     reason: str
@@ -61,7 +61,7 @@ def cores(root: Path = _ROOT) -> Cores:
 
 
 def memory(root: Path = _ROOT) -> Memory | None:
-    """The memory that this process can still get, by the tightest limit; None where the system doesn't say.
+    """The memory that this process can still get, by the tightest limit; None: the system doesn't say.
 
     Pages of files that the kernel would drop, and free swap space, count as available.
     """
@@ -70,7 +70,7 @@ def memory(root: Path = _ROOT) -> Memory | None:
 
 @functools.cache
 def sums_of_byte_products_overflow(root: Path = _ROOT) -> bool:
-    """Whether the processor may add up products of bytes in 16 bits, as x86 does without VNNI, or doesn't say.
+    """Whether the processor may add up products of bytes in 16 bits, as x86 does without VNNI.
 
     https://www.intel.com/content/www/us/en/docs/onednn/developer-guide-reference/2025-0/nuances-of-int8-computations.html
     """
@@ -81,7 +81,7 @@ def sums_of_byte_products_overflow(root: Path = _ROOT) -> bool:
 
 
 def shortage(needed: int, root: Path = _ROOT) -> str | None:
-    """How much is needed and available, in words, where so many bytes can't be had."""
+    """The needed and available memory in words, if the needed bytes aren't available."""
     if needed < _NEGLIGIBLE:
         return None
     limit = memory(root)
@@ -96,10 +96,8 @@ def in_words(size: int) -> str:
 
 
 def _quotas(root: Path) -> Iterator[float]:
-    for folder in _groups(root, "cpu"):
+    for folder in _groups(root):
         quota, period, *_ = [*_words(folder / "cpu.max"), "", ""]
-        if not quota:  # version 1
-            quota, period = _text(folder / "cpu.cfs_quota_us"), _text(folder / "cpu.cfs_period_us")
         if quota.isdecimal() and period.isdecimal() and int(period):
             yield int(quota) / int(period)
 
@@ -109,15 +107,11 @@ def _memory_limits(root: Path) -> Iterator[Memory]:
     swap = machine.get("SwapFree:", 0)
     if "MemAvailable:" in machine:
         yield Memory(machine["MemAvailable:"] + swap, "the machine's free memory")
-    for folder in _groups(root, "memory"):
+    for folder in _groups(root):
         limit, used = _text(folder / "memory.max"), _text(folder / "memory.current")
-        prefix = ""
-        if not limit:  # version 1
-            limit, used = _text(folder / "memory.limit_in_bytes"), _text(folder / "memory.usage_in_bytes")
-            prefix = "total_"
         if limit.isdecimal() and used.isdecimal():
             counted = _numbers(folder / "memory.stat")
-            files = sum(counted.get(f"{prefix}{kind}_file", 0) for kind in ("active", "inactive"))
+            files = sum(counted.get(f"{kind}_file", 0) for kind in ("active", "inactive"))
             allowed = _text(folder / "memory.swap.max")
             extra = min(swap, int(allowed)) if allowed.isdecimal() else swap
             available = max(0, int(limit) - int(used) + files) + extra
@@ -137,28 +131,18 @@ def _address_space(root: Path) -> Iterator[Memory]:
         yield Memory(max(0, limit - used), f"an address-space limit of {in_words(limit)} (ulimit -v)")
 
 
-def _groups(root: Path, controller: str) -> Iterator[Path]:
-    """Folders of the control groups that limit this process for a controller: its own and those above it."""
-    own: dict[str, str] = {}
-    for line in _text(root / "proc/self/cgroup").splitlines():
-        controllers, _, path = line.partition(":")[2].partition(":")
-        own |= dict.fromkeys(controllers.split(","), path)
+def _groups(root: Path) -> Iterator[Path]:
+    """Folders of the control groups that limit this process: its own and those above it."""
+    own = next((line[3:] for line in _text(root / "proc/self/cgroup").splitlines() if line.startswith("0::")), None)
     for line in _text(root / "proc/self/mountinfo").splitlines():
         # proc_pid_mountinfo(5): id parent device root mountpoint options … - type source options
         mount, _, filesystem = line.partition(" - ")
-        kind, *_, options = filesystem.split(" ")[:3] if filesystem else ("", "")
-        if kind == "cgroup2":
-            name = ""
-        elif kind == "cgroup" and controller in options.split(","):
-            name = controller
-        else:
-            continue
-        if name not in own:
+        if own is None or filesystem.split(" ")[0] != "cgroup2":
             continue
         shown, place = mount.split(" ")[3:5]
         top = root / place.lstrip("/")
         # In a container the mount may begin at a group below the root.
-        inside = os.path.relpath(own[name], shown)
+        inside = os.path.relpath(own, shown)
         folder = top if inside.startswith("..") else Path(os.path.normpath(top / inside))
         yield folder
         while folder != top:
@@ -184,6 +168,6 @@ def _numbers(path: Path, unit: int = 1) -> dict[str, int]:
 
 
 def return_freed_memory() -> None:
-    """Returns to the system what this process has freed, where the C library would keep it for later (glibc)."""
+    """Returns freed memory to the system, which glibc keeps otherwise."""
     with contextlib.suppress(OSError, AttributeError, TypeError):
         ctypes.CDLL(None).malloc_trim(0)

@@ -43,9 +43,13 @@ def check(
     """
     cache = floats, (None, config.n_head, None, config.head_size)
     layers = range(config.n_layer)
-    wanted: dict[str, _Wanted] = dict.fromkeys(
-        (contract.INPUT_IDS, contract.ATTENTION_MASK, contract.POSITION_IDS), _IDS
-    )
+    wanted: dict[str, _Wanted] = {contract.INPUT_IDS: _IDS}
+    if contract.COUNTS in inputs:
+        wanted |= dict.fromkeys(
+            (contract.PAST_LENGTHS, contract.COUNTS, contract.LOGITS_AT), ("tensor(int64)", (None,))
+        )
+    else:
+        wanted |= dict.fromkeys((contract.ATTENTION_MASK, contract.POSITION_IDS), _IDS)
     wanted |= {name: cache for layer in layers for name in contract.past_names(layer)}
     if contract.LOGITS_TO_KEEP in inputs:
         wanted[contract.LOGITS_TO_KEEP] = "tensor(int64)", (1,)

@@ -91,7 +91,7 @@ def test_memory_is_what_an_export_stores(
     # What the runtime sets aside for one sequence as long as the context.
     model = gpt2onnx.load(bundle.folder, threads=1)
     positions = bundle.config.n_positions
-    assert memory(bundle.config, dtype).cache_full == model.session.new_cache(1, positions).nbytes
+    assert memory(bundle.config, dtype).cache_full == model.runner.new_cache(1, positions).nbytes
     assert memory(bundle.config, dtype).cache_per_token * positions == memory(bundle.config, dtype).cache_full
 
 

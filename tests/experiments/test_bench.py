@@ -18,8 +18,8 @@ import gpt2onnx
 from gpt2onnx.errors import OptionError
 from gpt2onnx.experiments import machine
 from gpt2onnx.experiments.benchmark import Percentiles, Run, Spread, benchmark, time_run, weights_read
-from gpt2onnx.runtime.engine.kv_cache import Cache
-from gpt2onnx.runtime.engine.scheduler import Decoder
+from gpt2onnx.runtime.engine.kv_cache import KVCache
+from gpt2onnx.runtime.engine.scheduler import Scheduler
 from gpt2onnx.runtime.model import Model
 
 VOCABULARY = 11
@@ -34,12 +34,12 @@ class CountingNetwork:
         self.now = 0.0
         self.passes: list[tuple[int, int]] = []
 
-    def new_cache(self, rows: int, positions: int) -> Cache:
-        return Cache((1, 2, rows, 1, positions, 1))
+    def new_cache(self, rows: int, positions: int) -> KVCache:
+        return KVCache((1, 2, rows, 1, positions, 1))
 
     def forward(
         self,
-        cache: Cache,
+        cache: KVCache,
         rows: slice,
         tokens: np.ndarray,
         keep: int = 1,
@@ -57,7 +57,7 @@ class CountingNetwork:
 def counted(batch: int, length: int, new: int) -> tuple[CountingNetwork, Run]:
     network = CountingNetwork()
     prompts = [np.arange(row, row + length) % VOCABULARY for row in range(1, batch + 1)]
-    run = time_run(Decoder(network), prompts, new, context=100, clock=lambda: network.now)
+    run = time_run(Scheduler(network), prompts, new, context=100, clock=lambda: network.now)
     return network, run
 
 
@@ -122,15 +122,15 @@ def test_prompts_are_the_seed_s_and_end_tokens_end_nothing(
     model = gpt2onnx.load(gpt2onnx.export(checkpoint, tmp_path / "bundle", parity=False).folder, threads=1)
     shapes: list[tuple[int, int]] = []
     prompts: list[list[int]] = []
-    forward = model.session.forward
+    forward = model.runner.forward
 
-    def counting(cache: Cache, rows: slice, tokens: np.ndarray, *more: Any, **named: Any) -> np.ndarray:
+    def counting(cache: KVCache, rows: slice, tokens: np.ndarray, *more: Any, **named: Any) -> np.ndarray:
         shapes.append(tokens.shape)
         if len(prompts) < 1:
             prompts.append(tokens[0].tolist())
         return forward(cache, rows, tokens, *more)
 
-    monkeypatch.setattr(model.session, "forward", counting)
+    monkeypatch.setattr(model.runner, "forward", counting)
     benchmark(model, prompt_tokens=6, new_tokens=20, repetitions=1, seed=3)
     # One run to warm up and one that counts, neither with a pass too few, nor sharing the other's prompt.
     assert shapes == ([(1, 6)] + [(1, 1)] * 19) * 2

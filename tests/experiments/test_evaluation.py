@@ -263,14 +263,14 @@ def test_positions_beyond_one_slice_of_logits(
     assert_equal(result.parts["text"], expected, "whole windows")
     # However few logits are in memory at a time, and never more than that.
     most = 0
-    forward = tales_model.session.forward
+    forward = tales_model.runner.forward
 
     def counted(*arguments: Any, keep: int = 1) -> Any:
         nonlocal most
         most = max(most, keep)
         return forward(*arguments, keep=keep)
 
-    monkeypatch.setattr(tales_model.session, "forward", counted)
+    monkeypatch.setattr(tales_model.runner, "forward", counted)
     monkeypatch.setattr(evaluation, "_AT_ONCE", 50)
     sliced = evaluate(tales_model, TEXT, batch_size=2).parts["text"]
     assert most == 50

@@ -22,7 +22,7 @@ from support.tokens import assert_same_tokens
 import gpt2onnx
 from gpt2onnx.models import contract
 from gpt2onnx.models.bundle import GRAPH, TOKENIZER, WIDE_GRAPH, Bundle, describe_files
-from gpt2onnx.runtime.engine.runner import Session
+from gpt2onnx.runtime.engine.runner import Runner
 from gpt2onnx.runtime.tokenizer import Tokenizer
 
 TOKENS = 20
@@ -184,7 +184,7 @@ class Answer:
 
     def ours(self, folder: Path) -> np.ndarray:
         """The logits that a bundle gives here after the same tokens, one after another."""
-        session, tokenizer, rows = Session(Bundle.open(folder), threads=1), Tokenizer(folder / TOKENIZER), []
+        session, tokenizer, rows = Runner(Bundle.open(folder), threads=1), Tokenizer(folder / TOKENIZER), []
         for prompt, tokens in zip(PROMPTS, self.tokens, strict=True):
             ids = tokenizer.encode(prompt)
             cache = session.new_cache(1, len(ids) + TOKENS)
@@ -228,7 +228,7 @@ def test_past_and_present_may_be_different_arrays(precision: str, bundle_of: Bun
     """As they are in other runtimes, from an empty past on; ours gives the graph one array for both."""
     folder = bundle_of(precision)
     graph = onnxruntime.InferenceSession(folder / GRAPH, providers=["CPUExecutionProvider"])
-    ours = Session(Bundle.open(folder), threads=1)
+    ours = Runner(Bundle.open(folder), threads=1)
     config, cache = ours.config, ours.new_cache(1, 12)
     tokens = np.random.default_rng(0).integers(config.vocab_size, size=(1, 12))
     names = [output.name for output in graph.get_outputs()]
@@ -242,7 +242,7 @@ def test_past_and_present_may_be_different_arrays(precision: str, bundle_of: Bun
         }
         found = dict(zip(names, graph.run(None, feeds | past), strict=True))
         past = {name.replace("present", "past_key_values"): found[name] for name in names if "present" in name}
-        wanted = ours.forward(cache, slice(0, 1), tokens[:, start:end], keep=end - start)
+        wanted = ours.forward(cache, slice(0, 1), tokens[:, start:end], logits="all")[None]
         difference = np.abs(found[contract.LOGITS] - wanted).max()
         assert difference < 1e-4 * np.abs(wanted).max(), f"positions {start} to {end} differ by {difference}"
 

@@ -10,7 +10,7 @@ from support.versions import skip_with_transformers_4
 
 from gpt2onnx.runtime.decoding import filters as our_warpers
 from gpt2onnx.runtime.decoding import processors as ours
-from gpt2onnx.runtime.decoding.sampling import Candidates, softmax
+from gpt2onnx.runtime.decoding.torch_random import Candidates, softmax
 from gpt2onnx.runtime.options import GenerationConfig
 
 OPTIONS = st.fixed_dictionaries(

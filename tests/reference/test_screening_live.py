@@ -12,7 +12,7 @@ from gpt2onnx.exporter.graph.fused import screening as exporter
 from gpt2onnx.exporter.validate.parity import check
 from gpt2onnx.models.bundle import BODY_GRAPH, Bundle
 from gpt2onnx.runtime.engine import head as runtime
-from gpt2onnx.runtime.engine.runner import Session
+from gpt2onnx.runtime.engine.runner import Runner
 
 # A network this small gains nothing by more, and loses much beside other work.
 torch.set_num_threads(1)
@@ -52,4 +52,4 @@ def test_the_portable_graph_is_whole(tmp_path: Path) -> None:
     pytest.importorskip("optimum")
     made = gpt2onnx.export("tales", tmp_path / "bundle", graph="portable", parity=False)
     assert BODY_GRAPH not in made.manifest.files
-    assert Session(made, screens=True)._head is None
+    assert Runner(made, screens=True)._head is None

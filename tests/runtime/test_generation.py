@@ -15,7 +15,7 @@ from tokenizers import Tokenizer
 
 import gpt2onnx
 from gpt2onnx.exporter.validate.cases import Case, cases
-from gpt2onnx.runtime.decoding.sampling import Candidates, Generator, log_softmax
+from gpt2onnx.runtime.decoding.torch_random import Candidates, Generator, log_softmax
 from gpt2onnx.runtime.decoding.torch_topk import ascending, largest
 
 CHECKPOINTS = {

@@ -81,14 +81,14 @@ def test_order_and_ids(tales_model: gpt2onnx.Model) -> None:
 def test_options_of_a_line(tales_model: gpt2onnx.Model) -> None:
     requests: list[dict[str, Any]] = [
         {"stop": ["."]}, {"stop": "."}, {"logprobs": 3}, {"do_sample": True, "seed": 7}, {"num_beams": 3, "early_stopping": "never"},
-        {"temperature": 0.5, "top_k": 3},  # no sampling without do_sample
+        {"temperature": 0.5, "top_k": 3, "seed": 4}, {"temperature": 0, "top_k": 3},
         {"eos_token_id": [262, 13], "min_new_tokens": 3}, {"bad_words_ids": [[262], [13, 14]], "suppress_tokens": [5]},
         {"sequence_bias": [[[262], 2.5]], "forced_eos_token_id": [13], "exponential_decay_length_penalty": [3, 1.5]},
         {"do_sample": True, "seed": 2, "top_h": 0.5, "eta_cutoff": 0.01, "renormalize_logits": True},
     ]  # fmt: skip
     lines = [json.dumps({"prompt": "Once upon a time", "max_new_tokens": 12} | one) for one in requests]
     for request, record in zip(requests, run(tales_model, lines), strict=True):
-        expected = tales_model.generate("Once upon a time", max_new_tokens=12, **{"do_sample": False} | request)
+        expected = tales_model.generate("Once upon a time", max_new_tokens=12, **request)
         (sequence,), (alone,) = record["sequences"], expected.to_dict()["sequences"]
         for one, other in zip(sequence.pop("logprobs") or [], alone.pop("logprobs") or [], strict=True):
             assert one["token_id"] == other["token_id"]

@@ -2,7 +2,7 @@
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import pytest
 from support.checkpoints import MakeCheckpoint
@@ -13,7 +13,7 @@ from support.versions import skip_with_transformers_4
 
 import gpt2onnx
 from gpt2onnx.errors import CheckpointError, OptionError
-from gpt2onnx.runtime.options import GenerationConfig
+from gpt2onnx.runtime.options import BY_NAME, OPTIONS, SAMPLING_OPTIONS, GenerationConfig, GenerationOptions
 
 PROMPT = [40, 41, 42]
 
@@ -30,11 +30,9 @@ def test_defaults_are_those_of_transformers(golden: Golden) -> None:
     ours = GenerationConfig()
     theirs = golden.answer(
         "defaults",
-        lambda: {
-            name: value for name, value in transformers().items() if name in GenerationConfig.__dataclass_fields__
-        },
+        lambda: {name: value for name, value in transformers().items() if name in BY_NAME},
     )
-    shared = [name for name in GenerationConfig.__dataclass_fields__ if name in theirs and name != "max_length"]
+    shared = [name for name in BY_NAME if name in theirs and name != "max_length"]
     assert len(shared) >= 12
     assert {name: getattr(ours, name) for name in shared} == {name: theirs[name] for name in shared}
 
@@ -50,8 +48,6 @@ def test_defaults_are_those_of_transformers(golden: Golden) -> None:
         {"num_beams": 0},
         {"num_beams": 10**9},
         {"num_return_sequences": 10**9, "do_sample": True},
-        {"temperature": 0},
-        {"temperature": 0.0},
         {"temperature": -1.0},
         {"temperature": 1e-320},
         {"temperature": float("nan")},
@@ -121,7 +117,7 @@ def test_defaults_are_those_of_transformers(golden: Golden) -> None:
         {"forced_bos_token_id": 5, "suppress_tokens": [4, 5]},
         {"forced_eos_token_id": [4, 5], "suppress_tokens": [5, 4, 6]},
         {"logprobs": 1, "num_beams": 2},
-        {"seed": 10**5000, "top_k": -(10**5000)},
+        {"top_k": -(10**5000)},
     ],
 )
 def test_refused(options: dict[str, Any]) -> None:
@@ -142,7 +138,7 @@ def test_merged_lengths() -> None:
     assert base.merged({"max_length": 9}).new_tokens(4) == 5
     assert base.merged({"max_length": 20}).new_tokens(4) == 16
     assert base.merged({"max_length": 20, "max_new_tokens": 3}).new_tokens(4) == 3
-    assert base.merged({"max_new_tokens": None}).new_tokens(4) == 5
+    assert base.merged({"max_new_tokens": None}).new_tokens(4) == 64
     assert GenerationConfig().new_tokens(1000) == 64
 
 
@@ -194,8 +190,8 @@ def test_generation_config_file_counts_as_in_transformers(
 @pytest.mark.parametrize(
     ("content", "hint"),
     [
-        ({"eos_token_id": "<|endoftext|>"}, "eos_token_id must hold token ids"),
-        ({"do_sample": True, "temperature": 0.0}, "temperature must be a number from 1e-30"),
+        ({"eos_token_id": "<|endoftext|>"}, "eos_token_id must be a token id or a list of token ids"),
+        ({"do_sample": True, "temperature": -1.0}, "temperature must be a number from 0"),
         ({"min_length": -1}, "min_length must be a whole number from 0"),
     ],
 )
@@ -220,21 +216,57 @@ def test_no_null_reaches_other_runtimes(make_checkpoint: MakeCheckpoint, tmp_pat
         assert [written[f"{name}_token_id"] for name in ("bos", "eos", "pad")] == [256] * 3
 
 
-def test_sampling_options_turn_sampling_on(tales_model: gpt2onnx.Model) -> None:
+@pytest.mark.parametrize("name", SAMPLING_OPTIONS)
+def test_a_sampling_option_turns_sampling_on(name: str) -> None:
+    given = {name: 1}
+    assert GenerationConfig().merged(given).do_sample
+    assert not GenerationConfig().merged(given | {"do_sample": False}).do_sample
+    assert not GenerationConfig().merged({name: None}).do_sample
+
+
+def test_other_options_dont() -> None:
+    assert not GenerationConfig().merged({"repetition_penalty": 1.1, "num_beams": 2}).do_sample
+
+
+def test_temperature_0_is_greedy_search() -> None:
     for given in (
-        {"temperature": 0.5},
-        {"top_k": 3},
-        {"top_p": 0.5},
-        {"min_p": 0.1},
-        {"typical_p": 0.5},
-        {"top_h": 0.5},
-        {"epsilon_cutoff": 0.1},
-        {"eta_cutoff": 0.1},
-        {"seed": 0},
+        {"temperature": 0},
+        {"temperature": 0.0, "do_sample": True},
+        {"temperature": 0, "seed": 3, "top_k": 5},
     ):
-        assert tales_model.options(given).do_sample
-        assert not tales_model.options(given | {"do_sample": False}).do_sample
-    assert not tales_model.options({"repetition_penalty": 1.1, "num_beams": 2}).do_sample
+        assert GenerationConfig().merged(given).strategy == "greedy"
+        assert GenerationConfig(do_sample=True).merged(given).strategy == "greedy"
+    assert GenerationConfig.from_file_content({"do_sample": True, "temperature": 0}).strategy == "greedy"
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        {"bad_words_ids": [[5]]}, {"suppress_tokens": [5]}, {"begin_suppress_tokens": [5]}, {"top_h": 0.5}, {"min_p": 0.2},
+        {"sequence_bias": [[[5], 1.0]]}, {"repetition_penalty": 1.5}, {"no_repeat_ngram_size": 2}, {"forced_eos_token_id": 7},
+        {"exponential_decay_length_penalty": [3, 1.1]}, {"eos_token_id": 9}, {"stop": ["x"]}, {"max_new_tokens": 5}, {"typical_p": 0.5},
+        {"num_beams": 3}, {"top_p": 0.5}, {"min_length": 4},
+    ],
+    ids=lambda value: next(iter(value)),
+)  # fmt: skip
+def test_none_switches_off_what_a_bundle_sets(value: dict[str, Any]) -> None:
+    (name,) = value
+    base = GenerationConfig(do_sample=True, **value)
+    assert getattr(base.merged({}), name) == getattr(base, name)
+    assert base.merged({name: None}) == GenerationConfig(do_sample=True)
+
+
+def test_none_as_top_k_takes_all_tokens() -> None:
+    """As in transformers, whose default of 50 holds only where nothing is said."""
+    assert GenerationConfig().merged({"top_k": None}).top_k == 0
+
+
+def test_names_and_types_for_type_checkers_are_those_of_the_table() -> None:
+    for (name, hint), option in zip(get_type_hints(GenerationOptions).items(), OPTIONS, strict=True):
+        assert name == option.name
+        # Without the ranges, and with None, which switches any option off.
+        assert hint == get_type_hints(GenerationConfig)[name] | None, name
+        assert option.help.endswith("."), name
 
 
 def test_what_a_checkpoint_asks_for_and_cannot_have_is_logged(caplog: pytest.LogCaptureFixture) -> None:

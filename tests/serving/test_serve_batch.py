@@ -15,7 +15,7 @@ import gpt2onnx
 from gpt2onnx.errors import OptionError
 from gpt2onnx.runtime.decoding.strategy import Search, start
 from gpt2onnx.runtime.engine.generation import Generation
-from gpt2onnx.runtime.engine.scheduler import Decoder
+from gpt2onnx.runtime.engine.scheduler import Scheduler
 from gpt2onnx.runtime.options import GenerationConfig
 from gpt2onnx.runtime.requests import Request
 
@@ -34,7 +34,7 @@ def test_any_arrival_any_chunk_any_cancellation(
 ) -> None:
     """Searches that aren't cancelled give what they give alone, and all rows are free in the end."""
     network = HashingNetwork()
-    decoder = Decoder(network)
+    decoder = Scheduler(network)
     searches = [begin(*request) for _, request in arrivals]
 
     def source() -> Iterator[Search | None]:
@@ -69,21 +69,21 @@ def test_any_arrival_any_chunk_any_cancellation(
 def test_long_prompt_is_read_between_steps() -> None:
     network = HashingNetwork()
     first, second = begin([1], {"max_new_tokens": 12}), begin([2] * 20, {"max_new_tokens": 2})
-    list(Decoder(network).run([first, second], 2, chunk=6))
+    list(Scheduler(network).run([first, second], 2, chunk=6))
     # As many steps of the first as there are parts of the second, which then joins it.
     assert network.passes[:10] == [(1, 1), (1, 1), (1, 6), (1, 1), (1, 6), (1, 1), (1, 6), (1, 1), (1, 2), (2, 1)]
 
 
 def test_alone_it_is_read_at_once() -> None:
     network = HashingNetwork()
-    list(Decoder(network).run([begin([2] * 20, {"max_new_tokens": 2})], 2, chunk=6))
+    list(Scheduler(network).run([begin([2] * 20, {"max_new_tokens": 2})], 2, chunk=6))
     assert network.passes == [(1, 20), (1, 1)]
 
 
 def test_many_short_prompts_do_not_stall_either() -> None:
     network = HashingNetwork()
     one, *others = [begin([index] * 10, {"max_new_tokens": 12}) for index in range(8)]
-    list(Decoder(network).run([one, None, None, *others], 8, chunk=32))
+    list(Scheduler(network).run([one, None, None, *others], 8, chunk=32))
     assert network.passes[:7] == [(1, 10), (1, 1), (3, 10), (4, 1), (3, 10), (7, 1), (1, 10)]
 
 
@@ -91,7 +91,7 @@ def test_passes_over_few_tokens_do_not_stall_either() -> None:
     network = HashingNetwork()
     beginning = [*range(10), *range(10)]
     one, *others = [begin([*beginning, index], {"max_new_tokens": 12}) for index in range(8)]
-    list(Decoder(network).run([one, None, *others], 8, chunk=32))
+    list(Scheduler(network).run([one, None, *others], 8, chunk=32))
     # Each begins like the first, and is read from there; a pass counts as 16 tokens at least.
     assert network.passes[:7] == [(1, 21), (1, 1), (1, 1), (1, 1), (3, 1), (1, 1), (1, 1)]
 
@@ -105,7 +105,7 @@ def test_no_more_are_taken_than_may_be_read_now() -> None:
             asked.append(len(network.passes))
             yield begin([index] * 10, {"max_new_tokens": 12})
 
-    list(Decoder(network).run(source(), 8, chunk=32))
+    list(Scheduler(network).run(source(), 8, chunk=32))
     assert network.passes[:4] == [(4, 10), (4, 1), (3, 10), (7, 1)]
     assert asked == [0, 0, 0, 0, 2, 2, 2]
 
@@ -122,7 +122,7 @@ def test_nothing_waits_is_not_the_end() -> None:
             yield None
         yield begin([2], {"max_new_tokens": 2})
 
-    seen = list(Decoder(network).run(source(), 2))
+    seen = list(Scheduler(network).run(source(), 2))
     assert [search is None for search in seen].count(True) == 6
     assert network.passes == [(1, 1)] * 5
     assert asked == [0, 1, 2, 3, 3, 3]

@@ -46,13 +46,13 @@ def model(tales_bundle: Path) -> gpt2onnx.Model:
 @pytest.fixture
 def slow_model(model: gpt2onnx.Model, monkeypatch: pytest.MonkeyPatch) -> gpt2onnx.Model:
     """Takes 10 ms for a pass at least, so that tests can step in."""
-    forward = model.session.forward
+    forward = model.runner.forward
 
     def slow(*arguments: Any, **options: Any) -> Any:
         time.sleep(0.01)
         return forward(*arguments, **options)
 
-    monkeypatch.setattr(model.session, "forward", slow)
+    monkeypatch.setattr(model.runner, "forward", slow)
     return model
 
 
@@ -334,14 +334,14 @@ def test_shutdown_ends_in_time(slow_model: gpt2onnx.Model) -> None:
 
 def test_failure_of_the_batch(model: gpt2onnx.Model, monkeypatch: pytest.MonkeyPatch) -> None:
     """An error of ONNX Runtime ends what runs, not the server; until it happens again and again."""
-    forward, failing = model.session.forward, threading.Event()
+    forward, failing = model.runner.forward, threading.Event()
 
     def fail(*arguments: Any, **options: Any) -> Any:
         if failing.is_set():
             raise BackendError("the network's output is not a number")
         return forward(*arguments, **options)
 
-    monkeypatch.setattr(model.session, "forward", fail)
+    monkeypatch.setattr(model.runner, "forward", fail)
     with serving(model) as server:
         before = server.text(temperature=0)
         for _ in range(2):
@@ -365,7 +365,7 @@ def test_crash_of_the_thread(
 
     with serving(model) as server:
         assert server.client.get("/health").status_code == 200
-        monkeypatch.setattr(model.session, "forward", crash)
+        monkeypatch.setattr(model.runner, "forward", crash)
         response = server.complete()
         assert response.status_code == 500
         assert "a bug" not in response.text
@@ -420,14 +420,14 @@ def test_energy(model: gpt2onnx.Model) -> None:
 
 def test_prompts_read_together_share_what_that_took(model: gpt2onnx.Model, monkeypatch: pytest.MonkeyPatch) -> None:
     """By their tokens, though a pass over both is the first one's news."""
-    forward, shapes = model.session.forward, []
+    forward, shapes = model.runner.forward, []
 
     def slow(cache: Any, rows: slice, tokens: Any, *more: Any, **named: Any) -> Any:
         shapes.append(tokens.shape)
         time.sleep(0.3 if tokens.shape[1] > 1 else 0)
         return forward(cache, rows, tokens, *more, **named)
 
-    monkeypatch.setattr(model.session, "forward", slow)
+    monkeypatch.setattr(model.runner, "forward", slow)
     power: Any = SimpleNamespace(watts=10.0)
     engine = Engine(model, max_batch=4, max_queue=4, metrics=Metrics(), power=power)
     jobs = [Job(wake=lambda: None, rows=1, streamed=False) for _ in range(2)]
@@ -444,7 +444,7 @@ def test_prompts_read_together_share_what_that_took(model: gpt2onnx.Model, monke
 
 def test_what_a_failed_batch_took_is_its_own(model: gpt2onnx.Model, monkeypatch: pytest.MonkeyPatch) -> None:
     """It fails at the first step, between the reading of one prompt and that of the next."""
-    forward, steps = model.session.forward, []
+    forward, steps = model.runner.forward, []
 
     def failing(cache: Any, rows: slice, tokens: Any, *more: Any, **named: Any) -> Any:
         if tokens.shape[1] > 1:
@@ -455,7 +455,7 @@ def test_what_a_failed_batch_took_is_its_own(model: gpt2onnx.Model, monkeypatch:
             raise BackendError("ONNX Runtime failed")
         return forward(cache, rows, tokens, *more, **named)
 
-    monkeypatch.setattr(model.session, "forward", failing)
+    monkeypatch.setattr(model.runner, "forward", failing)
     power: Any = SimpleNamespace(watts=10.0)
     engine = Engine(model, max_batch=4, max_queue=4, metrics=Metrics(), power=power)
     failed, other = (Job(wake=lambda: None, rows=1, streamed=False) for _ in range(2))

@@ -36,8 +36,8 @@ from gpt2onnx.models.config import GPT2Config, read_json
 from gpt2onnx.models.precision import blocks
 from gpt2onnx.models.shapes import weight_shapes
 from gpt2onnx.models.tales import FOLDER
-from gpt2onnx.runtime.decoding.sampling import log_softmax
-from gpt2onnx.runtime.engine.runner import Session
+from gpt2onnx.runtime.decoding.torch_random import log_softmax
+from gpt2onnx.runtime.engine.runner import Runner
 
 from .golden import assert_close
 from .graphs import logits_of_prompt, random_tokens
@@ -157,7 +157,7 @@ def rebuild(folder: Path, checkpoint: Checkpoint, tensor: Tensor) -> None:
 def fixed_texts() -> Iterator[None]:
     """Lets calibration see the same tokens everywhere: of a network's own texts, rounding may change a word."""
 
-    def fixed(session: Session, rows: int, length: int, seed: int = 0) -> np.ndarray:
+    def fixed(session: Runner, rows: int, length: int, seed: int = 0) -> np.ndarray:
         return np.random.default_rng(seed).integers(session.config.vocab_size, size=(rows, length))
 
     with pytest.MonkeyPatch.context() as patch:
@@ -196,7 +196,7 @@ def assert_logits_of_stored_weights(checkpoint: Path, folder: Path, judge: Judge
     expected = stored.logits(tokens)
     assert_close(logits_of_prompt(opened, tokens), expected, EXACT_TOLERANCE, "whole")
 
-    session = Session(opened, threads=1)
+    session = Runner(opened, threads=1)
     cache = session.new_cache(1, tokens.shape[1])
     for index in range(tokens.shape[1]):
         step = session.forward(cache, slice(0, 1), tokens[:, index : index + 1])

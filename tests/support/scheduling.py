@@ -10,9 +10,10 @@ from typing import Any
 import numpy as np
 from hypothesis import strategies as st
 
-from gpt2onnx.runtime.decoding.strategy import Search, start
-from gpt2onnx.runtime.engine.kv_cache import Cache
-from gpt2onnx.runtime.engine.scheduler import Decoder
+from gpt2onnx.runtime.decoding.start import start
+from gpt2onnx.runtime.decoding.strategy import Strategy
+from gpt2onnx.runtime.engine.kv_cache import KVCache
+from gpt2onnx.runtime.engine.scheduler import Scheduler
 from gpt2onnx.runtime.options import GenerationConfig
 
 VOCABULARY = 13
@@ -29,54 +30,48 @@ class HashingNetwork:
         self.passes: list[tuple[int, int]] = []
         self.repetitive, self.estimates = repetitive, estimates
 
-    def new_cache(self, rows: int, positions: int) -> Cache:
-        cache = Cache((1, 2, rows, 1, positions, 1), np.float64)
-        cache.data[:] = -7.0  # what nobody should read
+    def new_cache(self, rows: int, positions: int) -> KVCache:
+        cache = KVCache((1, 2, rows, 1, positions, 1), np.float64)
+        cache.data[:] = -7.0  # nobody should read it
         return cache
 
     def forward(
         self,
-        cache: Cache,
+        cache: KVCache,
         rows: slice,
         tokens: np.ndarray,
-        keep: int = 1,
-        lengths: np.ndarray | None = None,
-        certain: int | None = None,
+        counts: np.ndarray,
+        logits: str = "last",
+        exact_top_k: int | None = None,
     ) -> np.ndarray:
-        assert tokens.shape[0] == rows.stop - rows.start
-        assert tokens.shape[1] == 1 or tokens.shape[0] == 1 or (lengths is not None and not cache.lengths[rows].any())
+        assert tokens.shape == (rows.stop - rows.start, counts.max())
         self.passes.append(tokens.shape)
-        positions = cache.advance(rows, tokens.shape[1], lengths)
-        logits = np.empty((*tokens.shape, VOCABULARY), np.float32)
-        for index, row in enumerate(range(rows.start, rows.stop)):
-            cache.data[0, 0, row, 0, positions[index], 0] = tokens[index]
-            used = positions[index, -1] + 1 if lengths is None else lengths[index]
-            assert cache.mask[row].sum() == cache.lengths[row] == used
-            assert cache.mask[row, : cache.lengths[row]].all()
-            for column, position in enumerate(positions[index]):
-                logits[index, column] = self.logits(cache.data[0, 0, row, 0, : position + 1, 0].astype(int).tolist())
-        if self.estimates and certain is not None and certain < VOCABULARY:
-            least = np.sort(logits, axis=-1)[..., -certain, None]
-            logits = np.where(logits < least, least - 0.01 - np.abs(logits) % 1, logits)
-        if lengths is not None:
-            assert keep == 1
-            return logits[np.arange(len(tokens)), lengths - 1][:, None]
-        return logits[:, -keep:]
+        past, found = cache.advance(rows, counts), []
+        for row, new, begin, count in zip(range(rows.start, rows.stop), tokens, past, counts, strict=True):
+            cache.data[0, 0, row, 0, begin : begin + count, 0] = new[:count]
+            held = cache.data[0, 0, row, 0, : begin + count, 0].astype(int).tolist()
+            wanted = range(begin, begin + count)[-1 if logits == "last" else 0 :]
+            found += [self.logits(held[: position + 1]) for position in wanted]
+        all_logits = np.array(found)
+        if self.estimates and exact_top_k is not None and exact_top_k < VOCABULARY:
+            least = np.sort(all_logits, axis=-1)[..., -exact_top_k, None]
+            all_logits = np.where(all_logits < least, least - 0.01 - np.abs(all_logits) % 1, all_logits)
+        return all_logits
 
     def logits(self, history: Sequence[int]) -> np.ndarray:
         seen = tuple(history[-2:]) if self.repetitive else tuple(history)
         return np.random.default_rng([token + 100 for token in seen]).normal(0, 2, VOCABULARY).astype(np.float32)
 
 
-def results(searches: Sequence[Search]) -> list[list[tuple[list[int], str | None]]]:
+def results(searches: Sequence[Strategy]) -> list[list[tuple[list[int], str | None]]]:
     return [[(one.tokens.tolist(), one.finish_reason) for one in search.continuations()] for search in searches]
 
 
 def run(
-    network: HashingNetwork, requests: Sequence[tuple[list[int], dict[str, Any]]], batch_size: int, decoder: Decoder | None = None
+    network: HashingNetwork, requests: Sequence[tuple[list[int], dict[str, Any]]], batch_size: int, decoder: Scheduler | None = None
 ) -> list[list[tuple[list[int], str | None]]]:  # fmt: skip
     searches = [start(np.array(prompt), GenerationConfig(**options), CONTEXT) for prompt, options in requests]
-    decoder = decoder or Decoder(network)
+    decoder = decoder or Scheduler(network)
     finished = [search for search in decoder.run(searches, batch_size) if search is not None and search.done]
     assert {id(search) for search in finished} == {id(search) for search in searches}
     return results(searches)

@@ -27,7 +27,7 @@ from support.tokens import assert_same_tokens
 import gpt2onnx
 from gpt2onnx.errors import OptionError, OutputError
 from gpt2onnx.experiments.energy.csvlog import CsvLog
-from gpt2onnx.runtime.options import GenerationConfig
+from gpt2onnx.runtime.options import BY_NAME
 
 PROMPT = "Once upon a time"
 JOULES_PER_KWH = 3.6e6
@@ -121,7 +121,7 @@ def test_a_row_tells_everything_about_its_run(tales_model: gpt2onnx.Model, tmp_p
         tales_model.generate([PROMPT, "One day"], max_new_tokens=3, top_p=0.5, min_p=0.1, seed=7)
     beams, sampled = read(path)
     assert set(beams) >= {field.name for field in dataclasses.fields(EmissionsData)}
-    assert set(beams) >= {field.name for field in dataclasses.fields(GenerationConfig)}
+    assert set(beams) >= set(BY_NAME)
     assert (beams["strategy"], beams["num_beams"], beams["requests"]) == ("beam search", "2", "1")
     assert (json.loads(beams["suppress_tokens"]), json.loads(beams["stop"])) == ([1, 2], ["\n", ","])
     assert (sampled["strategy"], sampled["top_p"], sampled["min_p"], sampled["seed"]) == ("sampling", "0.5", "0.1", "7")
@@ -166,13 +166,13 @@ def test_short_runs_are_repeated_until_they_can_be_relied_on(tales_model: gpt2on
 
 def test_every_repetition_pays_for_its_prompt(tales_model: gpt2onnx.Model, monkeypatch: pytest.MonkeyPatch) -> None:
     passed: list[int] = []
-    forward = tales_model.session.forward
+    forward = tales_model.runner.forward
 
     def counting(cache: Any, rows: slice, tokens: Any, *others: Any, **named: Any) -> Any:
         passed.append(tokens.shape[1])
         return forward(cache, rows, tokens, *others, **named)
 
-    monkeypatch.setattr(tales_model.session, "forward", counting)
+    monkeypatch.setattr(tales_model.runner, "forward", counting)
     prompt = list(range(100, 140))
     with gpt2onnx.track_energy(seconds=0.5) as tracker:
         tales_model.generate(prompt, max_new_tokens=4, do_sample=False)

@@ -20,8 +20,8 @@ from gpt2onnx.errors import BackendError, BundleError, OptionError
 from gpt2onnx.exporter.graph.stored import StoredWeights, in_axis
 from gpt2onnx.models.bundle import WIDE_GRAPH, WIDE_WEIGHTS, Bundle, describe_files
 from gpt2onnx.models.shapes import weight_shapes
-from gpt2onnx.runtime.engine import footprint, second_graph
-from gpt2onnx.runtime.engine.runner import Session
+from gpt2onnx.runtime.engine import second_graph
+from gpt2onnx.runtime.engine.runner import Runner
 from gpt2onnx.runtime.host import resources
 from gpt2onnx.runtime.ort import providers
 
@@ -44,14 +44,16 @@ def made(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
         return gpt2onnx.export("tales", folder, quality=False, **PRECISIONS[request.param])
 
 
-def logits(session: Session, tokens: np.ndarray, *parts: int) -> np.ndarray:
+def logits(session: Runner, tokens: np.ndarray, *parts: int) -> np.ndarray:
     """Of all positions of [rows, count] tokens, taken in parts of these lengths."""
     rows = slice(0, len(tokens))
     cache = session.new_cache(len(tokens), tokens.shape[1])
     ends = np.cumsum(parts)
     assert ends[-1] == tokens.shape[1]
     passes = (tokens[:, end - count : end] for end, count in zip(ends, parts, strict=True))
-    return np.concatenate([session.forward(cache, rows, each, keep=each.shape[1]).copy() for each in passes], axis=1)
+    return np.concatenate(
+        [session.forward(cache, rows, each, logits="all").reshape(*each.shape, -1).copy() for each in passes], axis=1
+    )
 
 
 def test_weights_are_the_first_graphs_up_to_rounding(made: Bundle) -> None:
@@ -74,7 +76,7 @@ def test_weights_are_the_first_graphs_up_to_rounding(made: Bundle) -> None:
 
 def test_graphs_share_a_cache(made: Bundle) -> None:
     """A prompt through the one and single tokens through the other give about what either gives alone."""
-    one, both = Session(made, threads=1, wide_after=None), Session(made, threads=1, wide_after=0)
+    one, both = Runner(made, threads=1, wide_after=None), Runner(made, threads=1, wide_after=0)
     count = 20
     tokens = np.random.default_rng(0).integers(made.config.vocab_size, size=(1, count))
     steps = [1] * (count - second_graph.FEWEST)
@@ -101,7 +103,7 @@ def test_weights_are_kept_only_where_they_are_read(made: Bundle, copied: bool, m
     monkeypatch.setattr(second_graph, "make_weights", make_weights)
     if not copied:
         monkeypatch.setattr(providers, "_copies_weights", lambda: False)
-    session = Session(made, threads=1, wide_after=0)
+    session = Runner(made, threads=1, wide_after=0)
     tokens = np.random.default_rng(0).integers(made.config.vocab_size, size=(1, 20))
     expected = logits(session, tokens, 20)
     assert given
@@ -123,7 +125,7 @@ def test_weights_are_kept_only_where_they_are_read(made: Bundle, copied: bool, m
     assert not any(each() is not None for each in seen)
 
 
-def opened(session: Session, rows: int, passes: int, count: int = 1) -> int | None:
+def opened(session: Runner, rows: int, passes: int, count: int = 1) -> int | None:
     """In which of some passes of so many tokens the second graph is opened."""
     for number in range(passes):
         session.forward(session.new_cache(rows, count), slice(0, rows), np.ones((rows, count), np.int64))
@@ -134,12 +136,12 @@ def opened(session: Session, rows: int, passes: int, count: int = 1) -> int | No
 
 @pytest.mark.parametrize("made", ["int8"], indirect=True)
 def test_opened_when_worth_it(made: Bundle) -> None:
-    assert opened(Session(made), second_graph.FEWEST - 1, 300) is None
-    assert opened(Session(made), 16, 100) == second_graph.WORTH // 16
-    assert opened(Session(made), 1, 100, 64) == second_graph.WORTH // 64
-    assert opened(Session(made, wide_after=0), second_graph.FEWEST, 1) == 0
-    assert opened(Session(made, wide_after=None), 16, 100) is None
-    assert opened(gpt2onnx.load(made.folder, wide_after=100).session, 25, 5) == 4
+    assert opened(Runner(made), second_graph.FEWEST - 1, 300) is None
+    assert opened(Runner(made), 16, 100) == second_graph.WORTH // 16
+    assert opened(Runner(made), 1, 100, 64) == second_graph.WORTH // 64
+    assert opened(Runner(made, wide_after=0), second_graph.FEWEST, 1) == 0
+    assert opened(Runner(made, wide_after=None), 16, 100) is None
+    assert opened(gpt2onnx.load(made.folder, wide_after=100).runner, 25, 5) == 4
     with pytest.raises(OptionError, match="wide_after must be at least 0, not -1"):
         gpt2onnx.load(made.folder, wide_after=-1)
 
@@ -174,9 +176,8 @@ def test_opened_right_away_where_results_must_not_depend_on_earlier_ones(
 def test_not_opened_where_memory_is_short(
     made: Bundle, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    session = Session(made)
+    session = Runner(made)
     monkeypatch.setattr(resources, "shortage", lambda size: "more than there is" if size > 1000 else None)
-    monkeypatch.setattr(footprint, "wide_memory", lambda bundle: 2000)
     with caplog.at_level(logging.INFO):
         assert opened(session, 1, 100, 64) is None
     assert [record.message for record in caplog.records if "wide.onnx" in record.message] == [
@@ -192,18 +193,11 @@ def test_not_opened_where_another_bundle_took_its_place(
 ) -> None:
     folder = tmp_path / "bundle"
     shutil.copytree(made.folder, folder)
-    session = Session(Bundle.open(folder))
+    session = Runner(Bundle.open(folder))
     gpt2onnx.export("tales", folder, force=True)
     with caplog.at_level(logging.INFO):
         assert opened(session, 1, 100, 64) is None
     assert f"prompts and batches stay slower: {folder} is another bundle by now: load it again" in caplog.text
-
-
-@pytest.mark.parametrize("made", ["int8"], indirect=True)
-def test_memory_is_about_what_is_said(made: Bundle, tales_bundle: Path) -> None:
-    weights = second_graph.make_weights(made, 1)
-    assert footprint.wide_memory(made) == 2 * sum(each.size for each in weights.values() if each.dtype == np.int8)
-    assert footprint.wide_memory(Bundle.open(tales_bundle)) == 0
 
 
 @pytest.mark.parametrize("made", ["int8"], indirect=True)
@@ -232,4 +226,4 @@ def test_another_networks_second_graph_is_refused(made: Bundle, tmp_path: Path) 
     with pytest.raises(
         BundleError, match=r"wide\.onnx isn't what config\.json describes: it lacks the output 'logits'"
     ):
-        opened(Session(Bundle.open(folder), wide_after=0), 16, 1)
+        opened(Runner(Bundle.open(folder), wide_after=0), 16, 1)

@@ -43,8 +43,8 @@ from gpt2onnx.models import bundle
 from gpt2onnx.models.bundle import Bundle
 from gpt2onnx.models.config import GPT2Config
 from gpt2onnx.models.precision import memory
-from gpt2onnx.runtime.decoding.sampling import log_softmax
-from gpt2onnx.runtime.engine.runner import Session
+from gpt2onnx.runtime.decoding.torch_random import log_softmax
+from gpt2onnx.runtime.engine.runner import Runner
 
 pytestmark = pytest.mark.usefixtures("wide_at_any_width")
 
@@ -346,11 +346,11 @@ def test_samples_follow_the_network(short_bundle: Path) -> None:
     """Their mean loss is the network's own entropy."""
     opened = Bundle.open(short_bundle)
     figures = quality.on_own_samples(opened, opened, tokens=1024, seed=3, threads=1)
-    session = Session(opened, threads=1)
+    session = Runner(opened, threads=1)
     tokens = sample(session, 16, 65, seed=5)
     losses = []
     for row in tokens:
-        logits = session.forward(session.new_cache(1, 64), slice(0, 1), row[None, :-1], keep=64)[0]
+        logits = session.forward(session.new_cache(1, 64), slice(0, 1), row[None, :-1], logits="all")
         losses.append(-log_softmax(logits)[np.arange(64), row[1:]])
     # Two samples of 1024 losses that scatter.
     allowed = 4 * np.std(losses) * math.sqrt(2 / 1024)

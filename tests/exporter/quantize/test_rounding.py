@@ -36,7 +36,7 @@ from gpt2onnx.exporter.quantize.smoothing import smooth
 from gpt2onnx.models import bundle
 from gpt2onnx.models.bundle import Bundle
 from gpt2onnx.models.config import GPT2Config
-from gpt2onnx.runtime.engine.runner import Session
+from gpt2onnx.runtime.engine.runner import Runner
 from gpt2onnx.runtime.host import resources
 
 export_module = import_module("gpt2onnx.exporter.export")
@@ -188,7 +188,7 @@ def test_exact_sums_where_the_processor_has_none(int8: Bundle, monkeypatch: pyte
     tokens = many_tokens(int8.config)
     asked: list[str] = []
     # Once in a process, another graph asks how ONNX Runtime keeps weights.
-    Session(int8, threads=1, wide_after=0).open_wide()
+    Runner(int8, threads=1, wide_after=0).open_wide()
     real = onnxruntime.InferenceSession
 
     def create(graph: object, options: onnxruntime.SessionOptions, **others: Any) -> object:
@@ -199,8 +199,8 @@ def test_exact_sums_where_the_processor_has_none(int8: Bundle, monkeypatch: pyte
         return real(graph, options, **others)
 
     def logits() -> np.ndarray:
-        session = Session(int8, threads=1, wide_after=0)
-        return session.forward(session.new_cache(1, 64), slice(0, 1), tokens, keep=64).copy()
+        session = Runner(int8, threads=1, wide_after=0)
+        return session.forward(session.new_cache(1, 64), slice(0, 1), tokens, logits="all")[None].copy()
 
     usual = logits()
     monkeypatch.setattr(onnxruntime, "InferenceSession", create)
@@ -300,8 +300,8 @@ def test_rows_are_scaled_where_some_are_large_or_all_zero(
         off = np.abs(second.tensor(name) - first.tensor(name)) / step
         assert off.max() <= 0.501, f"{name}: rounding to steps is off by {off.max()} steps"
     network, kind = wide_network(made)
-    session, tokens = Session(made, threads=1, wide_after=0), many_tokens(made.config)
-    found = session.forward(session.new_cache(1, 64), slice(0, 1), tokens, keep=64)
+    session, tokens = Runner(made, threads=1, wide_after=0), many_tokens(made.config)
+    found = session.forward(session.new_cache(1, 64), slice(0, 1), tokens, logits="all")[None]
     assert_off_by_rounding(found, network, tokens, kind)
 
 

@@ -12,8 +12,8 @@ from support.tokens import assert_same_tokens
 
 import gpt2onnx
 from gpt2onnx.models.bundle import WEIGHTS, Bundle
-from gpt2onnx.runtime.decoding.sampling import log_softmax
-from gpt2onnx.runtime.engine.runner import Session
+from gpt2onnx.runtime.decoding.torch_random import log_softmax
+from gpt2onnx.runtime.engine.runner import Runner
 
 TOLERANCE = 1e-4
 PROMPTS = [
@@ -27,7 +27,7 @@ PROMPTS = [
 WAYS = {"whole": [10_000], "chunks": [3, 1, 29, 100, 2, 17], "steps": [1]}
 
 
-def ort_logits(session: Session, ids: np.ndarray, chunks: list[int]) -> np.ndarray:
+def ort_logits(session: Runner, ids: np.ndarray, chunks: list[int]) -> np.ndarray:
     """Logits at every position, float32 [length, vocabulary], with the cache carrying from chunk to chunk."""
     cache = session.new_cache(1, len(ids))
     parts = []
@@ -36,19 +36,19 @@ def ort_logits(session: Session, ids: np.ndarray, chunks: list[int]) -> np.ndarr
         size = min(chunks[min(index, len(chunks) - 1)], len(ids) - done)
         if not size:
             break
-        parts.append(session.forward(cache, slice(0, 1), ids[None, done : done + size], keep=size)[0].copy())
+        parts.append(session.forward(cache, slice(0, 1), ids[None, done : done + size], logits="all").copy())
         done += size
     return np.concatenate(parts)
 
 
 @pytest.fixture(scope="module")
-def tales_session(tales_bundle: Path) -> Session:
-    return Session(Bundle.open(tales_bundle), threads=1)
+def tales_session(tales_bundle: Path) -> Runner:
+    return Runner(Bundle.open(tales_bundle), threads=1)
 
 
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("length", [1, 2, 33, 200, 512])
-def test_logits_of_tales(length: int, way: str, tales_session: Session, tales_reference: Reference) -> None:
+def test_logits_of_tales(length: int, way: str, tales_session: Runner, tales_reference: Reference) -> None:
     ids = np.random.default_rng(length).integers(0, tales_session.config.vocab_size, length)
     assert_close(ort_logits(tales_session, ids, WAYS[way]), tales_reference.logits(ids), TOLERANCE)
 
@@ -78,7 +78,7 @@ def test_logits_of_random_checkpoints(
     name: str, make_checkpoint: MakeCheckpoint, reference_of: type[Reference], tmp_path: Path
 ) -> None:
     folder = make_checkpoint(**CHECKPOINTS[name])
-    session = Session(gpt2onnx.export(folder, tmp_path / "bundle"), threads=1)
+    session = Runner(gpt2onnx.export(folder, tmp_path / "bundle"), threads=1)
     ids = np.random.default_rng(0).integers(0, session.config.vocab_size, session.config.n_positions)
     expected = reference_of(folder).logits(ids)
     assert np.nanstd(expected) > 0.5, "such a checkpoint can't tell right from wrong"
@@ -139,9 +139,9 @@ def test_tied_weights_are_stored_once(tales_bundle: Path, tales_reference: Refer
 
 
 def test_int8_is_close_to_fp32(
-    tales_bundle: Path, tales_int8_bundle: Path, tales_session: Session, tales_model: gpt2onnx.Model
+    tales_bundle: Path, tales_int8_bundle: Path, tales_session: Runner, tales_model: gpt2onnx.Model
 ) -> None:
-    session = Session(Bundle.open(tales_int8_bundle), threads=1)
+    session = Runner(Bundle.open(tales_int8_bundle), threads=1)
     text = tales_model.generate(PROMPTS[0], max_new_tokens=400, do_sample=True, seed=1).sequences[0].token_ids
     ids = np.array(tales_model.tokenizer.encode(PROMPTS[0]) + text)
     logits = [ort_logits(each, ids, WAYS["whole"]) for each in (tales_session, session)]

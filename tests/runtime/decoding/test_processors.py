@@ -24,7 +24,7 @@ from support.versions import skip_with_transformers_4
 
 from gpt2onnx.runtime.decoding import filters as our_warpers
 from gpt2onnx.runtime.decoding import processors as ours
-from gpt2onnx.runtime.decoding.sampling import Candidates, softmax
+from gpt2onnx.runtime.decoding.torch_random import Candidates, softmax
 from gpt2onnx.runtime.options import GenerationConfig
 
 PROMPTS = ([7], [3, 5, 3], [1, 2, 3, 1, 2, 3, 1, 2], list(range(12)) * 2)

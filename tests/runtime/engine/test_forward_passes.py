@@ -1,40 +1,22 @@
-"""How often the decoding loop asks for a forward pass, counted by a network that computes nothing."""
+"""How often the scheduler asks for a forward pass."""
+
+from collections.abc import Sequence
 
 import numpy as np
-import pytest
+from support.scheduling import VOCABULARY, HashingNetwork
 
-from gpt2onnx.runtime.decoding.strategy import start
-from gpt2onnx.runtime.engine.kv_cache import Cache
-from gpt2onnx.runtime.engine.scheduler import Decoder
+from gpt2onnx.runtime.decoding.start import start
+from gpt2onnx.runtime.engine.scheduler import Scheduler
 from gpt2onnx.runtime.options import GenerationConfig
 
-VOCABULARY = 11
 CONTEXT = 100
 
 
-class CountingNetwork:
-    """After a token t, t + 1 is the likeliest. Counts passes as (rows, tokens in each)."""
+class CountingNetwork(HashingNetwork):
+    """After a token t, t + 1 is the likeliest."""
 
-    def __init__(self) -> None:
-        self.passes: list[tuple[int, int]] = []
-
-    def new_cache(self, rows: int, positions: int) -> Cache:
-        return Cache((1, 2, rows, 1, positions, 1))
-
-    def forward(
-        self,
-        cache: Cache,
-        rows: slice,
-        tokens: np.ndarray,
-        keep: int = 1,
-        lengths: np.ndarray | None = None,
-        certain: int | None = None,
-    ) -> np.ndarray:
-        self.passes.append(tokens.shape)
-        cache.advance(rows, tokens.shape[1], lengths)
-        last = tokens[:, -keep:] if lengths is None else tokens[np.arange(len(tokens)), lengths - 1][:, None]
-        following = (last + 1) % VOCABULARY
-        return 10 * np.eye(VOCABULARY, dtype=np.float32)[following]
+    def logits(self, history: Sequence[int]) -> np.ndarray:
+        return 10 * np.eye(VOCABULARY, dtype=np.float32)[(history[-1] + 1) % VOCABULARY]
 
 
 def decode(
@@ -44,18 +26,10 @@ def decode(
     network = CountingNetwork()
     config = GenerationConfig(**options)
     searches = [start(np.array(prompt), config, CONTEXT) for prompt in prompts]
-    for _ in Decoder(network).run(searches, batch_size):
+    for _ in Scheduler(network).run(searches, batch_size):
         pass
     new = [search.continuations()[0].tokens[len(search.prompt) :].tolist() for search in searches]
     return network.passes, new
-
-
-@pytest.mark.parametrize("count", [1, 2, 3, 20])
-@pytest.mark.parametrize("strategy", [{}, {"do_sample": True, "temperature": 0.01, "seed": 0}])
-def test_n_tokens_cost_one_prefill_and_n_minus_1_steps(count: int, strategy: dict) -> None:
-    passes, (new,) = decode([[3, 4, 5]], max_new_tokens=count, **strategy)
-    assert new == [(6 + index) % VOCABULARY for index in range(count)]
-    assert passes == [(1, 3)] + [(1, 1)] * (count - 1)
 
 
 def test_no_pass_after_the_end_token() -> None:
@@ -87,18 +61,6 @@ def test_a_shared_beginning_is_prefilled_once() -> None:
     passes, new = decode([[1, 2, 9, 4], [1, 2, 9, 6, 7]], max_new_tokens=1)
     assert new == [[5], [8]]
     assert passes == [(1, 4), (1, 2)]
-
-
-@pytest.mark.parametrize(
-    "strategy",
-    [
-        {"do_sample": True, "num_return_sequences": 3, "seed": 0},
-        {"num_beams": 3, "early_stopping": "never"},
-    ],
-)
-def test_the_prompt_is_prefilled_once_for_all_sequences(strategy: dict) -> None:
-    passes, _ = decode([[3, 4, 5, 6]], max_new_tokens=6, **strategy)
-    assert passes == [(1, 4)] + [(3, 1)] * 5
 
 
 def test_every_row_of_a_batch_ends_by_itself() -> None:

@@ -28,10 +28,10 @@ from gpt2onnx.models import external_data
 from gpt2onnx.models.bundle import BODY_GRAPH, HEAD_GRAPH, SCREENING_GRAPH, WEIGHTS, Bundle, describe_files
 from gpt2onnx.models.config import GPT2Config
 from gpt2onnx.models.precision import memory
-from gpt2onnx.runtime.decoding.strategy import start
+from gpt2onnx.runtime.decoding.start import start
 from gpt2onnx.runtime.engine import head as runtime
 from gpt2onnx.runtime.engine import screening
-from gpt2onnx.runtime.engine.runner import Session
+from gpt2onnx.runtime.engine.runner import Runner
 from gpt2onnx.runtime.host import resources
 from gpt2onnx.runtime.options import GenerationConfig
 from gpt2onnx.runtime.requests import Request
@@ -75,18 +75,22 @@ def few(tokens: np.ndarray) -> np.ndarray:
     return tokens[:, :24]
 
 
-def last_logits(session: Session, tokens: np.ndarray, certain: int | None, keep: int = 1) -> np.ndarray:
+def last_logits(session: Runner, tokens: np.ndarray, certain: int | None, keep: int = 1) -> np.ndarray:
     cache = session.new_cache(1, tokens.shape[1])
-    return session.forward(cache, slice(0, 1), tokens, keep, certain=certain)[0].copy()
+    row = slice(0, 1)
+    if keep == 1:
+        return session.forward(cache, row, tokens, exact_top_k=certain).copy()
+    session.forward(cache, row, tokens[:, :-keep])
+    return session.forward(cache, row, tokens[:, -keep:], logits="all", exact_top_k=certain).copy()
 
 
-def screens(session: Session) -> bool:
+def screens(session: Runner) -> bool:
     return session._head is not None and session._head._screening is not None
 
 
-def screening_session(bundle: Bundle, tokens: np.ndarray) -> Session:
+def screening_session(bundle: Bundle, tokens: np.ndarray) -> Runner:
     """A session that has seen enough to screen."""
-    session = Session(bundle, screen_after=SOON, screens=True)
+    session = Runner(bundle, screen_after=SOON, screens=True)
     for length in range(1, SOON + 2):
         last_logits(session, tokens[:, : 3 * length], 1)
     assert screens(session)
@@ -116,14 +120,14 @@ def test_largest_logits_are_exact_and_the_others_less(made: Bundle, tokens: np.n
 
 
 def test_all_logits_are_those_of_the_first_graph(made: Bundle, tokens: np.ndarray) -> None:
-    first, parts = (Session(each, threads=1, screens=True) for each in (without_parts(made), made))
+    first, parts = (Runner(each, threads=1, screens=True) for each in (without_parts(made), made))
     for keep in (1, 40):
         expected = last_logits(first, tokens, None, keep)
         np.testing.assert_array_equal(last_logits(parts, tokens, None, keep), expected)
 
 
 def test_screens_when_it_is_worth_it(made: Bundle, few: np.ndarray) -> None:
-    session = Session(made, screen_after=SOON, screens=True)
+    session = Runner(made, screen_after=SOON, screens=True)
     exact = last_logits(session, few, None)
     for _ in range(SOON):
         np.testing.assert_array_equal(last_logits(session, few, 1), exact)
@@ -141,7 +145,7 @@ def test_several_positions_and_rows(made: Bundle, tokens: np.ndarray) -> None:
     np.testing.assert_allclose(found.max(-1), exact.max(-1), rtol=1e-5)
     cache = session.new_cache(8, 1)
     rows = tokens[0, :8, None]
-    together = session.forward(cache, slice(0, 8), rows, certain=1)[:, 0].copy()
+    together = session.forward(cache, slice(0, 8), rows, exact_top_k=1).copy()
     alone = np.stack([last_logits(session, row[None], None)[0] for row in rows])
     assert not np.array_equal(together, alone)
     np.testing.assert_array_equal(together.argmax(-1), alone.argmax(-1))
@@ -176,7 +180,7 @@ def test_tokens_are_those_without_screening(made: Bundle, tales_bundle: Path) ->
     model.generate("It was", max_new_tokens=SOON + 1)
     for batch_size in (1, 5):
         assert completed(model, batch_size) == plain
-        assert screens(model.session)
+        assert screens(model.runner)
 
 
 @pytest.mark.parametrize("twins", [40, 600], ids=["enough candidates", "too few candidates"])
@@ -188,7 +192,7 @@ def test_tokens_that_rounding_confuses(twins: int, export: Export, made: Bundle,
     }
     random, head = np.random.default_rng(0), weights["wte.weight"].copy()
     prompts = [np.array([[first, 7, 8]]) for first in random.integers(len(head), size=60)]
-    plain = Session(made, screens=True)
+    plain = Runner(made, screens=True)
     tokens = [int(last_logits(plain, prompt, None)[0].argmax()) for prompt in prompts]
     likeliest = head[max(tokens, key=tokens.count)]
     head[100 : 100 + twins] = likeliest * (1 + 1e-5 * random.standard_normal((twins, 1), np.float32))
@@ -267,7 +271,7 @@ def test_goes_back_where_estimates_are_too_rough(
     caplog.set_level(logging.INFO)
     monkeypatch.setattr(runtime, "_TRIED", 8)
     session = screening_session(made, few)
-    exact = last_logits(Session(made, screens=True), few, None)
+    exact = last_logits(Runner(made, screens=True), few, None)
     for _ in range(8):
         last_logits(session, few, 1)
     assert screens(session)
@@ -289,7 +293,7 @@ def test_does_without_where_there_is_no_memory(
 
     caplog.set_level(logging.INFO)
     monkeypatch.setattr(screening, "round_head", fail)
-    session = Session(made, screen_after=SOON, screens=True)
+    session = Runner(made, screen_after=SOON, screens=True)
     exact = last_logits(session, few, None)
     for _ in range(SOON + 2):
         np.testing.assert_array_equal(last_logits(session, few, 1), exact)
@@ -302,7 +306,7 @@ def test_goes_on_as_it_was_where_another_bundle_took_its_place(
     caplog.set_level(logging.INFO)
     folder = tmp_path / "bundle"
     shutil.copytree(made.folder, folder)
-    session = Session(Bundle.open(folder), screen_after=SOON, screens=True)
+    session = Runner(Bundle.open(folder), screen_after=SOON, screens=True)
     exact = last_logits(session, few, None)
     gpt2onnx.export("tales", folder, dtype="int8", calibrate=False, quality=False, force=True)
     for _ in range(SOON + 2):
@@ -318,7 +322,7 @@ def test_packs_the_head_again_where_all_logits_are_called_for(made: Bundle, few:
         session = screening_session(Bundle.open(folder), few)
         if gone:
             shutil.rmtree(folder)
-        exact = last_logits(Session(made, screens=True), few, None)
+        exact = last_logits(Runner(made, screens=True), few, None)
         np.testing.assert_allclose(last_logits(session, few, None), exact, rtol=1e-5, atol=1e-5)
         np.testing.assert_array_equal(last_logits(session, few, None), last_logits(session, few, None))
         assert screens(session)
@@ -328,7 +332,7 @@ def test_does_not_pack_the_head_again_where_memory_is_short(
     made: Bundle, few: np.ndarray, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.INFO)
-    session, exact = screening_session(made, few), last_logits(Session(made, screens=True), few, None)
+    session, exact = screening_session(made, few), last_logits(Runner(made, screens=True), few, None)
     monkeypatch.setattr(resources, "shortage", lambda size: "more than there is")
     np.testing.assert_allclose(last_logits(session, few, None), exact, rtol=1e-5, atol=1e-5)
     assert "logits take longer: packing the output head needs about more than there is" in caplog.text
@@ -340,8 +344,8 @@ def test_forced_or_left_to_the_processor(forced: bool | None, made: Bundle, few:
     expected = forced
     if expected is None:
         expected = not resources.sums_of_byte_products_overflow()
-    session = Session(made, threads=1, screen_after=SOON, screens=forced)
-    whole = last_logits(Session(without_parts(made), threads=1), few, None)
+    session = Runner(made, threads=1, screen_after=SOON, screens=forced)
+    whole = last_logits(Runner(without_parts(made), threads=1), few, None)
     for _ in range(SOON):
         np.testing.assert_array_equal(last_logits(session, few, 1), whole)
         assert not screens(session)
@@ -421,7 +425,7 @@ def store_more(graph: onnx.GraphProto) -> None:
 def test_head_of_another_network(made: Bundle, tmp_path: Path) -> None:
     folder = changed(made, tmp_path / "bundle", HEAD_GRAPH, rename_output)
     with pytest.raises(BundleError, match=r"head\.onnx isn't what config.json describes: it lacks the output 'logits'"):
-        Session(Bundle.open(folder), screens=True)
+        Runner(Bundle.open(folder), screens=True)
 
 
 @pytest.mark.parametrize(
@@ -447,7 +451,7 @@ def test_screening_for_another_network(
 ) -> None:
     """It is only to be faster: without it the whole head goes on."""
     caplog.set_level(logging.INFO)
-    session = Session(Bundle.open(changed(made, tmp_path / "bundle", name, change)), screen_after=0, screens=True)
+    session = Runner(Bundle.open(changed(made, tmp_path / "bundle", name, change)), screen_after=0, screens=True)
     exact = last_logits(session, few, None)
     for _ in range(3):
         np.testing.assert_array_equal(last_logits(session, few, 1), exact)
@@ -483,7 +487,7 @@ def test_a_bundle_that_takes_its_place_meanwhile_is_noticed(
     weights[part] *= -1
     weights.tofile(other / WEIGHTS)
     replace(made.manifest, files=describe_files(other)).write(other)
-    session = Session(Bundle.open(folder), screen_after=0, screens=True)
+    session = Runner(Bundle.open(folder), screen_after=0, screens=True)
     exact = last_logits(session, few, None)
     place, name = (runtime.np, "memmap") if step == "map" else (runtime.screening, "round_head")
     real = getattr(place, name)
@@ -504,7 +508,7 @@ def test_a_bundle_that_takes_its_place_meanwhile_is_noticed(
 def test_few_and_equal_inputs_are_enough(made: Bundle, tokens: np.ndarray) -> None:
     """Such as those of a server that is asked for one token after the same prompt again and again."""
     for seen in (0, 30):
-        session = Session(made, screen_after=seen, screens=True)
+        session = Runner(made, screen_after=seen, screens=True)
         for _ in range(seen + 1):
             last_logits(session, tokens[:, :50], 1)
         assert screens(session)
@@ -516,7 +520,7 @@ def test_few_and_equal_inputs_are_enough(made: Bundle, tokens: np.ndarray) -> No
 
 
 def test_never(made: Bundle, tokens: np.ndarray) -> None:
-    session = Session(made, screen_after=None, screens=True)
+    session = Runner(made, screen_after=None, screens=True)
     for _ in range(runtime.WORTH + 2):
         last_logits(session, tokens[:, :3], 1)
     assert not screens(session)
@@ -534,7 +538,7 @@ def test_numbers_are_those_of_the_documents() -> None:
 def test_other_bundles_are_whole(dtype: str, export: Export) -> None:
     made = export("tales", dtype=dtype, calibrate=False, quality=False)
     assert not set(PARTS) & made.manifest.files.keys()
-    assert Session(made, screens=True)._head is None
+    assert Runner(made, screens=True)._head is None
 
 
 def test_places_of_weights(made: Bundle) -> None:

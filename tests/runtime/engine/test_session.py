@@ -1,4 +1,4 @@
-"""What loading a bundle gives beyond its logits: one owner of threads, errors in one line, buffers that stay small."""
+"""Loading a bundle: one owner of threads, errors in one line, buffers that stay small."""
 
 import subprocess
 import sys
@@ -7,12 +7,12 @@ from pathlib import Path
 import numpy as np
 import onnxruntime
 import pytest
+from support.graphs import without
 
 import gpt2onnx
 from gpt2onnx.errors import BackendError, OptionError
-from gpt2onnx.models import contract
-from gpt2onnx.models.bundle import Bundle
-from gpt2onnx.runtime.engine.runner import Session
+from gpt2onnx.models.bundle import RAGGED_GRAPH, Bundle
+from gpt2onnx.runtime.engine.runner import Runner
 
 
 @pytest.mark.parametrize("threads", [0, -1])
@@ -23,7 +23,7 @@ def test_threads_out_of_range(tales_bundle: Path, threads: int) -> None:
 
 def test_threads_are_what_was_asked_for(tales_bundle: Path) -> None:
     for threads in (1, 2, 5):
-        loaded = Session(Bundle.open(tales_bundle), threads=threads)
+        loaded = Runner(Bundle.open(tales_bundle), threads=threads)
         assert loaded.threads == loaded._graph.get_session_options().intra_op_num_threads == threads
 
 
@@ -45,7 +45,7 @@ def test_a_graph_that_cannot_be_loaded_is_one_line(
         raise RuntimeError("first\n  second")
 
     monkeypatch.setattr(onnxruntime, "InferenceSession", fail)
-    with pytest.raises(BackendError, match=r"ONNX Runtime can't load .*model\.onnx: first second$"):
+    with pytest.raises(BackendError, match=r"ONNX Runtime can't load .*ragged\.onnx: first second$"):
         gpt2onnx.load(tales_bundle)
     assert capfd.readouterr().err == ""
 
@@ -57,7 +57,7 @@ def test_a_graph_that_cannot_be_loaded_is_one_line(
 def test_onnxruntime_out_of_memory_says_how_much_there_is(
     tales_bundle: Path, monkeypatch: pytest.MonkeyPatch, message: str
 ) -> None:
-    loaded = Session(Bundle.open(tales_bundle), threads=1)
+    loaded = Runner(Bundle.open(tales_bundle), threads=1)
 
     def fail(*arguments: object) -> None:
         raise RuntimeError(message)
@@ -68,27 +68,29 @@ def test_onnxruntime_out_of_memory_says_how_much_there_is(
 
 
 def test_a_cache_that_numpy_cannot_make_is_an_option_error(tales_bundle: Path) -> None:
-    loaded = Session(Bundle.open(tales_bundle), threads=1)
+    loaded = Runner(Bundle.open(tales_bundle), threads=1)
     with pytest.raises(OptionError, match=r"no memory for a cache of .* GB \(1000000000 sequences of 1000 tokens\)"):
         loaded.new_cache(10**9, 1000)
 
 
 def test_buffers_of_long_prompts_are_not_kept(tales_model: gpt2onnx.Model) -> None:
-    loaded = tales_model.session
-    cache = loaded.new_cache(2, 64)
+    runner = tales_model.runner
+    cache = runner.new_cache(2, 64)
     for count in (1, 4, 16, 17):
-        loaded.forward(cache, slice(0, 1), np.ones((1, count), np.int64), keep=count)
-    loaded.forward(cache, slice(0, 2), np.ones((2, 1), np.int64))
-    assert len(cache.bindings) == 4
+        runner.forward(cache, slice(0, 1), np.ones((1, count), np.int64), logits="all")
+    runner.forward(cache, slice(0, 2), np.ones((2, 1), np.int64))
+    assert len(runner._passes[cache]) == 4
 
 
-def test_padding_is_computed_from_nothing_left_in_memory(tales_bundle: Path) -> None:
-    """Up to 1.26, ONNX Runtime's attention reads what lies in memory where a prompt is left out of a pass beyond its end."""
-    loaded = Session(Bundle.open(tales_bundle), threads=1)
+@pytest.mark.parametrize("left_out", [(), (RAGGED_GRAPH,)], ids=["ragged", "interchange"])
+def test_padding_is_computed_from_nothing_left_in_memory(tales_bundle: Path, left_out: tuple[str, ...]) -> None:
+    """Up to 1.26, ONNX Runtime's attention reads memory that nobody has written, if a prompt's padding is masked."""
+    loaded = Runner(without(Bundle.open(tales_bundle), *left_out), threads=1)
     tokens, lengths = np.arange(80).reshape(2, 40), np.array([10, 20])
-    alone = []
-    for row, length in enumerate(lengths):
-        alone += [loaded.forward(loaded.new_cache(1, 64), slice(0, 1), tokens[row : row + 1, :length])[0].copy()]
+    alone = [
+        loaded.forward(loaded.new_cache(1, 64), slice(0, 1), tokens[row : row + 1, :length])[0].copy()
+        for row, length in enumerate(lengths)
+    ]
     cache = loaded.new_cache(1, 64)
     loaded.forward(cache, slice(0, 1), tokens[:1, :20])
     cache.data[:] = np.nan
@@ -96,26 +98,7 @@ def test_padding_is_computed_from_nothing_left_in_memory(tales_bundle: Path) -> 
     with pytest.raises(BackendError, match="not a number"):
         loaded.forward(cache, slice(0, 1), tokens[1:])
     cache = loaded.new_cache(2, 64)
-    together = loaded.forward(cache, slice(0, 2), tokens[:, :20], lengths=lengths)
+    together = loaded.forward(cache, slice(0, 2), tokens[:, :20], lengths)
     np.testing.assert_allclose(together, alone, rtol=1e-4, atol=1e-4)
-    assert np.isfinite(cache.data).all()
-
-
-def test_last_logits_before_padding_of_a_graph_that_returns_keys_and_values(
-    tales_bundle: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Such as optimum's. The fused graph stands in for it: without a past it returns them, too."""
-    loaded = Session(Bundle.open(tales_bundle), threads=1)
-    tokens, lengths = np.arange(40).reshape(2, 20), np.array([10, 20])
-    expected = loaded.forward(loaded.new_cache(2, 64), slice(0, 2), tokens, keep=3, lengths=lengths)
-    graph = loaded._graph
-
-    class AllLogits:
-        def run(self, names: list[str], inputs: dict[str, np.ndarray]) -> list[np.ndarray]:
-            return graph.run(names, inputs | {contract.LOGITS_TO_KEEP: np.array([20])})
-
-    monkeypatch.setattr(loaded, "_graph", AllLogits())
-    monkeypatch.setattr(loaded, "_inputs", [name for name in loaded._inputs if name != contract.LOGITS_TO_KEEP])
-    monkeypatch.setattr(loaded, "_in_place", False)
-    found = loaded.forward(loaded.new_cache(2, 64), slice(0, 2), tokens, keep=3, lengths=lengths)
-    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4)
+    assert np.isfinite(cache.data[:, :, 0, :, :10]).all()
+    assert np.isfinite(cache.data[:, :, 1, :, :20]).all()

@@ -23,8 +23,9 @@ from support.tokens import assert_same_tokens
 import gpt2onnx
 from gpt2onnx.errors import BackendError, OptionError
 from gpt2onnx.models.bundle import Bundle
-from gpt2onnx.runtime.engine.kv_cache import Cache, Copy
-from gpt2onnx.runtime.engine.runner import Session, device_storage
+from gpt2onnx.runtime.engine.kv_cache import Copy, KVCache
+from gpt2onnx.runtime.engine.runner import Runner
+from gpt2onnx.runtime.ort.binding import device_storage
 from gpt2onnx.runtime.ort import devices, helper_graphs, providers
 from gpt2onnx.runtime.requests import Request
 
@@ -59,7 +60,7 @@ def test_tokens_on_a_device_are_those_of_transformers(
         expected = tales_reference.tokens(result.prompt_ids, options.get("seed"), max_new_tokens=length, **greedy)
         for index, (sequence, tokens) in enumerate(zip(result.sequences, expected, strict=True)):
             assert_same_tokens(sequence.token_ids, tokens, f"{text!r}, sequence {index}")
-    assert not hasattr(model._decoder._cache.storage, "data"), "the cache lies on the host"
+    assert not hasattr(model._scheduler._rows.cache.storage, "data"), "the cache lies on the host"
 
 
 def test_batches_and_drafts_on_a_device(
@@ -89,7 +90,7 @@ def test_device_storage_moves_rows_as_the_host_does(dtype: type) -> None:
     """Rows trade places and the cache grows, on both kinds of storage."""
     shape = (2, 2, 3, 2, 5, 8)
     content = np.random.default_rng(0).normal(size=shape).astype(dtype)
-    host, device = Cache(shape, dtype), Cache(shape, dtype, device_storage(devices.CPU, "cpu", dtype))
+    host, device = KVCache(shape, dtype), KVCache(shape, dtype, device_storage(devices.CPU, "cpu", dtype))
     for cache in (host, device):
         _view(cache)[:] = content
         for row in range(3):
@@ -97,12 +98,11 @@ def test_device_storage_moves_rows_as_the_host_does(dtype: type) -> None:
         cache.copy([Copy(0, 2, 0, 3), Copy(2, 0, 0, 5)])
         cache.copy([])
     for larger in ((2, 2, 3, 2, 9, 8), (2, 2, 7, 2, 9, 8)):
-        grown = Cache(larger, dtype), Cache(larger, dtype, device_storage(devices.CPU, "cpu", dtype))
+        grown = KVCache(larger, dtype), KVCache(larger, dtype, device_storage(devices.CPU, "cpu", dtype))
         for old, new in zip((host, device), grown, strict=True):
             new.take_over(old)
         host, device = grown
     assert host.lengths.tolist() == device.lengths.tolist() == [5, 4, 3, 0, 0, 0, 0]
-    assert (host.mask == device.mask).all()
     for row, source in enumerate([2, 1, 0]):
         length = host.lengths[row]
         assert (_view(host)[:, :, row, :, :length] == content[:, :, source, :, :length]).all(), f"row {row}"
@@ -111,7 +111,7 @@ def test_device_storage_moves_rows_as_the_host_does(dtype: type) -> None:
     assert np.isfinite(_view(device)).all(), "memory that attention reads with weight 0 must be finite"
 
 
-def _view(cache: Cache) -> np.ndarray:
+def _view(cache: KVCache) -> np.ndarray:
     """A cache's memory as an array, wherever it lies."""
     import ctypes
 
@@ -120,7 +120,7 @@ def _view(cache: Cache) -> np.ndarray:
 
 
 def test_addresses_are_those_of_numpy() -> None:
-    cache = Cache((3, 2, 4, 2, 5, 8), np.float16)
+    cache = KVCache((3, 2, 4, 2, 5, 8), np.float16)
     for layer in range(3):
         for part in range(2):
             for row in range(4):
@@ -210,7 +210,7 @@ def test_a_silent_fallback_is_an_error_that_quotes_onnxruntime(
 def test_auto_takes_what_works(tales_fp16_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     fake = FallenBack(monkeypatch)
     model = gpt2onnx.load(tales_fp16_bundle, device="auto", threads=1)
-    assert model.session.device == "cpu"
+    assert model.runner.device == "cpu"
     assert fake.asked[0] == [devices.CUDA], "the better device was not tried"
     assert fake.asked[-1] == [devices.CPU]
     assert len(model.generate("Once", max_new_tokens=3).sequences[0].token_ids) == 3
@@ -236,14 +236,14 @@ def test_what_cuda_has_no_kernels_for_is_refused(
     monkeypatch.setattr(providers, "why_not", lambda provider: None)
     with pytest.raises(BackendError, match=f"in fp16 only, this one is {dtype}: export with --dtype fp16"):
         gpt2onnx.load(folder, device="cuda")
-    assert gpt2onnx.load(folder, device="auto", threads=1).session.device == "cpu"
+    assert gpt2onnx.load(folder, device="auto", threads=1).runner.device == "cpu"
 
 
 def test_auto_says_why_it_is_not_cuda(tales_bundle: Path, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level("INFO", logger="gpt2onnx")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(onnxruntime, "get_available_providers", lambda: [devices.CPU])
-        assert gpt2onnx.load(tales_bundle, device="auto", threads=1).session.device == "cpu"
+        assert gpt2onnx.load(tales_bundle, device="auto", threads=1).runner.device == "cpu"
     assert "cuda is not a device of the installed" in caplog.text
 
 
@@ -387,7 +387,7 @@ def test_cuda_gives_the_tokens_of_the_cpu(tales_fp16_bundle: Path, options: dict
     """
     on_cpu = gpt2onnx.load(tales_fp16_bundle, threads=1)
     on_cuda = gpt2onnx.load(tales_fp16_bundle, device="cuda")
-    assert on_cuda.session.device == "cuda"
+    assert on_cuda.runner.device == "cuda"
     single = options.get("num_beams", 1) == 1
     asked = options | ({"logprobs": 0} if single else {})
     for text, expected, result in zip(
@@ -411,9 +411,9 @@ def test_logits_on_cuda_are_those_of_the_cpu(tales_fp16_bundle: Path) -> None:
     tokens = np.arange(1, 33)[None]
     logits = []
     for device in ("cpu", "cuda"):
-        loaded = Session(bundle, device=device)
+        loaded = Runner(bundle, device=device)
         cache = loaded.new_cache(1, 40)
         loaded.forward(cache, slice(0, 1), tokens[:, :20])
-        logits.append(loaded.forward(cache, slice(0, 1), tokens[:, 20:], keep=12).copy())
+        logits.append(loaded.forward(cache, slice(0, 1), tokens[:, 20:], logits="all").copy())
     difference = float(np.abs(logits[0] - logits[1]).max())
     assert difference < 0.1, f"largest difference {difference}"

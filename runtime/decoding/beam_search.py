@@ -1,0 +1,151 @@
+"""Beam search and beam sampling."""
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+import numpy.typing as npt
+
+from ..options import GenerationConfig
+from .extensions import Extensions, Tokens
+from .filters import warp, warpers
+from .sampling import new_seed
+from .strategy import Continuation, Limits, Reader, Scores, Stop
+from .torch_random import Candidates, Generator, Indices, Logits, log_softmax
+from .torch_topk import ascending, largest
+
+_NEVER = np.float32(-1e9)  # transformers' score for what must not be chosen
+
+
+@dataclass(frozen=True)
+class _Hypothesis:
+    score: np.float32
+    tokens: Tokens
+    finished: bool
+
+
+class BeamSearch:
+    """Beam search and beam sampling, as transformers' `GenerationMixin._beam_search` defines them.
+
+    Args:
+        prompt: int64 [length].
+        options: the generation options; num_beams at least 2.
+        context: positions of the network.
+        stop: a further reason to end a sequence.
+        extensions: the caller's functions.
+    """
+
+    def __init__(
+        self, prompt: Tokens, options: GenerationConfig, context: int, stop: Stop | None, extensions: Extensions
+    ) -> None:
+        self.prompt = prompt
+        self.rows = options.num_beams
+        self._options, self._extensions = options, extensions
+        self._limits = Limits(prompt, options, context, stop)
+        self._score = Scores(options, prompt, extensions)
+        self._warpers = warpers(options)
+        self.seed = new_seed(options)
+        self._generator = None if self.seed is None else Generator(self.seed)
+        # Enough candidates that num_beams go on even if all better ones end.
+        self._candidates = max(2, 1 + len(options.eos_token_ids)) * self.rows
+        self._running = np.tile(prompt, (self.rows, 1))
+        # All rows are still the same: only the first may be continued.
+        self._scores = np.full(self.rows, _NEVER, np.float32)
+        self._scores[0] = 0
+        self._best = [_Hypothesis(_NEVER, prompt, finished=False)] * self.rows
+        # Sequences that a criterion of the caller's ended.
+        self._stopped: set[bytes] = set()
+        self._improvable = True
+        self._done = False
+        self.reader: Reader | None = None
+        self.exact_top_k: int | None = None
+        self.positions = max(self._limits.max_length, len(prompt)) - 1
+
+    @property
+    def done(self) -> bool:
+        return self._done
+
+    def tokens(self, row: int) -> Tokens:
+        tokens: Tokens = self._running[row]
+        return tokens
+
+    def draft(self) -> Tokens:
+        return self.prompt[:0]
+
+    def advance(self, logits: Logits) -> list[int]:
+        scores = self._score(list(self._running), log_softmax(logits))
+        chosen, log_probs = self._choose(scores)
+        beams, tokens = np.divmod(chosen, logits.shape[-1])
+        sequences = np.concatenate([self._running[beams], tokens[:, None]], axis=1)
+        ended = np.array([self._limits.reason(sequence) is not None for sequence in sequences])
+        if self._extensions.stopping_criteria:
+            stopped = self._extensions.stops(sequences, scores[beams])
+            self._stopped |= {sequence.tobytes() for sequence in sequences[stopped]}
+            ended |= stopped
+
+        # Those that ended don't go on; what goes on is chosen after they were told apart.
+        running_scores = np.where(ended, log_probs + _NEVER, log_probs)
+        going_on = largest(running_scores, self.rows)
+        self._update_best(log_probs, sequences, ended)
+        self._running = sequences[going_on]
+        self._scores = running_scores[going_on]
+        self._update_done(all_ended=bool(ended.all()))
+        return [int(beam) for beam in beams[going_on]]
+
+    def cancel(self) -> None:
+        self._done = True
+
+    def continuations(self) -> list[Continuation]:
+        best = self._best[: self._options.num_return_sequences]
+        return [Continuation(one.tokens, self._reason(one), score=float(one.score)) for one in best]
+
+    def _reason(self, one: _Hypothesis) -> str | None:
+        if not one.finished:
+            return None
+        return "stop" if one.tokens.tobytes() in self._stopped else self._limits.reason(one.tokens)
+
+    def _choose(self, scores: Logits) -> tuple[Indices, Logits]:
+        """Which of all next tokens [rows * vocabulary] may go on, and the log probabilities of the beams they make."""
+        if self._generator is None:
+            flat = (scores + self._scores[:, None]).reshape(-1)
+            chosen = largest(flat, self._candidates)
+        else:
+            rows = [warp(self._warpers, row) for row in scores]
+            beams = [replace(row, scores=row.scores + score) for row, score in zip(rows, self._scores, strict=True)]
+            candidates = Candidates.joined(beams)
+            drawn, flat = self._generator.multinomial(candidates, self._candidates), candidates.dense()
+            # Best first, as transformers does from 5.24 on; ties as torch.sort leaves them.
+            chosen = drawn[ascending(-flat[drawn])]
+        return chosen, flat[chosen]
+
+    def _update_best(self, log_probs: Logits, sequences: Tokens, ended: npt.NDArray[np.bool_]) -> None:
+        """Lets candidates that ended among the first num_beams replace worse hypotheses."""
+        new_tokens = len(sequences[0]) - len(self.prompt)
+        scores = log_probs / _power(new_tokens, self._options.length_penalty)
+        full = all(one.finished for one in self._best) and self._options.early_stopping is True
+        eligible = ended & (np.arange(len(ended)) < self.rows)
+        for excluded in (full, not self._improvable, ~eligible):
+            scores = scores + np.multiply(excluded, _NEVER)
+
+        def hypothesis(candidate: int) -> _Hypothesis:
+            return _Hypothesis(scores[candidate], sequences[candidate], finished=bool(eligible[candidate]))
+
+        ranking = largest(np.append(np.array([one.score for one in self._best]), scores), self.rows).tolist()
+        self._best = [self._best[rank] if rank < self.rows else hypothesis(rank - self.rows) for rank in ranking]
+
+    def _update_done(self, *, all_ended: bool) -> None:
+        options = self._options
+        finished = [one.finished for one in self._best]
+        new_tokens = len(self._running[0]) - len(self.prompt)
+        if options.early_stopping == "never" and options.length_penalty > 0:
+            new_tokens = self._limits.max_length - len(self.prompt)
+        best_possible = self._scores[0] / _power(new_tokens, options.length_penalty)
+        worst = min(one.score for one in self._best)
+        self._improvable = self._improvable and any(best_possible > (worst if done else _NEVER) for done in finished)
+        full = all(finished) and options.early_stopping is True
+        self._done = all_ended or full or not self._improvable
+
+
+def _power(length: int, exponent: float) -> np.float32:
+    """The divisor of the score of `length` new tokens; infinite or 0 where float32 can't hold it."""
+    with np.errstate(over="ignore", under="ignore"):
+        return np.float32(np.float64(length) ** exponent)

@@ -1,0 +1,74 @@
+"""Which of a bundle's graphs is loaded on which provider, and with how many threads."""
+
+import logging
+
+from gpt2onnx.errors import BackendError
+
+from ...models.bundle import BODY_GRAPH, GRAPH, RAGGED_GRAPH, Bundle
+from ..host import resources
+from ..ort import devices, providers
+from . import head
+
+_log = logging.getLogger(__name__)
+# Bytes of weights that keep one core busy: with less for each, threads wait for one another.
+_WEIGHTS_PER_THREAD = 4_000_000
+# The first version of ONNX Runtime whose GroupQueryAttention has query_seqlens.
+_RAGGED_SINCE = (1, 32)
+
+
+def threads(bundle: Bundle) -> int:
+    """Threads of one operator: the cores that this process may use, but none for less than 4 MB of weights."""
+    worth = max(1, round(weight_bytes(bundle) / _WEIGHTS_PER_THREAD))
+    return worth if worth == 1 else min(resources.cores().usable, worth)
+
+
+def weight_bytes(bundle: Bundle) -> int:
+    """Bytes of the bundle's graphs and weights; loaded, they take at least as many."""
+    return sum(record.size for name, record in bundle.manifest.files.items() if name.startswith("onnx/"))
+
+
+def load(bundle: Bundle, device: str, threads: int, screens: bool | None) -> tuple[providers.Graph, str, str]:
+    """Loads a bundle's graph: on a device, or on the first of "auto"'s that runs it.
+
+    Returns:
+        The graph, the provider that it runs on, and its file in the bundle.
+
+    Raises:
+        OptionError: the device is unknown.
+        BackendError: no provider runs the bundle, or ONNX Runtime can't load the graph.
+    """
+    *better, last = providers.candidates(device)
+    for provider in better:
+        try:
+            if reason := devices.unsuited(provider, bundle.manifest):
+                raise BackendError(reason)
+            return _load_on(provider, bundle, threads, screens)
+        except BackendError as error:
+            _log.info("not on %s: %s", devices.device_name(provider), error)
+    if reason := devices.unsuited(last, bundle.manifest):
+        # Another export is no help where the device doesn't work at all.
+        why = providers.why_not(last)
+        raise devices.not_loaded(last, why) if why else BackendError(reason)
+    return _load_on(last, bundle, threads, screens)
+
+
+def _load_on(provider: str, bundle: Bundle, threads: int, screens: bool | None) -> tuple[providers.Graph, str, str]:
+    if provider == devices.CPU and (short := resources.shortage(weight_bytes(bundle))):
+        raise BackendError(f"{bundle.folder} needs at least {short}: free some, or export with fewer bits (--dtype)")
+    file = _file(provider, bundle, screens)
+    path = bundle.folder / file
+    return providers.open_graph(path, provider, threads=threads, name=path, alone=file != BODY_GRAPH), provider, file
+
+
+def _file(provider: str, bundle: Bundle, screens: bool | None) -> str:
+    if provider != devices.CPU:
+        return GRAPH
+    if head.usable(bundle, screens):
+        return BODY_GRAPH
+    return RAGGED_GRAPH if RAGGED_GRAPH in bundle.manifest.files and runs_ragged() else GRAPH
+
+
+def runs_ragged() -> bool:
+    """Whether the installed ONNX Runtime runs graphs whose rows bring their own numbers of tokens."""
+    major, minor, *_ = providers.VERSION.split(".")
+    return (int(major), int(minor)) >= _RAGGED_SINCE

@@ -1,0 +1,162 @@
+"""Rows: which tokens each row of the KV cache holds, and which strategy uses it."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+import numpy as np
+
+from gpt2onnx.errors import OptionError
+
+from ..decoding.processors import Tokens
+from ..decoding.sampling import Logits
+from ..decoding.strategy import Strategy
+from .kv_cache import Copy, KVCache
+
+_POSITIONS_STEP = 64  # the cache's positions are a multiple of this
+
+
+class Network(Protocol):
+    """The forward pass: see `runtime.engine.runner.Runner`."""
+
+    def new_cache(self, rows: int, positions: int) -> KVCache: ...
+
+    def forward(
+        self,
+        cache: KVCache,
+        rows: slice,
+        tokens: Tokens,
+        counts: Tokens,
+        logits: Literal["last", "all"] = "last",
+        exact_top_k: int | None = None,
+    ) -> Logits: ...
+
+
+@dataclass(eq=False)
+class Running:
+    """A strategy under way, and the cache rows of its sequences, in their order; one row until its prompt is computed."""
+
+    strategy: Strategy
+    rows: list[int]
+
+
+class Rows:
+    """The rows of a KV cache. Rows in use come first, without gaps; the others keep their tokens for later prompts.
+
+    Args:
+        network: makes the cache.
+
+    Attributes:
+        cache: keys and values.
+        held: of each row, the tokens whose keys and values it holds, int64 [length].
+    """
+
+    def __init__(self, network: Network) -> None:
+        self._network = network
+        self.cache = network.new_cache(0, 0)
+        self.held: list[Tokens] = []
+        self._owners: list[Running] = []
+
+    @property
+    def used(self) -> int:
+        """Rows in use."""
+        return len(self._owners)
+
+    def reset(self) -> None:
+        """Drops the tokens of all rows."""
+        self.held = [np.zeros(0, np.int64)] * len(self.held)
+
+    def release_all(self) -> None:
+        """Frees all rows."""
+        self._owners.clear()
+
+    def reserve(self, strategies: Sequence[Strategy], waiting: Sequence[Strategy], batch_size: int) -> None:
+        """Makes room for strategies that begin, and in the same piece of memory for those that wait.
+
+        Raises:
+            OptionError: there isn't the memory.
+        """
+        rows = self.used + sum(strategy.rows for strategy in strategies)
+        spare = max(0, batch_size - self.used - len(strategies))
+        positions = max(strategy.positions for strategy in strategies)
+        if rows + spare <= self.cache.rows and positions <= self.cache.positions:
+            self.cache.reserve(rows)
+            return
+        try:
+            larger = self._larger_cache(rows, spare, max(strategy.positions for strategy in waiting))
+        except OptionError:
+            larger = self._larger_cache(rows, spare, positions)
+        larger.take_over(self.cache)
+        self.cache = larger
+        self.held += [np.zeros(0, np.int64)] * (larger.rows - len(self.held))
+
+    def _larger_cache(self, rows: int, spare: int, positions: int) -> KVCache:
+        positions = -(-positions // _POSITIONS_STEP) * _POSITIONS_STEP
+        larger = self._network.new_cache(max(rows + spare, self.cache.rows), max(positions, self.cache.positions))
+        larger.reserve(rows)
+        return larger
+
+    def prefix(self, tokens: Tokens) -> tuple[int, int]:
+        """The row that holds the longest prefix of the tokens, and the prefix' length."""
+        shared = [common_prefix(tokens, held) for held in self.held]
+        row = int(np.argmax(shared)) if shared else 0
+        return row, shared[row] if shared else 0
+
+    def begin(self, strategy: Strategy) -> Running:
+        """Gives a strategy the next free row, with the longest prefix of its prompt that the cache holds."""
+        row = self.used
+        # The last token is computed in any case, for its logits; all tokens, if all their logits are wanted.
+        reusable = strategy.prompt[:-1] if strategy.reader is None else strategy.prompt[:0]
+        source, length = self.prefix(reusable)
+        present = common_prefix(reusable, self.held[row])
+        if present < length:
+            self.cache.copy([Copy(source, row, present, length)])
+        self.keep(row, strategy.prompt[: max(present, length)])
+        running = Running(strategy, [row])
+        self._owners.append(running)
+        return running
+
+    def keep(self, row: int, tokens: Tokens) -> None:
+        """Notes the tokens that a row holds; positions beyond them are dropped."""
+        self.held[row] = tokens
+        self.cache.trim(row, len(tokens))
+
+    def expand(self, running: Running, count: int) -> None:
+        """Gives a strategy more rows, up to `count`."""
+        while len(running.rows) < count:
+            running.rows.append(self.used)
+            self._owners.append(running)
+
+    def rearrange(self, running: Running, sources: Sequence[int]) -> None:
+        """Lets the first rows of a strategy continue other rows of the cache, and frees its rows beyond those."""
+        rows = running.rows
+        # Rows share the tokens up to where they last parted; only the others are copied.
+        self._take(
+            [
+                Copy(source, row, common_prefix(self.held[source], self.held[row]), len(self.held[source]))
+                for row, source in zip(rows, sources, strict=False)
+                if source != row
+            ]
+        )
+        running.rows, freed = rows[: len(sources)], rows[len(sources) :]
+        for row in sorted(freed, reverse=True):
+            last = self.used - 1
+            if row != last:  # the last row fills the gap
+                shared = common_prefix(self.held[last], self.held[row])
+                self._take([Copy(last, row, shared, len(self.held[last]))])
+                owner = self._owners[row] = self._owners[last]
+                owner.rows[owner.rows.index(last)] = row
+            self._owners.pop()
+
+    def _take(self, copies: list[Copy]) -> None:
+        self.cache.copy(copies)
+        held = [self.held[one.source] for one in copies]
+        for one, tokens in zip(copies, held, strict=True):
+            self.held[one.target] = tokens
+
+
+def common_prefix(one: Tokens, other: Tokens) -> int:
+    """Number of tokens that two sequences share from the start."""
+    length = min(len(one), len(other))
+    differing = np.flatnonzero(one[:length] != other[:length])
+    return int(differing[0]) if len(differing) else length

@@ -1,0 +1,56 @@
+"""A request under way: its strategy, and its result so far."""
+
+import time
+
+from .decoding.logprobs import PromptLogprobs, TokenLogprobs
+from .decoding.strategy import Continuation, Strategy
+from .requests import GeneratedSequence, Request, Result
+from .tokenizer import Tokenizer, find_stop
+
+
+class Generation:
+    """A request under way; made by `Model.follow`.
+
+    Attributes:
+        request: the request.
+        strategy: how far it has come.
+    """
+
+    def __init__(self, request: Request, strategy: Strategy, tokenizer: Tokenizer) -> None:
+        self.request, self.strategy = request, strategy
+        self._tokenizer = tokenizer
+        self._started = time.perf_counter()
+
+    @property
+    def done(self) -> bool:
+        return self.strategy.done
+
+    @property
+    def prompt_logprobs(self) -> list[TokenLogprobs] | None:
+        """Of each token of the prompt but the first, if they were asked for."""
+        reader = self.strategy.reader
+        return reader.logprobs if isinstance(reader, PromptLogprobs) else None
+
+    def cancel(self) -> None:
+        """Ends it where it is, and frees its rows of the batch."""
+        self.strategy.cancel()
+
+    def continuations(self) -> list[Continuation]:
+        """The continuations so far, prompt included, best first if they are ranked."""
+        return self.strategy.continuations()
+
+    def result(self) -> Result:
+        """The result so far."""
+        prompt, ids = self.request.prompt, self.strategy.prompt.tolist()
+        text = prompt if isinstance(prompt, str) else self._tokenizer.decode(ids)
+        seconds = time.perf_counter() - self._started
+        sequences = [self._sequence(continuation) for continuation in self.continuations()]
+        return Result(text, ids, sequences, seconds, seed=self.strategy.seed, prompt_logprobs=self.prompt_logprobs)
+
+    def _sequence(self, continuation: Continuation) -> GeneratedSequence:
+        options = self.request.options
+        new = continuation.tokens[len(self.strategy.prompt) :].tolist()
+        text = self._tokenizer.decode(new)
+        logprobs = None if options.logprobs is None else continuation.logprobs
+        text = text[: find_stop(text, options.stop_strings)]
+        return GeneratedSequence(text, new, continuation.finish_reason, logprobs, continuation.score)
