@@ -138,9 +138,11 @@ class GenerationConfig:
         self._between("length_penalty", -LARGEST, LARGEST, f"a number from {-LARGEST:g} to {LARGEST:g}")
         for name in ("do_sample", "renormalize_logits"):
             if not isinstance(getattr(self, name), bool):
-                raise OptionError(f"{name} must be true or false, not {shown(getattr(self, name))}")
+                raise OptionError(f"{name} must be true or false, not {shown(getattr(self, name))}", name)
         if not isinstance(self.early_stopping, bool) and self.early_stopping != "never":
-            raise OptionError(f"early_stopping must be true, false or 'never', not {shown(self.early_stopping)}")
+            raise OptionError(
+                f"early_stopping must be true, false or 'never', not {shown(self.early_stopping)}", "early_stopping"
+            )
         # transformers takes -1 for a token that never comes.
         self._token_ids("eos_token_id", self.eos_token_ids, least=-1)
         for name in ("suppress_tokens", "begin_suppress_tokens"):
@@ -153,7 +155,9 @@ class GenerationConfig:
         self._check_biases()
         texts = isinstance(self.stop, Sequence) and all(isinstance(text, str) and text for text in self.stop)
         if not texts or self.stop == "":
-            raise OptionError(f"stop must be a string or a list of strings, none of them empty, not {shown(self.stop)}")
+            raise OptionError(
+                f"stop must be a string or a list of strings, none of them empty, not {shown(self.stop)}", "stop"
+            )
         self._check_together()
 
     @property
@@ -244,29 +248,31 @@ class GenerationConfig:
             return
         if not _is_whole(value) or not least <= value <= most:
             limit = "" if most == math.inf else f" to {most}"
-            raise OptionError(f"{name} must be a whole number from {least}{limit}, not {shown(value)}")
+            raise OptionError(f"{name} must be a whole number from {least}{limit}, not {shown(value)}", name)
 
     def _between(self, name: str, low: float, high: float, wanted: str, *, above: bool = False) -> None:
         value = getattr(self, name)
         if value is None and self._has_no_default(name):
             return
         if not _is_number(value) or not low <= value <= high or (above and value == low):
-            raise OptionError(f"{name} must be {wanted}, not {shown(value)}")
+            raise OptionError(f"{name} must be {wanted}, not {shown(value)}", name)
 
     def _token_ids(self, name: str, ids: object, least: int = 0) -> None:
         if not isinstance(ids, Sequence) or not all(_is_whole(i) and least <= i < _TOKEN_IDS_END for i in ids):
-            raise OptionError(f"{name} must hold token ids (whole numbers from {least}), not {shown(ids)}")
+            raise OptionError(f"{name} must hold token ids (whole numbers from {least}), not {shown(ids)}", name)
 
     def _check_bad_words(self) -> None:
         words = self.bad_words_ids
         if words is None:
             return
         if not _is_list(words) or not words:
-            raise OptionError(f"bad_words_ids must be a list of lists of token ids, not {shown(words)}")
+            raise OptionError(
+                f"bad_words_ids must be a list of lists of token ids, not {shown(words)}", "bad_words_ids"
+            )
         for word in words:
             self._token_ids("bad_words_ids", word)
             if not word:
-                raise OptionError("bad_words_ids must not hold an empty list")
+                raise OptionError("bad_words_ids must not hold an empty list", "bad_words_ids")
 
     def _check_biases(self) -> None:
         biases = self.sequence_bias
@@ -275,15 +281,17 @@ class GenerationConfig:
         if not _is_list(biases) or not biases or not all(_is_list(pair) and len(pair) == 2 for pair in biases):
             raise OptionError(
                 f"sequence_bias must be a list of token sequences with a number each, such as [[[5, 7], -2.5]],"
-                f" not {shown(biases)}"
+                f" not {shown(biases)}",
+                "sequence_bias",
             )
         for ids, bias in biases:
             self._token_ids("sequence_bias", ids)
             if not ids:
-                raise OptionError("sequence_bias must not hold an empty sequence")
+                raise OptionError("sequence_bias must not hold an empty sequence", "sequence_bias")
             if not _is_number(bias) or not -LARGEST <= bias <= LARGEST:
                 raise OptionError(
-                    f"sequence_bias must hold numbers from {-LARGEST:g} to {LARGEST:g}, not {shown(bias)}"
+                    f"sequence_bias must hold numbers from {-LARGEST:g} to {LARGEST:g}, not {shown(bias)}",
+                    "sequence_bias",
                 )
 
     def _check_decay(self) -> None:
@@ -294,25 +302,33 @@ class GenerationConfig:
         if not _is_whole(start) or start < 0 or not _is_number(factor) or not 0 < factor <= LARGEST:
             raise OptionError(
                 f"exponential_decay_length_penalty must be a whole number of tokens and a factor above 0, such as"
-                f" [50, 1.05], not {shown(decay)}"
+                f" [50, 1.05], not {shown(decay)}",
+                "exponential_decay_length_penalty",
             )
 
     def _check_together(self) -> None:
         if self.num_return_sequences > self.num_beams and self.num_beams > 1:
             raise OptionError(
-                f"num_return_sequences {self.num_return_sequences} is more than num_beams {self.num_beams} gives"
+                f"num_return_sequences {self.num_return_sequences} is more than num_beams {self.num_beams} gives",
+                "num_return_sequences",
             )
         if self.num_return_sequences > 1 and self.num_beams == 1 and not self.do_sample:
-            raise OptionError("num_return_sequences above 1 needs sampling or beams: greedy decoding has one result")
+            raise OptionError(
+                "num_return_sequences above 1 needs sampling or beams: greedy decoding has one result",
+                "num_return_sequences",
+            )
         if self.prompt_lookup and (self.num_beams > 1 or self.num_return_sequences > 1):
-            raise OptionError("prompt_lookup works on one sequence: not with num_beams or num_return_sequences above 1")
+            raise OptionError(
+                "prompt_lookup works on one sequence: not with num_beams or num_return_sequences above 1",
+                "prompt_lookup",
+            )
         # transformers refuses these, too.
         forced = {"forced_bos_token_id": self.forced_bos_token_ids, "forced_eos_token_id": self.forced_eos_token_ids}
         for name, ids in forced.items():
             if ids and set(ids) <= set(self.suppress_tokens or ()):
-                raise OptionError(f"{name} can't come where suppress_tokens holds it: {shown(list(ids))}")
+                raise OptionError(f"{name} can't come where suppress_tokens holds it: {shown(list(ids))}", name)
         if self.logprobs is not None and self.num_beams > 1:
-            raise OptionError("logprobs are of single sequences: not with num_beams above 1")
+            raise OptionError("logprobs are of single sequences: not with num_beams above 1", "logprobs")
 
 
 def _ids(ids: int | Sequence[int] | None) -> tuple[int, ...]:
