@@ -62,7 +62,7 @@ def command(
       curl localhost:8000/v1/completions -H 'Content-Type: application/json' -d '{"prompt": "Once upon a time"}'
     """
     from ..serving import server
-    from ..serving.guard import Admission
+    from ..serving.guard import Admission, is_loopback
     from ..serving.service import Limits
 
     keys = [] if api_key_file is None else server.read_keys(api_key_file)
@@ -71,14 +71,14 @@ def command(
         max_batch=max_batch,
         max_queue=max_queue,
         limits=Limits(prompt_tokens=max_prompt_tokens, max_tokens=max_tokens, seconds=timeout),
-        admission=Admission(keys=keys, only_local=not keys and not server.is_open(host), body_bytes=max_body),
+        admission=Admission(keys=keys, only_local=not keys and is_loopback(host), body_bytes=max_body),
         joules=_joules() if energy else None,
         log_prompts=log_prompts,
         shutdown_seconds=shutdown_timeout,
     )
     # Before the model is loaded, which takes longer than to find that the port is taken.
     with server.listen(host, port) as listener:
-        if server.is_open(host) and not keys:
+        if not is_loopback(host) and not keys:
             click.echo(f"warning: anyone who reaches {host} can use this server: give --api-key-file", err=True)
         if log_prompts:
             logging.getLogger("gpt2onnx.serving").setLevel(logging.INFO)

@@ -1,4 +1,4 @@
-"""Application: the routes of OpenAI's completions interface, and of what operators look at."""
+"""Application: routes of OpenAI's completions interface, health, metrics, reference and page."""
 
 import asyncio
 import contextlib

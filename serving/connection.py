@@ -11,7 +11,7 @@ class TimedConnection(H11Protocol):
 
     Args:
         header_seconds: time for the headers of a request.
-        write_seconds: time for the client to read what fills the write buffer.
+        write_seconds: time for the client to read a full write buffer.
         arguments: uvicorn's.
     """
 

@@ -19,7 +19,8 @@ from ..runtime.requests import Request
 from .metrics import Metrics
 
 _log = logging.getLogger(__name__)
-PREFILL_CHUNK = 64  # tokens; docs/serve.md compares it with others
+# Most prompt tokens computed between two decoding steps; docs/serve.md compares 32, 64 and no limit.
+_PREFILL_CHUNK = 64
 _MAX_RETRY_SECONDS = 60
 _MAX_FAILURES = 3  # of the batch in a row: by then ONNX Runtime won't recover
 
@@ -108,24 +109,15 @@ class Engine:
         max_batch: most sequences in the batch.
         max_queue: most prompts in the queue.
         metrics: counts prompts, tokens and times.
-        prefill_chunk: most prompt tokens computed between two decoding steps (chunked prefill); None for all.
 
     Attributes:
         failure: the exception that ended the thread.
     """
 
-    def __init__(
-        self,
-        model: Model,
-        *,
-        max_batch: int,
-        max_queue: int,
-        metrics: Metrics,
-        prefill_chunk: int | None = PREFILL_CHUNK,
-    ) -> None:
+    def __init__(self, model: Model, *, max_batch: int, max_queue: int, metrics: Metrics) -> None:
         self.max_batch, self.max_queue = max_batch, max_queue
         self.failure: Exception | None = None
-        self._model, self._metrics, self._prefill_chunk = model, metrics, prefill_chunk
+        self._model, self._metrics = model, metrics
         self._changed = threading.Condition()
         self._waiting: deque[Request] = deque()
         self._active: set[Job] = set()
@@ -196,7 +188,7 @@ class Engine:
         try:
             while not (self._stopping and not self._waiting):
                 try:
-                    for request, state in self._model.follow(self._arrivals(), self.max_batch, self._prefill_chunk):
+                    for request, state in self._model.follow(self._arrivals(), self.max_batch, _PREFILL_CHUNK):
                         self._advance(request.id, state)
                 except Gpt2OnnxError as error:
                     # One prompt's logits may be NaN, for example: nothing tells which prompt.

@@ -45,8 +45,9 @@ class Admission:
     body_seconds: float = 30.0
 
     def accepts(self, key: bytes) -> bool:
-        """Whether a key is one of the keys. The time it takes tells nothing about them: all are compared in full."""
-        return any([hmac.compare_digest(key, each) for each in self.keys])
+        """Whether a key is one of the keys. All are compared in full, so that the time tells nothing about them."""
+        matches = [hmac.compare_digest(key, each) for each in self.keys]
+        return any(matches)
 
 
 class Guard:
@@ -101,14 +102,14 @@ class Guard:
             raise self._too_large()
 
     def _limited(self, receive: Receive) -> Receive:
-        """`receive` that raises ApiError for a body that is too large or too slow, or whose sender leaves."""
+        """A `receive` that raises ApiError if the body is too large or too slow, or the client leaves."""
         seconds = self._admission.body_seconds
         deadline = asyncio.get_running_loop().time() + seconds
         size, complete = 0, False
 
         async def limited() -> Message:
             nonlocal size, complete
-            if complete:  # what follows is the client's leaving, which has no time limit
+            if complete:  # the next message is the client's leaving, which has no time limit
                 return await receive()
             try:
                 async with asyncio.timeout_at(deadline):

@@ -1,4 +1,4 @@
-"""Generation options of a request: the runtime's, with JSON types, and with OpenAI's ranges where OpenAI has such an option.
+"""Generation options of a request: the runtime's, with JSON types. Options that OpenAI has too have OpenAI's range.
 
 The only list of generation options in this folder.
 """

@@ -18,8 +18,8 @@ from gpt2onnx.errors import OptionError
 from ..runtime.model import Model
 from .app import make_app
 from .connection import TimedConnection
-from .engine import PREFILL_CHUNK, Engine
-from .guard import Admission, is_loopback
+from .engine import Engine
+from .guard import Admission
 from .metrics import Metrics
 from .service import Limits, Service
 
@@ -37,20 +37,18 @@ class Settings:
         name: the model's, for clients.
         max_batch: most sequences in the batch.
         max_queue: most prompts in the queue.
-        prefill_chunk: most prompt tokens computed between two decoding steps; None for all.
         limits: of a request.
         admission: which requests are let in.
         joules: the machine's energy since its last call, in joules; None: energy isn't measured.
         log_prompts: log prompts and texts.
         header_seconds: time for a request's headers to arrive.
-        write_seconds: time for a client to read what was sent.
+        write_seconds: time for a client to read a full write buffer.
         shutdown_seconds: time for running requests to finish.
     """
 
     name: str
     max_batch: int = 16
     max_queue: int = 128
-    prefill_chunk: int | None = PREFILL_CHUNK
     limits: Limits = field(default_factory=Limits)
     admission: Admission = field(default_factory=Admission)
     joules: Callable[[], float] | None = None
@@ -111,7 +109,7 @@ def serve(model: Model, listener: socket.socket, settings: Settings, ready: Call
     """
     server = make_server(model, listener, settings, ready)
     sys.setswitchinterval(_SWITCH_SECONDS)
-    # The garbage collector needn't look at what stays until the end.
+    # The garbage collector then skips all objects so far, which live until the end.
     gc.collect()
     gc.freeze()
     server.run([listener])
@@ -123,13 +121,7 @@ def make_server(
     """Builds the server of `serve`; the caller runs it."""
     metrics = Metrics(settings.joules)
     metrics.describe(settings.name, model)
-    engine = Engine(
-        model,
-        max_batch=settings.max_batch,
-        max_queue=settings.max_queue,
-        metrics=metrics,
-        prefill_chunk=settings.prefill_chunk,
-    )
+    engine = Engine(model, max_batch=settings.max_batch, max_queue=settings.max_queue, metrics=metrics)
     service = Service(
         name=settings.name, model=model, engine=engine, limits=settings.limits, log_prompts=settings.log_prompts
     )
@@ -196,8 +188,3 @@ class Server(uvicorn.Server):
         super().handle_exit(sig, frame)
         if self.force_exit:
             self.engine.abandon()
-
-
-def is_open(host: str) -> bool:
-    """Whether other machines can reach an address to listen on."""
-    return not is_loopback(host)

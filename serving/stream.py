@@ -1,4 +1,4 @@
-"""Waiting for a call: as one whole, or as a stream of server-sent events, until it is done, late, or its client has left."""
+"""Responses to a call: as a whole or as server-sent events. Both end early if the deadline passes or the client leaves."""
 
 import asyncio
 import time
