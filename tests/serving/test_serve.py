@@ -145,28 +145,22 @@ def test_logprobs(client: openai.OpenAI, tales_model: gpt2onnx.Model, stream: bo
         assert sorted(top.values(), reverse=True)[:3][-1] >= min(top.values())
 
 
-def test_characters_of_several_bytes(server: Running, tales_model: gpt2onnx.Model) -> None:
+@pytest.mark.parametrize("text", ["…é…", "The king was very old, and had no children."])
+def test_scoring_without_a_token(server: Running, tales_model: gpt2onnx.Model, text: str) -> None:
     """Tokens that are parts of a character are written as bytes, and offsets count characters."""
-    prompt = "…é…"
-    ids = tales_model.tokenizer.encode(prompt)
-    choice = server.choice(prompt, echo=True, logprobs=0, max_tokens=0)
-    assert choice["text"] == prompt
-    written = b"".join(
-        bytes.fromhex(token.removeprefix("bytes:").replace("\\x", "")) if token.startswith("bytes:") else token.encode()
-        for token in choice["logprobs"]["tokens"]
-    )
-    assert written.decode() == prompt
-    assert len(choice["logprobs"]["tokens"]) == len(ids)
-    assert any(token.startswith("bytes:") for token in choice["logprobs"]["tokens"])
-    assert choice["logprobs"]["text_offset"][-1] <= len(prompt) - 1
-
-
-def test_scoring_without_a_token(server: Running, tales_model: gpt2onnx.Model) -> None:
-    text = "The king was very old, and had no children."
     body = server.complete(text, echo=True, logprobs=0, max_tokens=0).json()
     (choice,) = body["choices"]
     assert choice["text"] == text
     assert choice["logprobs"]["token_logprobs"][1:] == pytest.approx(tales_model.score(text).logprobs, abs=2e-5)
+    tokens = choice["logprobs"]["tokens"]
+    assert len(tokens) == len(tales_model.tokenizer.encode(text))
+    assert any(token.startswith("bytes:") for token in tokens) == (not text.isascii())
+    written = b"".join(
+        bytes.fromhex(token.removeprefix("bytes:").replace("\\x", "")) if token.startswith("bytes:") else token.encode()
+        for token in tokens
+    )
+    assert written.decode() == text
+    assert choice["logprobs"]["text_offset"][-1] <= len(text) - 1
     assert body["usage"]["completion_tokens"] == 0
     assert server.text(text, max_tokens=0) == ""
 
