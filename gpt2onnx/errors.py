@@ -34,11 +34,27 @@ class BundleError(Gpt2OnnxError):
 
 
 class PromptError(Gpt2OnnxError):
-    """The prompt is empty, too long for the context window, or not in the vocabulary."""
+    """The prompt is empty, too long for the context window, or not in the vocabulary.
+
+    Attributes:
+        too_long: whether it is the length.
+    """
+
+    def __init__(self, message: object = "", *, too_long: bool = False) -> None:
+        super().__init__(message)
+        self.too_long = too_long
 
 
 class OptionError(Gpt2OnnxError):
-    """An option is out of range, or options contradict each other."""
+    """An option is out of range, or options contradict each other.
+
+    Attributes:
+        option: name of the generation option at fault, if it is one.
+    """
+
+    def __init__(self, message: object = "", option: str | None = None) -> None:
+        super().__init__(message)
+        self.option = option
 
 
 class OutputError(Gpt2OnnxError):

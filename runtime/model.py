@@ -320,7 +320,9 @@ class Model:
         for name, sequences in in_vocabulary.items():
             worst = max((token for ids in sequences for token in ids), default=0)
             if worst >= self.config.vocab_size:
-                raise OptionError(f"{name} holds {worst}, but the vocabulary ends at {self.config.vocab_size - 1}")
+                raise OptionError(
+                    f"{name} holds {worst}, but the vocabulary ends at {self.config.vocab_size - 1}", name
+                )
 
     def prompt_ids(self, prompt: Prompt) -> Tokens:
         """The tokens of a prompt, int64 [length].
@@ -333,7 +335,8 @@ class Model:
             raise PromptError(f"a prompt is a text or a list of token ids, not {shown(prompt)}")
         if len(prompt) > _MAX_LETTERS_PER_TOKEN * context:  # to encode megabytes takes seconds
             raise PromptError(
-                f"the prompt has {len(prompt):,} letters, the context window {context} tokens: shorten it"
+                f"the prompt has {len(prompt):,} letters, the context window {context} tokens: shorten it",
+                too_long=True,
             )
         ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
         if not ids:
@@ -342,7 +345,9 @@ class Model:
             if isinstance(token, bool) or not isinstance(token, int | np.integer) or not 0 <= token < vocabulary:
                 raise PromptError(f"{shown(token)} is no token id: they are whole numbers from 0 to {vocabulary - 1}")
         if len(ids) > context:
-            raise PromptError(f"the prompt has {len(ids)} tokens, the context window {context}: shorten the prompt")
+            raise PromptError(
+                f"the prompt has {len(ids)} tokens, the context window {context}: shorten the prompt", too_long=True
+            )
         return np.array(ids, np.int64)
 
     def _stop(self, strings: Sequence[str], prompt_length: int) -> Stop | None:

@@ -174,7 +174,9 @@ class GenerationConfig(msgspec.Struct, frozen=True, kw_only=True):
             msgspec.structs.force_setattr(self, "do_sample", False)
             msgspec.structs.force_setattr(self, "temperature", 1.0)
         elif self.temperature < SMALLEST:
-            raise OptionError(f"temperature must be 0 (greedy search) or at least {SMALLEST:g}, not {self.temperature}")
+            raise OptionError(
+                f"temperature must be 0 (greedy search) or at least {SMALLEST:g}, not {self.temperature}", "temperature"
+            )
         self._check_together()
 
     @property
@@ -224,7 +226,7 @@ class GenerationConfig(msgspec.Struct, frozen=True, kw_only=True):
             OptionError: an unknown name, a value out of range, or a contradiction.
         """
         if unknown := given.keys() - BY_NAME.keys():
-            raise OptionError(f"unknown generation option {min(unknown)!r}")
+            raise OptionError(f"unknown generation option {min(unknown)!r}", min(unknown))
         values = {name: BY_NAME[name].off if value is None else value for name, value in given.items()}
         if values.get("max_length") is not None and values.get("max_new_tokens") is None:
             values["max_new_tokens"] = None
@@ -262,22 +264,24 @@ class GenerationConfig(msgspec.Struct, frozen=True, kw_only=True):
     def _check_together(self) -> None:
         if self.num_return_sequences > self.num_beams and self.num_beams > 1:
             raise OptionError(
-                f"num_return_sequences {self.num_return_sequences} is more than num_beams {self.num_beams}"
+                f"num_return_sequences {self.num_return_sequences} is more than num_beams {self.num_beams}",
+                "num_return_sequences",
             )
-        if self.num_return_sequences > 1 and self.num_beams == 1 and not self.do_sample:
-            raise OptionError("num_return_sequences above 1 needs sampling or beams: greedy search has one result")
+        if self.num_return_sequences > 1 and self.strategy == "greedy":
+            raise OptionError(
+                "num_return_sequences above 1 needs sampling or beams: greedy search has one result", "num_return_sequences"
+            )
         if self.prompt_lookup and (self.num_beams > 1 or self.num_return_sequences > 1):
-            raise OptionError("prompt_lookup works on one sequence: not with num_beams or num_return_sequences above 1")
+            raise OptionError(
+                "prompt_lookup works on one sequence: not with num_beams or num_return_sequences above 1", "prompt_lookup"
+            )
         # transformers refuses these, too.
-        forced = {
-            "forced_bos_token_id": _ids(self.forced_bos_token_id),
-            "forced_eos_token_id": self.forced_eos_token_ids,
-        }
+        forced = {"forced_bos_token_id": _ids(self.forced_bos_token_id), "forced_eos_token_id": self.forced_eos_token_ids}
         for name, ids in forced.items():
             if ids and set(ids) <= set(self.suppress_tokens or ()):
-                raise OptionError(f"{name} {shown(list(ids))} is among suppress_tokens: leave one of them out")
+                raise OptionError(f"{name} {shown(list(ids))} is among suppress_tokens: leave one of them out", name)
         if self.logprobs is not None and self.num_beams > 1:
-            raise OptionError("logprobs are of single sequences: not with num_beams above 1")
+            raise OptionError("logprobs are of single sequences: not with num_beams above 1", "logprobs")
 
 
 class GenerationOptions(TypedDict, total=False):
@@ -350,7 +354,7 @@ class Option:
         try:
             return msgspec.convert(value, self.type)
         except (msgspec.ValidationError, ValueError) as error:
-            raise OptionError(f"{self.name} must be {self.wanted}, not {shown(value)}") from error
+            raise OptionError(f"{self.name} must be {self.wanted}, not {shown(value)}", self.name) from error
 
     def takes(self, value: Any) -> bool:
         """Whether the value is in range."""

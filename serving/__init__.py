@@ -1,5 +1,14 @@
-"""A server of OpenAI's completions interface: many clients, one running batch.
+"""An HTTP server of OpenAI's completions interface with continuous batching.
 
-`app` speaks HTTP on an event loop; `engine` is the one thread that owns the model. Requests go from the one to
-the other through a bounded queue, and news of them come back.
+A request's way: `guard` (may it be answered?) -> `app` (route, body validated by `protocol`) -> `completions.prepare` (options and
+token ids) -> `call.Call` -> `engine.Engine` (the one thread that runs the model). New tokens come back through `call` and
+`answer` into one JSON response or an event `stream`.
 """
+
+from importlib.util import find_spec
+
+from gpt2onnx.errors import MissingExtraError
+
+for _package in ("fastapi", "prometheus_client", "uvicorn"):
+    if find_spec(_package) is None:
+        raise MissingExtraError("Serving", _package.replace("_", "-"), "serve")

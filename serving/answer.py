@@ -1,7 +1,8 @@
-"""A choice's text and log probabilities, from the tokens as they come in."""
+"""Answer: a choice's text and log probabilities, built from tokens as they arrive."""
 
 import codecs
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from ..runtime.decoding.strategy import TokenLogprobs
@@ -12,19 +13,19 @@ Record = dict[str, Any]
 
 
 class Answer:
-    """One choice that grows.
+    """A choice that grows.
 
     Args:
-        tokenizer: turns tokens into text.
-        index: the choice's.
+        tokenizer: decodes tokens.
+        index: of the choice.
         stop: strings that end the text.
-        ends: tokens that end it.
-        logprobs: whether log probabilities are wanted.
-        prompt: what stands before the text; empty where it isn't wanted.
+        ends: end tokens.
+        logprobs: whether to return log probabilities.
+        prompt: text to begin with (`echo`).
 
     Attributes:
-        text: what was taken.
-        finish_reason: as OpenAI writes it; None while it goes on.
+        text: the text that `take` has returned.
+        finish_reason: "stop" or "length"; None while the choice grows.
     """
 
     def __init__(
@@ -47,25 +48,25 @@ class Answer:
         self._position = _Position(tokenizer)
 
     def read_prompt(self, ids: Sequence[int], logprobs: Sequence[TokenLogprobs]) -> None:
-        """Takes the prompt's tokens, and the log probabilities of all but the first."""
-        self._take(list(ids), [None, *logprobs])
+        """Adds the prompt's tokens; `logprobs` has none for the first."""
+        self._add(list(ids), [None, *logprobs])
         self._position = _Position(self._tokenizer, len(self._new))
 
     def push(self, piece: Piece) -> None:
-        """Takes new tokens."""
-        self._take(piece.tokens, piece.logprobs)
+        """Adds new tokens."""
+        self._add(piece.tokens, piece.logprobs)
         for token in piece.tokens:
             self._new += self._stream.push(token)
         if piece.finish_reason is not None:
             self.finish("stop" if piece.finish_reason == "stop" else "length")
 
     def finish(self, reason: str) -> None:
-        """Ends it."""
+        """Ends the choice."""
         self._new += self._stream.finish()
         self.finish_reason = reason
 
     def take(self) -> Record | None:
-        """What there is that wasn't taken before, as a choice; None where that is nothing."""
+        """The choice with its text since the last call; None if there is nothing new."""
         if not self._new and self.finish_reason is None:
             return None
         text, self._new = self._new, ""
@@ -77,13 +78,16 @@ class Answer:
             "finish_reason": self.finish_reason,
         }
 
-    def _take(self, tokens: Sequence[int], logprobs: Sequence[TokenLogprobs | None]) -> None:
+    def _add(self, tokens: Sequence[int], logprobs: Sequence[TokenLogprobs | None]) -> None:
         if self._entries is not None:
             for token, one in zip(tokens, logprobs, strict=True):
                 self._entries.append(_Entry(token, self._position.before(token), one))
 
     def _logprobs(self, entries: "list[_Entry]") -> Record:
-        """Of the tokens that have begun to show. At the end, of those too that show nothing, but not of a stop string's."""
+        """The log probabilities of tokens whose text has begun to show.
+
+        At the end also those of tokens without text, such as an end token, but not those of a stop string's tokens.
+        """
         shown = len(self.text)
         whole = self.finish_reason is not None and self._position.length <= shown
         count = 0
@@ -102,7 +106,7 @@ class Answer:
 
     def _top(self, logprobs: TokenLogprobs) -> dict[str, float]:
         top = [*logprobs.top, (logprobs.token_id, logprobs.logprob)]
-        # Of tokens that are written alike the likeliest is told.
+        # Several tokens may be written alike: the likeliest comes last, so it stays.
         return {self._written(token): value for token, value in sorted(top, key=lambda entry: entry[1])}
 
     def _written(self, token: int) -> str:
@@ -110,25 +114,25 @@ class Answer:
         return piece if isinstance(piece, str) else "bytes:" + "".join(f"\\x{byte:02x}" for byte in piece)
 
 
+@dataclass(frozen=True, slots=True)
 class _Entry:
-    """A token, where it begins, and its log probabilities."""
+    """A token, its start in the text in characters, and its log probabilities."""
 
-    __slots__ = ("logprobs", "offset", "token")
-
-    def __init__(self, token: int, offset: int, logprobs: TokenLogprobs | None) -> None:
-        self.token, self.offset, self.logprobs = token, offset, logprobs
+    token: int
+    offset: int
+    logprobs: TokenLogprobs | None
 
 
 class _Position:
-    """Counts the characters that tokens stand for; one of several bytes counts when its last byte is there."""
+    """Counts the characters of tokens. A character counts with the token that holds its last byte."""
 
     def __init__(self, tokenizer: Tokenizer, start: int = 0) -> None:
         self._tokenizer, self.length = tokenizer, start
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
 
     def before(self, token: int) -> int:
-        """Where a token begins that follows those so far."""
+        """Counts a token, and returns its start."""
         start = self.length
-        if self._tokenizer.decode([token]):  # special tokens show nothing
+        if self._tokenizer.decode([token]):  # special tokens have no text
             self.length += len(self._decoder.decode(self._tokenizer.token_bytes(token)))
         return start

@@ -1,49 +1,42 @@
-"""What is done with every request before the application sees it: whose it is, how large, and how slow."""
+"""Guard: checks host, API key, content type, size and speed of every HTTP request before the application sees it."""
 
 import asyncio
 import hmac
 import ipaddress
-import time
-from collections.abc import Awaitable, Callable, MutableMapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
-from .api_error import ApiError
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
 from .metrics import Metrics
-from .sent import to_json
+from .responses import CLIENT_LEFT, ApiError
 
-Scope = MutableMapping[str, Any]
-Message = MutableMapping[str, Any]
-Receive = Callable[[], Awaitable[Message]]
-Send = Callable[[Message], Awaitable[None]]
-App = Callable[[Scope, Receive, Send], Awaitable[None]]
-
-# Nothing from elsewhere, and nothing inline.
-CONTENT_SECURITY_POLICY = (
-    "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data:; connect-src 'self';"
-    " base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
-)
+# The page loads its own files only, and no inline scripts or styles.
 _HEADERS = {
-    "content-security-policy": CONTENT_SECURITY_POLICY,
+    "content-security-policy": (
+        "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data:; connect-src 'self';"
+        " base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+    ),
     "cross-origin-resource-policy": "same-origin",
     "referrer-policy": "no-referrer",
     "x-content-type-options": "nosniff",
 }
 _COMPLETIONS = "/v1/completions"
-# These say nothing about anybody, and are what load balancers and people look at first.
-_PUBLIC = ("/v1", "/metrics")
+_KEY_NEEDED = ("/v1", "/metrics")  # /health, /docs and the page tell nothing about users
+_ABANDONED = {CLIENT_LEFT: "client", 504: "timeout"}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Admission:
-    """Who may send what.
+    """Which requests are let in.
 
     Attributes:
-        keys: any of them opens the interface; none where it is open to all.
-        only_local: refuse requests that were sent to another name than this machine's own: web pages can
-            let a browser do that (DNS rebinding).
-        body_bytes: of a request.
-        body_seconds: until it has to be there.
+        keys: API keys, any of which is accepted; empty: no key needed.
+        only_local: refuse a Host header that isn't localhost or a loopback address (DNS rebinding: a web page makes the
+            browser send requests to its own name, which it points to this machine).
+        body_bytes: largest body.
+        body_seconds: time for the body to arrive.
     """
 
     keys: Sequence[bytes] = ()
@@ -51,128 +44,111 @@ class Admission:
     body_bytes: int = 2**20
     body_seconds: float = 30.0
 
+    def accepts(self, key: bytes) -> bool:
+        """Whether a key is one of the keys. All are compared in full, so that the time tells nothing about them."""
+        matches = [hmac.compare_digest(key, each) for each in self.keys]
+        return any(matches)
+
 
 class Guard:
-    """Refuses what the admission doesn't allow, and hands the rest on with its body read.
+    """ASGI middleware that applies an admission.
 
     Args:
         app: the application.
-        admission: who may send what.
-        metrics: told how completions were answered.
+        admission: which requests are let in.
+        metrics: counts the responses to completions by status.
     """
 
-    def __init__(self, app: App, admission: Admission, metrics: Metrics) -> None:
+    def __init__(self, app: ASGIApp, admission: Admission, metrics: Metrics) -> None:
         self._app, self._admission, self._metrics = app, admission, metrics
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        answered = False
 
         async def answer(message: Message) -> None:
-            nonlocal answered
             if message["type"] == "http.response.start":
-                answered = True
-                given = {name.lower() for name, _ in message["headers"]}
-                message["headers"] = [
-                    *message["headers"],
-                    *(
-                        (name.encode(), value.encode())
-                        for name, value in _HEADERS.items()
-                        if name.encode() not in given
-                    ),
-                ]
+                headers = MutableHeaders(scope=message)
+                for name, value in _HEADERS.items():
+                    headers.setdefault(name, value)
                 if scope["path"] == _COMPLETIONS:
-                    self._metrics.requests.labels(str(message["status"])).inc()
+                    self._count(message["status"])
             await send(message)
 
         try:
-            headers = {name.decode("latin-1"): value.decode("latin-1") for name, value in scope["headers"]}
-            self._check(scope["path"], headers)
-            body = await self._body(headers, receive) if scope["method"] in ("POST", "PUT", "PATCH") else b""
+            self._check(scope["method"], scope["path"], Headers(scope=scope))
         except ApiError as error:
-            await _refuse(error, answer)
-            return
-        if body is None:  # the client has left
-            self._metrics.abandoned.labels("client").inc()
-            return
-        await self._app(scope, _replay(body, receive), answer)
+            await error.response()(scope, receive, answer)
+        else:
+            await self._app(scope, self._limited(receive), answer)
 
-    def _check(self, path: str, headers: dict[str, str]) -> None:
-        if self._admission.only_local and not _is_local(headers.get("host", "")):
-            raise ApiError(403, "requests to this server have to name it localhost or 127.0.0.1")
-        if self._admission.keys and path.startswith(_PUBLIC):
+    def _check(self, method: str, path: str, headers: Headers) -> None:
+        admission = self._admission
+        if admission.only_local and not is_loopback(headers.get("host", "")):
+            raise ApiError(403, "call this server by the name localhost or 127.0.0.1, or start it with --api-key-file")
+        if admission.keys and path.startswith(_KEY_NEEDED):
             scheme, _, given = headers.get("authorization", "").partition(" ")
             key = given.strip().encode("latin-1") if scheme.lower() == "bearer" else b""
-            # All are compared, so that the time doesn't tell which one it is like.
-            if not max([hmac.compare_digest(key, one) for one in self._admission.keys]):
+            if not admission.accepts(key):
                 message = "the API key is missing or wrong: send the header 'Authorization: Bearer KEY'"
                 raise ApiError(401, message, headers={"www-authenticate": "Bearer"})
-        if path == _COMPLETIONS and headers.get("content-length", "") != "0":
-            kind = headers.get("content-type", "").partition(";")[0].strip().lower()
-            # What a web page may send without being asked isn't JSON.
-            if ("content-length" in headers or "transfer-encoding" in headers) and kind != "application/json":
-                raise ApiError(415, "send JSON, with the header 'Content-Type: application/json'")
+        # Browsers let any web page send other content types to this server without asking it first (CORS).
+        kind = headers.get("content-type", "").partition(";")[0].strip().lower()
+        if path == _COMPLETIONS and method == "POST" and kind != "application/json":
+            raise ApiError(415, "send JSON, with the header 'Content-Type: application/json'")
+        length = headers.get("content-length", "0")  # h11 lets only digits through
+        if int(length) > admission.body_bytes:
+            raise self._too_large()
 
-    async def _body(self, headers: dict[str, str], receive: Receive) -> bytes | None:
-        most = self._admission.body_bytes
-        too_large = ApiError(413, f"the request is larger than {most:,} bytes", headers={"connection": "close"})
-        length = headers.get("content-length", "0")
-        if not length.isdecimal() or int(length) > most:
-            raise too_large
-        parts, size = [], 0
-        deadline = time.monotonic() + self._admission.body_seconds
-        while True:
+    def _limited(self, receive: Receive) -> Receive:
+        """A `receive` that raises ApiError if the body is too large or too slow, or the client leaves."""
+        seconds = self._admission.body_seconds
+        deadline = asyncio.get_running_loop().time() + seconds
+        size, complete = 0, False
+
+        async def limited() -> Message:
+            nonlocal size, complete
+            if complete:  # the next message is the client's leaving, which has no time limit
+                return await receive()
             try:
-                message = await asyncio.wait_for(receive(), max(0.001, deadline - time.monotonic()))
+                async with asyncio.timeout_at(deadline):
+                    message = await receive()
             except TimeoutError as error:
-                reason = f"the request wasn't there after {self._admission.body_seconds:g} seconds"
+                reason = f"the body wasn't complete after {seconds:g} seconds: send it faster"
                 raise ApiError(408, reason, headers={"connection": "close"}) from error
             if message["type"] == "http.disconnect":
-                return None
-            part = message.get("body", b"")
-            size += len(part)
-            if size > most:
-                raise too_large
-            parts.append(part)
-            if not message.get("more_body", False):
-                return b"".join(parts)
+                raise ApiError(CLIENT_LEFT, "the client has closed the connection")
+            size += len(message.get("body", b""))
+            if size > self._admission.body_bytes:
+                raise self._too_large()
+            complete = not message.get("more_body", False)
+            return message
 
+        return limited
 
-async def _refuse(error: ApiError, send: Send) -> None:
-    body = to_json(error.body)
-    headers = {"content-type": "application/json", "content-length": str(len(body))} | error.headers
-    encoded = [(name.encode(), value.encode()) for name, value in headers.items()]
-    await send({"type": "http.response.start", "status": error.status, "headers": encoded})
-    await send({"type": "http.response.body", "body": body})
+    def _too_large(self) -> ApiError:
+        limit = f"{self._admission.body_bytes:,}"
+        return ApiError(
+            413,
+            f"the body is larger than {limit} bytes: send less, or raise --max-body",
+            headers={"connection": "close"},
+        )
 
-
-def _replay(body: bytes, receive: Receive) -> Receive:
-    """A `receive` that gives the whole body first."""
-    given = False
-
-    async def again() -> Message:
-        nonlocal given
-        if given:
-            return await receive()
-        given = True
-        return {"type": "http.request", "body": body, "more_body": False}
-
-    return again
+    def _count(self, status: int) -> None:
+        self._metrics.requests.labels(str(status)).inc()
+        if status in _ABANDONED:
+            self._metrics.abandoned.labels(_ABANDONED[status]).inc()
 
 
 def is_loopback(host: str) -> bool:
-    """Whether a name or address is this machine's own, for this machine only."""
-    if host == "localhost" or host.endswith(".localhost"):
-        return True
-    try:
-        return ipaddress.ip_address(host.strip("[]")).is_loopback
-    except ValueError:
-        return False
-
-
-def _is_local(host: str) -> bool:
-    """The same, of a Host header, which may have a port."""
-    name, _, port = host.rpartition(":")
-    return is_loopback((name if port.isdecimal() and name else host).lower())
+    """Whether a name or address, with or without a port, can be reached from this machine only."""
+    for name in (host.lower(), host.lower().rpartition(":")[0]):
+        if name == "localhost" or name.endswith(".localhost"):
+            return True
+        try:
+            if ipaddress.ip_address(name.strip("[]")).is_loopback:
+                return True
+        except ValueError:
+            pass
+    return False

@@ -1,13 +1,10 @@
-"""What the server counts, for Prometheus."""
+"""Metrics for Prometheus."""
 
+import threading
+from collections.abc import Callable
 from importlib.metadata import version
 
-from gpt2onnx.errors import MissingExtraError
-
-try:
-    from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector, generate_latest
-except ImportError as error:
-    raise MissingExtraError("Serving", "prometheus-client", "serve") from error
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector, generate_latest
 
 from ..runtime.model import Model
 
@@ -16,9 +13,14 @@ _ROWS = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64, 128)
 
 
 class Metrics:
-    """Counters of one server, in a registry of its own."""
+    """Metrics of one server, in a registry of its own.
 
-    def __init__(self) -> None:
+    Args:
+        joules: the machine's energy since its last call, in joules; None: energy isn't measured.
+    """
+
+    def __init__(self, joules: Callable[[], float] | None = None) -> None:
+        self._read_joules, self._reading = joules, threading.Lock()
         self.registry = registry = CollectorRegistry()
         ProcessCollector(registry=registry)
 
@@ -32,25 +34,30 @@ class Metrics:
             return Histogram(f"gpt2onnx_{name}", text, buckets=buckets, registry=registry)
 
         self.requests = counter("http_requests", "Answers to requests for completions, by status.", "status")
-        self.abandoned = counter("abandoned", "Requests that were given up, by reason.", "reason")
-        self.prompt_tokens = counter("prompt_tokens", "Tokens of prompts.")
+        self.abandoned = counter(
+            "abandoned",
+            "Requests that ended early: their client left or stopped reading, or their time was over.",
+            "reason",
+        )
+        self.prompt_tokens = counter("prompt_tokens", "Prompt tokens computed.")
         self.completion_tokens = counter("completion_tokens", "Tokens generated.")
-        self.queue_seconds = histogram("queue_seconds", "From a prompt's arrival to its joining the batch.")
+        self.queue_seconds = histogram("queue_seconds", "From a prompt's arrival to its place in the batch.")
         self.first_token_seconds = histogram("first_token_seconds", "From a prompt's arrival to its first token.")
-        self.token_gap_seconds = histogram("token_gap_seconds", "Between a prompt's tokens.")
+        self.token_gap_seconds = histogram("token_gap_seconds", "Between two tokens of a prompt.")
         self.request_seconds = histogram("request_seconds", "From a prompt's arrival to its end.")
-        self.batch_rows = histogram("batch_rows", "Sequences in the batch, of each step.", _ROWS)
+        self.batch_rows = histogram("batch_rows", "Sequences in the batch at each step.", _ROWS)
         self.running = gauge("running", "Prompts in the batch.")
-        self.waiting = gauge("waiting", "Prompts that wait for room in the batch.")
-        self.joules = counter("joules", "Energy of the machine while the batch ran, where it is measured.")
-        self.machine_joules = counter("machine_joules", "Energy of the machine all the time, where it is measured.")
-        self.watts = gauge("watts", "Mean power of the machine in the last seconds, where it is measured.")
-        self._info = gauge("info", "What is served.", "model", "dtype", "device", "version")
+        self.waiting = gauge("waiting", "Prompts in the queue.")
+        self._joules = None if joules is None else counter("joules", "Energy of the machine since the server's start.")
+        self._info = gauge("info", "The served model.", "model", "dtype", "device", "version")
 
     def describe(self, name: str, model: Model) -> None:
-        """Says what is served."""
+        """Sets the facts of the served model."""
         self._info.labels(name, model.bundle.manifest.dtype, model.session.device, version("gpt2onnx")).set(1)
 
     def page(self) -> bytes:
-        """All of it, in Prometheus' text format."""
+        """All metrics in Prometheus' text format. Reads the energy, which may take a second: not for the event loop's thread."""
+        if self._read_joules is not None and self._joules is not None:
+            with self._reading:
+                self._joules.inc(self._read_joules())
         return generate_latest(self.registry)

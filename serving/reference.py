@@ -1,86 +1,51 @@
-"""The interface's description as a page: plain HTML from the OpenAPI document, without scripts or anything from elsewhere."""
+"""Reference page /docs: the OpenAPI document as plain HTML. FastAPI's own page loads its scripts from the internet."""
 
-import base64
-import hashlib
 import html
-from collections.abc import Iterator
 from typing import Any
 
-_STYLE = (
-    "body{font:16px/1.5 system-ui,sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem;color-scheme:light dark}"
-    "table{border-collapse:collapse;width:100%}td,th{border-bottom:1px solid #8886;padding:.3rem .6rem .3rem 0;"
-    "text-align:left;vertical-align:top}code{font-size:.9em;overflow-wrap:anywhere}h2{margin-top:2.5rem}"
+Record = dict[str, Any]
+
+_HEAD = (
+    '<!DOCTYPE html><html lang="en"><head><meta charset="utf-8"><title>gpt2onnx API</title>'
+    '<meta name="viewport" content="width=device-width, initial-scale=1"><link rel="stylesheet" href="style.css"></head>'
+    '<body><header><h1>gpt2onnx API</h1></header><main><p>For programs: <a href="openapi.json">openapi.json</a>.</p>'
 )
-_HASH = base64.b64encode(hashlib.sha256(_STYLE.encode()).digest()).decode()
-HEADERS = {
-    "content-security-policy": f"default-src 'none'; style-src 'sha256-{_HASH}'; base-uri 'none'; form-action 'none';"
-    " frame-ancestors 'none'"
-}
 
 
-def page(document: dict[str, Any]) -> str:
-    """An OpenAPI document in HTML.
-
-    Args:
-        document: as FastAPI makes it.
-    """
-    info = document["info"]
-    title = html.escape(f"{info['title']} {info['version']}")
-    parts = [
-        f'<!DOCTYPE html><html lang="en"><head><meta charset="utf-8"><title>{title}</title>',
-        '<meta name="viewport" content="width=device-width,initial-scale=1">',
-        f"<style>{_STYLE}</style></head><body><main><h1>{title}</h1>",
-        f"<p>{html.escape(info.get('summary', ''))} For programs: <a href='openapi.json'>openapi.json</a>.</p>",
-    ]
+def page(document: Record) -> str:
+    """The page of an OpenAPI document."""
+    parts = [_HEAD]
     for path, methods in document["paths"].items():
         for method, operation in methods.items():
-            parts.append(f"<h2><code>{method.upper()} {html.escape(path)}</code></h2>")
-            parts.append(f"<p>{html.escape(operation['summary'])}</p>")
-            body = operation.get("requestBody", {}).get("content", {}).get("application/json", {}).get("schema")
-            if body:
-                parts += _table(("Field", "Type", "Meaning"), _fields(document, body))
-            parts += _table(("Status", "", "Meaning"), _answers(operation))
+            parts.append(f"<h2>{method.upper()} {html.escape(path)}</h2><p>{html.escape(operation['summary'])}</p>")
+            if body := operation.get("requestBody"):
+                fields = _resolved(document, body["content"]["application/json"]["schema"])["properties"]
+                rows = [(name, _type(document, field), field["description"]) for name, field in fields.items()]
+                parts.append(_table("Field", "Type", "Meaning", rows))
+            answers = operation["responses"].items()
+            rows = [(status, ", ".join(answer.get("content", {})), answer["description"]) for status, answer in answers]
+            parts.append(_table("Status", "Content", "Meaning", rows))
     return "".join([*parts, "</main></body></html>"])
 
 
-def _table(head: tuple[str, str, str], rows: Iterator[tuple[str, str, str]]) -> Iterator[str]:
-    yield "<table><thead><tr>" + "".join(f"<th scope='col'>{name}</th>" for name in head) + "</tr></thead><tbody>"
-    for name, kind, meaning in rows:
-        yield f"<tr><td><code>{html.escape(name)}</code></td><td>{html.escape(kind)}</td><td>{html.escape(meaning)}</td></tr>"
-    yield "</tbody></table>"
+def _table(first: str, second: str, third: str, rows: list[tuple[str, str, str]]) -> str:
+    head = "".join(f'<th scope="col">{name}</th>' for name in (first, second, third))
+    body = "".join("<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>" for row in rows)
+    return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
 
 
-def _answers(operation: dict[str, Any]) -> Iterator[tuple[str, str, str]]:
-    for status, answer in operation["responses"].items():
-        yield status, ", ".join(answer.get("content", {})), answer["description"]
+def _resolved(document: Record, schema: Record) -> Record:
+    name = schema.get("$ref", "").rpartition("/")[2]
+    return document["components"]["schemas"][name] if name else schema
 
 
-def _fields(document: dict[str, Any], schema: dict[str, Any]) -> Iterator[tuple[str, str, str]]:
-    for name, field in _resolved(document, schema)["properties"].items():
-        yield name, _kind(document, field), field.get("description", "")
-
-
-def _resolved(document: dict[str, Any], schema: dict[str, Any]) -> dict[str, Any]:
-    reference = schema.get("$ref")
-    if reference is None:
-        return schema
-    found: dict[str, Any] = document["components"]["schemas"][reference.rsplit("/", 1)[-1]]
-    return found
-
-
-def _kind(document: dict[str, Any], schema: dict[str, Any]) -> str:
-    """A type in words, with its limits."""
+def _type(document: Record, schema: Record) -> str:
+    """A JSON schema's type in words, with its range."""
     schema = _resolved(document, schema)
     if "anyOf" in schema:
-        kinds = [_kind(document, part) for part in schema["anyOf"]]
-        return " or ".join(kind for kind in kinds if kind != "null")
-    if "const" in schema or "enum" in schema:
-        return ", ".join(repr(value) for value in schema.get("enum", [schema.get("const")]))
-    name = str(schema.get("type", "any"))
-    if name == "array":
-        parts = schema.get("prefixItems") or [schema.get("items", {})]
-        name = f"[{', '.join(_kind(document, part) for part in parts)}]"
-    least, most = schema.get("minimum", schema.get("exclusiveMinimum")), schema.get("maximum")
-    if least is not None and most is not None:
-        return f"{name} {least:g} to {most:g}"
-    return name if least is None else f"{name} from {least:g}"
+        return " or ".join(_type(document, part) for part in schema["anyOf"] if part.get("type") != "null")
+    if parts := schema.get("prefixItems") or ([schema["items"]] if "items" in schema else None):
+        return f"[{', '.join(_type(document, part) for part in parts)}]"
+    name = str(schema.get("const", schema.get("type", "any")))
+    low, high = schema.get("minimum", schema.get("exclusiveMinimum")), schema.get("maximum")
+    return name + (f" from {low:g}" if low is not None else "") + (f" to {high:g}" if high is not None else "")

@@ -1,53 +1,49 @@
-"""The server's process: its socket, its signals, and the order in which things start and end."""
+"""Server: socket, signals, and the order of start and shutdown."""
 
 import asyncio
 import contextlib
 import gc
-import signal
 import socket
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from types import FrameType
 
-from gpt2onnx.errors import MissingExtraError, OptionError
+import uvicorn
 
-try:
-    import uvicorn
-    from uvicorn.protocols.http.h11_impl import H11Protocol
-except ImportError as error:
-    raise MissingExtraError("Serving", "uvicorn", "serve") from error
+from gpt2onnx.errors import OptionError
 
 from ..runtime.model import Model
 from .app import make_app
-from .completions import Limits, Service
+from .connection import TimedConnection
 from .engine import Engine
-from .guard import Admission, is_loopback
+from .guard import Admission
 from .metrics import Metrics
-from .power import Power
+from .service import Limits, Service
 
-_HEADER_SECONDS = 30.0
-_KEPT_ALIVE = 30  # seconds without a request
-_BACKLOG = 2048
-# Python's default lets a thread that handles clients keep the one that owns the model waiting for longer than a step takes.
+_KEEP_ALIVE_SECONDS = 30  # between two requests of a connection
+_BACKLOG = 2048  # uvicorn's default
+# Python's default, 5 ms, lets the event loop's thread hold the engine's up for longer than a step takes.
 _SWITCH_SECONDS = 0.001
 
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """How to serve.
+    """Settings of a server.
 
     Attributes:
-        name: of the model, for clients.
-        max_batch: sequences that run together.
-        max_queue: prompts that wait for room among them.
+        name: the model's, for clients.
+        max_batch: most sequences in the batch.
+        max_queue: most prompts in the queue.
         limits: of a request.
-        admission: who may send what.
-        energy: whether it is measured.
-        country: whose electricity it is; see `track_energy`.
-        log_prompts: log what is asked and answered.
-        shutdown_seconds: what runs gets so long to finish.
+        admission: which requests are let in.
+        joules: the machine's energy since its last call, in joules; None: energy isn't measured.
+        log_prompts: log prompts and texts.
+        header_seconds: time for a request's headers to arrive.
+        write_seconds: time for a client to read a full write buffer.
+        shutdown_seconds: time for running requests to finish.
     """
 
     name: str
@@ -55,24 +51,25 @@ class Settings:
     max_queue: int = 128
     limits: Limits = field(default_factory=Limits)
     admission: Admission = field(default_factory=Admission)
-    energy: bool = False
-    country: str | None = None
+    joules: Callable[[], float] | None = None
     log_prompts: bool = False
+    header_seconds: float = 30.0
+    write_seconds: float = 60.0
     shutdown_seconds: float = 30.0
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """A socket for clients; those that come before `serve` is ready wait for it.
+    """Opens the server's socket. Clients that connect before `serve` is ready wait for it.
 
     Raises:
-        OptionError: there is no such address, or somebody else has it.
+        OptionError: there is no such address, or another process has it.
     """
     try:
         family, *_, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
-        # With the protocol named, as only then asyncio sends small packets at once (TCP_NODELAY).
+        # asyncio sets TCP_NODELAY only where the protocol is named.
         server = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
         try:
-            # On Windows it would let two servers have one port.
+            # On Windows, it would let two servers share a port.
             if sys.platform != "win32":
                 server.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             server.bind(address)
@@ -87,161 +84,107 @@ def listen(host: str, port: int) -> socket.socket:
 
 
 def read_keys(path: Path) -> list[bytes]:
-    """API keys, one a line.
+    """Reads API keys, one a line.
 
     Raises:
-        OptionError: the file can't be read, or holds none.
+        OptionError: the file can't be read, or holds no key.
     """
     try:
         keys = [line.strip() for line in path.read_bytes().splitlines() if line.strip()]
     except OSError as error:
         raise OptionError(f"can't read {path}: {error.strerror}") from error
     if not keys:
-        raise OptionError(f"{path} holds no API key: write one into it, in a line of its own")
+        raise OptionError(f"{path} holds no API key: write one a line into it")
     return keys
 
 
-def serve(
-    model: Model, listener: socket.socket, settings: Settings, ready: Callable[[str], None], *, signals: bool = True
-) -> None:
-    """Serves a model until a signal says to stop.
+def serve(model: Model, listener: socket.socket, settings: Settings, ready: Callable[[str], None]) -> None:
+    """Serves a model until SIGINT or SIGTERM.
 
     Args:
-        model: what is served.
+        model: the served one.
         listener: from `listen`.
-        settings: how.
-        ready: is called with the server's address, once it can be reached.
-        signals: heed SIGINT and SIGTERM; only the main thread can.
+        settings: of the server.
+        ready: called with the server's address once it takes requests.
     """
-    server = make_server(model, listener, settings, ready, signals=signals)
+    server = make_server(model, listener, settings, ready)
     sys.setswitchinterval(_SWITCH_SECONDS)
-    # What is there now stays, so looking through it again and again for garbage is a waste.
+    # The garbage collector then skips all objects so far, which live until the end.
     gc.collect()
     gc.freeze()
     server.run([listener])
 
 
 def make_server(
-    model: Model,
-    listener: socket.socket,
-    settings: Settings,
-    ready: Callable[[str], None] = lambda address: None,
-    *,
-    signals: bool = False,
+    model: Model, listener: socket.socket, settings: Settings, ready: Callable[[str], None] = lambda address: None
 ) -> "Server":
-    """The server of `serve`, not yet running."""
-    metrics = Metrics()
+    """Builds the server of `serve`; the caller runs it."""
+    metrics = Metrics(settings.joules)
     metrics.describe(settings.name, model)
-    power = Power(metrics, settings.country) if settings.energy else None
-    engine = Engine(model, max_batch=settings.max_batch, max_queue=settings.max_queue, metrics=metrics, power=power)
-    service = Service(settings.name, model, engine, settings.limits, power, log_prompts=settings.log_prompts)
+    engine = Engine(model, max_batch=settings.max_batch, max_queue=settings.max_queue, metrics=metrics)
+    service = Service(
+        name=settings.name, model=model, engine=engine, limits=settings.limits, log_prompts=settings.log_prompts
+    )
     config = uvicorn.Config(
         make_app(service, metrics, settings.admission),
-        http=_Protocol,
+        http=partial(  # type: ignore[arg-type]
+            TimedConnection, header_seconds=settings.header_seconds, write_seconds=settings.write_seconds
+        ),
         backlog=_BACKLOG,
         ws="none",
         lifespan="on",
         log_config=None,
         server_header=False,
         proxy_headers=False,
-        timeout_keep_alive=_KEPT_ALIVE,
+        timeout_keep_alive=_KEEP_ALIVE_SECONDS,
         timeout_graceful_shutdown=int(settings.shutdown_seconds) + 5,
     )
     host, port = listener.getsockname()[:2]
     address = f"http://{f'[{host}]' if ':' in host else host}:{port}"
-    return Server(config, engine, power, settings.shutdown_seconds, lambda: ready(address), signals=signals)
+    return Server(config, engine, settings.shutdown_seconds, lambda: ready(address))
 
 
 class Server(uvicorn.Server):
-    """A server that finishes what runs before it ends; made by `make_server`."""
+    """uvicorn's server, which also ends the engine: running requests finish, then the thread.
+
+    Args:
+        config: of uvicorn.
+        engine: started by the application.
+        shutdown_seconds: time for running requests to finish.
+        ready: called once the server listens.
+    """
 
     def __init__(
-        self,
-        config: uvicorn.Config,
-        engine: Engine,
-        power: Power | None,
-        patience: float,
-        ready: Callable[[], None],
-        *,
-        signals: bool,
+        self, config: uvicorn.Config, engine: Engine, shutdown_seconds: float, ready: Callable[[], None]
     ) -> None:
         super().__init__(config)
         self.engine = engine
-        self._power, self._patience, self._ready, self._signals = power, patience, ready, signals
+        self._shutdown_seconds, self._ready = shutdown_seconds, ready
 
     async def startup(self, sockets: Sequence[socket.socket] | None = None) -> None:
-        """Starts to listen, and says so."""
+        """Starts to listen, and calls `ready`."""
         await super().startup(None if sockets is None else list(sockets))
-        if self._power is not None:
-            self._power.start()
         self._ready()
 
     async def shutdown(self, sockets: Sequence[socket.socket] | None = None) -> None:
-        """Refuses new requests, and ends when those there are have been answered or the patience is over."""
+        """Refuses new requests; ends once the others are answered, or with errors after `shutdown_seconds`."""
         self.engine.close()
-        impatience = asyncio.get_running_loop().call_later(self._patience, self.engine.abandon)
+        timer = asyncio.get_running_loop().call_later(self._shutdown_seconds, self.engine.abandon)
         await super().shutdown(None if sockets is None else list(sockets))
-        impatience.cancel()
+        timer.cancel()
         self.engine.abandon()
         if not self.force_exit:
             await asyncio.to_thread(self.engine.join, 5)
-        if self._power is not None:
-            self._power.stop()
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
-        """Ends normally on SIGINT and SIGTERM, where uvicorn would raise them once more."""
-
-        def heed(number: int, frame: FrameType | None) -> None:
-            self.handle_exit(number, frame)
-            if self.force_exit:
-                self.engine.abandon()
-
-        before = (
-            {number: signal.signal(number, heed) for number in (signal.SIGINT, signal.SIGTERM)} if self._signals else {}
-        )
-        try:
+        """Lets the process end normally on SIGINT and SIGTERM: uvicorn would raise them again."""
+        with super().capture_signals():
             yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
+            self._captured_signals.clear()
 
-
-class _Protocol(H11Protocol):
-    """A connection whose headers have to come in time, and which the application can cut."""
-
-    _waiting: asyncio.TimerHandle | None = None
-
-    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        super().connection_made(transport)
-        self.app_state = self.app_state | {"abort": transport.abort}
-        self._await_headers()
-
-    def data_received(self, data: bytes) -> None:
-        super().data_received(data)
-        self._await_headers()
-
-    def connection_lost(self, exc: Exception | None) -> None:
-        self._stop_waiting()
-        super().connection_lost(exc)
-
-    def on_response_complete(self) -> None:
-        super().on_response_complete()
-        self._stop_waiting()  # the time between requests is uvicorn's own
-
-    def _await_headers(self) -> None:
-        """Headers in parts don't get more time than headers at once."""
-        if self.cycle is not None and not self.cycle.response_complete:
-            self._stop_waiting()
-        elif self._waiting is None:
-            self._waiting = self.loop.call_later(_HEADER_SECONDS, self.transport.abort)
-
-    def _stop_waiting(self) -> None:
-        if self._waiting is not None:
-            self._waiting.cancel()
-            self._waiting = None
-
-
-def is_open(host: str) -> bool:
-    """Whether others than this machine can reach an address to listen on."""
-    return not is_loopback(host)
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """Shuts down; at once on a second Ctrl-C."""
+        super().handle_exit(sig, frame)
+        if self.force_exit:
+            self.engine.abandon()

@@ -88,7 +88,7 @@ class Side {
   async receive(request, figures, signal) {
     let drawing;
     for await (const { choices, usage } of complete(request, key.value, signal)) {
-      if (usage) [figures.tokens, figures.energy] = [usage.completion_tokens, usage.energy];
+      if (usage) figures.tokens = usage.completion_tokens;
       for (const choice of choices) {
         this.tokens.add(choice);
         figures.tokens = this.tokens.spans.length;
@@ -112,10 +112,8 @@ class Side {
   }
 
   report(figures) {
-    const { tokens, started, first, energy, seed, finish } = figures;
+    const { tokens, started, first, seed, finish } = figures;
     const facts = { tokens, "tokens/s": speed(figures), "s to first": first && (first.time - started) / 1000 };
-    const unit = energy?.reliable === false ? "J/token, roughly" : "J/token";
-    facts[unit] = model?.energy === false ? "not measured" : energy?.joules_per_token;
     if (seed) facts.seed = seed;
     if (finish) facts["ended by"] = finish;
     const text = (fact) => (typeof fact === "number" ? rounded.format(fact) : (fact ?? "–"));

@@ -54,17 +54,12 @@ def test_completion(client: openai.OpenAI, tales_model: gpt2onnx.Model) -> None:
     assert counts == (4, 16, 20)
 
 
-def test_defaults_are_openais(client: openai.OpenAI, tales_model: gpt2onnx.Model) -> None:
-    """Sampling from the whole vocabulary at temperature 1, 16 tokens."""
-    choice = client.completions.create(model="tales", prompt=PROMPT, seed=5).choices[0]
-    assert [choice.text] == alone(tales_model, do_sample=True, top_k=0, seed=5)
-
-
 STRATEGIES: list[tuple[dict[str, Any], dict[str, Any]]] = [
     ({"temperature": 0}, {}),
     ({"extra_body": {"do_sample": False}}, {}),
     ({"temperature": 0.7, "top_p": 0.9, "seed": 1, "n": 3},
      {"do_sample": True, "temperature": 0.7, "top_p": 0.9, "top_k": 0, "seed": 1, "num_return_sequences": 3}),
+    # OpenAI's defaults: sampling from the whole vocabulary at temperature 1, 16 tokens.
     ({"seed": -1}, {"do_sample": True, "top_k": 0, "seed": 2**32 - 1}),
     ({"seed": 7, "extra_body": {"top_k": 5, "min_p": 0.05, "typical_p": 0.9}},
      {"do_sample": True, "top_k": 5, "min_p": 0.05, "typical_p": 0.9, "seed": 7}),
@@ -93,16 +88,13 @@ def test_strategies(
 ) -> None:
     texts: dict[int, str] = {}
     reasons: dict[int, str] = {}
-    if stream:
-        for part in client.completions.create(model="tales", prompt=PROMPT, stream=True, **asked):
-            for choice in part.choices:
-                assert choice.index not in reasons, "a choice goes on after its end"
-                texts[choice.index] = texts.get(choice.index, "") + choice.text
-                if choice.finish_reason is not None:
-                    reasons[choice.index] = choice.finish_reason
-    else:
-        for choice in client.completions.create(model="tales", prompt=PROMPT, **asked).choices:
-            texts[choice.index], reasons[choice.index] = choice.text, choice.finish_reason
+    answer = client.completions.create(model="tales", prompt=PROMPT, stream=stream, **asked)
+    for part in answer if stream else [answer]:
+        for choice in part.choices:
+            assert choice.index not in reasons, "a choice goes on after its end"
+            texts[choice.index] = texts.get(choice.index, "") + choice.text
+            if choice.finish_reason is not None:
+                reasons[choice.index] = choice.finish_reason
     assert [texts[index] for index in sorted(texts)] == alone(tales_model, **options)
     assert set(reasons) == set(texts)
 
@@ -126,23 +118,14 @@ def test_prompts_as_list_and_ids(client: openai.OpenAI, tales_model: gpt2onnx.Mo
 
 @pytest.mark.parametrize("stream", [False, True])
 def test_logprobs(client: openai.OpenAI, tales_model: gpt2onnx.Model, stream: bool) -> None:
-    arguments: dict[str, Any] = {
-        "model": "tales",
-        "prompt": PROMPT,
-        "max_tokens": 30,
-        "seed": 4,
-        "logprobs": 3,
-        "echo": True,
-    }
-    if stream:
-        parts = [part.choices[0] for part in client.completions.create(stream=True, **arguments)]
-    else:
-        parts = client.completions.create(**arguments).choices
+    asked: dict[str, Any] = {"max_tokens": 30, "seed": 4, "logprobs": 3, "echo": True, "stream": stream}
+    answer = client.completions.create(model="tales", prompt=PROMPT, **asked)
+    parts = [part.choices[0] for part in (answer if stream else [answer])]
     text = "".join(part.text for part in parts)
-    tokens = list(chain.from_iterable(part.logprobs.tokens for part in parts))
-    values = list(chain.from_iterable(part.logprobs.token_logprobs for part in parts))
-    tops = list(chain.from_iterable(part.logprobs.top_logprobs for part in parts))
-    offsets = list(chain.from_iterable(part.logprobs.text_offset for part in parts))
+    tokens, values, tops, offsets = (
+        list(chain.from_iterable(getattr(part.logprobs, name) for part in parts))
+        for name in ("tokens", "token_logprobs", "top_logprobs", "text_offset")
+    )
     assert text.startswith(PROMPT)
     # What the model gives the whole text, in one pass over all of it.
     ids = tales_model.tokenizer.encode(PROMPT)
@@ -162,36 +145,30 @@ def test_logprobs(client: openai.OpenAI, tales_model: gpt2onnx.Model, stream: bo
         assert sorted(top.values(), reverse=True)[:3][-1] >= min(top.values())
 
 
-def test_characters_of_several_bytes(server: Running, tales_model: gpt2onnx.Model) -> None:
+@pytest.mark.parametrize("text", ["…é…", "The king was very old, and had no children."])
+def test_scoring_without_a_token(server: Running, tales_model: gpt2onnx.Model, text: str) -> None:
     """Tokens that are parts of a character are written as bytes, and offsets count characters."""
-    prompt = "…é…"
-    ids = tales_model.tokenizer.encode(prompt)
-    (choice,) = server.complete(prompt, echo=True, logprobs=0, max_tokens=0).json()["choices"]
-    assert choice["text"] == prompt
-    written = b"".join(
-        bytes.fromhex(token.removeprefix("bytes:").replace("\\x", "")) if token.startswith("bytes:") else token.encode()
-        for token in choice["logprobs"]["tokens"]
-    )
-    assert written.decode() == prompt
-    assert len(choice["logprobs"]["tokens"]) == len(ids)
-    assert any(token.startswith("bytes:") for token in choice["logprobs"]["tokens"])
-    assert choice["logprobs"]["text_offset"][-1] <= len(prompt) - 1
-
-
-def test_scoring_without_a_token(server: Running, tales_model: gpt2onnx.Model) -> None:
-    text = "The king was very old, and had no children."
     body = server.complete(text, echo=True, logprobs=0, max_tokens=0).json()
     (choice,) = body["choices"]
     assert choice["text"] == text
     assert choice["logprobs"]["token_logprobs"][1:] == pytest.approx(tales_model.score(text).logprobs, abs=2e-5)
+    tokens = choice["logprobs"]["tokens"]
+    assert len(tokens) == len(tales_model.tokenizer.encode(text))
+    assert any(token.startswith("bytes:") for token in tokens) == (not text.isascii())
+    written = b"".join(
+        bytes.fromhex(token.removeprefix("bytes:").replace("\\x", "")) if token.startswith("bytes:") else token.encode()
+        for token in tokens
+    )
+    assert written.decode() == text
+    assert choice["logprobs"]["text_offset"][-1] <= len(text) - 1
     assert body["usage"]["completion_tokens"] == 0
-    assert server.complete(text, max_tokens=0).json()["choices"][0]["text"] == ""
+    assert server.text(text, max_tokens=0) == ""
 
 
 def test_logprobs_end_where_the_text_does(server: Running, tales_model: gpt2onnx.Model) -> None:
-    whole = server.complete(temperature=0, max_tokens=30, logprobs=0).json()["choices"][0]
+    whole = server.choice(temperature=0, max_tokens=30, logprobs=0)
     for stop in (whole["text"][9:14], whole["text"][20:23]):
-        cut = server.complete(temperature=0, max_tokens=30, logprobs=0, stop=stop).json()["choices"][0]
+        cut = server.choice(temperature=0, max_tokens=30, logprobs=0, stop=stop)
         assert cut["text"] == whole["text"][: whole["text"].index(stop)]
         assert cut["finish_reason"] == "stop"
         count = len(cut["logprobs"]["tokens"])
@@ -200,7 +177,7 @@ def test_logprobs_end_where_the_text_does(server: Running, tales_model: gpt2onnx
         assert "".join(cut["logprobs"]["tokens"]).startswith(cut["text"])
     # An end token belongs to the choice, though not to its text.
     (third,) = tales_model.tokenizer.encode(whole["logprobs"]["tokens"][2])
-    end = server.complete(temperature=0, logprobs=0, eos_token_id=third).json()["choices"][0]
+    end = server.choice(temperature=0, logprobs=0, eos_token_id=third)
     assert (end["finish_reason"], end["logprobs"]["tokens"]) == ("stop", whole["logprobs"]["tokens"][:3])
 
 
@@ -229,25 +206,18 @@ def test_empty_prompt_is_the_end_of_text(client: openai.OpenAI, tales_model: gpt
         assert [client.completions.create(model="tales", prompt=prompt, temperature=0).choices[0].text] == expected
 
 
-def test_usage_at_the_end_of_a_stream(client: openai.OpenAI) -> None:
-    parts = list(
-        client.completions.create(model="tales", prompt=PROMPT, stream=True, stream_options={"include_usage": True})
-    )
-    assert all(part.usage is None for part in parts[:-1])
-    assert len({part.id for part in parts}) == 1
-    assert parts[-1].choices == []
-    assert parts[-1].usage is not None
-    assert parts[-1].usage.completion_tokens == 16
-
-
-def test_events_as_they_are_written(server: Running) -> None:
-    with server.client.stream("POST", "/v1/completions", json={"prompt": PROMPT, "stream": True}) as response:
-        assert response.headers["content-type"].startswith("text/event-stream")
-        assert response.headers["cache-control"] == "no-store"
-        blocks = "".join(response.iter_text()).split("\n\n")
+def test_events(server: Running) -> None:
+    response = server.complete(stream=True, stream_options={"include_usage": True})
+    assert response.headers["content-type"].startswith("text/event-stream")
+    assert response.headers["cache-control"] == "no-store"
+    blocks = response.text.split("\n\n")
     assert blocks[-2:] == ["data: [DONE]", ""]
-    for block in blocks[:-2]:
-        assert set(json.loads(block.removeprefix("data: "))) == {"id", "object", "created", "model", "choices", "usage"}
+    parts = [json.loads(block.removeprefix("data: ")) for block in blocks[:-2]]
+    assert all(set(part) == {"id", "object", "created", "model", "choices", "usage"} for part in parts)
+    assert len({part["id"] for part in parts}) == 1
+    assert all(part["usage"] is None for part in parts[:-1])
+    assert parts[-1]["choices"] == []
+    assert parts[-1]["usage"] == {"prompt_tokens": 4, "completion_tokens": 16, "total_tokens": 20}
 
 
 def test_models(client: openai.OpenAI) -> None:
@@ -267,8 +237,9 @@ WRONG: list[tuple[dict[str, Any], str, str | None]] = [
     ({"max_tokens": 16.5}, "max_tokens", "max_tokens"),
     ({"stop": [""]}, "stop", "stop"),
     ({"n": 0}, "n:", "n"),
-    ({"n": 7}, "7 sequences", "n"),
-    ({"num_beams": 7}, "7 sequences", "num_beams"),
+    ({"n": 7}, "n=7 is above the server's limit of 6", "n"),
+    ({"best_of": 7}, "best_of=7", "best_of"),
+    ({"num_beams": 7}, "num_beams=7", "num_beams"),
     ({"n": 3, "num_beams": 2}, "n 3 is more", "n"),
     ({"n": 3, "best_of": 2}, "best_of", "best_of"),
     ({"best_of": 2, "stream": True}, "best_of", "best_of"),
@@ -308,12 +279,10 @@ def test_wrong_requests(server: Running, fields: dict[str, Any], message: str, p
 
 
 def test_errors_in_openais_client(client: openai.OpenAI) -> None:
-    with pytest.raises(openai.BadRequestError) as refused:
-        client.completions.create(model="tales", prompt="a " * 600)
-    assert refused.value.code == "context_length_exceeded"
-    assert refused.value.param == "prompt"
-    with pytest.raises(openai.BadRequestError):  # a stream is refused before it begins
-        client.completions.create(model="tales", prompt=PROMPT, stream=True, top_p=2)
+    for stream in (False, True):  # a stream is refused before it begins
+        with pytest.raises(openai.BadRequestError) as refused:
+            client.completions.create(model="tales", prompt="a " * 600, stream=stream)
+        assert (refused.value.code, refused.value.param) == ("context_length_exceeded", "prompt")
     with pytest.raises(openai.NotFoundError):
         client.completions.create(model="other", prompt=PROMPT)
 
@@ -324,11 +293,12 @@ def test_malformed_requests(server: Running) -> None:
         response = server.client.post("/v1/completions", content=content, headers=json_type)
         assert response.status_code == 400, (content[:20], response.text)
         assert response.json()["error"]["type"] == "invalid_request_error"
-    assert server.client.post("/v1/completions", content=b'{"prompt": "a"}').status_code == 415
-    text = {"content-type": "text/plain"}
-    assert server.client.post("/v1/completions", content=b'{"prompt": "a"}', headers=text).status_code == 415
-    assert server.client.get("/v1/completions").status_code == 405
-    assert "error" in server.client.get("/v1/completions").json()
+    for headers in ({}, {"content-type": "text/plain"}):
+        response = server.client.post("/v1/completions", content=b'{"prompt": "a"}', headers=headers)
+        assert response.status_code == 415
+    wrong_method = server.client.get("/v1/completions")
+    assert wrong_method.status_code == 405
+    assert "error" in wrong_method.json()
     assert server.client.post("/v1/chat/completions", json={}).json()["error"]["type"] == "not_found_error"
     # Half of a surrogate pair can be asked for and echoed.
     response = server.client.post("/v1/completions", content=rb'{"prompt": "a\ud800", "echo": true}', headers=json_type)
@@ -344,8 +314,8 @@ def test_same_text_in_any_company(server: Running, tales_model: gpt2onnx.Model) 
     for index in range(30):
         asked, options = STRATEGIES[index % len(STRATEGIES)]
         prompt = random_.choice([PROMPT, "The old king", long[: random_.randrange(20, len(long))]])
-        asked = dict(asked)
-        fields = asked | asked.pop("extra_body", {}) | {"max_tokens": random_.randrange(1, 40)}
+        fields = asked | asked.get("extra_body", {}) | {"max_tokens": random_.randrange(1, 40)}
+        fields.pop("extra_body", None)
         work.append((prompt, fields, options | {"max_new_tokens": fields["max_tokens"]}, random_.random() * 1.5))
     stop = threading.Event()
 

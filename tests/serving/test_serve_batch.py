@@ -66,34 +66,31 @@ def test_any_arrival_any_chunk_any_cancellation(
     assert run(network, again, 2, decoder) == [run(HashingNetwork(), [request], 1)[0] for request in again]
 
 
-def test_long_prompt_is_read_between_steps() -> None:
+BEGINNING = [*range(10), *range(10)]
+
+
+@pytest.mark.parametrize(
+    ("arriving", "chunk", "passes"),
+    [
+        # As many steps of the first as there are parts of the second, which then joins it.
+        ([[1], [2] * 20], 6, [(1, 1), (1, 1), (1, 6), (1, 1), (1, 6), (1, 1), (1, 6), (1, 1), (1, 2), (2, 1)]),
+        # Alone, it is read at once.
+        ([[2] * 20], 6, [(1, 20), (1, 1)]),
+        # Many short prompts don't stall the first one either.
+        ([[0] * 10, None, None, *([index] * 10 for index in range(1, 8))], 32,
+         [(1, 10), (1, 1), (3, 10), (4, 1), (3, 10), (7, 1), (1, 10)]),
+        # Each begins like the first, and is read from there; a pass counts as 16 tokens at least.
+        ([[*BEGINNING, 0], None, *([*BEGINNING, index] for index in range(1, 8))], 32,
+         [(1, 21), (1, 1), (1, 1), (1, 1), (3, 1), (1, 1), (1, 1)]),
+    ],
+)  # fmt: skip
+def test_prompts_are_read_between_steps(
+    arriving: list[list[int] | None], chunk: int, passes: list[tuple[int, int]]
+) -> None:
     network = HashingNetwork()
-    first, second = begin([1], {"max_new_tokens": 12}), begin([2] * 20, {"max_new_tokens": 2})
-    list(Scheduler(network).run([first, second], 2, chunk=6))
-    # As many steps of the first as there are parts of the second, which then joins it.
-    assert network.passes[:10] == [(1, 1), (1, 1), (1, 6), (1, 1), (1, 6), (1, 1), (1, 6), (1, 1), (1, 2), (2, 1)]
-
-
-def test_alone_it_is_read_at_once() -> None:
-    network = HashingNetwork()
-    list(Scheduler(network).run([begin([2] * 20, {"max_new_tokens": 2})], 2, chunk=6))
-    assert network.passes == [(1, 20), (1, 1)]
-
-
-def test_many_short_prompts_do_not_stall_either() -> None:
-    network = HashingNetwork()
-    one, *others = [begin([index] * 10, {"max_new_tokens": 12}) for index in range(8)]
-    list(Scheduler(network).run([one, None, None, *others], 8, chunk=32))
-    assert network.passes[:7] == [(1, 10), (1, 1), (3, 10), (4, 1), (3, 10), (7, 1), (1, 10)]
-
-
-def test_passes_over_few_tokens_do_not_stall_either() -> None:
-    network = HashingNetwork()
-    beginning = [*range(10), *range(10)]
-    one, *others = [begin([*beginning, index], {"max_new_tokens": 12}) for index in range(8)]
-    list(Scheduler(network).run([one, None, *others], 8, chunk=32))
-    # Each begins like the first, and is read from there; a pass counts as 16 tokens at least.
-    assert network.passes[:7] == [(1, 21), (1, 1), (1, 1), (1, 1), (3, 1), (1, 1), (1, 1)]
+    searches = [None if prompt is None else begin(prompt, {"max_new_tokens": 12}) for prompt in arriving]
+    list(Scheduler(network).run(searches, 8, chunk))
+    assert network.passes[: len(passes)] == passes
 
 
 def test_no_more_are_taken_than_may_be_read_now() -> None:

@@ -43,7 +43,7 @@ def test_interface_keeps_to_its_schema(
 ) -> None:
     """Status, content type, headers and body are those of the document; wrong requests are refused, right ones aren't."""
     schema = schemathesis.openapi.from_url(f"{server.address}/openapi.json", config=CONFIG)
-    statuses: dict[int, int] = {}
+    statuses = set()
 
     @settings(
         max_examples=examples, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck)
@@ -52,7 +52,7 @@ def test_interface_keeps_to_its_schema(
     def check(case: Any) -> None:
         response = case.call()
         case.validate_response(response)
-        statuses[response.status_code] = statuses.get(response.status_code, 0) + 1
+        statuses.add(response.status_code)
         if response.status_code >= 400:
             error = response.json()["error"]
             assert set(error) == {"message", "type", "param", "code"}
@@ -61,5 +61,5 @@ def test_interface_keeps_to_its_schema(
 
     check()
     if path == "/v1/completions":
-        assert (statuses.get(200, 0) > 0) == (mode is GenerationMode.POSITIVE), statuses
+        assert (200 in statuses) == (mode is GenerationMode.POSITIVE), statuses
     server.wait_for_idle()

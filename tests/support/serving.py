@@ -1,8 +1,9 @@
-"""What the tests of the server share: a server in a thread of this process, and clients for it."""
+"""The server in tests: one in a thread of this process, a client for it, and a model whose steps a test controls."""
 
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -14,8 +15,26 @@ from gpt2onnx.serving.server import Server, Settings, listen, make_server
 from support.commands import wait_until
 
 
+class ControlledModel:
+    """A model that takes `delay` seconds for each step of a prompt, and raises `error` in place of the next one."""
+
+    def __init__(self, model: gpt2onnx.Model, delay: float = 0.0) -> None:
+        self._model, self.delay = model, delay
+        self.error: Exception | None = None
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._model, name)
+
+    def follow(self, *arguments: Any) -> Iterator[Any]:
+        for step in self._model.follow(*arguments):
+            time.sleep(self.delay)
+            if self.error is not None:
+                raise self.error
+            yield step
+
+
 class Running:
-    """A server that runs, and what it says when asked."""
+    """A running server and a client."""
 
     def __init__(self, server: Server, address: str) -> None:
         self.server, self.engine, self.address = server, server.engine, address
@@ -24,10 +43,13 @@ class Running:
     def complete(self, prompt: Any = "Once upon a time", **fields: Any) -> httpx.Response:
         return self.client.post("/v1/completions", json={"prompt": prompt} | fields)
 
-    def text(self, prompt: Any = "Once upon a time", **fields: Any) -> str:
+    def choice(self, prompt: Any = "Once upon a time", **fields: Any) -> Any:
         response = self.complete(prompt, **fields)
         assert response.status_code == 200, response.text
-        return response.json()["choices"][0]["text"]
+        return response.json()["choices"][0]
+
+    def text(self, prompt: Any = "Once upon a time", **fields: Any) -> str:
+        return str(self.choice(prompt, **fields)["text"])
 
     def metric(self, name: str) -> float:
         lines = self.client.get("/metrics").text.splitlines()
@@ -35,12 +57,15 @@ class Running:
             float(line.rpartition(" ")[2]) for line in lines if line.split("{")[0].split(" ")[0] == f"gpt2onnx_{name}"
         )
 
+    def wait_for_state(self, running: int, waiting: int) -> None:
+        wait_until(lambda: (self.engine.running, self.engine.waiting) == (running, waiting))
+
     def wait_for_idle(self) -> None:
-        wait_until(lambda: not self.engine.running and not self.engine.waiting)
+        self.wait_for_state(0, 0)
 
 
 @contextmanager
-def serving(model: gpt2onnx.Model, **settings: Any) -> Iterator[Running]:
+def serving(model: Any, **settings: Any) -> Iterator[Running]:
     """A server for the time of the `with` block."""
     settings = {"name": "tales", "shutdown_seconds": 10.0} | settings
     with listen("127.0.0.1", 0) as listener:

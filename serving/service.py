@@ -1,0 +1,83 @@
+"""Service: the served model, its engine and its limits, as every request needs them."""
+
+import asyncio
+import contextlib
+import time
+from collections import deque
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+from ..models.bundle import GENERATION_CONFIG
+from ..models.config import read_json
+from ..runtime.model import Model
+from .engine import Engine
+
+
+@dataclass(frozen=True, kw_only=True)
+class Limits:
+    """Limits of a request.
+
+    Attributes:
+        prompt_tokens: most tokens of a prompt; None for the context window.
+        max_tokens: largest `max_tokens`; None for the context window.
+        seconds: time until it has to be done.
+    """
+
+    prompt_tokens: int | None = None
+    max_tokens: int | None = None
+    seconds: float = 600.0
+
+
+class Notifier:
+    """Sets asyncio events from other threads; one wake-up of the event loop serves all events that wait for it."""
+
+    def __init__(self) -> None:
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._events: deque[asyncio.Event] = deque()
+        self._pending = False
+
+    def open(self) -> None:
+        """Takes the running event loop as the one to wake."""
+        self._loop = asyncio.get_running_loop()
+
+    def set(self, event: asyncio.Event) -> None:
+        """Sets an event soon; for any thread."""
+        self._events.append(event)
+        if not self._pending and self._loop is not None:
+            self._pending = True
+            with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits any more
+                self._loop.call_soon_threadsafe(self._set_all)
+
+    def _set_all(self) -> None:
+        self._pending = False
+        while self._events:
+            self._events.popleft().set()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Service:
+    """The served model.
+
+    Attributes:
+        name: the model's, for clients.
+        model: only its tokenizer and options; its network belongs to the engine's thread.
+        engine: runs the prompts.
+        limits: of a request.
+        log_prompts: log prompts and texts; otherwise only counts.
+        created: start of the service, in seconds since 1970.
+        notifier: wakes the event loop for the engine's news.
+    """
+
+    name: str
+    model: Model
+    engine: Engine
+    limits: Limits
+    log_prompts: bool = False
+    created: int = field(default_factory=lambda: int(time.time()))
+    notifier: Notifier = field(default_factory=Notifier)
+
+    @cached_property
+    def bundled_options(self) -> dict[str, Any]:
+        """The bundle's generation_config.json."""
+        return dict(read_json(self.model.bundle.folder / GENERATION_CONFIG))
