@@ -19,7 +19,6 @@ from support.paths import DOCS
 from support.reference import Reference
 
 import gpt2onnx
-from gpt2onnx.experiments import evaluation
 from gpt2onnx.experiments.evaluation import Loss, evaluate
 from gpt2onnx.exporter.tokenizer.convert import known
 from gpt2onnx.models.tales import FOLDER
@@ -32,7 +31,7 @@ SHORT_TEXT = TEXT[-1450:]
 
 @dataclass(frozen=True)
 class Losses:
-    """What PyTorch says of a text.
+    """PyTorch's losses of a text.
 
     Attributes:
         predicted: how many tokens count.
@@ -85,7 +84,7 @@ def reference_batches(
 def reference_losses(
     reference: Reference, ids: list[int], context: int, stride: int, batch_size: int, *, keep_short: bool, drop: bool
 ) -> Losses:
-    """What PyTorch says of a text in such windows and batches."""
+    """PyTorch's losses of a text in these windows and batches, from the golden answers."""
     question = [reference.name, digest(ids), context, stride, batch_size, keep_short, drop]
     windows = functools.partial(reference_batches, keep_short=keep_short, drop=drop)
     return Losses(
@@ -253,28 +252,12 @@ def test_the_guide_to_perplexity_of_transformers(
     assert abs(result.loss - loss) < TOLERANCE, result.loss - loss
 
 
-def test_positions_beyond_one_slice_of_logits(
-    tales_model: gpt2onnx.Model, tales_reference: Reference, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    ids = tales_model.tokenizer.encode(TEXT)
+def test_whole_windows(tales_model: gpt2onnx.Model, tales_reference: Reference) -> None:
     result = evaluate(tales_model, TEXT, batch_size=2)
     assert (result.context, result.stride) == (512, 512)
+    ids = tales_model.tokenizer.encode(TEXT)
     expected = reference_losses(tales_reference, ids, 512, 512, 2, keep_short=True, drop=False)
     assert_equal(result.parts["text"], expected, "whole windows")
-    # However few logits are in memory at a time, and never more than that.
-    most = 0
-    forward = tales_model.session.forward
-
-    def counted(*arguments: Any, keep: int = 1) -> Any:
-        nonlocal most
-        most = max(most, keep)
-        return forward(*arguments, keep=keep)
-
-    monkeypatch.setattr(tales_model.session, "forward", counted)
-    monkeypatch.setattr(evaluation, "_AT_ONCE", 50)
-    sliced = evaluate(tales_model, TEXT, batch_size=2).parts["text"]
-    assert most == 50
-    assert abs(sliced.loss - result.parts["text"].loss) < TOLERANCE
 
 
 def test_texts_of_several_bytes_a_character(small: tuple[gpt2onnx.Model, Reference]) -> None:
