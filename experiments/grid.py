@@ -186,4 +186,9 @@ def _label(family: str, varied: Mapping[str, Any]) -> str:
 
 def to_json(options: GenerationConfig) -> dict[str, Any]:
     """All options, as JSON holds them."""
-    return {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(options).items()}
+    return plain(asdict(options))
+
+
+def plain(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Values as JSON gives them back: tuples become lists."""
+    return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}

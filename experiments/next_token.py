@@ -26,7 +26,7 @@ from ..runtime.requests import Prompt
 Progress = Callable[[int, int], None]
 
 # Filters in the order in which they apply, each with the value that filters nothing.
-_FILTERS: dict[str, Any] = {
+FILTERS: dict[str, Any] = {
     "top_h": None, "top_k": 0, "top_p": 1.0, "min_p": None, "typical_p": 1.0, "epsilon_cutoff": 0.0, "eta_cutoff": 0.0,
 }  # fmt: skip
 
@@ -96,16 +96,10 @@ def next_token(
     prompt: Prompt,
     *,
     temperatures: Sequence[float] = (),
-    top_h: float | None = None,
-    top_k: int | None = None,
-    top_p: float | None = None,
-    min_p: float | None = None,
-    typical_p: float | None = None,
-    epsilon_cutoff: float | None = None,
-    eta_cutoff: float | None = None,
     draws: int = 0,
     seed: int | None = None,
     progress: Progress | None = None,
+    **filters: float | None,
 ) -> NextToken:
     """Follows the logits after a prompt to the draw of the next token.
 
@@ -113,22 +107,21 @@ def next_token(
         model: computes the logits. Options that aren't given are its own, as in `generate`.
         prompt: a text, or token ids.
         temperatures: one choice for each.
-        top_h, top_k, top_p, min_p, typical_p, epsilon_cutoff, eta_cutoff: the filters.
         draws: number of draws for each temperature, each time from the same seed.
         seed: of the draws; None for a random one.
         progress: called after every hundred draws.
+        filters: options named in FILTERS.
 
     Raises:
         PromptError: the prompt is empty, too long, or not in the vocabulary.
-        OptionError: an option is out of range.
+        OptionError: an option is unknown or out of range.
         BackendError: ONNX Runtime failed.
     """
+    unknown = filters.keys() - FILTERS.keys()
+    if unknown:
+        raise OptionError(f"{min(unknown)!r} is not one of {', '.join(FILTERS)}")
     if draws < 0:
         raise OptionError(f"draws must be at least 0, not {draws}")
-    filters = {
-        "top_h": top_h, "top_k": top_k, "top_p": top_p, "min_p": min_p, "typical_p": typical_p,
-        "epsilon_cutoff": epsilon_cutoff, "eta_cutoff": eta_cutoff,
-    }  # fmt: skip
     # With beams there is no single draw.
     one_draw = {"do_sample": True, "num_beams": 1, "num_return_sequences": 1, "seed": seed}
     given: Sequence[float | None] = temperatures or (None,)
@@ -181,8 +174,8 @@ def stages(logits: Logits, options: GenerationConfig, tokens: Tokens) -> list[St
     """The candidates after each step of the options; temperature is always one of them."""
     # Renormalising scores leaves probabilities as they are.
     alone: dict[str, Any] = {"do_sample": True, "num_beams": 1, "num_return_sequences": 1, "renormalize_logits": False}
-    unfiltered = replace(options, **alone, **_FILTERS)
-    filters = {name: getattr(options, name) for name in _FILTERS if getattr(options, name) != _FILTERS[name]}
+    unfiltered = replace(options, **alone, **FILTERS)
+    filters = {name: getattr(options, name) for name in FILTERS if getattr(options, name) != FILTERS[name]}
     steps = {"penalties": replace(unfiltered, do_sample=False), "temperature": unfiltered}
     for name, value in filters.items():
         steps[name] = unfiltered = replace(unfiltered, **{name: value})

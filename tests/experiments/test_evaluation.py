@@ -20,7 +20,7 @@ from support.reference import Reference
 
 import gpt2onnx
 from gpt2onnx.experiments.evaluation import Loss, evaluate
-from gpt2onnx.exporter.tokenizer.convert import known
+from gpt2onnx.exporter.tokenizer import known
 from gpt2onnx.models.tales import FOLDER
 
 TOLERANCE = 1e-4
