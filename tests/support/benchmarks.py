@@ -41,7 +41,7 @@ def ours(bundle: Path, name: str = "gpt2onnx") -> dict[str, Any]:
 
 
 def check_a_run(bundle: Path, peer: dict[str, Any], folder: Path) -> None:
-    """Measures gpt2onnx, a peer that isn't installed, and a peer; is what was measured kept, and reported?"""
+    """Measures gpt2onnx, a peer that isn't installed, and a peer: figures are kept and reported."""
     results, list_of_two, list_of_all = folder / "results.json", folder / "two.json", folder / "all.json"
     contenders = [ours(bundle) | {"cold": True}, contender("absent", "no_such_peer", Path(), Path()), peer]
     list_of_two.write_text(json.dumps(contenders[:2]))
@@ -70,6 +70,6 @@ def check_a_run(bundle: Path, peer: dict[str, Any], folder: Path) -> None:
     page = (folder / "README.md").read_text()
     for scenario in SCENARIOS:
         assert f"### {scenario}\n" in page
-    assert "Resident memory at most" in page
+    assert "Peak resident memory" in page
     assert "](context.svg)" in page
     assert "</svg>" in (folder / "context.svg").read_text()
