@@ -143,7 +143,7 @@ def main() -> None:
 
 def models_of(peer: str) -> list[str]:
     """Names of the models that a peer runs."""
-    return [name for name, (whose, _) in models().items() if whose == peer]
+    return [name for name, (runtime, _) in models().items() if runtime == peer]
 
 
 if __name__ == "__main__":

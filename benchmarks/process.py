@@ -21,7 +21,7 @@ WORKER = Path(__file__).parent / "peers" / "worker.py"
 
 
 class Failed(Exception):  # noqa: N818  an answer, not an error
-    """A contender can't do a task: its figure is missing, the comparison goes on."""
+    """A contender can't do a task: its figure is missing, the comparison continues."""
 
 
 def environment(threads: int) -> dict[str, str]:

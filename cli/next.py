@@ -1,8 +1,10 @@
 """gpt2onnx next"""
 
+import functools
 import json
 import math
 import re
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -13,7 +15,7 @@ from .model_options import device_options, load, model_option
 from .tables import table
 
 if TYPE_CHECKING:
-    from ..experiments.next_token import Choice
+    from ..experiments.next_token import Choice, Stage
     from ..runtime.tokenizer import Tokenizer
 
 _NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?")
@@ -53,7 +55,7 @@ class _SeveralTemperatures(click.Command):
 @click.option(
     "--top-h",
     type=float,
-    help="Keep the likeliest of 100 tokens whose terms of the entropy add up to this share of it.",
+    help="Of the 100 likeliest tokens, keep the first that make up this share of the entropy.",
 )
 @click.option("--top-k", type=int, help="Keep the k likeliest tokens; 0 for all (default 50).")
 @click.option("--top-p", type=float, help="Keep the likeliest tokens whose probabilities add up to p.")
@@ -129,33 +131,28 @@ def command(
 def _candidates(choice: "Choice", tokenizer: "Tokenizer", top: int, followed: list[int]) -> str:
     """Table of the likeliest tokens and the followed ones, through all stages."""
     first, *later = choice.stages
-    options = choice.options
-    header = ["token", "id", "logit", "p"]
+    # A column: header, cell of a token, cell of the last row.
+    columns: list[tuple[str, Callable[[int], str], object]] = [
+        ("token", lambda token: repr(tokenizer.piece(token)), "candidates left"),
+        ("id", str, ""),
+        ("logit", functools.partial(_logit, first), ""),
+        ("p", functools.partial(_probability, first), _possible(first.scores)),
+    ]
     for stage in later:
-        header += (
-            ["/ T", f"T = {options.temperature:g}"] if stage.name == "temperature" else [_label(stage.name, options)]
-        )
-    header += ["drawn", "expected"] if choice.draws else []
+        label = stage.name
+        if stage.name == "temperature":
+            columns.append(("/ T", functools.partial(_logit, stage), ""))
+            label = f"T = {choice.options.temperature:g}"
+        elif stage.name != "penalties":
+            label = f"{stage.name} {getattr(choice.options, stage.name):g}"
+        columns.append((label, functools.partial(_probability, stage), _possible(stage.scores)))
+    if choice.draws:
+        columns.append(("drawn", lambda token: str(choice.counts[token]), choice.draws))
+        columns.append(("expected", lambda token: f"{_expected(choice, token):.1f}", f"{choice.draws:.1f}"))
     shown = choice.top(top)
     shown += [token for token in followed if token not in shown]
-    rows = []
-    for token in shown:
-        row = [
-            repr(tokenizer.piece(token)),
-            str(token),
-            _score(first.scores[token]),
-            f"{first.probabilities[token]:.4f}",
-        ]
-        for stage in later:
-            row += [_score(stage.scores[token])] if stage.name == "temperature" else []
-            row.append(f"{stage.probabilities[token]:.4f}" if stage.scores[token] > -math.inf else "-")
-        row += [str(choice.counts[token]), f"{_expected(choice, token):.1f}"] if choice.draws else []
-        rows.append(row)
-    left = ["candidates left", "", "", str(_possible(first.scores))]
-    for stage in later:
-        left += ["", str(_possible(stage.scores))] if stage.name == "temperature" else [str(_possible(stage.scores))]
-    left += [str(choice.draws), f"{choice.draws:.1f}"] if choice.draws else []
-    return table(header, [*rows, left])
+    rows = [[cell(token) for _, cell, _ in columns] for token in shown]
+    return table([header for header, _, _ in columns], [*rows, [str(last) for _, _, last in columns]])
 
 
 def _by_temperature(text: str, token: int, choices: list["Choice"]) -> str:
@@ -201,10 +198,6 @@ def _record(choice: "Choice", tokenizer: "Tokenizer", top: int, followed: dict[s
     }
 
 
-def _label(name: str, options: Any) -> str:
-    return name if name == "penalties" else f"{name} {getattr(options, name):g}"
-
-
 def _expected(choice: "Choice", token: int) -> float:
     return choice.draws * float(choice.probabilities[token])
 
@@ -214,8 +207,13 @@ def _possible(scores: Any) -> int:
     return int((scores > -math.inf).sum())
 
 
-def _score(value: float) -> str:
-    return f"{value:.3f}" if value > -math.inf else "-"
+def _logit(stage: "Stage", token: int) -> str:
+    score = stage.scores[token]
+    return f"{score:.3f}" if score > -math.inf else "-"
+
+
+def _probability(stage: "Stage", token: int) -> str:
+    return f"{stage.probabilities[token]:.4f}" if stage.scores[token] > -math.inf else "-"
 
 
 def _finite(value: float) -> float | None:

@@ -32,7 +32,7 @@ def joined(address: str | None, cores: int, *, verbose: bool) -> Iterator[None]:
 
     Args:
         address: host:port of the cluster's head; "auto": the cluster that runs on this machine; None: a new one.
-        cores: at least so many for a new cluster; otherwise as many as this process may use.
+        cores: of a new cluster, at least; by default those that this process may use.
         verbose: let Ray and the workers log.
 
     Raises:

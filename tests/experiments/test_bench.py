@@ -4,7 +4,6 @@ import json
 import mmap
 import sys
 from collections.abc import Iterator
-from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -173,7 +172,7 @@ def test_the_table_for_people(command_line: CommandLine, tales_bundle: Path) -> 
 def test_memory_of_this_process() -> None:
     used = machine.process_memory()
     assert None not in (used.resident, used.anonymous, used.file, used.peak)
-    # Memory that is new for certain; what an array takes may have belonged to another one before.
+    # Freshly mapped memory; an array might reuse memory that was resident before.
     with mmap.mmap(-1, 1 << 26, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS) as block:
         block.write(b"1" * len(block))
         after = machine.process_memory()
@@ -181,9 +180,7 @@ def test_memory_of_this_process() -> None:
     assert after.peak >= after.resident >= after.anonymous
 
 
-def test_the_best_reading_counts(monkeypatch: pytest.MonkeyPatch) -> None:
-    ticks = count()
-    monkeypatch.setattr(machine.time, "perf_counter", lambda: float(next(ticks)))
+def test_the_best_reading_counts() -> None:
     with machine.MemoryReader(2, size=1 << 20) as reader:
-        # By this clock each way of reading takes a second.
-        assert reader.read() == reader.best == 1 << 20
+        readings = [reader.read() for _ in range(3)]
+    assert reader.best == max(readings) > 0

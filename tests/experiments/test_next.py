@@ -1,4 +1,4 @@
-"""`gpt2onnx next` and `gpt2onnx tokens`: the way to a draw is that of PyTorch and transformers, and of `generate`."""
+"""`gpt2onnx next` and `gpt2onnx tokens`: stages and draws are those of PyTorch, transformers and `generate`."""
 
 import json
 import math
@@ -33,7 +33,7 @@ LOGITS = (-1.2 * np.log(np.arange(300) + 2) + np.random.default_rng(3).normal(0,
 @pytest.mark.parametrize("temperature", TEMPERATURES)
 @pytest.mark.parametrize("filters", FILTERS, ids=str)
 def test_every_stage_is_that_of_transformers(temperature: float, filters: dict[str, Any], golden: Golden) -> None:
-    """From logits that are the same everywhere, so that what differs is the step's own."""
+    """From the same logits on all machines: a difference comes from the step."""
     if "top_h" in filters:
         skip_with_transformers_4("it has no top_h")
     ids = [3, 1, 4, 1, 5]
@@ -58,7 +58,7 @@ def test_every_stage_is_that_of_transformers(temperature: float, filters: dict[s
 def test_the_logits_are_those_of_transformers(
     temperature: float, tales_model: gpt2onnx.Model, tales_reference: Reference, golden: Golden
 ) -> None:
-    """And what comes of them in a model is what comes of logits alone, which the test above judges."""
+    """And a model's stages are those of its logits alone, which the test above compares with transformers."""
     ids = tales_model.tokenizer.encode(PROMPT)
     filters = {"top_k": 30, "top_p": 0.9}
     (choice,) = next_token(tales_model, PROMPT, temperatures=[temperature], **filters).choices
@@ -309,7 +309,7 @@ def test_tokens_from_standard_input_and_as_a_table(command_line: CommandLine, ta
 
 
 def test_bytes_of_the_whole_vocabulary(tales_model: gpt2onnx.Model) -> None:
-    """Each entry's bytes are what the tokenizers library decodes it to, wherever that is whole characters."""
+    """Each entry's bytes are those of the tokenizers library, if they are whole characters."""
     whole = 0
     for token in range(tales_model.config.vocab_size):
         piece = tales_model.tokenizer.piece(token)

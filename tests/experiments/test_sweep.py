@@ -384,10 +384,7 @@ def test_a_report_of_little_is_still_a_page(tales_model: gpt2onnx.Model, tmp_pat
     assert pandas.read_csv(tmp_path / "summary.csv")["joules_per_token"].isna().all()
 
 
-@given(
-    st.lists(st.floats(-1e6, 1e6, allow_subnormal=False), min_size=1, max_size=9),
-    st.booleans(),
-)
+@given(st.lists(st.floats(-1e6, 1e6, allow_subnormal=False), min_size=1, max_size=9), st.booleans())
 def test_axes_hold_their_values_and_have_round_ticks(values: list[float], zero: bool) -> None:
     for axis in (charts.horizontal("x", values, zero=zero), charts.vertical("y", values, zero=zero)):
         low, high = sorted((axis.begin, axis.end))
@@ -423,11 +420,7 @@ def test_resumed_after_a_torn_line(tales_model: gpt2onnx.Model, small_grid: Path
 
 
 def test_results_of_another_sweep_are_refused(
-    tales_model: gpt2onnx.Model,
-    tales_bundle: Path,
-    make_checkpoint: MakeCheckpoint,
-    small_grid: Path,
-    tmp_path: Path,
+    tales_model: gpt2onnx.Model, make_checkpoint: MakeCheckpoint, small_grid: Path, tmp_path: Path
 ) -> None:
     plan = make(tales_model, small_grid, PROMPT)
     list(sweep.run(plan, tmp_path))
@@ -447,7 +440,7 @@ def test_results_of_another_sweep_are_refused(
         make(tales_model, small_grid, "Another prompt"),
         make(tales_model, longer, PROMPT),
         make(tales_model, shorter, PROMPT),
-        make(gpt2onnx.load(tales_bundle, threads=2), small_grid, PROMPT),
+        make(gpt2onnx.load(tales_model.bundle.folder, threads=2), small_grid, PROMPT),
     ]
     for other in others:
         with pytest.raises(OutputError, match="results of another sweep"):

@@ -1,4 +1,4 @@
-"""The offline kit, installed where there is nothing, and jobs as a service runs them."""
+"""The offline kit, installed on a bare machine, and jobs as a service runs them."""
 
 import hashlib
 import json
@@ -58,7 +58,7 @@ def files_in(folder: Path) -> list[Path]:
 
 
 class Installed:
-    """An installation, made and used with nothing: no network, no settings, an empty home."""
+    """An installation without network, settings or files in its home."""
 
     def __init__(self, folder: Path, kit: Path) -> None:
         self.folder, self.home = folder / "installed", folder / "home"
@@ -67,7 +67,7 @@ class Installed:
 
     def run(self, *command: object) -> subprocess.CompletedProcess[str]:
         environment = {"HOME": str(self.home), "PATH": "/usr/bin:/bin", "LANG": "C.UTF-8"}
-        # Were an index asked for all the same, nothing would answer.
+        # An index that was asked for all the same would not answer.
         environment |= dict.fromkeys(("PIP_INDEX_URL", "https_proxy", "http_proxy"), "http://127.0.0.1:9/")
         return run(*without_network(), *command, env=environment, cwd=self.home)
 
@@ -81,7 +81,7 @@ def base_python() -> str:
 
 
 def without_network() -> list[str]:
-    """Puts a command where there is no network at all, if that is allowed here."""
+    """Prefix that runs a command without any network, if the system allows it."""
     apart = ["unshare", "--map-root-user", "--net"]
     return apart if shutil.which("unshare") and run(*apart, "true").returncode == 0 else []
 
@@ -255,13 +255,13 @@ def test_killed_job_goes_on_without_loss_or_repetition(
     name: str, service: list[str], tmp_path: Path, installed: Installed, tales_bundle: Path
 ) -> None:
     number = signal.Signals[name]
-    # In fp32, where no token depends on what else is in the batch.
+    # In fp32, where no token depends on the rest of the batch.
     service = [part.replace(str(installed.folder / "bundle"), str(tales_bundle)) for part in service]
     lines = [json.dumps(one) for one in requests(60)]
     (tmp_path / "job.jsonl").write_text("\n".join([*lines[:20], "{broken", *lines[20:]]) + "\n")
     results, codes, whole = tmp_path / "job.results.jsonl", list[int](), list[bytes]()
     assert unit_settings()["Restart"] == "on-failure"
-    for part in (0, 12, 40, 61):  # lines that are there when it is ended; at last it isn't
+    for part in (0, 12, 40, 61):  # lines written when it is stopped; the last run isn't stopped
         job = subprocess.Popen(service, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, preexec_fn=heed)
         deadline = time.monotonic() + 120
         while job.poll() is None and time.monotonic() < deadline:
@@ -294,12 +294,12 @@ def test_killed_job_goes_on_without_loss_or_repetition(
 
 
 def heed() -> None:
-    """What a shell starts in the background inherits that SIGINT is ignored."""
+    """Undoes a background shell's ignoring of SIGINT, which processes inherit."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def test_exit_codes(installed: Installed, service: list[str], tmp_path: Path) -> None:
-    """Those that docs/deploy.md lists."""
+    """Exit codes of docs/deploy.md."""
     table = dict(re.findall(r"^\| (\d+) \| (.+?) \|$", (REPOSITORY / "docs" / "deploy.md").read_text(), re.MULTILINE))
     assert {"0", "1", "2", "130"} <= table.keys()
     bundle = installed.folder / "bundle"
