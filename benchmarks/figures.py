@@ -1,4 +1,4 @@
-"""What the report says of the figures: medians, spreads, and ratios pair by pair."""
+"""Figures of a run: medians, spreads, and ratios round by round."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class Spread:
         return max(self.values)
 
     def over(self, other: Spread) -> Spread:
-        """Ratios round by round: what slows down a round slows down both of its figures."""
+        """Ratios round by round: a disturbed round slows down both figures."""
         return Spread([mine / theirs for mine, theirs in zip(self.values, other.values, strict=True)])
 
 
@@ -39,9 +39,9 @@ class Part:
 
     Attributes:
         figures: by contender, then by measure.
-        missing: by contender, why it has no figures.
+        missing: by contender, the reason that it has no figures.
         bandwidth: bytes a second, by round.
-        same_tokens: by contender, how many prompts got the tokens that they got from gpt2onnx.
+        same_tokens: by contender, number of prompts with the same tokens as from gpt2onnx.
     """
 
     family: str
@@ -56,7 +56,7 @@ class Part:
     same_tokens: dict[str, str]
 
     def first(self) -> dict[str, Spread]:
-        """What contenders are ranked by, the best first."""
+        """The measure that ranks contenders, best first."""
         found = {name: measures[self.measures[0]] for name, measures in self.figures.items()}
         return dict(sorted(found.items(), key=lambda item: -item[1].median))
 
@@ -85,11 +85,11 @@ class Run:
         return [name for name in names if self.contenders[name]["ours"]]
 
     def best_peer(self, part: Part) -> str | None:
-        """The fastest of those that aren't ours."""
+        """The fastest contender that isn't gpt2onnx."""
         return next((name for name in part.first() if not self.contenders[name]["ours"]), None)
 
     def against_best(self) -> Iterator[tuple[Part, str, str, Spread]]:
-        """For each part and each of ours: it, the best peer, and the ratio of the two."""
+        """For each part and each of gpt2onnx's contenders: the best peer, and the ratio."""
         for part in self.parts:
             peer = self.best_peer(part) if part.unit == "tokens/s" else None
             for name in self.ours(part.first()) if peer else []:

@@ -1,9 +1,9 @@
-"""What a fleet costs and yields on one machine: the figures of docs/scale.md.
+"""Speed and overhead of a fleet on one machine: the figures of docs/scale.md.
 
-    python -m benchmarks.fleet rate BUNDLE      tokens and prompts a second of one worker, on one core
-    python -m benchmarks.fleet overhead BUNDLE  Ray's start, what a part costs beside its tokens, the driver's memory
-    python -m benchmarks.fleet scale BUNDLE     workers on this machine against one
-    python -m benchmarks.fleet read             lines a second that one reader cuts into parts
+    python -m benchmarks.fleet rate BUNDLE      tokens and prompts a second of one worker on one core
+    python -m benchmarks.fleet overhead BUNDLE  Ray's start, a part's overhead, the command's memory
+    python -m benchmarks.fleet scale BUNDLE     two workers on this machine against one
+    python -m benchmarks.fleet read             lines a second that the command cuts into parts
 
 Prints JSON.
 """
@@ -19,10 +19,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from gpt2onnx.fleet.parts import cut
+from gpt2onnx.fleet.bundle_copy import SharedBundle
+from gpt2onnx.fleet.parts import Part, cut
 from gpt2onnx.fleet.run import run
-from gpt2onnx.fleet.shared_bundle import SharedBundle
-from gpt2onnx.fleet.worker import Work, Worker
+from gpt2onnx.fleet.worker import Work, carry_out
 from gpt2onnx.runtime.options import GenerationConfig
 
 NEW_TOKENS = 64
@@ -30,7 +30,7 @@ SECONDS = 6.0  # of one measurement, about
 
 
 def lines(count: int, tokens: int) -> list[str]:
-    """Requests of some five words, all different."""
+    """Requests of about five words, all different."""
     return [
         json.dumps({"id": index, "prompt": f"The story of number {index}", "max_new_tokens": tokens}) + "\n"
         for index in range(count)
@@ -41,16 +41,15 @@ def rate(bundle: Path) -> dict[str, Any]:
     """One worker without Ray around it: three parts for each batch size, the median."""
     found = {}
     for batch_size in (1, 8, 32):
-        worker = Worker(SharedBundle.share(bundle, elsewhere=False), _work(batch_size), None, None)
-        started = time.perf_counter()
-        worker.records(lines(batch_size, NEW_TOKENS))
-        once = time.perf_counter() - started
-        part = lines(max(2, min(16, int(SECONDS / 3 / once))) * batch_size, NEW_TOKENS)
-        speeds = []
-        for _ in range(3):
+
+        def seconds(requests: list[str], batch_size: int = batch_size) -> float:
             started = time.perf_counter()
-            worker.records(part)
-            speeds.append(len(part) * NEW_TOKENS / (time.perf_counter() - started))
+            carry_out(SharedBundle.share(bundle, elsewhere=False), _work(batch_size), Part(0, 0), requests, None)
+            return time.perf_counter() - started
+
+        once = [seconds(lines(batch_size, NEW_TOKENS)) for _ in range(2)][-1]  # the first one loads the model
+        part = lines(max(2, min(16, int(SECONDS / 3 / once))) * batch_size, NEW_TOKENS)
+        speeds = [len(part) * NEW_TOKENS / seconds(part) for _ in range(3)]
         found[f"batch {batch_size}"] = {
             "tokens_per_second": round(statistics.median(speeds), 1),
             "spread": [round(min(speeds), 1), round(max(speeds), 1)],
@@ -60,7 +59,7 @@ def rate(bundle: Path) -> dict[str, Any]:
 
 
 def overhead(bundle: Path) -> dict[str, Any]:
-    """Parts of one request of one token: what is left is Ray's, and ours around it."""
+    """Parts of one request of one token: the time of Ray and of the command."""
     count = 400
     times, summary = _timed(bundle, lines(count, 1), part_size=1, workers=1)
     cpu = resource.getrusage(resource.RUSAGE_SELF)
@@ -121,15 +120,15 @@ def _timed(bundle: Path, requests: list[str], *, part_size: int, workers: int) -
 
 
 def main() -> None:
-    """Runs what the arguments name."""
-    what, *bundle = sys.argv[1:]
+    """Runs one measurement."""
+    name, *bundle = sys.argv[1:]
     measures: dict[str, Callable[..., dict[str, Any]]] = {
         "rate": rate,
         "overhead": overhead,
         "scale": scale,
         "read": read,
     }
-    print(json.dumps({what: measures[what](*map(Path, bundle))}, indent=2))
+    print(json.dumps({name: measures[name](*map(Path, bundle))}, indent=2))
 
 
 if __name__ == "__main__":

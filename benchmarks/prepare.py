@@ -1,10 +1,10 @@
-"""Makes what a comparison needs, outside the repository: an environment and the model files of each peer.
+"""Makes each peer's environment and model files, outside the repository.
 
-    python -m benchmarks.prepare                   everything that isn't there yet; our own part anew
-    python -m benchmarks.prepare llama.cpp         the environments and models of what is named
-    python -m benchmarks.prepare --list            what there is to make
+    python -m benchmarks.prepare                   everything that isn't there yet; gpt2onnx's anew
+    python -m benchmarks.prepare llama.cpp         only the named environments and models
+    python -m benchmarks.prepare --list            their names
 
-It can be interrupted and called again. To use an environment or a model made elsewhere, put a link in its place.
+It can be interrupted and run again. To use an environment or a model made elsewhere, put a link in its place.
 """
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ Make = Callable[[Path, Path, Path], list[str]]  # work folder, checkpoint, targe
 
 
 def default_work() -> Path:
-    """Where everything goes unless a folder is named: the user's cache."""
+    """The default work folder, in the user's cache."""
     cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(cache) / "gpt2onnx-benchmarks"
 
 
 def models() -> dict[str, tuple[str, Make]]:
-    """Each model file or folder by its name: for whom it is, and the command that makes it from the checkpoint."""
+    """Model files and folders by name: their peer, and the command that makes them from the checkpoint."""
     made: dict[str, tuple[str, Make]] = {}
     for kind in GGUF_KINDS:
         made[f"gpt2-{kind}.gguf"] = "llama.cpp", _gguf(kind)
@@ -74,7 +74,7 @@ def _optimum(work: Path, source: Path, target: Path) -> list[str]:
 
 
 def _gpt2onnx(options: list[str]) -> Make:
-    # What weights say doesn't matter here; but calibration decides about the second graph.
+    # Random weights need no quality check, but calibration, which decides about the second graph.
     unchecked = ["--no-quality", "--no-parity", "--quiet", "--force"]
     return lambda work, source, target: [
         _in(work, "exporter", "gpt2onnx"), "export", str(source), str(target), *options, *unchecked
@@ -87,7 +87,7 @@ def _in(work: Path, environment: str, program: str = "") -> str:
 
 
 def make_checkpoint(work: Path) -> Path:
-    """The checkpoint that all models come from."""
+    """Makes the checkpoint that all models come from."""
     script = str(Path(__file__).with_name("models.py"))
     target = work / "models" / CHECKPOINT
     _make(target, lambda part: [_in(work, "converter"), script, "checkpoint", str(part)])
@@ -95,7 +95,7 @@ def make_checkpoint(work: Path) -> Path:
 
 
 def make_model(work: Path, name: str) -> None:
-    """One of `models()`, unless it is there; ours anew, since what makes it changes."""
+    """Makes one of `models()` unless it is there; gpt2onnx's anew, since the exporter changes."""
     peer, command = models()[name]
     target = work / "models" / name
     if peer == "gpt2onnx" and not target.is_symlink():
@@ -106,7 +106,7 @@ def make_model(work: Path, name: str) -> None:
 def _make(target: Path, command: Callable[[Path], list[str]]) -> None:
     if target.exists():
         return
-    part = target.with_name(f"part-{target.name}")  # an interrupted one is not taken for whole
+    part = target.with_name(f"part-{target.name}")  # renamed when it is complete
     shutil.rmtree(part, ignore_errors=True)
     arguments = command(part)
     print("+", *arguments, file=sys.stderr, flush=True)
@@ -119,7 +119,7 @@ def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="*", help="environments or models; all if none is named")
-    parser.add_argument("--work", type=Path, default=default_work(), help="folder for all of it (%(default)s)")
+    parser.add_argument("--work", type=Path, default=default_work(), help="work folder (%(default)s)")
     parser.add_argument("--list", action="store_true", help="print the names")
     arguments = parser.parse_args()
     known = [*BUILDERS, *ENVIRONMENTS, CHECKPOINT, *models()]
@@ -143,7 +143,7 @@ def main() -> None:
 
 def models_of(peer: str) -> list[str]:
     """Names of the models that a peer runs."""
-    return [name for name, (whose, _) in models().items() if whose == peer]
+    return [name for name, (runtime, _) in models().items() if runtime == peer]
 
 
 if __name__ == "__main__":

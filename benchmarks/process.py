@@ -1,4 +1,4 @@
-"""A contender's process: asked for figures while it is its turn, stopped while it isn't."""
+"""A contender's process: measured in its turn, stopped in the others' turns."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ from .peers.worker import Task
 WORKER = Path(__file__).parent / "peers" / "worker.py"
 
 
-class Failed(Exception):  # noqa: N818  an answer as good as another
-    """A contender can't do what was asked: a figure less, not the end of the comparison."""
+class Failed(Exception):  # noqa: N818  an answer, not an error
+    """A contender can't do a task: its figure is missing, the comparison continues."""
 
 
 def environment(threads: int) -> dict[str, str]:
-    """Variables of a contender's process: its threads, no network, and nothing of the environment that measures."""
+    """Variables of a contender's process: its threads, no network, and no settings of this Python."""
     kept = {name: value for name, value in os.environ.items() if not name.startswith(("PYTHON", "VIRTUAL_ENV"))}
     count = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), str(threads))
     return kept | count | {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "CUDA_VISIBLE_DEVICES": ""}
@@ -56,7 +56,7 @@ class Worker:
 
     @contextmanager
     def awake(self) -> Iterator[None]:
-        """Its turn. Outside of it the process stands still: threads that spin can't slow down another's turn."""
+        """Its turn. Outside it the process is stopped, so that spinning threads can't slow down others."""
         self._signal("SIGCONT")
         try:
             yield
@@ -64,14 +64,14 @@ class Worker:
             self._signal("SIGSTOP")
 
     def run(self, task: Task) -> tuple[float, list[list[int]]]:
-        """Seconds, and the new tokens of each prompt."""
+        """Runs a task; returns seconds and the new tokens of each prompt."""
         answer = self._ask(do="generate", task=asdict(task))
         if "cannot" in answer:
             raise Failed("not offered")
         return answer["seconds"], answer["tokens"]
 
     def memory(self) -> dict[str, int]:
-        """Resident bytes: at most so far, and of that what is no mapped file."""
+        """Resident bytes: the peak so far, and its part outside mapped files."""
         return self._ask(do="memory")
 
     def close(self) -> None:
@@ -103,9 +103,9 @@ class Worker:
 
 
 def cold_start(contender: Contender, threads: int, text: str) -> tuple[float, float]:
-    """Seconds until a new process shows its first token, and until it has ended.
+    """Seconds until a new process prints its first token, and until it ends.
 
-    gpt2onnx starts as its command, a peer as a script of a few lines: its driver's.
+    gpt2onnx starts as its command, a peer as its driver's script of a few lines.
     """
     if contender.ours:
         program = Path(contender.python).with_name("gpt2onnx")

@@ -1,6 +1,6 @@
-"""The report as Markdown, with its plots, from the figures alone: `python -m benchmarks.report results.json`.
+"""Report in Markdown with plots, from the figures alone: `python -m benchmarks.report results.json`.
 
-It is written beside the figures, as README.md.
+Writes README.md beside the figures.
 """
 
 from __future__ import annotations
@@ -13,16 +13,16 @@ from .figures import Part, Run, Spread
 from .run import COLD, MEMORY, RESULTS
 
 HOW = """\
-Everyone gets the same checkpoint (GPT-2's shape of 124 M parameters, random weights: speed doesn't depend on what they
-say), the same token ids, {threads} threads and the same task, each in a process and an environment of its own. A round
-runs each once, in turn, while the others stand still; one round to warm up is followed by {rounds} that count. Figures
-are medians, with the lowest and highest in brackets. Ratios are taken round by round and are medians, too: above 1
-gpt2onnx is ahead, below 1 the peer is. Read bandwidth is measured in every round. Every round has prompts of its own,
-of the same lengths, as some runtimes keep the prompts that they have seen. One exception to what weights don't matter
-for: gpt2onnx chooses operators for the prompts and batches of int8 and int4 by what reaches the matrices, and a network
-with strong outliers keeps slower ones. It opens the second graph that has them on the way, as any process does: that time
-counts, and rounds before that, in batch 8, have to do without. In fp32 it makes on the way what logits are estimated with
-([screened logits](../export.md#screened-logits)): in batch 1 that falls into the first round that counts.
+All contenders get the same checkpoint (GPT-2's shape of 124 M parameters, random weights), the same token ids, {threads} threads
+and the same task, each in its own process and environment. A round runs each contender once, in turn, while the others are
+stopped; one warm-up round is followed by {rounds} that count. Figures are medians, with the lowest and highest in brackets. Ratios are
+medians of the rounds' ratios: above 1 gpt2onnx is ahead, below 1 the peer. Read bandwidth is measured in every round. Every round
+has its own prompts, of the same lengths, since some runtimes cache prompts.
+
+Speed doesn't depend on the values of weights, with one exception: in int8 and int4 gpt2onnx chooses the operators for prompts and
+batches by the activation statistics, and a network with strong outliers keeps slower ones. It opens the second graph, which has the
+faster operators, while it runs, as in any process: that time counts, and earlier rounds, in batch 8, run without it. In fp32 it
+prepares [screened logits](../export.md#screened-logits) while it runs: in batch 1 during the first round that counts.
 
     python -m benchmarks.prepare
     python -m benchmarks.run
@@ -43,13 +43,13 @@ def report(run: Run, plots: list[tuple[str, str]]) -> str:
 
 
 def table(head: list[str], rows: list[list[str]]) -> str:
-    """A Markdown table, figures to the right."""
+    """A Markdown table with right-aligned figures."""
     lines = [head, ["---", *["---:"] * (len(head) - 1)], *rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def number(value: float) -> str:
-    """Three digits that count, or all before the point."""
+    """Three significant digits, or all before the point."""
     return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.1f}" if abs(value) >= 10 else f"{value:.2f}"
 
 
@@ -72,7 +72,7 @@ def _about(run: Run) -> Iterator[str]:
 
 
 def _short(run: Run) -> Iterator[str]:
-    yield "Tokens a second, the fastest of each class in bold; a dash where a peer doesn't offer it or wasn't asked."
+    yield "Tokens a second, the fastest of each class in bold; a dash if a peer doesn't offer it or wasn't measured."
     rows = []
     for family in run.families:
         parts = [run.part(family, scenario) for scenario in run.scenarios]
@@ -86,8 +86,8 @@ def _short(run: Run) -> Iterator[str]:
             rows.append(row)
     yield table(["", *(_head(scenario, run) for scenario in run.scenarios)], rows)
     yield (
-        "gpt2onnx against the best peer of its class, in the same rounds. It has no 16-bit arithmetic on the CPU: in that "
-        "class its neighbours on both sides stand beside the peers."
+        "gpt2onnx against the best peer of its class, in the same rounds. It has no 16-bit arithmetic on the CPU: its fp32 "
+        "and int8 stand in that class."
     )
     found: dict[tuple[str, str], dict[str, str]] = {}
     behind, ahead = [], 0
@@ -114,7 +114,7 @@ def _short(run: Run) -> Iterator[str]:
 
 
 def _head(scenario: str, run: Run) -> str:
-    """What contenders are ranked by in it, where that isn't plain."""
+    """A scenario's name, with its ranking measure if it has several."""
     part = next(part for part in run.parts if part.scenario == scenario)
     return f"{scenario} {part.measures[0]}" if scenario == "context" else scenario
 
@@ -167,8 +167,8 @@ def _processes(run: Run) -> Iterator[str]:
     cold, memory = run.process(COLD), run.process(MEMORY)
     if cold and cold.figures:
         yield (
-            "From the call of a process to its first token and to its end, seconds; text in, text out, files in the page "
-            "cache. gpt2onnx is its command `generate`, a peer a script of a few lines."
+            "Seconds from a process's start to its first token and to its end; text in, text out, files in the page cache. "
+            "gpt2onnx is its command `generate`, a peer a script of a few lines."
         )
         ours = next((name for name in cold.figures if run.contenders[name]["ours"]), None)
         rows = []
@@ -180,8 +180,8 @@ def _processes(run: Run) -> Iterator[str]:
             yield f"Not measured: {'; '.join(f'{name}: {why}' for name, why in cold.missing.items())}."
     if memory and memory.figures:
         yield (
-            "Resident memory at most, of a process that has loaded its model and written 128 tokens after 32; of that, "
-            "what is no mapped file; then what the environment's packages and the model take on disk, MB."
+            "Peak resident memory of a process that has loaded its model and written 128 tokens after 32; its part outside "
+            "mapped files; then the size on disk of the environment's packages and of the model, MB."
         )
         yield table(
             ["", "peak", "not mapped", "peak beyond the weights", "packages", "model"], list(_sizes(run, memory))
@@ -203,10 +203,10 @@ def _megabytes(count: float) -> str:
 
 def _contenders(run: Run) -> Iterator[str]:
     yield (
-        "Share of read bandwidth: bytes of weights that a token needs (the weights' file; half of it where fp32 is held "
-        "as bf16; without a second copy of the embedding) times tokens a second, over what the memory gave in that round. "
-        "Same tokens: prompts that got from it what they got from gpt2onnx of that class, to be expected in fp32 only. "
-        "Where marked slow, it wrote a quarter of the tokens in scenarios that judge it beside itself: rates are compared."
+        "Share of read bandwidth: bytes of weights read for a token (the weights' file; half of it if fp32 is held as bf16; "
+        "without a second copy of the embedding) times tokens a second, by the bandwidth of that round. Same tokens: prompts "
+        "with the same tokens as from gpt2onnx of that class, to be expected in fp32 only. Slow: it wrote a quarter of the "
+        "tokens in scenarios that compare a contender with itself; rates are compared."
     )
     rows = []
     for name, facts in run.contenders.items():

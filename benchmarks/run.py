@@ -1,4 +1,4 @@
-"""Measures gpt2onnx and its peers side by side: A B C A B C …, each in a process and an environment of its own.
+"""Measures gpt2onnx and its peers side by side: A B C A B C …, each in its own process and environment.
 
     python -m benchmarks.prepare                                      once
     python -m benchmarks.run                                          all of it, about forty minutes
@@ -6,9 +6,9 @@
     python -m benchmarks.run --families int8 --scenarios "batch" --rounds 3 --out mine.json
     python -m benchmarks.report docs/benchmarks/results.json          the report from the figures
 
-Everyone gets the same token ids, threads and tasks. A round runs each contender once; ratios are taken round by
-round, so that whatever else the machine does hits all alike. A part is one scenario of one class of precision; it is
-written down once it is whole, and parts that the file has are not measured again.
+All get the same token ids, threads and tasks. A round runs each contender once; ratios are taken round by round, so
+that other load on the machine affects all alike. A part is one scenario of one precision class; it is saved when it
+is complete, and saved parts are not measured again.
 """
 
 from __future__ import annotations
@@ -40,10 +40,10 @@ Missing = dict[str, str]  # contender -> why it has none
 
 
 class Results:
-    """The figures so far, in a file.
+    """Figures so far, in a file.
 
     Raises:
-        SystemExit: the file holds figures taken otherwise.
+        SystemExit: the file was begun with other threads or rounds.
     """
 
     def __init__(self, path: Path, threads: int, rounds: int) -> None:
@@ -61,7 +61,7 @@ class Results:
         return any((part["family"], part["scenario"]) == (family, scenario) for part in self._content["parts"])
 
     def describe(self, contender: Contender, version: str) -> None:
-        """Notes what doesn't change from round to round."""
+        """Notes a contender's facts."""
         known = self._content["contenders"]
         if contender.name in known and contender.family in known[contender.name]["families"]:
             return
@@ -75,7 +75,7 @@ class Results:
             facts["environment_bytes"] = environments.size(folder.parents[1], folder.name)
 
     def add(self, part: dict[str, Any]) -> None:
-        """Writes a part down, unless a crash in the middle of it."""
+        """Saves a part. The file is complete also after a crash."""
         self._content["parts"].append(part | {"finished": datetime.now(UTC).isoformat(timespec="seconds")})
         self._path.parent.mkdir(parents=True, exist_ok=True)
         whole = self._path.with_suffix(".part")
@@ -84,7 +84,7 @@ class Results:
 
 
 def rate(worker: Worker, measure: Measure, step: int) -> tuple[float, list[list[int]]]:
-    """Tokens a second, and the tokens. `step` says which prompts."""
+    """Tokens a second, and the tokens. `step` chooses the prompts."""
     less = 0.0
     with worker.awake():
         seconds, tokens = worker.run(varied(measure.task, step))
@@ -94,12 +94,12 @@ def rate(worker: Worker, measure: Measure, step: int) -> tuple[float, list[list[
             count -= sum(map(len, fewer))
     if any(len(row) != measure.task.new_tokens for row in tokens):
         raise Failed(f"made {[len(row) for row in tokens]} tokens for {measure.task.new_tokens}")
-    # Noise can leave nothing of a difference between short times: then the whole time is a bound.
+    # Noise can exceed the difference of short times: then the whole time is a bound.
     return count / (seconds - less if seconds > less else seconds), tokens
 
 
 def compare(workers: list[Worker], scenario: Scenario, memory: MemoryReader, rounds: int) -> dict[str, Any]:
-    """One part: the rounds of a scenario, after one to warm up."""
+    """Measures a part: a warm-up round, then the rounds of a scenario."""
     figures: Figures = {}
     missing: Missing = {}
     same: dict[str, str] = {}
@@ -113,7 +113,7 @@ def compare(workers: list[Worker], scenario: Scenario, memory: MemoryReader, rou
             for place, measure in enumerate(scenario.measures):
                 if name in missing:
                     continue
-                # Slow ones get less to do where a contender is judged beside itself; all do to warm up.
+                # Slow contenders write less where they are compared with themselves; all do in the warm-up.
                 short = turn == 0 or (worker.contender.slow and scenario.within)
                 step = 2 * (turn * len(scenario.measures) + place)
                 try:
@@ -139,7 +139,7 @@ def compare(workers: list[Worker], scenario: Scenario, memory: MemoryReader, rou
 
 
 def start(family: list[Contender], threads: int, results: Results) -> list[Worker]:
-    """Processes of a class, each with its model loaded; what can't be loaded is said and left out."""
+    """Starts the processes of a class with their models loaded; those that fail are reported and left out."""
     workers: list[Worker] = []
     for contender in family:
         try:
@@ -153,9 +153,9 @@ def start(family: list[Contender], threads: int, results: Results) -> list[Worke
 
 
 def start_cold(known: list[Contender], threads: int, rounds: int) -> dict[str, Any]:
-    """One part: whole processes, from the call to the first token.
+    """Measures a part: processes from their start to the first token.
 
-    Each is started once more just before, so that its files are in the page cache: a virtual machine's host may empty it.
+    Each starts twice and the second counts, with files in the page cache, which a virtual machine's host may empty.
     """
     figures: Figures = {}
     missing: Missing = {}
@@ -177,7 +177,7 @@ def start_cold(known: list[Contender], threads: int, rounds: int) -> dict[str, A
 
 
 def measure_memory(known: list[Contender], threads: int, results: Results) -> dict[str, Any]:
-    """One part: memory of a process that has loaded its model and made 128 tokens after 32."""
+    """Measures a part: memory of a process that has loaded its model and written 128 tokens after 32."""
     figures: Figures = {}
     missing: Missing = {}
     task = next(chosen(["batch 1"])).measures[0].task
@@ -199,13 +199,13 @@ def _of_processes(name: str, unit: str, measures: list[str], figures: Figures, m
 
 
 def say(text: str) -> None:
-    """Progress, beside what is printed for others to read."""
+    """Reports progress on standard error."""
     print(text, file=sys.stderr, flush=True)
 
 
 def run_all(known: list[Contender], families: list[str], names: list[str], results: Results, threads: int,
             rounds: int, enough: Callable[[], bool]) -> bool:  # fmt: skip
-    """Measures what the file doesn't have yet; whether all of it is done."""
+    """Measures the parts that the file lacks; returns whether it is complete."""
     memory = MemoryReader(threads)
     for family in families:
         parts = [each for each in chosen(names) if not each.classes or family in each.classes]
@@ -241,14 +241,14 @@ def run_all(known: list[Contender], families: list[str], names: list[str], resul
 def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=5, help="after one to warm up (%(default)s)")
+    parser.add_argument("--rounds", type=int, default=5, help="rounds after the warm-up (%(default)s)")
     parser.add_argument("--threads", type=int, default=resources.cores().usable, help="(%(default)s)")
-    parser.add_argument("--families", nargs="*", help="classes of precision (all)")
-    parser.add_argument("--scenarios", nargs="*", default=[], help="scenarios whose names begin so (all)")
-    parser.add_argument("--minutes", type=float, default=float("inf"), help="begin no part after so long")
+    parser.add_argument("--families", nargs="*", help="precision classes (all)")
+    parser.add_argument("--scenarios", nargs="*", default=[], help="beginnings of scenarios' names (all)")
+    parser.add_argument("--minutes", type=float, default=float("inf"), help="begin no part after this time")
     parser.add_argument("--out", type=Path, default=RESULTS, help="(%(default)s)")
-    parser.add_argument("--work", type=Path, default=default_work(), help="what `prepare` made (%(default)s)")
-    parser.add_argument("--contenders", type=Path, help="a JSON list of others to compare")
+    parser.add_argument("--work", type=Path, default=default_work(), help="work folder of `prepare` (%(default)s)")
+    parser.add_argument("--contenders", type=Path, help="JSON list of other contenders")
     arguments = parser.parse_args()
     given = arguments.contenders
     known = contenders.from_file(given) if given else contenders.standard(arguments.work.resolve())
@@ -259,7 +259,7 @@ def main() -> None:
         known, families, arguments.scenarios, results, arguments.threads, arguments.rounds,
         lambda: time.monotonic() - began > arguments.minutes * 60,
     )  # fmt: skip
-    say(f"{arguments.out}: {'complete' if complete else 'more to do: call it again'}")
+    say(f"{arguments.out}: {'complete' if complete else 'incomplete: run it again'}")
 
 
 if __name__ == "__main__":

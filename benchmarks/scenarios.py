@@ -1,4 +1,4 @@
-"""What is measured: tasks, given to every contender alike."""
+"""Scenarios: tasks that every contender gets."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 
 from .peers.worker import Task
 
-VOCABULARY = 50256  # without the end of the text
+VOCABULARY = 50256  # without the end token
 RAGGED = [24 + (7 * i) % 17 for i in range(16)]  # lengths of a batch's prompts
 
 
@@ -18,9 +18,9 @@ class Measure:
 
     Attributes:
         name: as printed.
-        task: what is timed.
-        less: a task whose tokens and time are taken off, so that only the rest of `task` is judged.
-        prompt: count the prompt's tokens, instead of the new ones.
+        task: to be timed.
+        less: a task whose tokens and time are subtracted, such as the prompt's.
+        prompt: count the prompt's tokens, not the new ones.
     """
 
     name: str
@@ -31,14 +31,14 @@ class Measure:
 
 @dataclass(frozen=True)
 class Scenario:
-    """Figures that are taken in the same rounds.
+    """Figures taken in the same rounds.
 
     Attributes:
-        name: as printed, and as named on the command line.
-        text: what it is, for the report.
-        measures: the first is what contenders are ranked by.
-        classes: precision classes that are measured; empty for all.
-        within: measures whose ratio a contender is asked for by itself, such as sampling to greedy.
+        name: as printed, and on the command line.
+        text: its description in the report.
+        measures: the first one ranks the contenders.
+        classes: precision classes to measure; empty for all.
+        within: two measures of the same contender whose ratio is reported, such as sampling to greedy.
     """
 
     name: str
@@ -49,7 +49,7 @@ class Scenario:
 
 
 def scenarios() -> list[Scenario]:
-    """All of them, always with the same prompts."""
+    """All scenarios, always with the same prompts."""
     draw = random.Random(0)
 
     def prompt(length: int) -> list[int]:
@@ -75,7 +75,7 @@ def scenarios() -> list[Scenario]:
         Scenario("prefill 960", "Tokens of the prompt a second.", [Measure("prefill", Task([long], 1), prompt=True)]),
         Scenario(
             "context",
-            "Decoding alone, without the prompt's time, where the text has about so many tokens already.",
+            "Decoding alone, without the prompt's time, behind a text of about 960, 512 and 32 tokens.",
             [_decode(960, long), _decode(512, long), _decode(32, long)],
             within=("at 960", "at 32"),
         ),
@@ -84,19 +84,19 @@ def scenarios() -> list[Scenario]:
             classes=("fp32", "int8"),
         ),
         Scenario(
-            "sampling", "Temperature 0.8, top-k 50, top-p 0.95 and a seed; beside greedy decoding of as many tokens.",
+            "sampling", "Temperature 0.8, top-k 50, top-p 0.95 and a seed; beside greedy decoding of the same number of tokens.",
             [Measure("sampled", replace(alone, sampling=sampling)), Measure("greedy", alone)],
             classes=("fp32", "int8", "int4"), within=("sampled", "greedy"),
         ),
         Scenario(
             "lookup, repetitive",
-            "Drafts of up to 7 tokens copied from the text, which falls into a loop; beside plain decoding of the same.",
+            "Drafts of up to 7 tokens copied from the text, which falls into a loop; beside decoding without drafts.",
             [Measure("lookup", Task([passage * 24], 96, prompt_lookup=7)), Measure("plain", Task([passage * 24], 96))],
             classes=("fp32", "int8", "int4"), within=("lookup", "plain"),
         ),
         Scenario(
             "lookup, not repetitive",
-            "The same where the text hardly repeats itself: drawn from the 1,000 likeliest at temperature 10 with one seed.",
+            "The same with a text that hardly repeats itself: drawn from the 1,000 likeliest tokens at temperature 10, one seed.",
             [
                 Measure("lookup", Task([one], 64, prompt_lookup=7, sampling=_WILD)),
                 Measure("plain", Task([one], 64, sampling=_WILD)),
@@ -106,12 +106,12 @@ def scenarios() -> list[Scenario]:
     ]  # fmt: skip
 
 
-# Random weights like to repeat the last token: only so hot do they write something else.
+# Random weights tend to repeat the last token; at this temperature they don't.
 _WILD = {"temperature": 10.0, "top_k": 1000, "top_p": 1.0, "seed": 1}
 
 
 def _decode(context: int, text: list[int]) -> Measure:
-    """Speed of 64 tokens that follow a text of that length; at 960, what is left of the window."""
+    """Speed of the 64 tokens behind a text of this length; at 960 the text is cut to leave room for them."""
     prompt = [text[: min(context, 1024 - 65)]]
     return Measure(f"at {context}", Task(prompt, 65), less=Task(prompt, 1))
 
@@ -122,15 +122,15 @@ def shortened(measure: Measure) -> Measure:
 
 
 def varied(task: Task, step: int) -> Task:
-    """The same with other tokens, repeating themselves where it does: some runtimes keep prompts that they have seen."""
+    """The same with other tokens, and the same repetitions: some runtimes cache prompts."""
     return replace(task, prompts=[[(token + 101 * step) % VOCABULARY for token in row] for row in task.prompts])
 
 
 def is_chosen(name: str, begins: list[str]) -> bool:
-    """Whether a name begins as one of these; any does where there are none."""
+    """Whether a name begins with one of these; true if there are none."""
     return not begins or name.startswith(tuple(begins))
 
 
 def chosen(begins: list[str]) -> Iterator[Scenario]:
-    """Scenarios whose names begin so; all where none is named."""
+    """Scenarios by the beginnings of their names; all without any."""
     return (each for each in scenarios() if is_chosen(each.name, begins))

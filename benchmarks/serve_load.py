@@ -1,14 +1,13 @@
-"""Load on `gpt2onnx serve` over loopback: throughput and waiting times by number of clients, memory, start-up.
+"""Load on `gpt2onnx serve` over loopback: throughput, waiting times by number of clients, memory, start-up time.
 
     python benchmarks/serve_load.py -m tales-int8 --clients 1 4 16 64 --seconds 8
     python benchmarks/serve_load.py -m tales-int8 --soak 40000        # requests in a row: does memory grow?
-    python benchmarks/serve_load.py -m tales-int8 --join 400          # what a long prompt does to those that run
-    python benchmarks/serve_load.py -m tales-int8 --join 400 --chunk 0  # and what it would do if it were read at once
+    python benchmarks/serve_load.py -m tales-int8 --join 400          # does a long prompt delay running requests?
 
-Starts the server itself, with --max-batch and --max-queue of its own and the given --server-options. Clients are
-one asyncio process; each sends its next request when the last one is done. A gap is the time between two pieces of a
-text, which hold several tokens where the server has fallen behind. One by one is the same prompts through
-`Model.stream` in this process, before the server starts.
+Starts the server with its own --max-batch and --max-queue and the given --server-options. The clients share one asyncio
+process; each sends its next request when the last one is done. A gap is the time between two pieces of a text; a piece
+holds several tokens if the server has fallen behind. "One by one" is the same prompts through `Model.stream` in this
+process, before the server starts.
 """
 
 from __future__ import annotations
@@ -30,23 +29,7 @@ from typing import Any
 
 import gpt2onnx
 
-WORDS = [
-    "the",
-    "old",
-    "king",
-    "had",
-    "three",
-    "sons",
-    "and",
-    "a",
-    "castle",
-    "by",
-    "sea",
-    "where",
-    "once",
-    "upon",
-    "time",
-]
+WORDS = ["the", "old", "king", "had", "three", "sons", "and", "a", "castle", "by", "sea", "once", "upon", "time"]
 
 
 def prompt(random_: random.Random, words: int) -> str:
@@ -54,7 +37,7 @@ def prompt(random_: random.Random, words: int) -> str:
 
 
 class Client:
-    """One connection that is kept, and what it has seen."""
+    """A kept connection, with its times and count of tokens."""
 
     def __init__(self, port: int, tokens: int, words: int, seed: int) -> None:
         self.port, self.tokens, self.words, self.random = port, tokens, words, random.Random(seed)
@@ -88,7 +71,7 @@ class Client:
             (self.first if first else self.gaps).append(now - (started if first else last))
             last, first = now, False
         await self.reader.readexactly(2)
-        self.count += self.tokens  # without an end token it is always as many
+        self.count += self.tokens  # no end token: always the full length
 
 
 async def load(port: int, clients: int, seconds: float, tokens: int, words: int) -> dict[str, Any]:
@@ -124,7 +107,7 @@ async def load(port: int, clients: int, seconds: float, tokens: int, words: int)
 
 
 async def join(port: int, clients: int, tokens: int, words: int, long: int) -> dict[str, Any]:
-    """Gaps of those that run while another client sends long prompts, one after the other."""
+    """Gaps of running requests while another client sends long prompts, one after the other."""
     everyone = [Client(port, tokens, words, seed) for seed in range(clients)]
     intruder = Client(port, 2, long, 99)
     for client in [*everyone, intruder]:
@@ -156,7 +139,7 @@ async def join(port: int, clients: int, tokens: int, words: int, long: int) -> d
 
 
 async def soak(port: int, requests: int, pid: int) -> list[tuple[int, float]]:
-    """Memory after each tenth of so many requests of all kinds, some of them given up."""
+    """Memory after each tenth of the requests, of all kinds; 5 % of the clients leave early."""
     everyone = [Client(port, 8, 10, seed) for seed in range(16)]
     for client in everyone:
         await client.open()
@@ -230,7 +213,6 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=0)
     parser.add_argument("--max-batch", type=int, default=16)
     parser.add_argument("--join", type=int, help="words of a long prompt")
-    parser.add_argument("--chunk", type=int, help="tokens of prompts between two steps; 0 for all")
     parser.add_argument("--soak", type=int, help="requests")
     parser.add_argument("--server-options", default="")
     parser.add_argument("--json", type=Path)
@@ -240,9 +222,7 @@ def main() -> None:
     if arguments.clients:
         report["one_by_one"] = one_by_one(arguments.model, arguments.threads, arguments.seconds, *shape)
         print("one by one", report["one_by_one"], flush=True)
-    chunk = "" if arguments.chunk is None else f"engine.PREFILL_CHUNK = {arguments.chunk or None}; "
-    run = f"from gpt2onnx.serving import engine; {chunk}from gpt2onnx.cli.main import main; main()"
-    command = [sys.executable, *(["-c", run] if chunk else ["-m", "gpt2onnx"]), "serve", "-m", arguments.model, "--port", "0", "--max-queue", "256",
+    command = [sys.executable, "-m", "gpt2onnx", "serve", "-m", arguments.model, "--port", "0", "--max-queue", "256",
                "--max-batch", str(arguments.max_batch), *shlex.split(arguments.server_options)]  # fmt: skip
     command += ["--threads", str(arguments.threads)] if arguments.threads else []
     started = time.perf_counter()

@@ -16,9 +16,9 @@ if TYPE_CHECKING:
 
 @click.command("bench")
 @model_option
-@click.option("--prompt-tokens", type=int, default=32, show_default=True, help="Tokens of each prompt.")
-@click.option("--new-tokens", type=int, default=128, show_default=True, help="Tokens of each continuation.")
-@click.option("--batch-size", type=int, default=1, show_default=True, help="Prompts that are continued together.")
+@click.option("--prompt-tokens", type=int, default=32, show_default=True, help="Length of each prompt.")
+@click.option("--new-tokens", type=int, default=128, show_default=True, help="Length of each continuation.")
+@click.option("--batch-size", type=int, default=1, show_default=True, help="Prompts decoded together.")
 @click.option("--repetitions", type=int, default=5, show_default=True, help="Runs that count, after one to warm up.")
 @click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Seed of the random prompts.")
 @device_options
@@ -28,11 +28,11 @@ def command(
     model: str, prompt_tokens: int, new_tokens: int, batch_size: int, repetitions: int, seed: int, device: str,
     threads: int | None, as_json: bool, quiet: bool,
 ) -> None:  # fmt: skip
-    """Measure how fast MODEL decodes, what memory it takes, and how near it is to what the machine can read.
+    """Measure decoding speed, memory, and the share of the machine's read bandwidth that decoding uses.
 
-    Prompts are random tokens, all of one length, and no token ends a continuation. Decoding is greedy, and is the
-    loop that all commands use. "of the bandwidth" is the share of the machine's read bandwidth, measured between
-    the runs, that reading the weights once a step takes: the rest is what could still be gained.
+    Prompts are random tokens, all of one length. Decoding is greedy, without an end token, in the loop that all
+    commands use. "of the bandwidth" is the share of the read bandwidth, measured between the runs, that reading
+    the weights once a step takes: a faster implementation could at most use the rest.
 
     \b
     Examples:
@@ -45,9 +45,9 @@ def command(
     from ..experiments.benchmark import benchmark
     from ..experiments.machine import describe
 
-    folder = resolve(model)  # a source is exported now, so that it isn't a part of loading
+    folder = resolve(model)  # exports a source before loading is timed
     started = time.perf_counter()
-    # What logits are estimated with is made on the way: in the run that doesn't count.
+    # Screening is prepared in the run that doesn't count.
     loaded = load(str(folder), device, threads, screen_after=min(8, new_tokens - 1))
     seconds = time.perf_counter() - started
     with console.progress_bar(f"Timing {model}", "runs", quiet=quiet) as progress:

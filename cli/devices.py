@@ -9,12 +9,12 @@ from . import console
 
 
 @click.command("devices")
-@click.option("--json", "as_json", is_flag=True, help="Print the findings as JSON.")
+@click.option("--json", "as_json", is_flag=True, help="Print as JSON.")
 @console.verbosity
 def command(as_json: bool, quiet: bool) -> None:
-    """Tell what models can run on here: devices, cores and memory.
+    """List the devices, cores and memory that models can use here.
 
-    Every execution provider of the installed ONNX Runtime is tried with a graph of one operator.
+    Tries every execution provider of the installed ONNX Runtime with a graph of one operator.
 
     \b
     Examples:
@@ -43,13 +43,7 @@ def command(as_json: bool, quiet: bool) -> None:
         },
         "devices": found,
         "auto": devices.device_name(auto),
-        "cores": {
-            "usable": cores.usable,
-            "reason": cores.reason,
-            "machine": cores.machine,
-            "affinity": cores.affinity,
-            "quota": cores.quota,
-        },
+        "cores": {name: getattr(cores, name) for name in ("usable", "reason", "machine", "affinity", "quota")},
         "memory": memory and {"available": memory.available, "reason": memory.reason},
     }
     if as_json:
@@ -68,7 +62,7 @@ def _print(facts: dict[str, Any]) -> None:
     for each in facts["devices"]:
         state = "loads" if each["loads"] else f"doesn't load: {each['reason']}"
         click.echo(f"  {each['device']:<10} {each['provider']}: {state}")
-    click.echo(f"--device auto: {facts['auto']}, where it runs the bundle")
+    click.echo(f"--device auto: {facts['auto']}, if it runs the bundle")
     quota = "no quota" if cores["quota"] is None else f"a quota of {cores['quota']:g}"
     click.echo(
         f"{cores['usable']} usable cores, limited by {cores['reason']}"

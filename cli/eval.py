@@ -17,17 +17,17 @@ from .tables import table
 @click.command("eval")
 @click.argument("text_file", type=click.Path(path_type=Path, allow_dash=True))
 @model_option
-@click.option("--context", type=int, help="Tokens of a window (default: all positions of the model).")
+@click.option("--context", type=int, help="Tokens of a window (default: the model's positions).")
 @click.option("--stride", type=int, help="Tokens from one window's start to the next (default: the context).")
 @click.option("--batch-size", type=int, default=1, show_default=True, help="Windows of a batch.")
-@click.option("--split", type=float, help="Share of the characters that is for training; the rest is for validation.")
-@click.option("--keep-short/--drop-short", default=True, help="Whether a short last window counts (default: it does).")
+@click.option("--split", type=float, help="Share of the characters for training; the rest is for validation.")
+@click.option("--keep-short/--drop-short", default=True, help="Count a short last window (default), or leave it out.")
 @click.option(
     "--drop-last",
     type=click.Choice(["none", "train", "all"]),
     default="none",
     show_default=True,
-    help="Which parts leave out an incomplete last batch.",
+    help="Parts that leave out an incomplete last batch.",
 )
 @device_options
 @click.option("--json", "as_json", is_flag=True, help="Print the figures as JSON.")
@@ -38,9 +38,9 @@ def command(
 ) -> None:  # fmt: skip
     """Measure the loss (nats per token), perplexity and bits per byte of TEXT_FILE, or of standard input for `-`.
 
-    A window of --context tokens predicts the token after each of them. With a --stride below the context
+    A window of --context tokens predicts the token after each of them. With a --stride below the context,
     windows overlap, and each token counts once, in the first window that predicts it. "batch loss" is the
-    mean of the batches' means, which is what a loop over a data loader prints.
+    mean of the batches' means, as a loop over a data loader prints it.
 
     \b
     Examples:

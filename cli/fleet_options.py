@@ -1,4 +1,4 @@
-"""What `generate` does with a file of requests on a cluster: its options, and the run."""
+"""`generate --engine ray`: options and run."""
 
 import functools
 import json
@@ -20,7 +20,7 @@ _ENGINES = ("local", "ray")
 
 @dataclass(frozen=True)
 class FleetOptions:
-    """The options that only matter to the engine ray; None where not given."""
+    """Options of the engine ray; None if not given."""
 
     address: str | None
     workers: int | None
@@ -29,7 +29,7 @@ class FleetOptions:
 
 
 def fleet_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Adds --engine and what goes with it, which arrive together as `fleet`: None unless the engine is ray."""
+    """Adds --engine and its options, which arrive as `fleet`: None unless the engine is ray."""
 
     @functools.wraps(command)
     def gather(engine: str, **given: Any) -> Any:
@@ -44,7 +44,7 @@ def fleet_options(command: Callable[..., Any]) -> Callable[..., Any]:
             type=click.Choice(_ENGINES),
             default="local",
             show_default=True,
-            help="With --input: ray carries the requests out on a cluster, into a folder of parts.",
+            help="With --input: ray runs the requests on a cluster, into a folder of parts.",
         ),
         click.option(
             "--address",
@@ -54,7 +54,7 @@ def fleet_options(command: Callable[..., Any]) -> Callable[..., Any]:
         click.option(
             "--workers",
             type=click.IntRange(min=1),
-            help="With --engine ray: models at work, each with --threads cores, 1 by default (default: what there is room for).",
+            help="With --engine ray: parts at a time, each on --threads cores, 1 by default (default: all cores).",
         ),
         click.option(
             "--part-size",
@@ -65,7 +65,7 @@ def fleet_options(command: Callable[..., Any]) -> Callable[..., Any]:
             "--format",
             "result_format",
             type=click.Choice(["jsonl", "parquet"]),
-            help="With --engine ray: of the parts (default: jsonl).",
+            help="With --engine ray: format of the parts (default: jsonl).",
         ),
     ]
     for option in reversed(options):
@@ -77,7 +77,7 @@ def run(
     fleet: FleetOptions, model: str, input_name: str, output_name: str, *, resume: bool, batch_size: int, device: str,
     threads: int | None, given: dict[str, Any], as_json: bool, quiet: bool,
 ) -> None:  # fmt: skip
-    """Carries out files of requests on a cluster."""
+    """Runs request files on a cluster."""
     from ..fleet.run import run
     from ..fleet.worker import Work
     from ..models.bundle import GENERATION_CONFIG

@@ -21,10 +21,9 @@ if TYPE_CHECKING:
 @click.option("--json", "as_json", is_flag=True, help="Print everything as JSON.")
 @console.verbosity
 def command(model: str, as_json: bool, quiet: bool) -> None:
-    """Show what MODEL is made of: layers, parameters, memory, and the bundle's files and reports.
+    """Show layers, parameters and memory of MODEL, and the bundle's files and reports.
 
-    MODEL is a bundle, or any source: of one that hasn't been exported yet, the architecture is shown and
-    nothing is exported.
+    MODEL is a bundle, or any source. Nothing is exported: a source that hasn't been exported has no bundle to show.
 
     \b
     Examples:
@@ -77,7 +76,7 @@ def _summary(model: str, config: "GPT2Config") -> str:
 
 
 def _tree(network: "Layer", config: "GPT2Config") -> str:
-    """The layers, one a line; the blocks after the first are all like it."""
+    """Tree of the layers, one a line. Blocks after the first share its shapes and make one line."""
     rows: list[list[str]] = []
 
     def add(layer: "Layer", depth: int) -> None:
@@ -132,7 +131,7 @@ def _reports(manifest: "Manifest") -> str:
 def _parity(parity: dict[str, Any]) -> str:
     try:
         return f"parity {parity_report.table(parity)}"
-    except KeyError:  # another version of gpt2onnx wrote other figures
+    except KeyError:  # a report of another version has other figures
         return f"parity with {parity['reference']}: {'passed' if parity['passed'] else 'FAILED'}"
 
 

@@ -1,8 +1,10 @@
 """gpt2onnx next"""
 
+import functools
 import json
 import math
 import re
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -13,7 +15,7 @@ from .model_options import device_options, load, model_option
 from .tables import table
 
 if TYPE_CHECKING:
-    from ..experiments.next_token import Choice
+    from ..experiments.next_token import Choice, Stage
     from ..runtime.tokenizer import Tokenizer
 
 _NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?")
@@ -29,7 +31,7 @@ class _SeveralTemperatures(click.Command):
             if argument == "--":
                 expanded += args[index:]
                 break
-            # The first value follows its option as any does; further ones are told by being numbers.
+            # Numbers after the option's first value are further values.
             if listing and args[index - 1] != "--temperature" and _NUMBER.fullmatch(argument):
                 expanded.append("--temperature")
             elif args[index - 1 : index] != ["--temperature"]:
@@ -48,12 +50,12 @@ class _SeveralTemperatures(click.Command):
     type=float,
     multiple=True,
     metavar="FLOAT...",
-    help="Divides the logits; several numbers are compared. A prompt that is a number goes before them, or behind `--`.",
+    help="Divides the logits; several numbers are compared. Put a prompt that is a number before them, or behind `--`.",
 )
 @click.option(
     "--top-h",
     type=float,
-    help="Keep the likeliest of 100 tokens whose terms of the entropy add up to this share of it.",
+    help="Of the 100 likeliest tokens, keep the first that make up this share of the entropy.",
 )
 @click.option("--top-k", type=int, help="Keep the k likeliest tokens; 0 for all (default 50).")
 @click.option("--top-p", type=float, help="Keep the likeliest tokens whose probabilities add up to p.")
@@ -64,28 +66,31 @@ class _SeveralTemperatures(click.Command):
     "--eta-cutoff", type=float, help="Keep tokens of at least this probability, or of less where many are likely."
 )
 @click.option(
-    "--top", type=click.IntRange(min=0), default=10, show_default=True, help="Show so many of the likeliest tokens."
+    "--top", type=click.IntRange(min=0), default=10, show_default=True, help="Number of the likeliest tokens to show."
 )
 @click.option(
     "--token", "texts", multiple=True, help="A token to follow, such as ' king'; may be given more than once."
 )
 @click.option(
-    "--draws", type=click.IntRange(min=0), default=0, show_default=True, help="Draw so often and count what comes."
+    "--draws",
+    type=click.IntRange(min=0),
+    default=0,
+    show_default=True,
+    help="Number of draws; their tokens are counted.",
 )
 @click.option("--seed", type=int, help="Seed of the draws; `generate` with it starts with the first of them.")
 @device_options
 @click.option("--json", "as_json", is_flag=True, help="Print everything as JSON.")
 @console.verbosity
 def command(
-    prompt: str | None, model: str, prompt_ids: list[int] | None, temperatures: tuple[float, ...],
-    top_h: float | None, top_k: int | None, top_p: float | None, min_p: float | None, typical_p: float | None,
-    epsilon_cutoff: float | None, eta_cutoff: float | None, top: int, texts: tuple[str, ...], draws: int,
-    seed: int | None, device: str, threads: int | None, as_json: bool, quiet: bool,
+    prompt: str | None, model: str, prompt_ids: list[int] | None, temperatures: tuple[float, ...], top: int,
+    texts: tuple[str, ...], draws: int, seed: int | None, device: str, threads: int | None, as_json: bool, quiet: bool,
+    **filters: float | None,
 ) -> None:  # fmt: skip
     """Show how the token after PROMPT (or standard input) is drawn: logits, temperature, softmax, filters, draw.
 
     One table for each temperature. "logit" and "p" are the network's own; "/ T" is the logit divided by the
-    temperature, and each column after it the probability after one more step, "-" where the token is out.
+    temperature; each further column is the probability after one more step, or "-" if the token is out.
     Options that aren't given are the model's, as in `generate`.
 
     \b
@@ -106,10 +111,8 @@ def command(
     followed = {text: token_of(loaded, text) for text in texts}
     with console.progress_bar("Drawing", "draws", quiet=quiet) as progress:
         result = next_token(
-            loaded, text_or_ids, temperatures=temperatures, top_h=top_h, top_k=top_k, top_p=top_p, min_p=min_p,
-            typical_p=typical_p, epsilon_cutoff=epsilon_cutoff, eta_cutoff=eta_cutoff, draws=draws, seed=seed,
-            progress=progress,
-        )  # fmt: skip
+            loaded, text_or_ids, temperatures=temperatures, draws=draws, seed=seed, progress=progress, **filters
+        )
     if as_json:
         record = {
             "prompt": text_or_ids if isinstance(text_or_ids, str) else loaded.tokenizer.decode(text_or_ids),
@@ -121,44 +124,39 @@ def command(
         click.echo(json.dumps(record, allow_nan=False))
         return
     blocks = [_candidates(choice, loaded.tokenizer, top, list(followed.values())) for choice in result.choices]
-    blocks += [_way_of(text, token, result.choices) for text, token in followed.items()]
+    blocks += [_by_temperature(text, token, result.choices) for text, token in followed.items()]
     click.echo("\n\n".join(blocks))
 
 
 def _candidates(choice: "Choice", tokenizer: "Tokenizer", top: int, followed: list[int]) -> str:
-    """The likeliest tokens, and those followed, through all stages."""
+    """Table of the likeliest tokens and the followed ones, through all stages."""
     first, *later = choice.stages
-    options = choice.options
-    header = ["token", "id", "logit", "p"]
+    # A column: header, cell of a token, cell of the last row.
+    columns: list[tuple[str, Callable[[int], str], object]] = [
+        ("token", lambda token: repr(tokenizer.piece(token)), "candidates left"),
+        ("id", str, ""),
+        ("logit", functools.partial(_logit, first), ""),
+        ("p", functools.partial(_probability, first), _possible(first.scores)),
+    ]
     for stage in later:
-        header += (
-            ["/ T", f"T = {options.temperature:g}"] if stage.name == "temperature" else [_label(stage.name, options)]
-        )
-    header += ["drawn", "expected"] if choice.draws else []
+        label = stage.name
+        if stage.name == "temperature":
+            columns.append(("/ T", functools.partial(_logit, stage), ""))
+            label = f"T = {choice.options.temperature:g}"
+        elif stage.name != "penalties":
+            label = f"{stage.name} {getattr(choice.options, stage.name):g}"
+        columns.append((label, functools.partial(_probability, stage), _possible(stage.scores)))
+    if choice.draws:
+        columns.append(("drawn", lambda token: str(choice.counts[token]), choice.draws))
+        columns.append(("expected", lambda token: f"{_expected(choice, token):.1f}", f"{choice.draws:.1f}"))
     shown = choice.top(top)
     shown += [token for token in followed if token not in shown]
-    rows = []
-    for token in shown:
-        row = [
-            repr(tokenizer.piece(token)),
-            str(token),
-            _score(first.scores[token]),
-            f"{first.probabilities[token]:.4f}",
-        ]
-        for stage in later:
-            row += [_score(stage.scores[token])] if stage.name == "temperature" else []
-            row.append(f"{stage.probabilities[token]:.4f}" if stage.scores[token] > -math.inf else "-")
-        row += [str(choice.counts[token]), f"{_expected(choice, token):.1f}"] if choice.draws else []
-        rows.append(row)
-    left = ["candidates left", "", "", str(_possible(first.scores))]
-    for stage in later:
-        left += ["", str(_possible(stage.scores))] if stage.name == "temperature" else [str(_possible(stage.scores))]
-    left += [str(choice.draws), f"{choice.draws:.1f}"] if choice.draws else []
-    return table(header, [*rows, left])
+    rows = [[cell(token) for _, cell, _ in columns] for token in shown]
+    return table([header for header, _, _ in columns], [*rows, [str(last) for _, _, last in columns]])
 
 
-def _way_of(text: str, token: int, choices: list["Choice"]) -> str:
-    """One token at each temperature."""
+def _by_temperature(text: str, token: int, choices: list["Choice"]) -> str:
+    """Table of one token at each temperature."""
     header = [repr(text), "p", "p, filtered"]
     draws = choices[0].draws
     header += ["drawn", "expected", "deviation"] if draws else []
@@ -191,24 +189,13 @@ def _record(choice: "Choice", tokenizer: "Tokenizer", top: int, followed: dict[s
             },
         } | ({"drawn": int(choice.counts[token]), "expected": _expected(choice, token)} if choice.draws else {})
 
-    options = choice.options
-    return {
-        "temperature": options.temperature,
-        "top_h": options.top_h,
-        "top_k": options.top_k,
-        "top_p": options.top_p,
-        "min_p": options.min_p,
-        "typical_p": options.typical_p,
-        "epsilon_cutoff": options.epsilon_cutoff,
-        "eta_cutoff": options.eta_cutoff,
+    from ..experiments.next_token import FILTERS
+
+    return {name: getattr(choice.options, name) for name in ("temperature", *FILTERS)} | {
         "candidates_left": {stage.name: _possible(stage.scores) for stage in choice.stages},
         "candidates": [candidate(token) for token in choice.top(top)],
         "tokens": {text: candidate(token) for text, token in followed.items()},
     }
-
-
-def _label(name: str, options: Any) -> str:
-    return name if name == "penalties" else f"{name} {getattr(options, name):g}"
 
 
 def _expected(choice: "Choice", token: int) -> float:
@@ -216,12 +203,17 @@ def _expected(choice: "Choice", token: int) -> float:
 
 
 def _possible(scores: Any) -> int:
-    """How many tokens are still in."""
+    """Number of tokens that are still in."""
     return int((scores > -math.inf).sum())
 
 
-def _score(value: float) -> str:
-    return f"{value:.3f}" if value > -math.inf else "-"
+def _logit(stage: "Stage", token: int) -> str:
+    score = stage.scores[token]
+    return f"{score:.3f}" if score > -math.inf else "-"
+
+
+def _probability(stage: "Stage", token: int) -> str:
+    return f"{stage.probabilities[token]:.4f}" if stage.scores[token] > -math.inf else "-"
 
 
 def _finite(value: float) -> float | None:

@@ -18,9 +18,9 @@ from .tables import table
 @click.command("sweep")
 @click.argument("grid_file", metavar="[GRID.toml]", required=False, type=click.Path(path_type=Path))
 @model_option
-@click.option("--prompt", "prompts", multiple=True, help="What is continued; may be given more than once.")
+@click.option("--prompt", "prompts", multiple=True, help="Prompt to continue; may be given more than once.")
 @click.option("--out", "folder", type=click.Path(path_type=Path, file_okay=False), help="Folder for the results.")
-@click.option("--resume", is_flag=True, help="Go on where an interrupted sweep stopped.")
+@click.option("--resume", is_flag=True, help="Continue an interrupted sweep.")
 @click.option("--force", is_flag=True, help="Replace the results of an earlier sweep.")
 @click.option("--seed", type=click.IntRange(min=0), help="Seed of the random draws (default: the grid's).")
 @click.option("--max-new-tokens", type=click.IntRange(min=1), help="Length of the texts (default: the grid's).")
@@ -31,7 +31,7 @@ from .tables import table
 )
 @energy_options.energy_options
 @device_options
-@click.option("--print-grid", is_flag=True, help="Print the built-in grid as TOML, to begin one's own with.")
+@click.option("--print-grid", is_flag=True, help="Print the built-in grid as TOML, to start your own from.")
 @click.option("--json", "as_json", is_flag=True, help="Print the summary as JSON, one object a run.")
 @console.verbosity
 def command(
@@ -39,10 +39,10 @@ def command(
     seed: int | None, max_new_tokens: int | None, energy: bool | None, country: str | None, energy_seconds: float | None,
     device: str, threads: int | None, print_grid: bool, as_json: bool, quiet: bool,
 ) -> None:  # fmt: skip
-    """Try a grid of decoding strategies on prompts, and compare texts, speed, energy and diversity.
+    """Run a grid of decoding strategies on prompts, and compare texts, speed, energy and diversity.
 
-    GRID.toml holds strategies as tables of generation options, whose lists multiply. Without one: greedy
-    decoding, beams of 2, 6 and 14, n-gram blocking of 2, 4 and 8, and several temperatures, top-k and top-p.
+    GRID.toml holds strategies as tables of generation options; lists of values multiply. The built-in grid has
+    greedy decoding, beams of 2, 6 and 14, n-gram blocking of 2, 4 and 8, and several temperatures, top-k and top-p.
 
     DIR gets results.jsonl (everything, one line a run), summary.csv, emissions.csv and report.html.
 
@@ -69,7 +69,7 @@ def command(
     report.check()
     results = folder / sweep.RESULTS
     if results.exists() and not (resume or force):
-        raise OutputError(f"{results} is there: --resume goes on with it, --force replaces it")
+        raise OutputError(f"{results} exists: --resume continues it, --force replaces it")
     wanted = energy or country is not None or energy_seconds is not None
     tracker = None
     if wanted or (energy is None and _has_codecarbon()):
@@ -77,7 +77,7 @@ def command(
 
         tracker = EnergyTracker(**energy_options.settings(country, energy_seconds))
     elif energy is None and not quiet:
-        click.echo("no energy is measured: that needs pip install 'gpt2onnx[energy]'", err=True)
+        click.echo("energy isn't measured: it needs pip install 'gpt2onnx[energy]'", err=True)
     loaded = load(model, device, threads, wide_after=0)
     tried = grid.load(grid_file, loaded.generation_config, {"seed": seed, "max_new_tokens": max_new_tokens})
     if not (prompts or tried.prompts):
@@ -92,7 +92,7 @@ def command(
                 if progress is not None:
                     progress(len(records), len(plan))
     finally:
-        # After Ctrl-C, of the runs that are done.
+        # Also after Ctrl-C, for the finished runs.
         if records:
             sweep.write_files(records, folder)
     if as_json:
@@ -111,7 +111,7 @@ def _has_codecarbon() -> bool:
 
 
 def _tables(rows: list[dict[str, Any]]) -> str:
-    """The most telling figures, a table a prompt and a line a run."""
+    """The main figures: a table for each prompt, a line for each run."""
     header = ["strategy", "tokens", "end", "tokens/s", "J/token", "log prob", "distinct-2", "repeated"]
     parts = []
     for prompt, group in groupby(rows, key=lambda row: row["prompt"]):

@@ -1,11 +1,11 @@
-"""Tables of plain text, aligned for people and still one row a line where they are piped."""
+"""Plain-text tables: aligned, one row a line."""
 
 from collections.abc import Sequence
 from unicodedata import combining, east_asian_width
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]], *, left: int = 1) -> str:
-    """Rows under a header; the first `left` columns are aligned to the left, those with figures to the right."""
+    """Rows under a header. The first `left` columns are left-aligned, the others right-aligned."""
     lines = [header, *rows]
     widths = [max(_width(line[column]) for line in lines) for column in range(len(header))]
     return "\n".join(
@@ -23,5 +23,5 @@ def _padded(cell: str, width: int, *, to_left: bool) -> str:
 
 
 def _width(text: str) -> int:
-    """Columns of a terminal that a text takes up."""
+    """Width of a text in columns of a terminal."""
     return sum(0 if combining(letter) else 2 if east_asian_width(letter) in "WF" else 1 for letter in text)

@@ -15,10 +15,10 @@ from .tables import table
 @click.option("--json", "as_json", is_flag=True, help="Print the tokens as JSON.")
 @console.verbosity
 def command(text: str | None, model: str, as_json: bool, quiet: bool) -> None:
-    """Show the tokens of TEXT, or of standard input where there is none: ids and pieces.
+    """Show the tokens of TEXT, or of standard input without TEXT: ids and pieces.
 
-    A piece that is no whole character is shown as its bytes: b'\\xf0\\x9f'. "start" and "end" say which
-    characters of the text a token stands for, "entry" how the vocabulary writes it.
+    A piece that isn't whole characters is shown as its bytes: b'\\xf0\\x9f'. "start" and "end" are the token's
+    characters in the text, "entry" its spelling in the vocabulary.
 
     \b
     Examples:

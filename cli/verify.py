@@ -10,12 +10,12 @@ from . import console
 
 @click.command("verify")
 @click.argument("bundle", type=click.Path(path_type=Path))
-@click.option("--json", "as_json", is_flag=True, help="Print the findings as JSON.")
+@click.option("--json", "as_json", is_flag=True, help="Print as JSON.")
 @console.verbosity
 def command(bundle: Path, as_json: bool, quiet: bool) -> None:
-    """Check BUNDLE: every byte of its files, and that graph, configuration and tokenizer belong together.
+    """Check BUNDLE: the hashes of its files, and that graph, configuration and tokenizer fit together.
 
-    Exit code 1 when anything is wrong.
+    Exit code 1 if anything is wrong.
 
     \b
     Example:
@@ -36,9 +36,7 @@ def command(bundle: Path, as_json: bool, quiet: bool) -> None:
         facts = {"bundle": str(bundle), "files": len(manifest.files), "bytes": size, "parity": parity, "ok": True}
         click.echo(json.dumps(facts))
     elif not quiet:
-        click.echo(
-            f"{bundle}: {len(manifest.files)} files, {size / 1e6:,.1f} MB, as the manifest says; the graph loads"
-        )
+        click.echo(f"{bundle}: {len(manifest.files)} files, {size / 1e6:,.1f} MB, as in the manifest; the graph loads")
         if manifest.parity is not None:
             passed = "passed" if manifest.parity.get("passed") else "FAILED"
             click.echo(f"parity with {manifest.parity.get('reference')}: {passed}")

@@ -1,4 +1,4 @@
-"""Installs the kit that this file lies in, and tests what it installed. Needs no network, and Python alone.
+"""Installs the kit that this file lies in, and tests the installation. Needs Python only, and no network.
 
     python3 install.py /opt/gpt2onnx
 
@@ -21,7 +21,7 @@ KIT = Path(__file__).resolve().parent
 
 
 def main():
-    """Installs, or says in one line why not and leaves nothing behind."""
+    """Installs the kit; on failure says why in one line and leaves nothing behind."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("target", type=Path, help="folder to make")
     target = parser.parse_args().target.absolute()
@@ -45,7 +45,7 @@ def main():
 
 
 def check_machine(facts):
-    """Fails where the kit is for another machine."""
+    """Fails if the kit is for another machine."""
     here = "{}.{}".format(*sys.version_info[:2])
     if here != facts["python"]:
         fail(
@@ -60,7 +60,7 @@ def check_machine(facts):
 
 
 def check_files():
-    """Fails where a file isn't what it was when the kit was built."""
+    """Fails if a file has changed since the kit was built."""
     for line in (KIT / "SHA256SUMS").read_text(encoding="utf-8").splitlines():
         digest, name = line.split("  ", 1)
         try:
@@ -72,13 +72,13 @@ def check_files():
 
 
 def install(target):
-    """Makes the environment and unpacks the bundle; returns the command's path."""
+    """Makes the environment and unpacks the bundle; returns the path of the command gpt2onnx."""
     print("installing to {}".format(target), file=sys.stderr)
     # Without ensurepip, which Debian's python3 lacks: the kit brings pip.
     venv.EnvBuilder(with_pip=False, symlinks=os.name != "nt").create(target / "venv")
     programs = target / "venv" / ("Scripts" if os.name == "nt" else "bin")
     (pip,) = (KIT / "wheels").glob("pip-*.whl")
-    # --isolated: no option or index that this machine's settings name.
+    # --isolated: ignores this machine's pip settings.
     run(
         programs / "python", pip / "pip", "--isolated", "--disable-pip-version-check", "--quiet", "install", "--no-index",
         "--find-links", KIT / "wheels", "--require-hashes", "--requirement", KIT / "requirements.txt",
@@ -90,7 +90,7 @@ def install(target):
 
 
 def smoke_test(command, bundle):
-    """Verifies the bundle and generates from it; returns whether the tokens are those of the machine that built the kit."""
+    """Verifies the bundle and generates from it; returns whether the tokens are those of the builder's machine."""
     print("testing", file=sys.stderr)
     run(command, "verify", bundle, "--quiet")
     with tempfile.TemporaryDirectory() as folder:
@@ -103,13 +103,13 @@ def smoke_test(command, bundle):
 
 
 def tokens(results):
-    """The tokens in a file of results."""
+    """Reads the tokens of a result file."""
     records = map(json.loads, results.read_text(encoding="utf-8").splitlines())
     return [record["sequences"][0]["token_ids"] for record in records]
 
 
 def run(*command):
-    """Runs a program; what it prints is shown only if it fails."""
+    """Runs a program; shows its output only if it fails."""
     done = subprocess.run(list(map(str, command)), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, check=False)
     if done.returncode:
         sys.stderr.write(done.stdout.decode(errors="replace"))
@@ -117,7 +117,7 @@ def run(*command):
 
 
 def fail(message):
-    """One line, exit code 1."""
+    """Ends with one line and exit code 1."""
     sys.exit("install: {}".format(message))
 
 

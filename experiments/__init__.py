@@ -1,1 +1,1 @@
-"""Experiments with a loaded model: grids of strategies, losses of texts, and what goes into a single draw."""
+"""Experiments with a loaded model: sweeps, losses of texts, draws of the next token, benchmarks, energy."""

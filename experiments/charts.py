@@ -1,10 +1,10 @@
-"""Geometry of the report's charts: numbers in, positions and ticks out. Knows neither HTML nor what is drawn."""
+"""Chart geometry: numbers in, positions and ticks out. Knows nothing of HTML."""
 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-# A chart's own coordinates; a page scales it. Small, so that letters stay readable on a phone.
+# Units of a chart, which the page scales. Small, so that letters stay readable on a phone.
 WIDTH, HEIGHT = 400.0, 300.0
 LEFT, RIGHT, TOP, BOTTOM = 60.0, 12.0, 14.0, 44.0
 
@@ -13,7 +13,7 @@ _MOST_TICKS = 6
 
 @dataclass(frozen=True)
 class Tick:
-    """A value on an axis: where, and how it is written."""
+    """Tick of an axis: position and label."""
 
     at: float
     label: str
@@ -24,7 +24,7 @@ class Axis:
     """A linear scale from values to positions, with round ticks.
 
     Attributes:
-        title: what is measured, with its unit.
+        title: quantity and unit.
         low, high: values at the ends.
         begin, end: positions of the ends.
     """
@@ -57,7 +57,7 @@ def _axis(
     low, high = min(values), max(values)
     if zero:
         low, high = min(low, 0.0), max(high, 0.0)
-    # Room for the marks at the edges; a bar or a line from zero begins at it.
+    # Room for marks at the edges, except at zero.
     room = (high - low) * 0.06 or abs(high) * 0.1 or 1.0
     low, high = (low if zero and low == 0 else low - room), high + room
     step = _round_step((high - low) / (_MOST_TICKS - 1))
@@ -76,6 +76,6 @@ def _position(value: float, low: float, high: float, begin: float, end: float) -
 
 
 def _round_step(least: float) -> float:
-    """The smallest of 1, 2, 2.5, 5 times a power of ten that is at least so large."""
+    """The smallest of 1, 2, 2.5, 5 times a power of ten that isn't below `least`."""
     power = 10.0 ** math.floor(math.log10(least))
     return next(factor * power for factor in (1, 2, 2.5, 5, 10) if factor * power >= least * (1 - 1e-9))

@@ -1,43 +1,35 @@
-"""The loss of a text: cross-entropy, perplexity and bits per byte, over windows of its tokens.
+"""Evaluation of a text: cross-entropy, perplexity and bits per byte, over windows of its tokens.
 
-A window runs `context` tokens through the network and predicts the token after each of them, so windows that
-lie end to end predict every token but the first, once. Those are the windows of the loaders in Sebastian Raschka's
-"Build a Large Language Model (From Scratch)", chapters 2 and 5, whose figures are means over batches.
-With a stride below the context windows overlap, and only tokens that no earlier window has predicted count, as in
-transformers' guide to perplexity (https://huggingface.co/docs/transformers/perplexity). There a window of
-`max_length` tokens predicts those within it, which is a context of max_length - 1 here.
+A window passes `context` tokens through the network and predicts the token after each of them. Windows that lie end to
+end thus predict every token but the first, once. These are the windows of the data loaders in Sebastian Raschka's "Build
+a Large Language Model (From Scratch)", chapters 2 and 5, whose figures are means over batches. With a stride below the
+context, windows overlap, and only tokens that no earlier window has predicted count, as in transformers' guide to
+perplexity (https://huggingface.co/docs/transformers/perplexity). There a window of `max_length` tokens predicts those
+within it: a context of max_length - 1 here.
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
-import numpy as np
-
 from gpt2onnx.errors import OptionError, PromptError
 
-from ..runtime.decoding.processors import Tokens
-from ..runtime.decoding.sampling import log_softmax
 from ..runtime.model import Model
 
 DropLast = Literal["none", "train", "all"]
 # Called with the tokens predicted so far and in all.
 Progress = Callable[[int, int], None]
 
-_ROW = slice(0, 1)
-# Positions whose logits are in memory together: of a vocabulary of 50,257 they take 26 MB.
-_AT_ONCE = 128
-
 
 @dataclass(frozen=True)
 class Window:
-    """Tokens that pass through the network together.
+    """Tokens that pass through the network together, by their indices in the text.
 
     Attributes:
-        begin: index of the first.
-        end: index behind the last; that token is predicted, but no input.
-        new: index of the first one whose successor no earlier window has predicted.
+        begin: first input.
+        end: behind the last input; this token is only predicted.
+        new: first input whose successor no earlier window has predicted.
     """
 
     begin: int
@@ -47,17 +39,17 @@ class Window:
 
 @dataclass(frozen=True)
 class Loss:
-    """How well a model predicts a text.
+    """Loss of a model on a text.
 
     Attributes:
-        tokens: of the text.
-        predicted: tokens that the figures are about.
-        predicted_bytes: bytes of UTF-8 that those stand for.
-        windows: that they were predicted in.
-        batches: that the windows make.
+        tokens: number of the text's tokens.
+        predicted: number of predicted tokens, which all figures are about.
+        predicted_bytes: their size in UTF-8.
+        windows: number of windows.
+        batches: number of batches of windows.
         loss: mean cross-entropy, nats per predicted token.
-        batch_loss: mean over batches of each one's mean, which a loop over a data loader gives. It differs from
-            `loss` only where batches predict unequally many tokens.
+        batch_loss: mean of the batches' means, as a loop over a data loader gives. It differs from `loss` only if
+            batches predict different numbers of tokens.
     """
 
     tokens: int
@@ -70,7 +62,7 @@ class Loss:
 
     @property
     def perplexity(self) -> float:
-        """e to the power of the loss; infinite where that is too large for a float."""
+        """e to the power of the loss; infinite beyond the largest float."""
         try:
             return math.exp(self.loss)
         except OverflowError:
@@ -78,23 +70,23 @@ class Loss:
 
     @property
     def bits_per_byte(self) -> float:
-        """The cross-entropy in bits for each byte of text, which models of different vocabularies share.
+        """Cross-entropy in bits per byte of text, comparable between vocabularies.
 
-        Not a number where the tokens stand for no text, as some special ones do.
+        NaN if the tokens stand for no text, as special ones may.
         """
         if self.predicted_bytes < 1:
             return math.nan
         return self.loss * self.predicted / (math.log(2) * self.predicted_bytes)
 
     def to_dict(self) -> dict[str, Any]:
-        """All figures, as JSON holds them; what is no finite number is null."""
+        """All figures, as JSON holds them; null for those that aren't finite."""
         derived = {"perplexity": self.perplexity, "bits_per_byte": self.bits_per_byte}
         return asdict(self) | {name: value if math.isfinite(value) else None for name, value in derived.items()}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluation:
-    """The losses of a text, and how they were measured; the options are those of `evaluate`.
+    """Losses of a text, with the options of `evaluate` that they were measured with.
 
     Attributes:
         parts: the loss of each part: "text", or with a split "train" and "validation".
@@ -125,19 +117,19 @@ def evaluate(
     drop_last: DropLast = "none",
     progress: Progress | None = None,
 ) -> Evaluation:
-    """Measures how well a model predicts a text.
+    """Measures the loss of a model on a text.
 
     Args:
         model: predicts.
-        text: what is predicted; its first token is not.
-        context: tokens of a window; by default as many as the model has positions.
-        stride: tokens from the start of one window to that of the next; by default `context`, so that none overlap.
-        batch_size: windows of a batch. It sets what `batch_loss` and `drop_last` are about; each window passes
-            through the network by itself in any case, so neither memory nor any other figure depends on it.
+        text: to be predicted, except its first token.
+        context: tokens of a window; by default the model's positions.
+        stride: tokens from the start of one window to that of the next; by default `context`: no overlap.
+        batch_size: windows of a batch, for `batch_loss` and `drop_last` only: each window passes through the network
+            by itself, so neither memory nor any other figure depends on it.
         split: share of the characters, from the start, that makes the part "train"; the rest is "validation".
             Each part is tokenized by itself.
         keep_short: whether a last window of fewer than `context` tokens counts.
-        drop_last: which parts leave out a last batch of fewer than `batch_size` windows: "none", "train" or "all".
+        drop_last: parts without a last batch of fewer than `batch_size` windows: "none", "train" or "all".
         progress: called after each window.
 
     Raises:
@@ -169,8 +161,9 @@ def evaluate(
     parts: dict[str, Loss] = {}
     for name, plan in plans.items():
         sums = []
-        for window, loss in zip(plan.windows, _window_losses(model, plan, context), strict=True):
-            sums.append(loss)
+        for window in plan.windows:
+            seen, new = plan.ids[window.begin : window.new + 1], plan.ids[window.new + 1 : window.end + 1]
+            sums.append(-math.fsum(model.score(new, prompt=seen).logprobs))
             if progress is not None:
                 progress(done + window.end, total)
         done += plan.predicted
@@ -195,33 +188,31 @@ def _whole(name: str, value: int, most: int | None = None) -> int:
 
 @dataclass(frozen=True)
 class _Plan:
-    """What of a text is to be predicted.
+    """The windows of a text.
 
     Attributes:
         ids: the text's tokens.
         windows: those that count.
-        predicted_bytes: what they predict, in bytes of UTF-8.
+        predicted_bytes: size of the predicted tokens in UTF-8.
     """
 
-    ids: Tokens
+    ids: list[int]
     windows: list[Window]
     predicted_bytes: int
 
     @property
     def predicted(self) -> int:
-        """Tokens that are predicted: from the second one to that behind the last window."""
+        """Number of predicted tokens: from the second one to that behind the last window."""
         return self.windows[-1].end
 
 
 def _plan(model: Model, name: str, text: str, context: int, stride: int, keep_short: bool, batch_size: int) -> _Plan:
-    """The windows of one part, in whole batches of so many."""
-    ids = np.array(model.tokenizer.encode(text), np.int64)
+    """The windows of one part, in whole batches of `batch_size`."""
+    ids = model.tokenizer.encode(text)
     if len(ids) < 2:
         raise PromptError(f"the {name} part has {len(ids)} tokens: at least two are needed to predict one")
-    if ids.max() >= model.config.vocab_size:
-        raise PromptError(
-            f"the {name} part has token {ids.max()}: the vocabulary ends at {model.config.vocab_size - 1}"
-        )
+    if max(ids) >= model.config.vocab_size:
+        raise PromptError(f"the {name} part has token {max(ids)}: the vocabulary ends at {model.config.vocab_size - 1}")
     windows = _windows(len(ids), context, stride, keep_short=keep_short)
     if not windows:
         raise OptionError(
@@ -235,14 +226,14 @@ def _plan(model: Model, name: str, text: str, context: int, stride: int, keep_sh
             " the last batch"
         )
     content = text.encode("utf-8", "replace")
-    first, *left_out = (model.tokenizer.token_bytes(int(token)) for token in (ids[0], *ids[windows[-1].end + 1 :]))
-    # A token that the tokenizer puts before every text is none of its bytes.
+    first, *left_out = (model.tokenizer.token_bytes(token) for token in (ids[0], *ids[windows[-1].end + 1 :]))
+    # A start token that the tokenizer adds stands for no bytes of the text.
     unseen = [first if content.startswith(first) else b"", *left_out]
     return _Plan(ids, windows, len(content) - sum(map(len, unseen)))
 
 
 def _windows(length: int, context: int, stride: int, *, keep_short: bool) -> list[Window]:
-    """The windows of so many tokens, up to the one that predicts the last token."""
+    """The windows of `length` tokens, up to the one that predicts the last token."""
     windows: list[Window] = []
     end = 0
     for begin in range(0, length - 1, stride):
@@ -252,23 +243,6 @@ def _windows(length: int, context: int, stride: int, *, keep_short: bool) -> lis
         if end == length - 1:
             break
     return windows
-
-
-def _window_losses(model: Model, plan: _Plan, context: int) -> Iterator[float]:
-    """The summed cross-entropy of each window's new tokens, in nats."""
-    session, ids = model.session, plan.ids
-    cache = session.new_cache(1, min(context, len(ids)))
-    for window in plan.windows:
-        cache.trim(0, 0)
-        for first in range(window.begin, window.new, _AT_ONCE):
-            session.forward(cache, _ROW, ids[None, first : min(first + _AT_ONCE, window.new)])
-        loss = 0.0
-        for first in range(window.new, window.end, _AT_ONCE):
-            last = min(first + _AT_ONCE, window.end)
-            logits = session.forward(cache, _ROW, ids[None, first:last], keep=last - first)[0]  # [position, vocabulary]
-            following = log_softmax(logits)[np.arange(last - first), ids[first + 1 : last + 1]]
-            loss -= float(following.sum(dtype=np.float64))
-        yield loss
 
 
 def _loss(plan: _Plan, sums: list[float], batch_size: int) -> Loss:

@@ -1,10 +1,10 @@
-"""The grid of a sweep: which strategies are tried on which prompts. Reads TOML; knows nothing of models.
+"""Grid of a sweep: strategies and prompts, read from TOML. Knows nothing of models.
 
-prompts = ["Once upon a time"]      # unless the caller brings others
+prompts = ["Once upon a time"]      # unless the caller gives others
 
-[options]                           # what holds for all strategies
+[options]                           # for all strategies
 max_new_tokens = 60
-seed = [1, 2]                       # of those that sample; the others run once
+seed = [1, 2]                       # for those that sample; the others run once
 
 [[strategy]]
 name = "top-p"
@@ -12,25 +12,21 @@ do_sample = true
 top_p = [0.95, 0.5]                 # lists multiply: two values and two seeds make four runs
 """
 
+import math
 import tomllib
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_origin, get_type_hints
 
 from gpt2onnx.errors import OptionError
 
 from ..runtime.options import SAMPLING_OPTIONS, GenerationConfig
 
 MOST_RUNS = 1000
-# Their values are lists themselves, which therefore don't multiply.
-_LISTS = (
-    "sequence_bias", "bad_words_ids", "suppress_tokens", "begin_suppress_tokens", "forced_eos_token_id",
-    "exponential_decay_length_penalty", "eos_token_id", "stop",
-)  # fmt: skip
-# What a sweep doesn't keep, or what would change how it judges.
-_REFUSED = ("logprobs",)
+_REFUSED = ("logprobs",)  # a sweep doesn't keep them
 
 
 @dataclass(frozen=True)
@@ -38,8 +34,8 @@ class Strategy:
     """One point of the grid.
 
     Attributes:
-        family: the name of the group it belongs to.
-        label: its own, unique in the grid: the family, and what it has chosen among several values.
+        family: name of its [[strategy]].
+        label: its own name, unique in the grid: the family, and its choices among several values.
         options: all generation options.
     """
 
@@ -50,7 +46,7 @@ class Strategy:
 
 @dataclass(frozen=True)
 class Grid:
-    """Strategies, and the prompts that come with them (none for the built-in grid)."""
+    """Strategies and prompts; the built-in grid has no prompts."""
 
     strategies: list[Strategy]
     prompts: list[str]
@@ -66,12 +62,12 @@ def load(path: Path | None, base: GenerationConfig, overrides: Mapping[str, Any]
 
     Args:
         path: a TOML file; None for the built-in grid.
-        base: what holds where the grid says nothing.
-        overrides: generation options that take the place of those under [options].
+        base: generation options that the grid doesn't set.
+        overrides: generation options that replace those under [options].
 
     Raises:
-        OptionError: the file can't be read or isn't TOML, an option is unknown, of a wrong type or out of range, or
-            contradicts another, or there are too many runs.
+        OptionError: the file can't be read or isn't TOML; an option is unknown, of a wrong type, out of range or
+            contradicts another; or there are too many runs.
     """
     name = "the built-in grid" if path is None else str(path)
     try:
@@ -110,30 +106,27 @@ def _grid(content: Mapping[str, Any], base: GenerationConfig, overrides: Mapping
             raise OptionError(f"strategy {family!r}: {error}") from error
         if len(strategies) > MOST_RUNS:
             raise OptionError(f"more than {MOST_RUNS} runs a prompt: shorten a list, or make several grids")
-    labels = [strategy.label for strategy in strategies]
-    for label in labels:
-        if labels.count(label) > 1:
-            raise OptionError(f"two strategies are called {label!r}: give them different names")
+    label, count = Counter(strategy.label for strategy in strategies).most_common(1)[0]
+    if count > 1:
+        raise OptionError(f"two strategies are called {label!r}: give them different names")
     return Grid(strategies, prompts)
 
 
 def _strategies(
     family: str, common: Mapping[str, Any], own: Mapping[str, Any], base: GenerationConfig
 ) -> list[Strategy]:
-    """All combinations of one table's values."""
+    """All combinations of the values of one table."""
     given = {**common, **own}
     for name in _REFUSED:
         if name in given:
             raise OptionError(f"{name} can't be swept")
-    # A seed says what to draw, not whether to.
+    # A seed alone doesn't turn sampling on.
     asked = [name for name in SAMPLING_OPTIONS if name != "seed" and name in own]
     if given.get("do_sample") is False and asked:
         raise OptionError(f"{asked[0]} has no effect with do_sample = false: leave one of them out")
     given.setdefault("do_sample", bool(asked))
     choices = {name: _choices(name, value) for name, value in given.items()}
-    total = 1
-    for values in choices.values():
-        total *= len(values)
+    total = math.prod(map(len, choices.values()))
     if total > MOST_RUNS:
         raise OptionError(f"{total:,} runs are more than {MOST_RUNS}: shorten a list")
     varied = [name for name, values in choices.items() if len(values) > 1]
@@ -143,15 +136,16 @@ def _strategies(
         options = base.merged(chosen)
         if not options.do_sample:
             options = replace(options, seed=None)
-        # What changes nothing without sampling makes no runs of its own.
-        telling = [name for name in varied if options.do_sample or name not in SAMPLING_OPTIONS]
-        label = _label(family, {name: chosen[name] for name in telling})
+        # Without sampling, sampling options make no runs of their own.
+        effective = {name: chosen[name] for name in varied if options.do_sample or name not in SAMPLING_OPTIONS}
+        label = _label(family, effective)
         found.setdefault(label, Strategy(family, label, options))
     return list(found.values())
 
 
 def _choices(name: str, value: Any) -> Sequence[Any]:
-    if not isinstance(value, list) or name in _LISTS:
+    """The values to try. The lists of an option whose value is a list itself don't multiply."""
+    if not isinstance(value, list) or _takes_list(name):
         return [value]
     if not value:
         raise OptionError(f"{name} is an empty list")
@@ -160,8 +154,13 @@ def _choices(name: str, value: Any) -> Sequence[Any]:
     return value
 
 
+def _takes_list(name: str) -> bool:
+    kinds = get_args(get_type_hints(GenerationConfig).get(name))
+    return any(get_origin(kind) in (Sequence, tuple) for kind in kinds)
+
+
 def describe(name: str, value: Any) -> str:
-    """An option and its value in short words."""
+    """An option and its value in short words, such as "beams 4"."""
     if name == "no_repeat_ngram_size" and value == 0:
         return "no blocking"
     return f"{_WORDS.get(name, name)} {str(value).lower() if isinstance(value, bool) else value}"
@@ -179,7 +178,7 @@ _WORDS = {
 
 def _label(family: str, varied: Mapping[str, Any]) -> str:
     chosen = ", ".join(describe(name, value) for name, value in varied.items())
-    # A family that is called as its options are is named by them already.
+    # The family "top-k" with the choice "top-k 5" is just "top-k 5".
     if family == ", ".join(_WORDS.get(name, name) for name in varied):
         return chosen
     return f"{family}: {chosen}" if chosen else family
@@ -187,4 +186,9 @@ def _label(family: str, varied: Mapping[str, Any]) -> str:
 
 def to_json(options: GenerationConfig) -> dict[str, Any]:
     """All options, as JSON holds them."""
-    return {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(options).items()}
+    return plain(asdict(options))
+
+
+def plain(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Values as JSON gives them back: tuples become lists."""
+    return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}

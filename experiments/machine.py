@@ -1,4 +1,4 @@
-"""The machine as a benchmark sees it: what it is, how fast it reads its memory, what this process takes of that."""
+"""Machine facts for benchmarks: processor, versions, read bandwidth, memory of this process."""
 
 import platform
 import sys
@@ -23,14 +23,13 @@ _CPUINFO = Path("/proc/cpuinfo")
 
 @dataclass(frozen=True)
 class ProcessMemory:
-    """What this process takes, in bytes; None where the system doesn't say.
+    """Resident memory of this process in bytes; None if the system doesn't tell.
 
     Attributes:
         resident: now.
-        anonymous: the part of it that only this process has.
-        file: the part of it that is pages of files: libraries, and weights that are read where they lie. Processes share
-            them, and the kernel can drop them.
-        peak: the most that was ever resident.
+        anonymous: of it, private to this process.
+        file: of it, pages of files: libraries and mapped weights. Processes share them, and the kernel can drop them.
+        peak: the largest resident size so far.
     """
 
     resident: int | None
@@ -40,7 +39,7 @@ class ProcessMemory:
 
 
 def process_memory() -> ProcessMemory:
-    """The memory of this process: https://docs.kernel.org/filesystems/proc.html, elsewhere getrusage(2)."""
+    """Reads the memory of this process: https://docs.kernel.org/filesystems/proc.html, elsewhere getrusage(2)."""
     try:
         lines = _STATUS.read_text(encoding="utf-8").splitlines()
     except OSError:
@@ -54,7 +53,7 @@ def process_memory() -> ProcessMemory:
 
 
 def _peak_by_usage() -> int | None:
-    if sys.platform == "win32":  # has no such call
+    if sys.platform == "win32":  # no getrusage
         return None
     import resource
 
@@ -63,21 +62,21 @@ def _peak_by_usage() -> int | None:
 
 
 class MemoryReader(AbstractContextManager["MemoryReader"]):
-    """Reads memory as fast as so many threads can, which bounds what they can decode.
+    """Measures read bandwidth, which bounds decoding speed.
 
     Args:
-        threads: read at once, each a part.
-        size: bytes read at a time, many times what caches hold.
+        threads: readers, each of its own part.
+        size: bytes read at a time, many times the size of caches.
 
     Attributes:
-        best: bytes a second, the most that was measured.
+        best: highest bandwidth measured, bytes a second.
     """
 
     def __init__(self, threads: int, size: int = 1 << 28) -> None:
         self.best = 0.0
         self._pool = ThreadPoolExecutor(threads)
         array = np.ones(size // 4, np.float32)
-        # Which way of reading is the fastest differs from machine to machine.
+        # The fastest way to read differs between machines.
         ways: list[tuple[Callable[[Any], object], Any]] = [
             (np.max, array),
             (np.bitwise_or.reduce, array.view(np.uint64)),
@@ -87,7 +86,7 @@ class MemoryReader(AbstractContextManager["MemoryReader"]):
         self._size = array.nbytes
 
     def read(self) -> float:
-        """Reads once in each way; gives the bytes a second of the fastest."""
+        """Reads once in each way; returns the bytes a second of the fastest."""
         found = 0.0
         for way, parts in self._ways:
             started = time.perf_counter()
@@ -108,7 +107,7 @@ def _product(part: Any) -> object:
 
 
 def describe() -> dict[str, Any]:
-    """The processor, the cores that this process may use, the system, and the versions of what computes."""
+    """Processor, cores that this process may use, operating system, versions."""
     return {
         "processor": _processor(),
         "cores": resources.cores().usable,

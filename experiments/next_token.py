@@ -1,8 +1,8 @@
-"""What goes into drawing a token: from logits through temperature and filters to a draw, stage by stage.
+"""Next token: from logits through temperature and filters to a draw, stage by stage.
 
-The stages are the processors of `generate` itself, in their order, and the draws those of its generator: the first
-draw for a seed is the token that `generate` takes there, and N draws are those that N sequences of one request,
-or N calls of torch.multinomial after one torch.manual_seed, take.
+Stages are the processors of `generate` in their order, and draws come from its random generator: the first draw for a
+seed is the token that `generate` takes, and N draws are those of N sequences of one request, or of N calls of
+torch.multinomial after one torch.manual_seed.
 """
 
 from collections.abc import Callable, Sequence
@@ -25,8 +25,8 @@ from ..runtime.requests import Prompt
 # Called with the draws made so far and in all.
 Progress = Callable[[int, int], None]
 
-# What each filter is called, in the order in which they apply, and the value that filters nothing.
-_FILTERS: dict[str, Any] = {
+# Filters in the order in which they apply, each with the value that filters nothing.
+FILTERS: dict[str, Any] = {
     "top_h": None, "top_k": 0, "top_p": 1.0, "min_p": None, "typical_p": 1.0, "epsilon_cutoff": 0.0, "eta_cutoff": 0.0,
 }  # fmt: skip
 
@@ -36,9 +36,9 @@ class Stage:
     """The candidates after one step.
 
     Attributes:
-        name: "logits" (the network's own), "penalties" (what holds without sampling, too), "temperature", or
-            the name of a filter.
-        scores: float32 [vocabulary]; minus infinity for what can't be drawn any more.
+        name: "logits" (the network's own), "penalties" (processors that apply without sampling, too), "temperature",
+            or a filter's name.
+        scores: float32 [vocabulary]; minus infinity for tokens that are out.
         probabilities: their softmax, float32 [vocabulary].
     """
 
@@ -49,13 +49,13 @@ class Stage:
 
 @dataclass(frozen=True)
 class Choice:
-    """How the next token is drawn with one set of options.
+    """Draw of the next token with one set of options.
 
     Attributes:
         options: the options.
-        stages: from the network's logits to what the token is drawn from.
-        draws: how many draws were made.
-        counts: int64 [vocabulary], how often each token was drawn.
+        stages: from the network's logits to the last filter.
+        draws: number of draws.
+        counts: int64 [vocabulary], draws of each token.
     """
 
     options: GenerationConfig
@@ -65,7 +65,7 @@ class Choice:
 
     @property
     def probabilities(self) -> Logits:
-        """What tokens are drawn with, float32 [vocabulary]."""
+        """Probabilities of the last stage, float32 [vocabulary]."""
         return self.stages[-1].probabilities
 
     def top(self, count: int) -> list[int]:
@@ -80,7 +80,7 @@ class Choice:
 
 @dataclass(frozen=True)
 class NextToken:
-    """What may follow a prompt.
+    """Candidates for the token after a prompt.
 
     Attributes:
         prompt_ids: the prompt's tokens.
@@ -96,39 +96,32 @@ def next_token(
     prompt: Prompt,
     *,
     temperatures: Sequence[float] = (),
-    top_h: float | None = None,
-    top_k: int | None = None,
-    top_p: float | None = None,
-    min_p: float | None = None,
-    typical_p: float | None = None,
-    epsilon_cutoff: float | None = None,
-    eta_cutoff: float | None = None,
     draws: int = 0,
     seed: int | None = None,
     progress: Progress | None = None,
+    **filters: float | None,
 ) -> NextToken:
     """Follows the logits after a prompt to the draw of the next token.
 
     Args:
-        model: gives the logits; options that aren't given are its own, as in `generate`.
+        model: computes the logits. Options that aren't given are its own, as in `generate`.
         prompt: a text, or token ids.
-        temperatures: each is followed by itself.
-        top_h, top_k, top_p, min_p, typical_p, epsilon_cutoff, eta_cutoff: the filters.
-        draws: how often to draw, for each temperature anew from the seed.
-        seed: of the draws; a fresh one where None.
+        temperatures: one choice for each.
+        draws: number of draws for each temperature, each time from the same seed.
+        seed: of the draws; None for a random one.
         progress: called after every hundred draws.
+        filters: options named in FILTERS.
 
     Raises:
         PromptError: the prompt is empty, too long, or not in the vocabulary.
-        OptionError: an option is out of range.
+        OptionError: an option is unknown or out of range.
         BackendError: ONNX Runtime failed.
     """
+    unknown = filters.keys() - FILTERS.keys()
+    if unknown:
+        raise OptionError(f"{min(unknown)!r} is not one of {', '.join(FILTERS)}")
     if draws < 0:
         raise OptionError(f"draws must be at least 0, not {draws}")
-    filters = {
-        "top_h": top_h, "top_k": top_k, "top_p": top_p, "min_p": min_p, "typical_p": typical_p,
-        "epsilon_cutoff": epsilon_cutoff, "eta_cutoff": eta_cutoff,
-    }  # fmt: skip
     # With beams there is no single draw.
     one_draw = {"do_sample": True, "num_beams": 1, "num_return_sequences": 1, "seed": seed}
     given: Sequence[float | None] = temperatures or (None,)
@@ -161,34 +154,34 @@ def choose(
 
     Args:
         logits: of any vocabulary.
-        options: the sampling options, with the seed.
-        tokens: what was written before, int64 [length], where an option depends on it.
-        draws: how often to draw.
+        options: sampling options and seed.
+        tokens: the text so far, int64 [length], for options that depend on it.
+        draws: number of draws.
         report: called with the number of draws so far.
     """
-    way = stages(logits, options, np.zeros(0, np.int64) if tokens is None else tokens)
+    found = stages(logits, options, np.zeros(0, np.int64) if tokens is None else tokens)
     generator = Generator(options.seed)
     counts = np.zeros(len(logits), np.int64)
-    candidates = Candidates.all(way[-1].scores).possible()
+    candidates = Candidates.all(found[-1].scores).possible()
     for index in range(draws):
         counts[generator.multinomial(candidates)[0]] += 1
         if report is not None and (index + 1) % 100 == 0:
             report(index + 1)
-    return Choice(options, way, draws, counts)
+    return Choice(options, found, draws, counts)
 
 
 def stages(logits: Logits, options: GenerationConfig, tokens: Tokens) -> list[Stage]:
-    """The candidates after each step that the options ask for; temperature is always one of them."""
-    # Probabilities don't depend on whether scores are renormalised.
+    """The candidates after each step of the options; temperature is always one of them."""
+    # Renormalising scores leaves probabilities as they are.
     alone: dict[str, Any] = {"do_sample": True, "num_beams": 1, "num_return_sequences": 1, "renormalize_logits": False}
-    unfiltered = replace(options, **alone, **_FILTERS)
-    filters = {name: getattr(options, name) for name in _FILTERS if getattr(options, name) != _FILTERS[name]}
+    unfiltered = replace(options, **alone, **FILTERS)
+    filters = {name: getattr(options, name) for name in FILTERS if getattr(options, name) != FILTERS[name]}
     steps = {"penalties": replace(unfiltered, do_sample=False), "temperature": unfiltered}
     for name, value in filters.items():
         steps[name] = unfiltered = replace(unfiltered, **{name: value})
     result = [Stage("logits", logits, softmax(logits))]
     for name, so_far in steps.items():
-        # Each time from the start, so that `processors` and `warpers` alone decide about order.
+        # Each time from the start: `processors` and `warpers` alone decide the order.
         scores = warp(warpers(so_far), process(processors(so_far, tokens), tokens, logits)).dense()
         if name != "penalties" or scores is not logits:
             result.append(Stage(name, scores, softmax(scores)))
@@ -196,10 +189,10 @@ def stages(logits: Logits, options: GenerationConfig, tokens: Tokens) -> list[St
 
 
 def token_of(model: Model, text: str) -> int:
-    """The one token that a text is.
+    """Encodes a text of one token.
 
     Raises:
-        PromptError: it is several, or none.
+        PromptError: it has several tokens, or none.
     """
     ids = model.tokenizer.encode(text, add_special_tokens=False)
     if len(ids) == 1:

@@ -1,7 +1,7 @@
-"""The report of a sweep: records in, one self-contained HTML page out.
+"""Report of a sweep: records in, one self-contained HTML page out.
 
-The page depends on the records alone, and holds everything it shows. What models and users wrote is escaped by the
-template engine; the page's policy also forbids scripts and everything from elsewhere.
+The page depends on the records alone and needs no other file. The template engine escapes all texts of models and users;
+the page's policy also forbids scripts and anything from elsewhere.
 """
 
 import math
@@ -18,9 +18,9 @@ from . import charts, grid
 Record = dict[str, Any]
 
 _COLOURS = 8
-# A processor that computes for the run alone spends all of its time on it.
+# Below this share of processor time, other programs have disturbed a run; undisturbed runs are at about 1.
 _LEAST_SHARE = 0.75
-# Of families and lines, by their number: they are told apart by shape as well as by colour.
+# Families and lines differ in shape as well as in colour.
 _SHAPES = ("circle", "square", "triangle", "diamond", "cross", "ring")
 
 
@@ -34,7 +34,7 @@ def check() -> None:
 
 
 def render(records: Sequence[Record]) -> str:
-    """The page.
+    """Renders the page.
 
     Args:
         records: of `sweep.run`, at least one.
@@ -68,7 +68,7 @@ def render(records: Sequence[Record]) -> str:
 
 @dataclass(frozen=True)
 class Row:
-    """A strategy: means over all prompts; None where there is no figure."""
+    """Figures of a strategy: means over all prompts; None without a figure."""
 
     strategy: str
     family: str
@@ -90,13 +90,13 @@ class Row:
 
     @property
     def variant(self) -> str:
-        """What tells it from the others of its family."""
+        """Its name within the family."""
         return self.strategy.removeprefix(f"{self.family}: ")
 
 
 @dataclass(frozen=True)
 class Winner:
-    """The strategy that is best in one respect."""
+    """The best strategy by one figure."""
 
     title: str
     row: Row
@@ -105,7 +105,7 @@ class Winner:
 
 @dataclass(frozen=True)
 class Line:
-    """A line of a chart: its name, and its points as (x, y, what a reader is told)."""
+    """Line of a chart: name, and points (x, y, tooltip)."""
 
     label: str
     index: int
@@ -114,7 +114,7 @@ class Line:
 
 @dataclass(frozen=True)
 class Chart:
-    """Axes and lines; for a scatter plot, each point is in a line by family."""
+    """Chart: axes and lines; in a scatter plot a line is a family."""
 
     title: str
     summary: str
@@ -124,7 +124,7 @@ class Chart:
 
 
 def _is_disturbed(row: Record | None) -> bool:
-    """Whether the run had to wait for other programs."""
+    """Whether other programs took much of the run's processor time."""
     return row is not None and row["device"] == "cpu" and row["cpu_seconds"] < _LEAST_SHARE * row["seconds"]
 
 
@@ -170,7 +170,7 @@ def _rows(records: Sequence[Record]) -> list[Row]:
         figures: Record = {name: mean(record[name] for record in group) for name in names}
         for name in ("joules_per_token", "g_co2eq_per_1000_tokens"):
             figures[name] = mean((record["energy"] or {}).get(name) for record in group)
-        # All tokens by all seconds: a mean of speeds would weigh short texts too much.
+        # All tokens by all seconds: a mean of speeds would overweight short texts.
         tokens = sum(record["completion_tokens"] for record in group)
         figures["tokens_per_second"] = tokens / sum(record["seconds"] for record in group)
         family, options = group[0]["family"], group[0]["options"]
@@ -202,7 +202,7 @@ def _winners(rows: Sequence[Row]) -> list[Winner]:
 
 
 def _most(rows: Sequence[Row]) -> dict[str, float]:
-    """The largest figures, which bars are as long as."""
+    """The largest figures, for the length of bars."""
     return {
         "speed": max(row.tokens_per_second for row in rows),
         "energy": max((row.joules_per_token or 0.0 for row in rows), default=0.0) or 1.0,
@@ -237,7 +237,7 @@ def _pair(row: Row) -> str:
 
 
 def _beams(rows: Sequence[Row]) -> list[Chart]:
-    """What wider beams gain and cost: strategies that differ in nothing but their number of beams, in a line."""
+    """Gain and cost of wider beams. Strategies that differ only in their number of beams make a line."""
     groups: dict[str, list[Row]] = {}
     for row in rows:
         if not row.options["do_sample"]:
@@ -275,9 +275,9 @@ def _beams(rows: Sequence[Row]) -> list[Chart]:
         return Chart(title, summary, x, y, lines)
 
     wanted = [
-        chart("What it gains", "mean log probability (nats)", lambda row: row.mean_logprob, zero=False),
-        chart("What it costs", "joules per token", lambda row: row.joules_per_token, zero=True)
-        or chart("What it costs", "milliseconds per token", lambda row: 1000 / row.tokens_per_second, zero=True),
+        chart("Gain", "mean log probability (nats)", lambda row: row.mean_logprob, zero=False),
+        chart("Cost", "joules per token", lambda row: row.joules_per_token, zero=True)
+        or chart("Cost", "milliseconds per token", lambda row: 1000 / row.tokens_per_second, zero=True),
     ]
     return [one for one in wanted if one is not None]
 
@@ -288,14 +288,14 @@ def _beam_count(row: Row) -> str:
 
 
 def _difference(options: Record, all_options: Sequence[Record]) -> str:
-    """What tells these options from the others."""
+    """The options that differ between lines, in short words."""
     varied = [name for name in options if name != "num_beams" and len({repr(each[name]) for each in all_options}) > 1]
     return ", ".join(grid.describe(name, options[name]) for name in varied) or "all prompts"
 
 
 @dataclass(frozen=True)
 class Card:
-    """A run's texts beside its figures."""
+    """A run's record beside its strategy's figures."""
 
     row: Row
     record: Record

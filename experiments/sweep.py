@@ -1,7 +1,6 @@
-"""A sweep: every strategy of a grid on every prompt, one JSON line a run.
+"""Sweep: runs every strategy of a grid on every prompt, one JSON line a run.
 
-results.jsonl is all that is kept while it runs; the other files are made from it and from nothing else, so they can be
-made again at any time.
+results.jsonl is written during the sweep. All other files are made from it alone, so they can be made again at any time.
 """
 
 import hashlib
@@ -31,10 +30,10 @@ Record = dict[str, Any]
 
 @dataclass(frozen=True)
 class Sweep:
-    """What is run: strategies by prompts.
+    """Runs of a sweep: prompts by strategies.
 
     Raises:
-        OptionError: there is no prompt, one is there twice, or there are too many runs.
+        OptionError: there is no prompt, a prompt is given twice, or there are too many runs.
     """
 
     model: Model
@@ -53,11 +52,11 @@ class Sweep:
         return len(self.prompts) * len(self.strategies)
 
     def runs(self) -> Iterator[tuple[str, Strategy]]:
-        """All runs in their order: prompt by prompt."""
+        """All runs in order: prompt by prompt."""
         return ((prompt, strategy) for prompt in self.prompts for strategy in self.strategies)
 
     def key(self, prompt: str, strategy: Strategy) -> str:
-        """What tells this run from all others, of this sweep or another."""
+        """Hash of all that decides a run's results."""
         files, session = self.model.bundle.manifest.files, self.model.session
         parts = (
             sorted(record.sha256 for record in files.values()), session.device, session.threads,
@@ -67,16 +66,16 @@ class Sweep:
 
 
 def run(sweep: Sweep, folder: Path, tracker: EnergyTracker | None = None, *, resume: bool = False) -> Iterator[Record]:
-    """Makes the runs, and appends each to results.jsonl as soon as it is done.
+    """Runs a sweep, and appends each run to results.jsonl as soon as it is done.
 
     Args:
-        sweep: what to run.
-        folder: where results.jsonl is.
-        tracker: measures the energy; without one, there are no figures of it.
-        resume: go on behind the runs that are there; otherwise they are overwritten.
+        sweep: prompts and strategies.
+        folder: of results.jsonl.
+        tracker: measures energy; None for no energy figures.
+        resume: go on behind the finished runs; otherwise they are overwritten.
 
     Yields:
-        The record of each run, in order, those first that are there already.
+        The record of each run in order, finished ones first.
 
     Raises:
         OutputError: the folder can't be written, or holds results of another sweep.
@@ -88,7 +87,7 @@ def run(sweep: Sweep, folder: Path, tracker: EnergyTracker | None = None, *, res
     yield from done
     if len(done) == len(sweep):
         return
-    # What comes first in a fresh process takes longer.
+    # Warm-up: the first run of a process takes longer.
     sweep.model.answer([sweep.prompts[0]], sweep.model.options({"max_new_tokens": 2, "do_sample": False}))
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -104,7 +103,7 @@ def run(sweep: Sweep, folder: Path, tracker: EnergyTracker | None = None, *, res
 
 
 def write_files(records: Sequence[Record], folder: Path) -> None:
-    """Writes emissions.csv, summary.csv and report.html; the same records give the same files.
+    """Writes emissions.csv, summary.csv and report.html. The same records give the same files.
 
     Raises:
         OutputError: the folder can't be written.
@@ -128,7 +127,7 @@ def write_files(records: Sequence[Record], folder: Path) -> None:
 
 
 def summary(record: Record) -> Record:
-    """A record as one flat row: the first continuation's text, and every figure."""
+    """One flat row of a record: the first continuation's text, and all figures."""
     first = record["sequences"][0]
     energy = record["energy"] or {}
     row: Record = {name: record[name] for name in ("prompt_index", "prompt", "family", "strategy")}
@@ -167,7 +166,7 @@ def _run(sweep: Sweep, prompt: str, strategy: Strategy, tracker: EnergyTracker |
         "tokens_per_second": result.usage["completion_tokens"] / seconds,
         **_metrics(model, result),
         "energy": None if result.energy is None else asdict(result.energy),
-        "emissions": None if row is None else {name: _plain(value) for name, value in row.items()},
+        "emissions": None if row is None else grid.plain(row),
         "model": _facts(model),
     }
 
@@ -193,17 +192,13 @@ def _facts(model: Model) -> Record:
 
 
 def _to_csv(rows: Sequence[Record]) -> str | None:
-    """Rows under the columns of all of them: another version of codecarbon may have others."""
+    """Rows under the union of their columns: versions of codecarbon have different ones. None without rows."""
     columns = list(dict.fromkeys(name for row in rows for name in row))
     return to_csv([columns, *([row.get(name) for name in columns] for row in rows)]) if rows else None
 
 
-def _plain(value: Any) -> Any:
-    return list(value) if isinstance(value, tuple) else value
-
-
 def _done(path: Path, sweep: Sweep) -> tuple[list[Record], int]:
-    """The runs that are done, and where the last whole line ends."""
+    """The finished runs, and the end of the last whole line in bytes."""
     if not path.exists():
         return [], 0
     records: list[Record] = []

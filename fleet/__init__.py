@@ -1,11 +1,10 @@
-"""A fleet: files of requests, carried out by Ray on any number of machines.
+"""Fleet: request files run by Ray on any number of machines.
 
-A thin layer over `runtime.jobs`. The input is cut into parts of so many requests, the same ones whatever the number of
-workers. A part is one task of one worker and one file of the output, which is there complete or not at all:
+The input is cut into parts of equal size, whatever the number of workers. A part is one Ray task and one output file:
 
-    RequestFiles (reads parts) -> Worker (holds a model) -> Place.write
+    Job.parts -> run.submit -> worker.carry_out (on any machine) -> Place.write
 
-Needs the extra `ray`; importing the package raises MissingExtraError where that isn't installed.
+Importing the package raises MissingExtraError where the extra `ray` isn't installed.
 """
 
 import os
@@ -13,14 +12,10 @@ from importlib.util import find_spec
 
 from gpt2onnx.errors import MissingExtraError
 
-for _package in (
-    "ray",
-    "pyarrow",
-    "fsspec",
-):  # found, not imported: each process of Ray would wait seconds for ray.data
+for _package in ("ray", "pyarrow", "fsspec"):
     if find_spec(_package) is None:
         raise MissingExtraError("The engine ray", _package, "ray")
 
-# Ray reads these when it is imported: it is to report to nobody, unless the user wants that, and to draw no bars.
-os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-os.environ.setdefault("RAY_DATA_DISABLE_PROGRESS_BARS", "1")
+# Ray reads these when it is imported.
+os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # no report to Ray's makers
+os.environ.setdefault("RAY_task_oom_retries", "4")  # as for workers that die otherwise; Ray's default has no end

@@ -1,6 +1,5 @@
-"""Ray: joined or started, quiet, and left at the end."""
+"""Ray cluster: joined or started, quiet, and left at the end."""
 
-import gc
 import logging
 import os
 import socket
@@ -14,29 +13,26 @@ from gpt2onnx.errors import BackendError, OptionError
 
 from ..runtime.host import resources
 
-# Only requests and results of the parts under way are in it, and a local cluster's workers read the bundle's folder.
-_LOCAL_STORE = 256 << 20  # bytes
-_PATIENCE = 10  # seconds until a cluster's head takes a connection
+_OBJECT_STORE = 256 << 20  # bytes of a local cluster's: parts in flight only, since workers open the bundle's folder
+_CONNECT_SECONDS = 10
 
 
 def check(address: str | None) -> None:
-    """Refuses an address that a job can't be started from; raises OptionError."""
+    """Raises OptionError for an address that a job can't be started from."""
     if address is not None and "://" in address:
         raise OptionError(
-            f"the address {address} is of Ray Client, which has no machine of the cluster to itself:"
+            f"{address} is an address of Ray Client, which runs on no machine of the cluster:"
             " start the command on one of them (ray job submit), with --address auto"
         )
 
 
 @contextmanager
 def joined(address: str | None, cores: int, *, verbose: bool) -> Iterator[None]:
-    """A cluster that this process has joined: the one at an address, or one of its own on this machine.
-
-    One that the process has joined before stays joined.
+    """Joins a cluster, or starts one on this machine, and leaves it. One that this process is in already stays joined.
 
     Args:
-        address: host:port of the cluster's head, or "auto" for the one that runs on this machine.
-        cores: that workers are to have, in a cluster of its own; there are as many as this process may use in any case.
+        address: host:port of the cluster's head; "auto": the cluster that runs on this machine; None: a new one.
+        cores: of a new cluster, at least; by default those that this process may use.
         verbose: let Ray and the workers log.
 
     Raises:
@@ -44,26 +40,23 @@ def joined(address: str | None, cores: int, *, verbose: bool) -> Iterator[None]:
     """
     if ray.is_initialized():
         yield
-        # Ray's datasets refer to themselves: the job's bundle would stay in the store until Python came to collect it.
-        gc.collect()
         return
     if address is not None and address != "auto":
         _reach(address)
-    own: dict[str, Any] = {
-        "num_cpus": max(cores, resources.cores().usable),
-        "include_dashboard": False,
-        "object_store_memory": _LOCAL_STORE,
-    }
+    settings: dict[str, Any] = {"address": address or "local"}
+    if address is None:
+        settings |= {
+            "num_cpus": max(cores, resources.cores().usable),
+            "include_dashboard": False,
+            "object_store_memory": _OBJECT_STORE,
+        }
     level = logging.INFO if verbose else logging.CRITICAL
     if not verbose:
         os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
-        for handler in logging.getLogger("ray.data").handlers:
-            if isinstance(handler, logging.StreamHandler):  # the others write to files
-                handler.setLevel(level)
     try:
         with nullcontext() if verbose else _silent():
-            ray.init(address=address or "local", log_to_driver=verbose, logging_level=level, **({} if address else own))
-    except Exception as error:  # Ray has no class of its own for what goes wrong here
+            ray.init(log_to_driver=verbose, logging_level=level, **settings)
+    except Exception as error:  # Ray raises errors of many classes here
         action = f"can't join the Ray cluster at {address}" if address else "can't start Ray on this machine"
         raise BackendError(f"{action}: {error}") from error
     try:
@@ -73,17 +66,17 @@ def joined(address: str | None, cores: int, *, verbose: bool) -> Iterator[None]:
 
 
 def _reach(address: str) -> None:
-    """Fails at once where nothing listens: Ray itself would try for minutes."""
+    """Fails at once if nothing listens; Ray would try for minutes."""
     host, _, port = address.rpartition(":")
     try:
-        socket.create_connection((host.strip("[]"), int(port)), timeout=_PATIENCE).close()
+        socket.create_connection((host.strip("[]"), int(port)), timeout=_CONNECT_SECONDS).close()
     except (OSError, ValueError) as error:
         raise BackendError(f"can't join the Ray cluster at {address}: {error}") from error
 
 
 @contextmanager
 def _silent() -> Iterator[None]:
-    """Standard error without what Ray's native part says of its own settings, which nothing else keeps it from."""
+    """Discards standard error, on which Ray's native part reports its settings; no option prevents that."""
     kept, nothing = os.dup(2), os.open(os.devnull, os.O_WRONLY)
     try:
         os.dup2(nothing, 2)

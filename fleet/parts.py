@@ -1,4 +1,4 @@
-"""Parts: so many requests of one input file that are carried out together, and the file that holds their results."""
+"""Part: consecutive requests of one input file, and the file of their results."""
 
 import io
 import json
@@ -9,15 +9,13 @@ from typing import Any, Literal, NamedTuple
 
 import pyarrow
 from pyarrow import parquet
-from ray.data.datasource import FileBasedDatasource
 
 from ..runtime import jobs
 from ..runtime.jsontext import to_line
 
 Format = Literal["jsonl", "parquet"]
-FORMATS: tuple[Format, ...] = ("jsonl", "parquet")
 
-_NAME = re.compile(r"part-(\d{5,})-(\d{12,})\.(?:jsonl|parquet)")
+_NAME = r"part-(\d{5,})-(\d{12,})\.(?:jsonl|parquet)"
 
 _LOGPROB = pyarrow.struct(
     {
@@ -35,7 +33,7 @@ _SEQUENCE = pyarrow.struct(
         "logprobs": pyarrow.list_(_LOGPROB),
     }
 )
-# Of a result line, without `energy`, and with where in the input the request stands.
+# A result line without `energy`, and the request's place in the input.
 SCHEMA = pyarrow.schema(
     {
         "file": pyarrow.int64(),
@@ -52,64 +50,43 @@ SCHEMA = pyarrow.schema(
 
 
 class Part(NamedTuple):
-    """Where a part begins.
+    """Place of a part in the input.
 
     Attributes:
-        file: number of its input file, in the order of their paths, from 0.
-        first: number of its first request in that file, from 0; empty lines aren't counted.
+        file: number of its input file, sorted by path, from 0.
+        first: number of its first request in that file, from 0; empty lines don't count.
     """
 
     file: int
     first: int
 
     def name(self, format: Format) -> str:  # noqa: A002
-        """Its file of results. Sorted by name, such files are in the order of the requests."""
+        """Name of its results' file. Sorted by name, files are in the order of the requests."""
         return f"part-{self.file:05d}-{self.first:012d}.{format}"
 
     @classmethod
     def named(cls, name: str) -> "Part | None":
-        """The part whose results a file of this name holds; None where it isn't one's."""
-        found = _NAME.fullmatch(name)
+        """Reads a part from its file's name; None for other files."""
+        found = re.fullmatch(_NAME, name)
         return None if found is None else cls(int(found[1]), int(found[2]))
 
 
-class RequestFiles(FileBasedDatasource):
-    """Ray Data's reader of files of requests: a block for each part, a row with its lines.
-
-    Lines are those that Python's text files have, and bytes that aren't UTF-8 are replaced, as for a job on one machine.
-
-    Args:
-        paths: of the files, in their order.
-        filesystem: that they lie in.
-        size: requests of a part.
-        done: parts that aren't read.
-    """
-
-    def __init__(self, paths: Sequence[str], filesystem: Any, size: int, done: Iterable[Part]) -> None:
-        super().__init__(list(paths), filesystem=filesystem)
-        self._numbers = {path: number for number, path in enumerate(paths)}
-        self._size = size
-        self._done = frozenset(done)
-
-    def _read_stream(self, f: Any, path: str) -> Iterator[pyarrow.Table]:
-        lines = io.TextIOWrapper(f, encoding="utf-8", errors="replace")
-        for part, requests in cut(lines, self._numbers[path], self._size):
-            if part not in self._done:
-                texts = pyarrow.array([requests], pyarrow.list_(pyarrow.large_string()))
-                yield pyarrow.table({"file": [part.file], "first": [part.first], "lines": texts})
+def is_unfinished(name: str) -> bool:
+    """Whether a killed `Place.write` of a part has left the file."""
+    return re.fullmatch(rf"\.{_NAME}\.[0-9a-f]+\.new", name) is not None
 
 
 def cut(lines: Iterable[str], file: int, size: int) -> Iterator[tuple[Part, list[str]]]:
-    """The parts of a file, of so many requests each, with their lines; empty ones are left out."""
+    """Cuts a file into parts of `size` request lines; empty lines are left out."""
     requests = filter(str.strip, lines)
     first = 0
-    while some := list(islice(requests, size)):
-        yield Part(file, first), some
+    while batch := list(islice(requests, size)):
+        yield Part(file, first), batch
         first += size
 
 
 def encode(part: Part, records: Sequence[jobs.Record], format: Format) -> bytes:  # noqa: A002
-    """The file of a part's results: result lines, or a Parquet table of SCHEMA."""
+    """Encodes a part's results: JSON lines, or a Parquet table of SCHEMA."""
     if format == "jsonl":
         return "".join(to_line(record) + "\n" for record in records).encode()
     rows = [
@@ -122,12 +99,12 @@ def encode(part: Part, records: Sequence[jobs.Record], format: Format) -> bytes:
 
 
 def _name(identity: Any) -> str | None:
-    """An id as a column of texts holds it: a text as it is, anything else as JSON."""
+    """An id in a text column: a text as it is, anything else as JSON."""
     return identity if isinstance(identity, str) or identity is None else json.dumps(identity)
 
 
 def _clean(value: Any) -> Any:
-    """A value whose texts UTF-8 can hold: halves of surrogate pairs, which only JSON's escapes can write, are replaced."""
+    """Replaces lone surrogates, which JSON can escape and UTF-8 can't hold; log probabilities become pairs."""
     if isinstance(value, str):
         return value.encode("utf-8", "replace").decode()
     if isinstance(value, dict):

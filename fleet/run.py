@@ -1,46 +1,39 @@
-"""The way of a job through Ray Data."""
+"""Run of a job: parts become Ray tasks, their results become files."""
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import ray
-from ray.data import ActorPoolStrategy, DataContext, Dataset
 from ray.exceptions import RayError, RayTaskError
-from ray.util.placement_group import NODE_ID_LABEL_KEY
 
-from gpt2onnx.errors import BackendError, Gpt2OnnxError, OptionError, OutputError
+from gpt2onnx.errors import BackendError, Gpt2OnnxError, OptionError
 
 from ..models.bundle import Bundle
-from ..runtime.engine import footprint
-from ..runtime.host import resources
-from . import plan as plans
-from .attempts import Attempts
+from .bundle_copy import SharedBundle
 from .cluster import check, joined
-from .parts import Part, RequestFiles
-from .plan import Plan
-from .shared_bundle import SharedBundle
-from .storage import Place, public, reason, writing
-from .worker import Work, Worker
+from .job import Job
+from .parts import Part
+from .storage import writing
+from .worker import Outcome, Work, carry_out
 
-# Takes requests and tokens as they are done.
+# Called with the requests and new tokens of each part that was written.
 Progress = Callable[[int, int], None]
 
-_WORKER_MEMORY = 512 << 20  # bytes that a worker takes beside the weights: Python, Ray, the cache
-_DEVICES = ("cpu", "cuda")
-_STARTS = 10  # workers in a row that may die while they start
+ATTEMPTS = 5  # of a part: a request that kills its worker must not run for ever
 
 
 @dataclass
 class Summary:
-    """What became of a job.
+    """Counts of a job.
 
     Attributes:
-        parts: that were written.
+        parts: written.
         kept: parts that were there already.
         requests: in the parts that were written.
-        errors: those of them that could not be carried out.
+        errors: requests among them that failed.
         tokens: new ones.
     """
 
@@ -64,137 +57,93 @@ def run(
     verbose: bool = False,
     progress: Progress = lambda requests, tokens: None,
 ) -> Summary:
-    """Carries out files of requests.
+    """Runs request files on a cluster.
 
     Args:
         bundle: the model's folder.
-        input_name: a file of requests or a folder of such: a path of this machine, or a URI.
-        output_name: the folder of the results: a path of this machine, or a URI.
-        work: how requests are carried out.
-        address: of the Ray cluster to join; None for one of its own on this machine.
-        workers: models at work; by default as many as the cluster has room for.
-        part_size: requests of a part; by default by the size of the input.
+        input_name: a file of requests or a folder of them: path on this machine, or URI.
+        output_name: folder of the results: path on this machine, or URI.
+        work: how requests are run.
+        address: host:port of the Ray cluster's head, or "auto"; None starts one on this machine.
+        workers: parts at a time; None: as many as the cluster has cores (or GPUs) for.
+        part_size: requests in a part; None: by the input's size.
         resume: keep the parts that are done.
         verbose: let Ray log.
-        progress: called with requests and new tokens of each part that was written.
+        progress: called after each part.
 
     Raises:
         PromptError: the input can't be read.
         OutputError: the output can't be written, or holds other files or another job's results.
         BundleError, BackendError: a worker can't load or run the model; or there is no such cluster.
-        OptionError: the device or the address can't serve a fleet.
+        OptionError: the device or the address doesn't suit a fleet.
     """
-    if work.device not in _DEVICES:
+    if work.device not in ("cpu", "cuda"):
         raise OptionError(f"with --engine ray the device is cpu, or cuda for a GPU to each worker, not {work.device!r}")
     check(address)
     Bundle.open(bundle)
-    try:
-        output = Place.of(output_name)
-    except OSError as error:
-        raise OutputError(f"can't write {public(output_name)}: {reason(error)}") from error
-    if resume and part_size is None:
-        part_size = plans.remembered_part_size(output)
-    plan = Plan.make(input_name, bundle, work, part_size)
-    done = plans.look(plan, output, resume=resume)
-    summary = Summary(kept=len(done))
-    if resume and plans.is_complete(output, len(done)):
-        return summary
-    written = []
+    job = Job.open(input_name, output_name, bundle, work, part_size=part_size, resume=resume)
+    summary = Summary(kept=len(job.done))
     with joined(address, (workers or 1) * work.threads, verbose=verbose):
+        if not _room(work):
+            gpu = " and a GPU" if work.device == "cuda" else ""
+            raise BackendError(f"no machine of the cluster has {work.threads} cores{gpu} for a worker")
         shared = SharedBundle.share(bundle, elsewhere=address is not None or len(_machines()) > 1)
-        rows = _rows(_pipeline(plan, done, shared, output, workers))
-        plans.begin(plan, output, frozenset(done))
-        for row in rows:
-            if row["content"] is not None:
-                with writing(output):
-                    output.write(row["name"], row["content"])
-            written.append(row["name"])
+        job.begin()
+        for part, outcome in _outcomes(job, shared, work, workers):
+            if outcome.content is not None:
+                with writing(job.output.name):
+                    job.output.write(part.name(work.format), outcome.content)
             summary.parts += 1
-            summary.requests += row["requests"]
-            summary.errors += row["errors"]
-            summary.tokens += row["tokens"]
-            progress(row["requests"], row["tokens"])
-    plans.end(plan, output, done, written)
+            summary.requests += outcome.requests
+            summary.errors += outcome.errors
+            summary.tokens += outcome.tokens
+            progress(outcome.requests, outcome.tokens)
+    job.end(summary.kept + summary.parts)
     return summary
 
 
-def _pipeline(plan: Plan, done: list[Part], bundle: SharedBundle, output: Place, workers: int | None) -> Dataset:
-    work, opened = plan.work, Bundle.open(Path(bundle.folder))
-    needs = {
-        "CPU": work.threads,
-        "GPU": 0 if work.device == "cpu" else 1,
-        "memory": footprint.memory(opened) + footprint.wide_memory(opened) + _WORKER_MEMORY,
-    }
-    _check_room(needs)
-    attempts = cast("Any", Attempts).options(label_selector={NODE_ID_LABEL_KEY: _this_machine()}).remote()
-    context = DataContext.get_current().copy()
-    # A block is a row is a part: never joined with others, so that it goes to whichever worker is free.
-    context.target_max_block_size = 1
-    context.enable_progress_bars = False
-    context.print_on_execution_start = False
-    # A worker that has died while it started is nothing but one that has died.
-    context.max_consecutive_actor_init_deaths = _STARTS
-    with DataContext.current(context):
-        paths = [one.path for one in plan.files]
-        return ray.data.read_datasource(
-            RequestFiles(paths, plan.input.filesystem, plan.part_size, done),
-            override_num_blocks=len(paths),
-            num_cpus=0,
-            label_selector=_where(plan.input),
-        ).map_batches(
-            Worker,
-            fn_constructor_args=(bundle, work, attempts, None if output.is_local else output),
-            batch_size=1,
-            batch_format="pyarrow",
-            compute=_pool(workers, work),
-            num_cpus=needs["CPU"],
-            num_gpus=needs["GPU"] or None,
-            memory=needs["memory"],
-        )
+def _outcomes(job: Job, bundle: SharedBundle, work: Work, workers: int | None) -> Iterator[tuple[Part, Outcome]]:
+    """Submits parts as there is room for them, and yields their outcomes as they come."""
+    task = ray.remote(carry_out).options(
+        num_cpus=work.threads, num_gpus=int(work.device == "cuda"), max_retries=ATTEMPTS - 1
+    )
+    output = None if job.output.is_local else job.output
+    running: dict[Any, Part] = {}
+    for part, lines in job.missing():
+        limit = workers or 2 * max(1, _room(work))  # twice: each worker's next part waits in Ray's queue
+        finished = _next(running, work) if len(running) >= limit else None
+        running[task.remote(bundle, work, part, lines, output)] = part
+        if finished is not None:
+            yield finished
+    while running:
+        yield _next(running, work)
 
 
-def _check_room(needs: dict[str, int]) -> None:
-    """Refuses what Ray would wait for without end: workers that no machine has room for."""
-    if not any(all(has.get(name, 0) >= amount for name, amount in needs.items()) for has in _machines()):
-        gpu = ", a GPU" if needs["GPU"] else ""
-        raise BackendError(
-            f"no machine of the cluster has room for a worker: {needs['CPU']} cores,"
-            f" {resources.in_words(needs['memory'])} of memory{gpu}"
-        )
-
-
-def _pool(workers: int | None, work: Work) -> ActorPoolStrategy:
-    """Workers that are there as soon as the cluster has room for them, and go as soon as there is nothing left for them."""
-    room = max(1, int(ray.cluster_resources().get("CPU", 1)) // work.threads)
-    most = workers or room
-    return ActorPoolStrategy(min_size=1, max_size=most, initial_size=min(most, room), max_tasks_in_flight_per_actor=2)
-
-
-def _where(place: Place) -> dict[str, str] | None:
-    """Labels of the machine that reads there: only this one surely sees its own files."""
-    return {NODE_ID_LABEL_KEY: _this_machine()} if place.is_local else None
-
-
-def _rows(dataset: Dataset) -> Iterator[dict[str, Any]]:
-    """The rows of a dataset as they come; what went wrong in a task is raised as itself."""
+def _next(running: dict[Any, Part], work: Work) -> tuple[Part, Outcome]:
+    """Waits for a part. An error of the package is raised as it is."""
+    (reference,), _ = ray.wait(list(running))
+    part = running.pop(reference)
     try:
-        yield from dataset.iter_rows()
-    except Exception as error:
-        cause: BaseException | None = error
-        while cause is not None:
-            origin = getattr(cause, "cause", None)  # of Ray's errors: what was raised in the task
-            if isinstance(origin, Gpt2OnnxError):
-                raise origin from error
-            cause = cause.__cause__
-        if isinstance(error, RayError) and not isinstance(error, RayTaskError):
-            raise BackendError(f"Ray gave up: {error}") from error
+        return part, ray.get(reference)
+    except RayTaskError as error:
+        if isinstance(error.cause, Gpt2OnnxError):
+            raise error.cause from error
         raise
+    except RayError as error:
+        raise BackendError(
+            f"{ATTEMPTS} workers died over {part.name(work.format)}: a machine is short of memory (take fewer workers or"
+            f" a lower batch size), or one of its requests is to blame ({type(error).__name__})"
+        ) from error
+
+
+def _room(work: Work) -> int:
+    """Number of workers that the cluster's machines have room for."""
+    on_gpu = work.device == "cuda"
+    return sum(
+        int(min(has.get("CPU", 0) // work.threads, has.get("GPU", 0) if on_gpu else math.inf)) for has in _machines()
+    )
 
 
 def _machines() -> list[dict[str, float]]:
-    """What each machine of the cluster has; those that are lost don't count."""
+    """Resources of each machine that is alive."""
     return [node["Resources"] for node in ray.nodes() if node["Alive"]]
-
-
-def _this_machine() -> str:
-    return str(ray.get_runtime_context().get_node_id())

@@ -1,4 +1,4 @@
-"""Folders and files, here or in object storage, through pyarrow's filesystems."""
+"""Storage: folders on this machine or in object storage, through pyarrow's filesystems."""
 
 import os
 import re
@@ -11,19 +11,19 @@ import fsspec
 import pyarrow
 from pyarrow import fs
 
-from gpt2onnx.errors import OutputError
+from gpt2onnx.errors import OutputError, PromptError
 
-# A file of theirs is seen once its last byte has arrived, never before.
+# An upload appears when it is complete; other filesystems need a rename.
 _OBJECT_STORES = ("s3", "gcs", "abfs")
 
 
 @dataclass(frozen=True)
 class Place:
-    """A file or folder somewhere.
+    """A file or folder.
 
     Attributes:
-        name: as messages show it, without a password.
-        filesystem: that it lies in.
+        name: as messages show it, without keys.
+        filesystem: pyarrow's.
         path: inside the filesystem.
     """
 
@@ -33,7 +33,7 @@ class Place:
 
     @classmethod
     def of(cls, name: str) -> "Place":
-        """The place of a path or URI: s3://, gs://, abfs://, hdfs://, or one that fsspec has a package for.
+        """Opens a path or URI: s3://, gs://, abfs://, hdfs://, or any that fsspec has a package for.
 
         Raises:
             OSError: the URI can't be used.
@@ -56,22 +56,19 @@ class Place:
         return bool(self.filesystem.type_name == "local")
 
     def files(self) -> list[fs.FileInfo]:
-        """The file itself, or those that lie in the folder, by path; none where there is nothing. Hidden ones don't count.
+        """Lists the file itself or the folder's files by path, hidden ones included; empty if nothing is there.
 
         Raises:
             OSError: it can't be read.
         """
         found = self.filesystem.get_file_info(self.path)
-        if found.type == fs.FileType.NotFound:
-            return []
         if found.is_file:
             return [found]
-        inside = self.filesystem.get_file_info(fs.FileSelector(self.path))
-        plain = (one for one in inside if one.is_file and not one.base_name.startswith((".", "_")))
-        return sorted(plain, key=lambda one: str(one.path))
+        inside = self.filesystem.get_file_info(fs.FileSelector(self.path, allow_not_found=True))
+        return sorted((one for one in inside if one.is_file), key=lambda one: str(one.path))
 
     def read(self, name: str) -> bytes | None:
-        """The content of a file in the folder; None where there is none."""
+        """Reads a file of the folder; None if it isn't there."""
         path = f"{self.path}/{name}"
         if not self.filesystem.get_file_info(path).is_file:
             return None
@@ -79,7 +76,7 @@ class Place:
             return bytes(file.read())
 
     def write(self, name: str, content: bytes) -> None:
-        """Writes a file of the folder; it is there complete or not at all, also when this process is killed.
+        """Writes a file of the folder. It appears complete or not at all, also if this process is killed.
 
         Raises:
             OSError: it can't be written.
@@ -89,50 +86,43 @@ class Place:
             with self.filesystem.open_output_stream(path) as file:
                 file.write(content)
             return
-        passing = f"{self.path}/.{name}.{secrets.token_hex(4)}.new"
+        unfinished = f"{self.path}/.{name}.{secrets.token_hex(4)}.new"
         try:
-            with self.filesystem.open_output_stream(passing) as file:
+            with self.filesystem.open_output_stream(unfinished) as file:
                 file.write(content)
-            if self.is_local:
-                _flush(passing)
-            self.filesystem.move(passing, path)
+            if self.is_local:  # after a power failure no name stands without its content
+                with open(unfinished, "r+b") as file:  # noqa: PTH123  # Windows flushes no file opened for reading
+                    os.fsync(file.fileno())
+            self.filesystem.move(unfinished, path)
         except BaseException:
             with suppress(OSError):
-                self.filesystem.delete_file(passing)
+                self.filesystem.delete_file(unfinished)
             raise
-
-    def remove(self, path: str) -> None:
-        """Removes a file, by its path in the filesystem."""
-        self.filesystem.delete_file(path)
-
-    def clear_up(self) -> None:
-        """Removes from the folder what killed writers left."""
-        for one in self.filesystem.get_file_info(fs.FileSelector(self.path, allow_not_found=True)):
-            if one.is_file and one.base_name.startswith(".") and one.base_name.endswith(".new"):
-                self.remove(one.path)
 
 
 @contextmanager
-def writing(place: Place) -> Iterator[None]:
-    """Turns what goes wrong with a place into an OutputError."""
+def reading(name: str) -> Iterator[None]:
+    """Turns an OSError into a PromptError that names the input."""
     try:
         yield
     except OSError as error:
-        raise OutputError(f"can't write {place.name}: {reason(error)}") from error
+        raise PromptError(f"can't read {public(name)}: {_reason(error)}") from error
+
+
+@contextmanager
+def writing(name: str) -> Iterator[None]:
+    """Turns an OSError into an OutputError that names the output."""
+    try:
+        yield
+    except OSError as error:
+        raise OutputError(f"can't write {name}: {_reason(error)}") from error
 
 
 def public(uri: str) -> str:
-    """A URI without the keys that some carry."""
+    """Removes user, password and query, which may hold keys."""
     return re.sub(r"(\w://)[^/@\s]*@", r"\1", uri).partition("?")[0]
 
 
-def reason(error: BaseException) -> str:
-    """Why a file operation failed, in words; pyarrow repeats the path, and more than that."""
-    number = getattr(error, "errno", None)
-    return os.strerror(number) if number else str(error)
-
-
-def _flush(path: str) -> None:
-    """Has the system write a file to the disk, so that a power failure can't leave its name without its content."""
-    with open(path, "r+b") as file:  # noqa: PTH123
-        os.fsync(file.fileno())  # which Windows refuses for a file that is open for reading only
+def _reason(error: OSError) -> str:
+    """The system's words for an error number; else pyarrow's message."""
+    return os.strerror(error.errno) if error.errno else str(error)

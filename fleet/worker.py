@@ -1,33 +1,28 @@
-"""What runs on the machines of a fleet."""
+"""Worker: runs one part on any machine of the cluster."""
 
 from dataclasses import dataclass
-from functools import cached_property
-from typing import Any
-
-import pyarrow
-import ray
-
-from gpt2onnx.errors import BackendError
+from functools import lru_cache
+from pathlib import Path
+from typing import NamedTuple
 
 from ..runtime import jobs
 from ..runtime.model import Model
 from ..runtime.options import GenerationConfig
-from .attempts import MOST_ATTEMPTS
+from .bundle_copy import SharedBundle
 from .parts import Format, Part, encode
-from .shared_bundle import SharedBundle
 from .storage import Place, writing
 
 
 @dataclass(frozen=True)
 class Work:
-    """How workers carry out requests.
+    """How requests are run.
 
     Attributes:
-        options: what holds where a request says nothing else.
+        options: generation options that a request doesn't set itself.
         batch_size: requests decoded together.
         format: of the results.
         device: "cpu" or "cuda".
-        threads: of one operator, which is the cores of a worker.
+        threads: of one operator; Ray reserves as many cores for a worker.
     """
 
     options: GenerationConfig
@@ -37,59 +32,46 @@ class Work:
     threads: int
 
 
-class Worker:
-    """Holds a model, and turns the lines of a part into the file of its results.
+class Outcome(NamedTuple):
+    """A part's counts; and its file, unless the worker has written it itself."""
 
-    Ray Data calls it with tables of one row, from `RequestFiles`.
+    requests: int
+    errors: int
+    tokens: int
+    content: bytes | None
+
+
+def carry_out(bundle: SharedBundle, work: Work, part: Part, lines: list[str], output: Place | None) -> Outcome:
+    """Runs the request lines of a part.
 
     Args:
-        bundle: of the model.
-        work: how requests are carried out.
-        attempts: handle of the job's `Attempts`.
-        output: where results go that every machine can write to; None where they go back to the job's own machine.
+        bundle: the model's.
+        work: how requests are run.
+        part: the lines' place in the input.
+        lines: one request each.
+        output: folder that every machine can write to; None: the results go back to the job's machine.
 
     Raises:
         BundleError, BackendError: the model can't be loaded, or fails.
-        OutputError: a part can't be written.
+        OutputError: the part can't be written.
     """
+    model = _load(bundle.here(), work.device, work.threads)
+    # A cache of an earlier part would round sums differently: results must not depend on the worker's history.
+    model.forget()
+    records = list(jobs.run(model, lines, work.options, work.batch_size))
+    content = encode(part, records, work.format)
+    if output is not None:
+        with writing(output.name):
+            output.write(part.name(work.format), content)
+    return Outcome(
+        requests=len(records),
+        errors=sum("error" in record for record in records),
+        tokens=sum(record["usage"]["completion_tokens"] for record in records if "usage" in record),
+        content=content if output is None else None,
+    )
 
-    def __init__(self, bundle: SharedBundle, work: Work, attempts: Any, output: Place | None) -> None:
-        self._bundle, self._work, self._attempts, self._output = bundle, work, attempts, output
 
-    def __call__(self, table: pyarrow.Table) -> pyarrow.Table:
-        (row,) = table.to_pylist()
-        part, work = Part(row["file"], row["first"]), self._work
-        name = part.name(work.format)
-        attempt: Any = ray.get(self._attempts.begin.remote(name))
-        if attempt > MOST_ATTEMPTS:
-            raise BackendError(
-                f"{MOST_ATTEMPTS} workers died over {name}: a machine is short of memory (take fewer workers or a lower"
-                " batch size), or one of its requests is to blame"
-            )
-        records = self.records(row["lines"])
-        encoded = encode(part, records, work.format)
-        if self._output is not None:
-            with writing(self._output):
-                self._output.write(name, encoded)
-        content = encoded if self._output is None else None
-        return pyarrow.table(
-            {
-                "name": [name],
-                "requests": [len(records)],
-                "errors": [sum("error" in record for record in records)],
-                "tokens": [sum(record["usage"]["completion_tokens"] for record in records if "usage" in record)],
-                "content": pyarrow.array([content], pyarrow.large_binary()),
-            }
-        )
-
-    def records(self, lines: list[str]) -> list[jobs.Record]:
-        """The results of a part's lines; no part's depend on which others this worker had."""
-        # What an earlier part left in the cache would let prompts be computed in other pieces, which rounds otherwise.
-        self._model.forget()
-        return list(jobs.run(self._model, lines, self._work.options, self._work.batch_size))
-
-    @cached_property
-    def _model(self) -> Model:
-        # Loaded with the first part: Ray reports the errors of a call as they are, those of a constructor as its own.
-        # Its second graph for all that it is for, whatever went before.
-        return Model(self._bundle.here(), device=self._work.device, threads=self._work.threads, wide_after=0)
+@lru_cache(maxsize=1)
+def _load(folder: Path, device: str, threads: int) -> Model:
+    """Loads the model once per process: Ray runs one part after another in it."""
+    return Model(folder, device=device, threads=threads, wide_after=0)

@@ -11,7 +11,7 @@ class Driver:
     def load(self, model, precision, threads):
         self.model = model
         self.options = {"INFERENCE_NUM_THREADS": threads}
-        if precision == "f32":  # otherwise what OpenVINO thinks best: bf16 where the processor has it
+        if precision == "f32":  # OpenVINO's default: bf16 if the processor has it
             self.options["INFERENCE_PRECISION_HINT"] = "f32"
         self.pipeline = openvino_genai.LLMPipeline(model, "CPU", **self.options)
         self.lookup = None

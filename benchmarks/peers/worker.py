@@ -1,9 +1,9 @@
-"""What every peer's process speaks: JSON requests on stdin, JSON answers on stdout, one a line.
+"""A peer's process: JSON requests on stdin, JSON answers on stdout, one a line.
 
-It runs in the peer's own environment, so it needs nothing but the standard library.
+It runs in the peer's own environment, so it needs only the standard library.
 
     python worker.py DRIVER                                  answers requests
-    python worker.py DRIVER MODEL PRECISION THREADS TEXT     prints what the model goes on with: one token
+    python worker.py DRIVER MODEL PRECISION THREADS TEXT     prints the next token
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ class Task:
 
     Attributes:
         prompts: of one batch, of unequal length.
-        new_tokens: exactly so many for each, end tokens ignored.
+        new_tokens: exact number for each, end tokens ignored.
         num_beams: above 1 for a beam search.
         no_repeat_ngram_size: 0 for no limit.
         sampling: temperature, top_k, top_p and seed; None for greedy decoding.
@@ -48,7 +48,7 @@ class Peer(Protocol):
     def load(self, model: str, precision: str, threads: int) -> None: ...
 
     def can(self, task: Task) -> bool:
-        """Whether the runtime has what the task asks for."""
+        """Whether the runtime supports the task."""
         ...
 
     def generate(self, task: Task) -> list[list[int]]:
@@ -56,12 +56,12 @@ class Peer(Protocol):
         ...
 
     def first_token(self, model: str, text: str) -> str:
-        """What the loaded model goes on with, as text: one token, with the tokenizer that is usual there."""
+        """The next token as text, with the runtime's usual tokenizer."""
         ...
 
 
 def memory() -> dict[str, int]:
-    """Bytes of memory that were resident at most, and that are now: in all, and without mapped files."""
+    """Resident bytes: peak, now, and now outside mapped files."""
     try:
         status = Path("/proc/self/status").read_text()
     except OSError:  # not Linux
@@ -72,14 +72,14 @@ def memory() -> dict[str, int]:
 
 
 def serve(peer: Peer) -> None:
-    """Answers requests until stdin ends. What libraries print goes to stderr."""
+    """Answers requests until stdin ends. Output of libraries goes to stderr."""
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     for line in sys.stdin:
         request = json.loads(line)
         try:
             answer = _answer(peer, request)
-        except Exception as error:  # noqa: BLE001  the harness notes it and goes on
+        except Exception as error:  # noqa: BLE001  the harness records it
             answer = {"error": f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"}
         answers.write(json.dumps(answer) + "\n")
         answers.flush()

@@ -1,4 +1,4 @@
-"""`gpt2onnx inspect`: parameters are those of transformers, sizes those of the files that an export writes."""
+"""`gpt2onnx inspect`: parameters as in transformers, sizes as in exported files."""
 
 import json
 import math
@@ -36,7 +36,7 @@ SIZES = {
 
 
 def parameters(settings: dict[str, Any]) -> dict[str, Any]:
-    """How many the network has in transformers, and the shapes by their names. It gets no memory for its weights."""
+    """Count and shapes of parameters in transformers; on the meta device, without memory for weights."""
     import torch
     import transformers
 
@@ -88,7 +88,7 @@ def test_memory_is_what_an_export_stores(
     # Two names may stand for the same bytes.
     lengths = {int(place["offset"]): int(place["length"]) for place in places if place}
     assert memory(bundle.config, dtype).weights == sum(lengths.values())
-    # What the runtime sets aside for one sequence as long as the context.
+    # The cache of the runtime for one sequence of the context's length.
     model = gpt2onnx.load(bundle.folder, threads=1)
     positions = bundle.config.n_positions
     assert memory(bundle.config, dtype).cache_full == model.runner.new_cache(1, positions).nbytes
@@ -96,7 +96,7 @@ def test_memory_is_what_an_export_stores(
 
 
 def tales_parameters(golden: Golden) -> dict[str, int]:
-    """How many the embedded model has, in all and in its fourth block, by transformers."""
+    """Parameters of the embedded model in transformers: all, and of its fourth block."""
 
     def transformers() -> dict[str, int]:
         from transformers import GPT2LMHeadModel
@@ -163,7 +163,7 @@ def test_a_parity_report(
     failed = manifest.parity["tokens"] | {"passed": False, "first_difference": {"position": 7}}
     replace(manifest, parity=manifest.parity | {"passed": False, "tokens": failed}).write(folder)
     assert "FAILED" in command_line("inspect", folder).out
-    # Reports of other versions have other figures.
+    # A report of another version has other figures.
     replace(manifest, parity={"reference": "PyTorch 1", "passed": False}).write(folder)
     assert "parity with PyTorch 1: FAILED" in command_line("inspect", folder).out
 
@@ -182,8 +182,8 @@ def test_a_source_that_was_never_exported(
         assert (done.code, done.err) == (0, "")
         assert f"{parameters:,}" in done.out
         assert "parity" not in done.out
-    assert not (tmp_path / "cache").exists(), "nothing is exported to be looked at"
-    # One weights file without a configuration: what the weights say.
+    assert not (tmp_path / "cache").exists(), "inspect exported something"
+    # One weights file without a configuration: read off the weights.
     folder = make_checkpoint(n_embd=64, n_head=2)
     exported = gpt2onnx.export(folder, tmp_path / "bundle").config
     shutil.copy(folder / "model.safetensors", only_config)

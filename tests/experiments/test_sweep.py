@@ -1,4 +1,4 @@
-"""Sweeps: the grid, the figures against PyTorch and by definition, files that pandas and browsers read, and resuming."""
+"""Sweeps: grid, figures against PyTorch and by definition, files for pandas and browsers, resuming."""
 
 import json
 import os
@@ -146,15 +146,19 @@ def test_lists_multiply(tmp_path: Path) -> None:
         ("[[strategy]\ntop_k = 3", "is not TOML"),
     ],
 )
-def test_a_bad_grid_is_one_clear_line(
-    command_line: CommandLine, tales_bundle: Path, tmp_path: Path, text: str, message: str
-) -> None:
+def test_bad_grids(tmp_path: Path, text: str, message: str) -> None:
     path = tmp_path / "grid.toml"
     path.write_text(text)
+    with pytest.raises(OptionError, match=re.escape(message)) as error:
+        grid.load(path, GenerationConfig())
+    assert str(path) in str(error.value)
+
+
+def test_a_bad_grid_is_one_line(command_line: CommandLine, tales_bundle: Path, tmp_path: Path) -> None:
+    path = tmp_path / "grid.toml"
+    path.write_text("[[strategy]]\ntop_k = []")
     done = command_line("sweep", path, "-m", tales_bundle, "--prompt", "x", "--out", tmp_path / "out", "--no-energy")
     assert (done.code, done.out, done.err.count("\n")) == (1, "", 1)
-    assert f"{path}" in done.err
-    assert message in done.err
     assert not (tmp_path / "out").exists()
 
 
@@ -181,13 +185,6 @@ def test_distinct_and_repeated_by_their_definitions(sequences: list[list[int]], 
         sum(ngram in ngrams[:index] for index, ngram in enumerate(ngrams)) / len(ngrams) for ngrams in found if ngrams
     ]
     assert repeated(sequences, size) == pytest.approx(sum(shares) / len(shares) if shares else None)
-
-
-def test_figures_of_known_texts() -> None:
-    assert distinct([[7] * 10], 1) == 0.1
-    assert distinct([[1, 2, 3, 4]], 2) == 1
-    assert repeated([[1, 2, 3, 4, 1, 2, 3, 4]]) == pytest.approx(1 / 5)
-    assert (distinct([[1]], 2), repeated([[1, 2, 3]])) == (None, None)
 
 
 def test_texts_and_log_probabilities_are_those_of_transformers(
@@ -387,10 +384,7 @@ def test_a_report_of_little_is_still_a_page(tales_model: gpt2onnx.Model, tmp_pat
     assert pandas.read_csv(tmp_path / "summary.csv")["joules_per_token"].isna().all()
 
 
-@given(
-    st.lists(st.floats(-1e6, 1e6, allow_subnormal=False), min_size=1, max_size=9),
-    st.booleans(),
-)
+@given(st.lists(st.floats(-1e6, 1e6, allow_subnormal=False), min_size=1, max_size=9), st.booleans())
 def test_axes_hold_their_values_and_have_round_ticks(values: list[float], zero: bool) -> None:
     for axis in (charts.horizontal("x", values, zero=zero), charts.vertical("y", values, zero=zero)):
         low, high = sorted((axis.begin, axis.end))
@@ -426,11 +420,7 @@ def test_resumed_after_a_torn_line(tales_model: gpt2onnx.Model, small_grid: Path
 
 
 def test_results_of_another_sweep_are_refused(
-    tales_model: gpt2onnx.Model,
-    tales_bundle: Path,
-    make_checkpoint: MakeCheckpoint,
-    small_grid: Path,
-    tmp_path: Path,
+    tales_model: gpt2onnx.Model, make_checkpoint: MakeCheckpoint, small_grid: Path, tmp_path: Path
 ) -> None:
     plan = make(tales_model, small_grid, PROMPT)
     list(sweep.run(plan, tmp_path))
@@ -439,19 +429,18 @@ def test_results_of_another_sweep_are_refused(
     longer.write_text(SMALL.replace("max_new_tokens = 8", "max_new_tokens = 9"))
     shorter = tmp_path / "shorter.toml"
     shorter.write_text("\n".join(SMALL.splitlines()[:8]))
-    # The same checkpoint in the same precision, but other weights.
-    checkpoint = make_checkpoint()
-    rounded = [
-        gpt2onnx.export(checkpoint, tmp_path / f"{calibrate}", dtype="int8", quality=False, calibrate=calibrate).folder
-        for calibrate in (False, True)
+    # The same in all but the weights.
+    folders = [
+        gpt2onnx.export(make_checkpoint(weights_seed=seed), tmp_path / str(seed), parity=False).folder
+        for seed in (0, 1)
     ]
-    one, two = (make(gpt2onnx.load(folder, threads=1), small_grid, PROMPT) for folder in rounded)
+    one, two = (make(gpt2onnx.load(folder, threads=1), small_grid, PROMPT) for folder in folders)
     assert not {one.key(*run) for run in one.runs()} & {two.key(*run) for run in two.runs()}
     others = [
         make(tales_model, small_grid, "Another prompt"),
         make(tales_model, longer, PROMPT),
         make(tales_model, shorter, PROMPT),
-        make(gpt2onnx.load(tales_bundle, threads=2), small_grid, PROMPT),
+        make(gpt2onnx.load(tales_model.bundle.folder, threads=2), small_grid, PROMPT),
     ]
     for other in others:
         with pytest.raises(OutputError, match="results of another sweep"):
@@ -459,12 +448,7 @@ def test_results_of_another_sweep_are_refused(
     assert (tmp_path / "results.jsonl").read_bytes() == before
 
 
-def start(*arguments: object) -> subprocess.Popen[bytes]:
-    command = [sys.executable, "-m", "gpt2onnx", "sweep", "--threads", "1", *map(str, arguments)]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-
-
-def wait(condition: Callable[[], bool]) -> None:
+def until(condition: Callable[[], bool]) -> None:
     deadline = time.monotonic() + 60
     while not condition():
         assert time.monotonic() < deadline, "it took too long"
@@ -477,30 +461,29 @@ def test_killed_interrupted_and_resumed(tales_bundle: Path, tales_model: gpt2onn
     grid_file.write_text(
         "[options]\nmax_new_tokens = 25\n[[strategy]]\nname = 'beams'\nnum_beams = [2,3,4,5,6,7,8,9,10]\n"
     )
-    arguments = [grid_file, "-m", tales_bundle, "--prompt", PROMPT, "--prompt", "One day", "--out", out, "--resume"]
-    arguments += ["--no-energy"]
+    command = [
+        sys.executable, "-m", "gpt2onnx", "sweep", str(grid_file), "-m", str(tales_bundle), "--prompt", PROMPT,
+        "--prompt", "One day", "--out", str(out), "--resume", "--no-energy", "--threads", "1",
+    ]  # fmt: skip
     results = out / "results.jsonl"
 
     def lines() -> int:
         return results.read_bytes().count(b"\n") if results.exists() else 0
 
-    process = start(*arguments)
-    wait(lambda: lines() >= 3)
-    process.kill()
-    process.communicate()
-    killed = lines()
-    process = start(*arguments)
-    wait(lambda: lines() >= killed + 3)
-    process.send_signal(signal.SIGINT)
-    _, err = process.communicate(timeout=60)
-    assert (process.returncode, err.strip()) == (130, b"gpt2onnx: interrupted")
-    # What is done is kept, and can be looked at.
-    assert killed < lines() < 18
+    for signal_, code in ((signal.SIGKILL, -9), (signal.SIGINT, 130)):
+        before = lines()
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        until(lambda before=before: lines() >= before + 3)
+        process.send_signal(signal_)
+        _, err = process.communicate(timeout=60)
+        assert process.returncode == code
+    assert err.strip() == b"gpt2onnx: interrupted"
+    # The finished runs are kept, and can be looked at.
+    assert before < lines() < 18
     assert len(Page((out / "report.html").read_text()).texts["h4"]) == lines()
     assert len(pandas.read_csv(out / "summary.csv")) == lines()
-    process = start(*arguments)
-    _, err = process.communicate(timeout=120)
-    assert process.returncode == 0, err
+    done = subprocess.run(command, capture_output=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
     expected = list(sweep.run(make(tales_model, grid_file, PROMPT, "One day"), tmp_path / "whole"))
     assert untimed(load_records(out)) == untimed(expected)
     assert len(pandas.read_csv(out / "summary.csv")) == 18
@@ -520,7 +503,7 @@ def test_the_command(command_line: CommandLine, tales_bundle: Path, small_grid: 
     assert all(record["strategy"] in done.out and record["energy"] is None for record in records)
     again = command_line(*command)
     assert (again.code, again.out) == (1, "")
-    assert "--resume goes on with it" in again.err
+    assert "--resume continues it" in again.err
     page = (out / "report.html").read_bytes()
     resumed = command_line(*command, "--resume", "--json")
     assert (resumed.code, resumed.err) == (0, "")
@@ -543,29 +526,35 @@ def test_a_prompt_in_the_grid(command_line: CommandLine, tales_bundle: Path, sma
     assert [row["prompt"] for row in json.loads(done.out)] == ["One day"] * 6 + ["The old king"] * 6
 
 
-def test_without_codecarbon_there_is_no_energy_and_a_note(tales_bundle: Path, small_grid: Path, tmp_path: Path) -> None:
+@pytest.fixture
+def isolated(tales_bundle: Path, small_grid: Path, tmp_path: Path) -> Callable[..., tuple[int, str, str]]:
+    """Runs the sweep where packages are missing: isolated(*options, without=names)."""
     command = ["sweep", small_grid, "-m", tales_bundle, "--prompt", PROMPT, "--threads", 1, "--out", tmp_path / "out"]
+    return lambda *options, without: run(COMMAND_LINE, *command, *options, without=without)
+
+
+def test_without_codecarbon_there_is_no_energy_and_a_note(
+    isolated: Callable[..., tuple[int, str, str]], tmp_path: Path
+) -> None:
     absent = ("codecarbon", "pandas", *REFERENCES, *EXPORT_ONLY)
-    status, out, err = run(COMMAND_LINE, *command, without=absent)
+    status, out, err = isolated(without=absent)
     assert (status, "greedy" in out) == (0, True)
-    assert "no energy is measured: that needs pip install 'gpt2onnx[energy]'" in err
+    assert "energy isn't measured: it needs pip install 'gpt2onnx[energy]'" in err
     assert all(record["energy"] is None for record in load_records(tmp_path / "out"))
     for asked in (["--energy"], ["--country", "FRA"]):
-        status, out, err = run(COMMAND_LINE, *command, "--force", *asked, without=absent)
+        status, out, err = isolated("--force", *asked, without=absent)
         assert (status, out, err.count("\n")) == (1, "", 1)
         assert "pip install 'gpt2onnx[energy]'" in err
 
 
-def test_runs_without_pytorch_and_transformers(tales_bundle: Path, small_grid: Path, tmp_path: Path) -> None:
-    command = ["sweep", small_grid, "-m", tales_bundle, "--prompt", PROMPT, "--out", tmp_path / "out", "-q"]
-    status, _, err = run(COMMAND_LINE, *command, "--energy-seconds", 0, without=(*REFERENCES, *EXPORT_ONLY))
+def test_runs_without_pytorch_and_transformers(isolated: Callable[..., tuple[int, str, str]], tmp_path: Path) -> None:
+    status, _, err = isolated("-q", "--energy-seconds", 0, without=(*REFERENCES, *EXPORT_ONLY))
     assert (status, err) == (0, "")
     assert all(record["energy"]["joules"] > 0 for record in load_records(tmp_path / "out"))
 
 
-def test_the_report_needs_its_extra(tales_bundle: Path, small_grid: Path, tmp_path: Path) -> None:
-    command = ["sweep", small_grid, "-m", tales_bundle, "--prompt", PROMPT, "--out", tmp_path / "out"]
-    status, out, err = run(COMMAND_LINE, *command, without=("jinja2",))
+def test_the_report_needs_its_extra(isolated: Callable[..., tuple[int, str, str]], tmp_path: Path) -> None:
+    status, out, err = isolated(without=("jinja2",))
     assert (status, out, err.count("\n")) == (1, "", 1)
     assert "pip install 'gpt2onnx[sweep]'" in err
     assert not (tmp_path / "out").exists()

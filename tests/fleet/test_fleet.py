@@ -1,4 +1,4 @@
-"""A fleet of workers: the lines of one machine, whatever becomes of workers and machines on the way."""
+"""Fleet: the same lines as on one machine, even if workers and machines die on the way."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -28,7 +28,6 @@ import gpt2onnx
 from gpt2onnx import fleet as _quiet_ray  # noqa: F401  # before Ray itself
 from gpt2onnx.errors import BackendError, BundleError, OutputError, PromptError
 from gpt2onnx.models.tales import FOLDER
-from gpt2onnx.runtime.host import locks
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # of Ray's own imports
@@ -38,15 +37,11 @@ with warnings.catch_warnings():
     from ray.cluster_utils import Cluster
     from ray.exceptions import OutOfDiskError
 
-from gpt2onnx.fleet.attempts import MOST_ATTEMPTS, Attempts
+from gpt2onnx.fleet.bundle_copy import SharedBundle
 from gpt2onnx.fleet.parts import Part, cut, encode
-from gpt2onnx.fleet.run import Summary, run
-from gpt2onnx.fleet.shared_bundle import SharedBundle
-from gpt2onnx.fleet.worker import Work, Worker
+from gpt2onnx.fleet.run import ATTEMPTS, Summary, run
+from gpt2onnx.fleet.worker import Work, carry_out
 from gpt2onnx.runtime.options import GenerationConfig
-
-# Ray Data warns of itself where its settings are copied.
-pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:ray.data.context")
 
 Record = dict[str, Any]
 PART = 8
@@ -56,7 +51,7 @@ NEW_TOKENS = 24
 
 @pytest.fixture(scope="module")
 def requests(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A file with what a file can hold: strategies and seeds, bad lines, empty ones, other line ends, broken UTF-8."""
+    """A request file with strategies, seeds, bad lines, empty lines, other line ends and broken UTF-8."""
     draw = random.Random(1)
     words = ["king", "tailor", "old woman", "brook", "cat"]
     strategies: list[Record] = [
@@ -79,7 +74,7 @@ def requests(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def expected(tales_bundle: Path, requests: Path) -> list[Record]:
-    """What one machine makes of it."""
+    """Results of one machine."""
     command = [
         sys.executable, "-m", "gpt2onnx", "generate", "-m", str(tales_bundle), "--threads", "1", "--batch-size", "4",
         "--max-new-tokens", str(NEW_TOKENS), "--input", str(requests),
@@ -90,7 +85,7 @@ def expected(tales_bundle: Path, requests: Path) -> list[Record]:
 
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[Cluster]:
-    """A head with a core, which this process has joined; tests add machines."""
+    """A head with one core, which this process has joined. Tests add machines."""
     if sys.platform != "linux":
         pytest.skip("workers are looked for in /proc")
     made = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "object_store_memory": STORE})
@@ -123,7 +118,7 @@ def _run(bundle: Path, requests: Path, output: Path, workers: int, **given: Any)
 
 
 def _assert_same(actual: list[Record], expected: list[Record]) -> None:
-    """All alike, and log probabilities up to rounding, which what else is in the batch decides."""
+    """Compares all but log probabilities exactly; those round with the batch."""
     for index, (one, other) in enumerate(zip(actual, expected, strict=False)):
         (texts, numbers), (other_texts, other_numbers) = _without_logprobs(one), _without_logprobs(other)
         assert texts == other_texts, f"result {index}"
@@ -132,7 +127,7 @@ def _assert_same(actual: list[Record], expected: list[Record]) -> None:
 
 
 def _without_logprobs(record: Record) -> tuple[Record, list[float]]:
-    """A result that has log probabilities' tokens only, and their values."""
+    """A result without the values of log probabilities, and those values."""
     numbers: list[float] = []
     rest = json.loads(json.dumps(record))
     for token in (token for sequence in rest.get("sequences", ()) for token in sequence["logprobs"] or ()):
@@ -141,7 +136,7 @@ def _without_logprobs(record: Record) -> tuple[Record, list[float]]:
 
 
 def _when(count: int, act: Callable[[], None]) -> Callable[[int, int], None]:
-    """Progress that acts once, when so many parts are written."""
+    """Progress that acts once `count` parts are written."""
     parts = 0
 
     def progress(requests: int, tokens: int) -> None:
@@ -154,12 +149,12 @@ def _when(count: int, act: Callable[[], None]) -> Callable[[int, int], None]:
 
 
 def _workers() -> list[int]:
-    """Processes of workers in this process' cluster, by the name that Ray gives them: children of its children."""
+    """Processes that run a part for this process: grandchildren, named by Ray after the task."""
     found = []
     for entry in Path("/proc").iterdir():
         if entry.name.isdecimal():
             try:
-                named = (entry / "cmdline").read_bytes().startswith(b"ray::MapWorker")
+                named = (entry / "cmdline").read_bytes().startswith(b"ray::carry_out")
                 if named and _parent(_parent(int(entry.name))) == os.getpid():
                     found.append(int(entry.name))
             except OSError:  # it has just ended
@@ -175,15 +170,17 @@ def _parent(process: int) -> int:
 
 
 def test_a_part_depends_on_nothing_but_its_lines(tales_int8_bundle: Path, requests: Path) -> None:
-    """Whichever parts a worker had before: in int8, too, where sums of other shape round otherwise."""
+    """Not on the parts that the worker had before; in int8, too, where sums of other shapes round otherwise."""
     bundle = SharedBundle.share(tales_int8_bundle, elsewhere=False)
     lines = requests.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
     parts = [part for _, part in cut(lines, 0, PART)][:6]
     orders = [list(range(6)), [5, 4, 3, 2, 1, 0], [2, 2, 5, 0, 3, 1, 4]]
     results = []
     for order in orders:
-        worker = Worker(bundle, _work(), None, None)
-        done = {index: [_timeless(record) for record in worker.records(parts[index])] for index in order}
+        done = {}
+        for index in order:
+            content = carry_out(bundle, _work(), Part(0, index), parts[index], None).content or b""
+            done[index] = [_timeless(json.loads(line)) for line in content.splitlines()]
         results.append([done[index] for index in range(6)])
     for index in range(6):
         for other in results[1:]:
@@ -200,7 +197,32 @@ def test_parts_are_cut_by_requests() -> None:
     assert Part.named("part-1.jsonl") is None
 
 
-def test_parquet_holds_what_a_line_holds(tales_model: gpt2onnx.Model, expected: list[Record]) -> None:
+def _in_utf8(records: list[Record]) -> list[Record]:
+    """With halves of surrogate pairs replaced, which Parquet can't hold."""
+    text = json.dumps(records, ensure_ascii=False).encode("utf-8", "replace").decode()
+    assert "half a pair: ?" in text
+    return json.loads(text)
+
+
+def _from_parquet(table: pyarrow.Table) -> list[Record]:
+    """Result lines again, as far as a column of texts tells ids apart."""
+    records: list[Record] = []
+    for row in table.to_pylist():
+        name = row["id"]
+        record: Record = {"id": json.loads(name) if name is not None and name[0] in "[0123456789" else name}
+        if row["error"] is not None:
+            records.append({**record, "error": row["error"]})
+            continue
+        for sequence in row["sequences"]:
+            for token in sequence["logprobs"] or ():
+                token["top"] = [list(pair) for pair in token["top"]]
+        records.append(
+            record | {key: row[key] for key in ("prompt", "prompt_ids", "sequences", "usage")} | {"energy": None}
+        )
+    return records
+
+
+def test_parquet_holds_what_a_line_holds(expected: list[Record]) -> None:
     table = parquet.read_table(io.BytesIO(encode(Part(0, 0), [{**one, "seconds": 0.5} for one in expected], "parquet")))
     assert table["index"].to_pylist() == list(range(len(expected)))
     _assert_same(_from_parquet(table), _in_utf8(expected))
@@ -234,36 +256,25 @@ def test_wrong_usage_is_said_at_once(command_line: CommandLine, tales_bundle: Pa
     assert not (tmp_path / "o").exists()
 
 
-def test_every_option_arrives(
-    command_line: CommandLine, monkeypatch: pytest.MonkeyPatch, tales_bundle: Path, tmp_path: Path
+def test_options_hold_on_a_cluster_of_its_own(
+    command_line: CommandLine, tales_model: gpt2onnx.Model, tales_bundle: Path, tmp_path: Path
 ) -> None:
-    taken: dict[str, Any] = {}
-
-    def carry_out(*places: Any, **given: Any) -> Summary:
-        *taken["places"], taken["work"] = places
-        taken.update(given)
-        return Summary()
-
-    monkeypatch.setattr("gpt2onnx.fleet.run.run", carry_out)
-    job = ["generate", "-m", tales_bundle, "--input", "in", "--output", tmp_path / "out", "--engine", "ray"]
-    assert command_line(*job).code == 0
-    plain = taken["work"]
-    assert (plain.batch_size, plain.format, plain.device, plain.threads) == (8, "jsonl", "cpu", 1)
-    assert (taken["address"], taken["workers"], taken["part_size"], taken["resume"]) == (None, None, None, False)
-
-    more = ["--address", "h:1", "--workers", 2, "--part-size", 3, "--format", "parquet", "--resume", "--batch-size", 5,
-            "--device", "cuda", "--threads", 7, "--num-beams", 4]  # fmt: skip
-    assert command_line(*job, *more).code == 0
-    work = taken["work"]
-    assert taken["places"] == [tales_bundle, "in", str(tmp_path / "out")]
-    assert (work.batch_size, work.format, work.device, work.threads, work.options.num_beams) == (
-        5,
-        "parquet",
-        "cuda",
-        7,
-        4,
-    )
-    assert (taken["address"], taken["workers"], taken["part_size"], taken["resume"]) == ("h:1", 2, 3, True)
+    (tmp_path / "in.jsonl").write_text("".join(f'{{"id": {n}, "prompt": "Day {n} was"}}\n' for n in range(5)))
+    out = tmp_path / "out"
+    done = command_line(
+        "generate", "-m", tales_bundle, "--input", tmp_path / "in.jsonl", "--output", out, "--engine", "ray",
+        "--workers", 2, "--part-size", 2, "--format", "parquet", "--batch-size", 5, "--threads", 1, "--num-beams", 3,
+        "--max-new-tokens", 4, "--no-do-sample", "--json",
+    )  # fmt: skip
+    assert (done.code, done.err) == (0, "")
+    summary = json.loads(done.out)
+    assert (summary["parts"], summary["requests"], summary["tokens"]) == (3, 5, 20)
+    job = json.loads((out / "_job.json").read_text())
+    assert (job["part_size"], job["batch_size"], job["format"], job["parts"]) == (2, 5, "parquet", 3)
+    table = pyarrow.concat_tables(parquet.read_table(part) for part in sorted(out.glob("part-*.parquet")))
+    for index, row in enumerate(table.to_pylist()):
+        expected = tales_model.generate(f"Day {index} was", num_beams=3, max_new_tokens=4, do_sample=False)
+        assert row["sequences"][0]["token_ids"] == expected.sequences[0].token_ids
 
 
 def test_without_ray_the_extra_is_named(
@@ -297,19 +308,13 @@ def test_bundle_reaches_machines_that_do_not_see_it(
     content = bytearray(weights.read_bytes())
     content[1000] ^= 1
     weights.write_bytes(content)
-    took = []
-    windows = SimpleNamespace(LK_LOCK=1, locking=lambda *given: took.append(given[1:]))
-    with monkeypatch.context() as elsewhere:
-        elsewhere.setitem(sys.modules, "msvcrt", windows)
-        elsewhere.setattr(locks, "sys", SimpleNamespace(platform="win32"))
-        copy = shared.here()
-    assert took == [(1, 1)]
+    copy = shared.here()
     gpt2onnx.load(copy, verify=True, threads=1)
     (tmp_path / "gone" / "onnx" / "model.onnx_data").write_bytes(content)
     with pytest.raises(BundleError, match=r"model\.onnx_data"):
         SharedBundle.share(tmp_path / "gone", elsewhere=True)
 
-    def full(chunk: bytes) -> None:
+    def full(content: object) -> None:
         raise OutOfDiskError
 
     monkeypatch.setattr(ray, "put", full)
@@ -317,13 +322,27 @@ def test_bundle_reaches_machines_that_do_not_see_it(
         SharedBundle.share(tales_bundle, elsewhere=True)
 
 
-def test_what_kills_every_worker_ends_the_job(cluster: Cluster, tales_bundle: Path) -> None:
-    attempts = Attempts.remote()
-    name = Part(0, 0).name("jsonl")
-    assert ray.get([attempts.begin.remote(name) for _ in range(MOST_ATTEMPTS)])[-1] == MOST_ATTEMPTS
-    worker = Worker(SharedBundle.share(tales_bundle, elsewhere=False), _work(), attempts, None)
-    with pytest.raises(BackendError, match=f"{MOST_ATTEMPTS} workers died over {name}"):
-        worker(pyarrow.table({"file": [0], "first": [0], "lines": [['{"prompt": "a"}']]}))
+def test_a_part_that_kills_every_worker_ends_the_job(
+    cluster: Cluster, tales_bundle: Path, requests: Path, tmp_path: Path
+) -> None:
+    killed = set[int]()
+    ended = threading.Event()
+
+    def kill_all() -> None:
+        while not ended.wait(0.02):
+            for process in set(_workers()) - killed:
+                os.kill(process, signal.SIGKILL)
+                killed.add(process)
+
+    killer = threading.Thread(target=kill_all)
+    killer.start()
+    try:
+        with pytest.raises(BackendError, match=f"{ATTEMPTS} workers died over part-00000-000000000000.jsonl"):
+            _run(tales_bundle, requests, tmp_path, workers=1)
+    finally:
+        ended.set()
+        killer.join()
+    assert len(killed) == ATTEMPTS
 
 
 def test_one_worker_and_a_killed_one(
@@ -332,7 +351,8 @@ def test_one_worker_and_a_killed_one(
     killed = []
 
     def kill() -> None:
-        killed.extend(_workers())
+        while not killed:
+            killed.extend(_workers())
         os.kill(killed[0], signal.SIGKILL)
 
     summary = _run(tales_bundle, requests, tmp_path, workers=1, progress=_when(3, kill))
@@ -351,46 +371,18 @@ def test_one_worker_and_a_killed_one(
 def test_three_workers_and_a_lost_machine(
     cluster: Cluster, tales_bundle: Path, requests: Path, expected: list[Record], tmp_path: Path
 ) -> None:
-    """Its two workers, and what they hold, are lost; the machine that is left has room for one."""
+    """Its two workers, and their parts, are lost; the machine that is left has room for one."""
     machine = cluster.add_node(num_cpus=2, object_store_memory=STORE)
     seen: list[int] = []
 
     def lose() -> None:
-        seen.extend(_workers())
+        while len(set(seen)) < 2:
+            seen.extend(_workers())
         cluster.remove_node(machine, allow_graceful=False)
 
-    _run(tales_bundle, requests, tmp_path, workers=3, work=_work("parquet"), progress=_when(4, lose))
-    assert len(seen) >= 2
-    table = pyarrow.concat_tables(parquet.read_table(part) for part in sorted(tmp_path.glob("part-*.parquet")))
-    assert table["index"].to_pylist() == list(range(len(expected)))
-    _assert_same(_from_parquet(table), _in_utf8(expected))
-    # The process stays in the cluster, whose store is rid of the bundle.
-    assert not ray._private.worker.global_worker.core_worker.get_all_reference_counts()
-
-
-def _in_utf8(records: list[Record]) -> list[Record]:
-    """With halves of surrogate pairs replaced, which Parquet can't hold."""
-    text = json.dumps(records, ensure_ascii=False).encode("utf-8", "replace").decode()
-    assert "half a pair: ?" in text
-    return json.loads(text)
-
-
-def _from_parquet(table: pyarrow.Table) -> list[Record]:
-    """Result lines again, as far as a column of texts tells ids apart."""
-    records: list[Record] = []
-    for row in table.to_pylist():
-        name = row["id"]
-        record: Record = {"id": json.loads(name) if name is not None and name[0] in "[0123456789" else name}
-        if row["error"] is not None:
-            records.append({**record, "error": row["error"]})
-            continue
-        for sequence in row["sequences"]:
-            for token in sequence["logprobs"] or ():
-                token["top"] = [list(pair) for pair in token["top"]]
-        records.append(
-            record | {key: row[key] for key in ("prompt", "prompt_ids", "sequences", "usage")} | {"energy": None}
-        )
-    return records
+    _run(tales_bundle, requests, tmp_path, workers=3, progress=_when(4, lose))
+    assert len(set(seen)) >= 2
+    _assert_same(_lines(tmp_path), expected)
 
 
 def test_object_storage(

@@ -1,4 +1,4 @@
-"""The harness of benchmarks/ runs and reports, on a tiny model. No test asks how fast."""
+"""benchmarks/ runs and reports, on a tiny model. No test asks how fast anything is."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""Runs the harness of benchmarks/ on contenders that a test names."""
+"""Runs benchmarks/ on contenders that a test names."""
 
 import json
 import subprocess
@@ -10,7 +10,7 @@ from support.paths import REPOSITORY
 
 SCENARIOS = ["batch 8", "context", "sampling"]
 PROCESSES = ["cold start", "memory"]
-# A checkpoint that is long enough for all prompts.
+# Its context is long enough for all prompts.
 CHECKPOINT: dict[str, Any] = {
     "vocab_size": 50257, "n_positions": 1024, "n_embd": 16, "n_layer": 1, "n_head": 2, "eos_token_id": None,
 }  # fmt: skip
@@ -41,7 +41,7 @@ def ours(bundle: Path, name: str = "gpt2onnx") -> dict[str, Any]:
 
 
 def check_a_run(bundle: Path, peer: dict[str, Any], folder: Path) -> None:
-    """Measures gpt2onnx, a peer that isn't installed, and a peer; is what was measured kept, and reported?"""
+    """Measures gpt2onnx, a peer that isn't installed, and a peer: figures are kept and reported."""
     results, list_of_two, list_of_all = folder / "results.json", folder / "two.json", folder / "all.json"
     contenders = [ours(bundle) | {"cold": True}, contender("absent", "no_such_peer", Path(), Path()), peer]
     list_of_two.write_text(json.dumps(contenders[:2]))
@@ -52,7 +52,7 @@ def check_a_run(bundle: Path, peer: dict[str, Any], folder: Path) -> None:
     before = json.loads(results.read_text())
     succeed("run", *options, str(list_of_all), "--scenarios", *SCENARIOS, *PROCESSES)
     run = json.loads(results.read_text())
-    assert run["parts"][:2] == before["parts"], "what had been measured was measured again"
+    assert run["parts"][:2] == before["parts"], "a saved part was measured again"
     assert [part["scenario"] for part in run["parts"]] == [*PROCESSES, *SCENARIOS]
     for part in run["parts"]:
         assert part["missing"] == {}
@@ -70,6 +70,6 @@ def check_a_run(bundle: Path, peer: dict[str, Any], folder: Path) -> None:
     page = (folder / "README.md").read_text()
     for scenario in SCENARIOS:
         assert f"### {scenario}\n" in page
-    assert "Resident memory at most" in page
+    assert "Peak resident memory" in page
     assert "](context.svg)" in page
     assert "</svg>" in (folder / "context.svg").read_text()

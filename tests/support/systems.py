@@ -1,4 +1,4 @@
-"""Systems that a test needs, where it starts, limits or watches processes as not all of them can."""
+"""Marks for tests that need a certain system."""
 
 import sys
 
