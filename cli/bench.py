@@ -65,8 +65,8 @@ def command(
         "model": model,
         "dtype": manifest.dtype,
         "graph": manifest.graph,
-        "device": loaded.session.device,
-        "threads": loaded.session.threads,
+        "device": loaded.runner.device,
+        "threads": loaded.runner.threads,
         "load_seconds": seconds,
     }
     facts |= describe()

@@ -55,7 +55,7 @@ if TYPE_CHECKING:
     help="Measure the energy, and append a row with it to a CSV file.",
 )
 @energy_options.energy_options
-@generation_options
+@generation_options()
 @console.verbosity
 def command(
     prompt: str | None, model: str, prompt_ids: list[int] | None, input_name: str | None, output_name: str | None,

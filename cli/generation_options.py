@@ -2,13 +2,13 @@
 
 import functools
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import click
 from msgspec import inspect
 
-from ..runtime.options import OPTIONS, Option
+from ..runtime.options import BY_NAME, OPTIONS, Option
 
 _OFF = "none"  # switches an option off
 
@@ -68,22 +68,26 @@ def _option(option: Option) -> Callable[[Callable[..., Any]], Callable[..., Any]
     return click.option(name, type=_Value(option), default=None, help=text)
 
 
-def generation_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Adds all generation options; those that were given arrive as a dictionary `given`."""
+def generation_options(names: Collection[str] = BY_NAME.keys()) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Adds generation options, all by default; those that were given arrive as a dictionary `given`."""
+    options = [option for option in OPTIONS if option.name in names]
 
-    @functools.wraps(command)
-    def gather(**values: Any) -> Any:
-        given: dict[str, Any] = {}
-        for option in OPTIONS:
-            value = values.pop(option.name)
-            if option.name == "stop":
-                if value:
-                    given[option.name] = None if value == (_OFF,) else list(value)
-            elif value is not None:
-                given[option.name] = value[0] if isinstance(value, Sequence) else value
-        return command(given=given, **values)
+    def decorate(command: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(command)
+        def gather(**values: Any) -> Any:
+            given: dict[str, Any] = {}
+            for option in options:
+                value = values.pop(option.name)
+                if option.name == "stop":
+                    if value:
+                        given[option.name] = None if value == (_OFF,) else list(value)
+                elif value is not None:
+                    given[option.name] = value[0] if isinstance(value, Sequence) else value
+            return command(given=given, **values)
 
-    decorated: Callable[..., Any] = gather
-    for option in reversed(OPTIONS):
-        decorated = _option(option)(decorated)
-    return decorated
+        decorated: Callable[..., Any] = gather
+        for option in reversed(options):
+            decorated = _option(option)(decorated)
+        return decorated
+
+    return decorate

@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from ..runtime.options import SAMPLING_OPTIONS
 from . import console
-from .generation_options import token_ids
+from .generation_options import generation_options, token_ids
 from .model_options import device_options, load, model_option
 from .tables import table
 
@@ -52,19 +53,7 @@ class _SeveralTemperatures(click.Command):
     metavar="FLOAT...",
     help="Divides the logits; several numbers are compared. Put a prompt that is a number before them, or behind `--`.",
 )
-@click.option(
-    "--top-h",
-    type=float,
-    help="Of the 100 likeliest tokens, keep the first that make up this share of the entropy.",
-)
-@click.option("--top-k", type=int, help="Keep the k likeliest tokens; 0 for all (default 50).")
-@click.option("--top-p", type=float, help="Keep the likeliest tokens whose probabilities add up to p.")
-@click.option("--min-p", type=float, help="Keep tokens at least p times as likely as the likeliest.")
-@click.option("--typical-p", type=float, help="Keep the most typical tokens whose probabilities add up to p.")
-@click.option("--epsilon-cutoff", type=float, help="Keep tokens of at least this probability.")
-@click.option(
-    "--eta-cutoff", type=float, help="Keep tokens of at least this probability, or of less where many are likely."
-)
+@generation_options([name for name in SAMPLING_OPTIONS if name not in ("temperature", "seed")])
 @click.option(
     "--top", type=click.IntRange(min=0), default=10, show_default=True, help="Number of the likeliest tokens to show."
 )
@@ -85,7 +74,7 @@ class _SeveralTemperatures(click.Command):
 def command(
     prompt: str | None, model: str, prompt_ids: list[int] | None, temperatures: tuple[float, ...], top: int,
     texts: tuple[str, ...], draws: int, seed: int | None, device: str, threads: int | None, as_json: bool, quiet: bool,
-    **filters: float | None,
+    given: dict[str, Any],
 ) -> None:  # fmt: skip
     """Show how the token after PROMPT (or standard input) is drawn: logits, temperature, softmax, filters, draw.
 
@@ -111,7 +100,7 @@ def command(
     followed = {text: token_of(loaded, text) for text in texts}
     with console.progress_bar("Drawing", "draws", quiet=quiet) as progress:
         result = next_token(
-            loaded, text_or_ids, temperatures=temperatures, draws=draws, seed=seed, progress=progress, **filters
+            loaded, text_or_ids, temperatures=temperatures, draws=draws, seed=seed, progress=progress, **given
         )
     if as_json:
         record = {

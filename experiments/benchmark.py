@@ -157,7 +157,7 @@ def benchmark(
     for name, value in given.items():
         if value < 1:
             raise OptionError(f"{name} must be at least 1, not {value}")
-    config, session = model.config, model.session
+    config, runner = model.config, model.runner
     positions = prompt_tokens + new_tokens - 1  # the last token never passes through the network
     if positions > config.n_positions:
         raise OptionError(
@@ -167,8 +167,8 @@ def benchmark(
     prompts = np.random.default_rng(seed).integers(config.vocab_size, size=(batch_size, prompt_tokens)).tolist()
     time_run(model, prompts, new_tokens)
     used = machine.process_memory()
-    on_cpu = session.device == devices.device_name(devices.CPU)
-    reader = machine.MemoryReader(session.threads) if on_cpu else None
+    on_cpu = runner.device == devices.device_name(devices.CPU)
+    reader = machine.MemoryReader(runner.threads) if on_cpu else None
     runs: list[Run] = []
     with reader or nullcontext():
         for done in range(repetitions):
@@ -208,7 +208,7 @@ def time_run(model: Model, prompts: Sequence[Prompt], new_tokens: int, clock: Cl
     options = GenerationConfig(max_new_tokens=new_tokens)
     requests = [Request(prompt, options, id=row) for row, prompt in enumerate(prompts)]
     times: list[list[float]] = [[] for _ in prompts]
-    model.forget()
+    model.reset()
     begun = clock()
     for request, outcome in model.follow(requests, len(requests)):
         if isinstance(outcome, Gpt2OnnxError):

@@ -16,14 +16,14 @@ import math
 import tomllib
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
-from typing import Any, get_args, get_origin, get_type_hints
+from typing import Any
 
 from gpt2onnx.errors import OptionError
 
-from ..runtime.options import SAMPLING_OPTIONS, GenerationConfig
+from ..runtime.options import BY_NAME, SAMPLING_OPTIONS, GenerationConfig
 
 MOST_RUNS = 1000
 _REFUSED = ("logprobs",)  # a sweep doesn't keep them
@@ -135,7 +135,7 @@ def _strategies(
         chosen = dict(zip(choices, combination, strict=True))
         options = base.merged(chosen)
         if not options.do_sample:
-            options = replace(options, seed=None)
+            options = options.replaced(seed=None)
         # Without sampling, sampling options make no runs of their own.
         effective = {name: chosen[name] for name in varied if options.do_sample or name not in SAMPLING_OPTIONS}
         label = _label(family, effective)
@@ -155,38 +155,32 @@ def _choices(name: str, value: Any) -> Sequence[Any]:
 
 
 def _takes_list(name: str) -> bool:
-    kinds = get_args(get_type_hints(GenerationConfig).get(name))
-    return any(get_origin(kind) in (Sequence, tuple) for kind in kinds)
+    return name in BY_NAME and BY_NAME[name].takes_list
 
 
 def describe(name: str, value: Any) -> str:
     """An option and its value in short words, such as "beams 4"."""
     if name == "no_repeat_ngram_size" and value == 0:
         return "no blocking"
-    return f"{_WORDS.get(name, name)} {str(value).lower() if isinstance(value, bool) else value}"
+    return f"{_word(name)} {str(value).lower() if isinstance(value, bool) else value}"
 
 
-_WORDS = {
-    "num_beams": "beams",
-    "no_repeat_ngram_size": "n-gram",
-    "top_k": "top-k",
-    "top_p": "top-p",
-    "min_p": "min-p",
-    "typical_p": "typical-p",
-}
+def _word(name: str) -> str:
+    words = {"num_beams": "beams", "no_repeat_ngram_size": "n-gram"}
+    return words.get(name, name.replace("_", "-") if name in SAMPLING_OPTIONS else name)
 
 
 def _label(family: str, varied: Mapping[str, Any]) -> str:
     chosen = ", ".join(describe(name, value) for name, value in varied.items())
     # The family "top-k" with the choice "top-k 5" is just "top-k 5".
-    if family == ", ".join(_WORDS.get(name, name) for name in varied):
+    if family == ", ".join(_word(name) for name in varied):
         return chosen
     return f"{family}: {chosen}" if chosen else family
 
 
 def to_json(options: GenerationConfig) -> dict[str, Any]:
     """All options, as JSON holds them."""
-    return plain(asdict(options))
+    return options.to_dict()
 
 
 def plain(values: Mapping[str, Any]) -> dict[str, Any]:

@@ -6,7 +6,7 @@ torch.multinomial after one torch.manual_seed.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -16,10 +16,11 @@ from gpt2onnx.errors import OptionError, PromptError
 
 from ..runtime.decoding.filters import warp, warpers
 from ..runtime.decoding.processors import Tokens, process, processors
-from ..runtime.decoding.sampling import Candidates, Generator, Logits, softmax
+from ..runtime.decoding.sampling import new_seed
+from ..runtime.decoding.torch_random import Candidates, Generator, Logits, softmax
 from ..runtime.decoding.torch_topk import largest
 from ..runtime.model import Model
-from ..runtime.options import GenerationConfig
+from ..runtime.options import OPTIONS, GenerationConfig
 from ..runtime.requests import Prompt
 
 # Called with the draws made so far and in all.
@@ -27,8 +28,8 @@ Progress = Callable[[int, int], None]
 
 # Filters in the order in which they apply, each with the value that filters nothing.
 FILTERS: dict[str, Any] = {
-    "top_h": None, "top_k": 0, "top_p": 1.0, "min_p": None, "typical_p": 1.0, "epsilon_cutoff": 0.0, "eta_cutoff": 0.0,
-}  # fmt: skip
+    option.name: option.off for option in OPTIONS if option.sampling and option.name not in ("temperature", "seed")
+}
 
 
 @dataclass(frozen=True)
@@ -125,12 +126,15 @@ def next_token(
     # With beams there is no single draw.
     one_draw = {"do_sample": True, "num_beams": 1, "num_return_sequences": 1, "seed": seed}
     given: Sequence[float | None] = temperatures or (None,)
-    settings = [model.options(one_draw | filters | {"temperature": temperature}) for temperature in given]
+    settings = [
+        model.options(one_draw | filters | ({} if temperature is None else {"temperature": temperature}))
+        for temperature in given
+    ]
     tokens = model.prompt_ids(prompt)
     for options in settings:
         model.check_options(options, len(tokens))
-    cache = model.session.new_cache(1, len(tokens))
-    logits = model.session.forward(cache, slice(0, 1), tokens[None])[0, -1].copy()
+    cache = model.runner.new_cache(1, len(tokens))
+    logits = model.runner.forward(cache, slice(0, 1), tokens[None])[0].copy()
     choices = []
     for index, options in enumerate(settings):
 
@@ -160,7 +164,8 @@ def choose(
         report: called with the number of draws so far.
     """
     found = stages(logits, options, np.zeros(0, np.int64) if tokens is None else tokens)
-    generator = Generator(options.seed)
+    seed = new_seed(options)
+    generator = Generator(0 if seed is None else seed)
     counts = np.zeros(len(logits), np.int64)
     candidates = Candidates.all(found[-1].scores).possible()
     for index in range(draws):
@@ -174,11 +179,11 @@ def stages(logits: Logits, options: GenerationConfig, tokens: Tokens) -> list[St
     """The candidates after each step of the options; temperature is always one of them."""
     # Renormalising scores leaves probabilities as they are.
     alone: dict[str, Any] = {"do_sample": True, "num_beams": 1, "num_return_sequences": 1, "renormalize_logits": False}
-    unfiltered = replace(options, **alone, **FILTERS)
+    unfiltered = options.replaced(**alone, **FILTERS)
     filters = {name: getattr(options, name) for name in FILTERS if getattr(options, name) != FILTERS[name]}
-    steps = {"penalties": replace(unfiltered, do_sample=False), "temperature": unfiltered}
+    steps = {"penalties": unfiltered.replaced(do_sample=False), "temperature": unfiltered}
     for name, value in filters.items():
-        steps[name] = unfiltered = replace(unfiltered, **{name: value})
+        steps[name] = unfiltered = unfiltered.replaced(**{name: value})
     result = [Stage("logits", logits, softmax(logits))]
     for name, so_far in steps.items():
         # Each time from the start: `processors` and `warpers` alone decide the order.

@@ -57,9 +57,9 @@ class Sweep:
 
     def key(self, prompt: str, strategy: Strategy) -> str:
         """Hash of all that decides a run's results."""
-        files, session = self.model.bundle.manifest.files, self.model.session
+        files, runner = self.model.bundle.manifest.files, self.model.runner
         parts = (
-            sorted(record.sha256 for record in files.values()), session.device, session.threads,
+            sorted(record.sha256 for record in files.values()), runner.device, runner.threads,
             prompt, strategy.label, grid.to_json(strategy.options),
         )  # fmt: skip
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
@@ -143,7 +143,7 @@ METRICS = ("mean_length", "mean_logprob", "distinct_1", "distinct_2", "distinct_
 def _run(sweep: Sweep, prompt: str, strategy: Strategy, tracker: EnergyTracker | None) -> Record:
     model, options = sweep.model, strategy.options
     if tracker is None:
-        model.forget()
+        model.reset()
         (result,) = model.answer([prompt], options)
         row, seconds = None, result.seconds
     else:
@@ -181,13 +181,13 @@ def _metrics(model: Model, result: Result) -> Record:
 
 
 def _facts(model: Model) -> Record:
-    manifest, session = model.bundle.manifest, model.session
+    manifest, runner = model.bundle.manifest, model.runner
     return {
         "source": manifest.source,
         "dtype": manifest.dtype,
         "graph": manifest.graph,
-        "device": session.device,
-        "threads": session.threads,
+        "device": runner.device,
+        "threads": runner.threads,
     }
 
 

@@ -3,7 +3,7 @@
 import io
 import json
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -79,7 +79,7 @@ class Job:
         content = {
             "input": [[one.base_name, one.size, one.mtime_ns] for one in files],
             "bundle": sha256_of(bundle / MANIFEST),
-            "options": asdict(work.options),
+            "options": work.options.to_dict(),
             "batch_size": work.batch_size,
             "part_size": part_size or held.get("part_size") or by_size,
             "format": work.format,

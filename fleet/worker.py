@@ -57,7 +57,7 @@ def carry_out(bundle: SharedBundle, work: Work, part: Part, lines: list[str], ou
     """
     model = _load(bundle.here(), work.device, work.threads)
     # A cache of an earlier part would round sums differently: results must not depend on the worker's history.
-    model.forget()
+    model.reset()
     records = list(jobs.run(model, lines, work.options, work.batch_size))
     content = encode(part, records, work.format)
     if output is not None:

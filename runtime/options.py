@@ -269,14 +269,19 @@ class GenerationConfig(msgspec.Struct, frozen=True, kw_only=True):
             )
         if self.num_return_sequences > 1 and self.strategy == "greedy":
             raise OptionError(
-                "num_return_sequences above 1 needs sampling or beams: greedy search has one result", "num_return_sequences"
+                "num_return_sequences above 1 needs sampling or beams: greedy search has one result",
+                "num_return_sequences",
             )
         if self.prompt_lookup and (self.num_beams > 1 or self.num_return_sequences > 1):
             raise OptionError(
-                "prompt_lookup works on one sequence: not with num_beams or num_return_sequences above 1", "prompt_lookup"
+                "prompt_lookup works on one sequence: not with num_beams or num_return_sequences above 1",
+                "prompt_lookup",
             )
         # transformers refuses these, too.
-        forced = {"forced_bos_token_id": _ids(self.forced_bos_token_id), "forced_eos_token_id": self.forced_eos_token_ids}
+        forced = {
+            "forced_bos_token_id": _ids(self.forced_bos_token_id),
+            "forced_eos_token_id": self.forced_eos_token_ids,
+        }
         for name, ids in forced.items():
             if ids and set(ids) <= set(self.suppress_tokens or ()):
                 raise OptionError(f"{name} {shown(list(ids))} is among suppress_tokens: leave one of them out", name)
@@ -368,6 +373,11 @@ class Option:
     def kinds(self) -> list[inspect.Type]:
         """The types that it takes, None aside."""
         return [kind for kind in _alternatives(inspect.type_info(self.type)) if not isinstance(kind, inspect.NoneType)]
+
+    @property
+    def takes_list(self) -> bool:
+        """Whether a value may be a list."""
+        return any(isinstance(kind, inspect.CollectionType | inspect.TupleType) for kind in self.kinds)
 
     @property
     def wanted(self) -> str:

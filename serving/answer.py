@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ..runtime.decoding.strategy import TokenLogprobs
+from ..runtime.decoding.logprobs import TokenLogprobs
 from ..runtime.tokenizer import Tokenizer
 from .engine import Piece
 

@@ -104,7 +104,7 @@ def _add_models(app: FastAPI, service: Service, key: list[Any]) -> None:
         "context_length": service.model.config.n_positions,
         "vocab_size": service.model.config.vocab_size,
         "dtype": service.model.bundle.manifest.dtype,
-        "device": service.model.session.device,
+        "device": service.model.runner.device,
     }
 
     @app.get(

@@ -6,6 +6,7 @@ from gpt2onnx.errors import OptionError, PromptError
 
 from ..runtime.options import SAMPLING_OPTIONS, GenerationConfig
 from .call import Call, Prompt
+from .options import given_options
 from .protocol import CompletionRequest
 from .responses import ApiError
 from .service import Service
@@ -53,7 +54,7 @@ def unknown_model(service: Service, name: str) -> ApiError:
 
 
 def _options(service: Service, body: CompletionRequest, wanted: int, made: int) -> GenerationConfig:
-    given = body.generation_options()
+    given = given_options(body)
     options = {name: value for name, value in _DEFAULTS.items() if service.bundled_options.get(name) is None}
     if body.do_sample is None:
         if body.temperature == 0 or (body.num_beams or 1) > 1:

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 
 from gpt2onnx.errors import BackendError, Gpt2OnnxError
 
-from ..runtime.decoding.strategy import TokenLogprobs
+from ..runtime.decoding.logprobs import TokenLogprobs
 from ..runtime.engine.generation import Generation
 from ..runtime.model import Model
 from ..runtime.requests import Request
@@ -249,7 +249,7 @@ class Engine:
         now = time.perf_counter()
         ranked = state.request.options.num_beams > 1  # the best beam may change until the end
         continuations = state.continuations()
-        prompt = len(state.search.prompt)
+        prompt = len(state.strategy.prompt)
         new = 0
         job.seen = job.seen or [0] * len(continuations)
         for index, one in enumerate(continuations):

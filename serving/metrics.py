@@ -53,7 +53,7 @@ class Metrics:
 
     def describe(self, name: str, model: Model) -> None:
         """Sets the facts of the served model."""
-        self._info.labels(name, model.bundle.manifest.dtype, model.session.device, version("gpt2onnx")).set(1)
+        self._info.labels(name, model.bundle.manifest.dtype, model.runner.device, version("gpt2onnx")).set(1)
 
     def page(self) -> bytes:
         """All metrics in Prometheus' text format. Reads the energy, which may take a second: not for the event loop's thread."""

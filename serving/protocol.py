@@ -15,7 +15,7 @@ class StreamOptions(Strict):
     include_usage: bool | None = Field(None, description="Add an event with the usage at the end.")
 
 
-class CompletionRequest(GenerationOptions):
+class CompletionRequest(GenerationOptions):  # type: ignore[misc, valid-type]
     """A request for completions. A field that is null counts as not given."""
 
     model: str | None = Field(None, description="Name of the model. Default: the served one.")

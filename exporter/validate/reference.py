@@ -17,7 +17,7 @@ from ...models.bundle import CONFIG
 from ...models.config import GPT2Config
 from ...models.shapes import weight_shapes
 from ...runtime.decoding.processors import Tokens
-from ...runtime.decoding.sampling import Candidates, Generator
+from ...runtime.decoding.torch_random import Candidates, Generator
 from ..checkpoint.checkpoint import Checkpoint
 from ..quantize.rounding import Rounding
 from .cases import Case

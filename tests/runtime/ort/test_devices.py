@@ -25,8 +25,8 @@ from gpt2onnx.errors import BackendError, OptionError
 from gpt2onnx.models.bundle import Bundle
 from gpt2onnx.runtime.engine.kv_cache import Copy, KVCache
 from gpt2onnx.runtime.engine.runner import Runner
-from gpt2onnx.runtime.ort.binding import device_storage
 from gpt2onnx.runtime.ort import devices, helper_graphs, providers
+from gpt2onnx.runtime.ort.binding import device_storage
 from gpt2onnx.runtime.requests import Request
 
 BUILT_IN = ["AzureExecutionProvider", "CPUExecutionProvider"]
