@@ -13,14 +13,15 @@ from ..runtime.options import BY_NAME, OPTIONS, Option
 _OFF = "none"  # switches an option off
 
 
-class _Value(click.ParamType):
+class _Value(click.ParamType[Any]):
     """A value of an option; "none" becomes None, in a tuple so that click doesn't take it for not given."""
 
     def __init__(self, option: Option) -> None:
         (kind, *others) = option.kinds
         self._option = option
         # Values of one plain type are left to click, whose help and errors name it.
-        plain = {inspect.IntType: click.INT, inspect.FloatType: click.FLOAT}.get(type(kind))
+        types: dict[Any, click.ParamType[Any]] = {inspect.IntType: click.INT, inspect.FloatType: click.FLOAT}
+        plain = types.get(type(kind))
         self._plain = None if others else plain
         self._lists = all(isinstance(each, inspect.CollectionType) for each in option.kinds)
         self.name = self._plain.name if self._plain else "value"

@@ -16,7 +16,8 @@ from gpt2onnx.errors import Gpt2OnnxError, OptionError, PromptError
 from ..models.bundle import GENERATION_CONFIG, TOKENIZER, Bundle
 from ..models.config import read_json
 from ..models.messages import shown
-from .decoding.extensions import Extensions, LogitsProcessor, PrefixAllowedTokens, StoppingCriterion, Tokens
+from .arrays import Tokens
+from .decoding.extensions import Extensions, LogitsProcessor, PrefixAllowedTokens, StoppingCriterion
 from .decoding.logprobs import PromptLogprobs
 from .decoding.start import start
 from .decoding.strategy import Stop, Strategy

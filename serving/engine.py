@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from gpt2onnx.errors import BackendError, Gpt2OnnxError
 
 from ..runtime.decoding.logprobs import TokenLogprobs
-from ..runtime.engine.generation import Generation
+from ..runtime.generation import Generation
 from ..runtime.model import Model
 from ..runtime.requests import Request
 from .metrics import Metrics

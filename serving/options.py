@@ -39,17 +39,19 @@ def _annotation(kind: inspect.Type) -> Any:
     if isinstance(kind, inspect.UnionType):
         return Union[tuple(map(_annotation, kind.types))]  # noqa: UP007  # a tuple of types
     if isinstance(kind, inspect.IntType):
-        upper = {"le": kind.le} if kind.le is not None else {"lt": kind.lt or 2**31}
-        return Annotated[int, Field(ge=kind.ge, **upper)]
+        lt = None if kind.le is not None else kind.lt or 2**31
+        return Annotated[int, Field(ge=kind.ge, le=kind.le, lt=lt)]
     if isinstance(kind, inspect.FloatType):
         return Annotated[float, Field(gt=kind.gt, ge=kind.ge, le=kind.le)]
     if isinstance(kind, inspect.StrType):
         return Annotated[str, Field(min_length=kind.min_length, max_length=_MAX_LETTERS)]
     if isinstance(kind, inspect.TupleType):  # JSON has lists only
-        return Annotated[tuple[tuple(map(_annotation, kind.item_types))], Field(strict=False)]
+        items: Any = tuple(map(_annotation, kind.item_types))
+        return Annotated[tuple[items], Field(strict=False)]
     if isinstance(kind, inspect.CollectionType):
         most = _MAX_STRINGS if isinstance(kind.item_type, inspect.StrType) else _MAX_IDS
-        return Annotated[list[_annotation(kind.item_type)], Field(min_length=kind.min_length, max_length=most)]  # type: ignore[misc]
+        item: Any = _annotation(kind.item_type)
+        return Annotated[list[item], Field(min_length=kind.min_length, max_length=most)]
     if isinstance(kind, inspect.LiteralType):
         return Literal[kind.values]
     return {inspect.BoolType: bool, inspect.NoneType: None}[type(kind)]

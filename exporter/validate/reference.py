@@ -16,7 +16,7 @@ from gpt2onnx.errors import CheckpointError, MissingExtraError
 from ...models.bundle import CONFIG
 from ...models.config import GPT2Config
 from ...models.shapes import weight_shapes
-from ...runtime.decoding.processors import Tokens
+from ...runtime.arrays import Tokens
 from ...runtime.decoding.torch_random import Candidates, Generator
 from ..checkpoint.checkpoint import Checkpoint
 from ..quantize.rounding import Rounding

@@ -5,12 +5,13 @@ from dataclasses import dataclass, replace
 import numpy as np
 import numpy.typing as npt
 
+from ..arrays import Logits, Tokens
 from ..options import GenerationConfig
-from .extensions import Extensions, Tokens
+from .extensions import Extensions
 from .filters import warp, warpers
 from .sampling import new_seed
 from .strategy import Continuation, Limits, Reader, Scores, Stop
-from .torch_random import Candidates, Generator, Indices, Logits, log_softmax
+from .torch_random import Candidates, Generator, Indices, log_softmax
 from .torch_topk import ascending, largest
 
 _NEVER = np.float32(-1e9)  # transformers' score for what must not be chosen

@@ -6,7 +6,7 @@ for what an int8 or int4 network rounds otherwise where several tokens pass thro
 
 import numpy as np
 
-from .processors import Tokens
+from ..arrays import Tokens
 
 _FIRST_DRAFT = 3  # a step over four tokens costs hardly more than one over one
 _CERTAIN = 2  # tokens that must match before what followed them is a draft, unless drafts have been right

@@ -11,8 +11,9 @@ from typing import Any
 
 import numpy as np
 
+from ..arrays import Logits
 from ..options import LARGEST, GenerationConfig
-from .torch_random import Candidates, Logits, log_softmax, softmax
+from .torch_random import Candidates, log_softmax, softmax
 from .torch_topk import ascending, best, largest
 
 Warper = Callable[[Candidates], Candidates]

@@ -5,7 +5,8 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from .torch_random import Logits, log_softmax
+from ..arrays import Logits
+from .torch_random import log_softmax
 from .torch_topk import largest
 
 

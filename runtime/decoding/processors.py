@@ -10,9 +10,9 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
+from ..arrays import Logits, Tokens
 from ..options import LARGEST, GenerationConfig
-from .extensions import Tokens
-from .torch_random import Logits, log_softmax
+from .torch_random import log_softmax
 
 Processor = Callable[[Tokens, Logits], None]
 

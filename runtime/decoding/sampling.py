@@ -4,13 +4,14 @@ import secrets
 
 import numpy as np
 
+from ..arrays import Logits, Tokens
 from ..options import GenerationConfig
 from .drafts import Drafts
-from .extensions import Extensions, Tokens
+from .extensions import Extensions
 from .filters import warp, warpers
 from .logprobs import token_logprobs
 from .strategy import Continuation, Limits, Reader, Scores, Stop
-from .torch_random import Generator, Logits
+from .torch_random import Generator
 
 
 class Sampling:

@@ -1,8 +1,9 @@
 """The strategy that generation options ask for."""
 
+from ..arrays import Tokens
 from ..options import GenerationConfig
 from .beam_search import BeamSearch
-from .extensions import Extensions, Tokens
+from .extensions import Extensions
 from .sampling import Sampling
 from .strategy import Stop, Strategy
 

@@ -10,11 +10,11 @@ from typing import Protocol
 
 import numpy as np
 
+from ..arrays import Logits, Tokens
 from ..options import GenerationConfig
-from .extensions import Extensions, Tokens
+from .extensions import Extensions
 from .logprobs import TokenLogprobs
 from .processors import process, processors, renormalize
-from .torch_random import Logits
 
 # Whether a sequence ends with the tokens it has now, end tokens and lengths aside.
 Stop = Callable[[Tokens], bool]

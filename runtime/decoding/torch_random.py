@@ -10,13 +10,14 @@ Source: ATen/native/Distributions.cpp, ATen/core/DistributionsHelper.h and CPUGe
 import functools
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any, cast
 
 import numpy as np
 import numpy.typing as npt
 
+from ..arrays import Logits
 from .torch_topk import largest
 
-Logits = npt.NDArray[np.float32]
 Indices = npt.NDArray[np.int64]
 Words = npt.NDArray[np.uint64]
 
@@ -91,7 +92,7 @@ class Generator:
 
     def __init__(self, seed: int) -> None:
         words = np.random.MT19937()
-        words.state = np.random.RandomState(seed % 2**32).get_state(legacy=False)
+        words.state = cast("Any", np.random.RandomState(seed % 2**32).get_state(legacy=False))
         self._generator = np.random.Generator(words)
 
     def multinomial(self, candidates: Candidates, count: int = 1) -> Indices:

@@ -8,8 +8,7 @@ import numpy as np
 
 from gpt2onnx.errors import OptionError
 
-from ..decoding.processors import Tokens
-from ..decoding.sampling import Logits
+from ..arrays import Logits, Tokens
 from ..decoding.strategy import Strategy
 from .kv_cache import Copy, KVCache
 

@@ -16,6 +16,7 @@ from gpt2onnx.errors import BackendError, OptionError
 
 from ...models import contract
 from ...models.bundle import BODY_GRAPH, RAGGED_GRAPH, WIDE_GRAPH, Bundle
+from ..arrays import Int64Array, Logits
 from ..host import resources
 from ..ort import binding, devices, providers, signature
 from . import head, loading
@@ -24,9 +25,6 @@ from .second_graph import WORTH, WideGraph
 
 # Arrays bound for a pass over more tokens per row than this aren't kept for the next: prompts differ in length.
 _KEPT_TOKENS = 16
-
-Logits = npt.NDArray[np.float32]
-Int64Array = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True)

@@ -11,8 +11,7 @@ import numpy as np
 
 from gpt2onnx.errors import OptionError
 
-from ..decoding.processors import Tokens
-from ..decoding.sampling import Logits
+from ..arrays import Logits, Tokens
 from ..decoding.strategy import Strategy
 from .rows import Network, Rows, Running, common_prefix
 
