@@ -1,4 +1,4 @@
-"""What the server asks of the decoding loop: prompts read in parts, arrivals at any time, searches that are cancelled."""
+"""Chunked prefill, arrivals at any time, and cancelled searches, as the server needs them."""
 
 from __future__ import annotations
 
