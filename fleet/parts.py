@@ -15,7 +15,7 @@ from ..runtime.jsontext import to_line
 
 Format = Literal["jsonl", "parquet"]
 
-_NAME = r"part-(\d{5,})-(\d{12,})\.(?:jsonl|parquet)"
+_NAME = re.compile(r"part-(\d{5,})-(\d{12,})\.(?:jsonl|parquet)")
 
 _LOGPROB = pyarrow.struct(
     {
@@ -67,13 +67,8 @@ class Part(NamedTuple):
     @classmethod
     def named(cls, name: str) -> "Part | None":
         """Reads a part from its file's name; None for other files."""
-        found = re.fullmatch(_NAME, name)
+        found = _NAME.fullmatch(name)
         return None if found is None else cls(int(found[1]), int(found[2]))
-
-
-def is_unfinished(name: str) -> bool:
-    """Whether a killed `Place.write` of a part has left the file."""
-    return re.fullmatch(rf"\.{_NAME}\.[0-9a-f]+\.new", name) is not None
 
 
 def cut(lines: Iterable[str], file: int, size: int) -> Iterator[tuple[Part, list[str]]]:
