@@ -34,6 +34,7 @@ class Job:
         part_size: requests in a part.
         identity: all that decides the results, as JSON holds it.
         done: parts that an earlier run of the job has written.
+        is_complete: whether these are all parts.
     """
 
     input: Place
@@ -42,6 +43,7 @@ class Job:
     part_size: int
     identity: dict[str, Any]
     done: frozenset[Part]
+    is_complete: bool
 
     @classmethod
     def open(
@@ -92,7 +94,7 @@ class Job:
                 " choose another output, or leave out --resume"
             )
         done = frozenset(part for one in present if (part := Part.named(one.base_name))) if held else frozenset()
-        return cls(source, files, output, identity["part_size"], identity, done)
+        return cls(source, files, output, identity["part_size"], identity, done, held.get("parts") == len(done))
 
     def missing(self) -> Iterator[tuple[Part, list[str]]]:
         """Reads the parts that aren't done, in order, with their request lines.

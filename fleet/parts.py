@@ -60,9 +60,12 @@ class Part(NamedTuple):
     file: int
     first: int
 
+    def __str__(self) -> str:
+        return f"part-{self.file:05d}-{self.first:012d}"
+
     def name(self, format: Format) -> str:  # noqa: A002
         """Name of its results' file. Sorted by name, files are in the order of the requests."""
-        return f"part-{self.file:05d}-{self.first:012d}.{format}"
+        return f"{self}.{format}"
 
     @classmethod
     def named(cls, name: str) -> "Part | None":

@@ -337,7 +337,7 @@ def test_a_part_that_kills_every_worker_ends_the_job(
     killer = threading.Thread(target=kill_all)
     killer.start()
     try:
-        with pytest.raises(BackendError, match=f"{ATTEMPTS} workers died over part-00000-000000000000.jsonl"):
+        with pytest.raises(BackendError, match=f"{ATTEMPTS} workers died over part-00000-000000000000"):
             _run(tales_bundle, requests, tmp_path, workers=1)
     finally:
         ended.set()
