@@ -3,6 +3,8 @@
 from collections.abc import Iterable, Sequence
 
 Ngram = tuple[int, ...]
+# Figures of a run's texts, by their names in records and files.
+METRICS = ("mean_length", "mean_logprob", "distinct_1", "distinct_2", "distinct_3", "repeated_4gram_share")
 
 
 def ngrams(tokens: Sequence[int], size: int) -> list[Ngram]:

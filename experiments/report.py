@@ -9,13 +9,15 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
-from typing import Any
+from typing import Any, NamedTuple, TypeVar
 
 from gpt2onnx.errors import MissingExtraError
 
 from . import charts, grid
+from .metrics import METRICS
 
 Record = dict[str, Any]
+T = TypeVar("T")
 
 _COLOURS = 8
 # Below this share of processor time, other programs have disturbed a run; undisturbed runs are at about 1.
@@ -53,10 +55,13 @@ def render(records: Sequence[Record]) -> str:
         rows=rows,
         families=_families(rows),
         winners=_winners(rows),
-        most=_most(rows),
+        most={
+            "speed": max(row.tokens_per_second for row in rows),
+            "energy": max(row.joules_per_token or 0.0 for row in rows) or 1.0,
+        },
         scatter=_scatter(rows),
         beams=_beams(rows),
-        prompts=_by_prompt(records, rows),
+        prompts=list(_by_prompt(records, rows).items()),
         size={"width": charts.WIDTH, "height": charts.HEIGHT},
         edges={"left": charts.LEFT, "right": charts.WIDTH - charts.RIGHT, "top": charts.TOP},
         bottom=charts.HEIGHT - charts.BOTTOM,
@@ -94,8 +99,7 @@ class Row:
         return self.strategy.removeprefix(f"{self.family}: ")
 
 
-@dataclass(frozen=True)
-class Winner:
+class Winner(NamedTuple):
     """The best strategy by one figure."""
 
     title: str
@@ -112,8 +116,7 @@ class Line:
     points: list[tuple[float, float, str]]
 
 
-@dataclass(frozen=True)
-class Chart:
+class Chart(NamedTuple):
     """Chart: axes and lines; in a scatter plot a line is a family."""
 
     title: str
@@ -155,9 +158,6 @@ def number(value: float | None) -> str:
 
 
 def _rows(records: Sequence[Record]) -> list[Row]:
-    groups: dict[str, list[Record]] = {}
-    for record in records:
-        groups.setdefault(record["strategy"], []).append(record)
     families = list(dict.fromkeys(record["family"] for record in records))
 
     def mean(values: Iterable[float | None]) -> float | None:
@@ -165,9 +165,8 @@ def _rows(records: Sequence[Record]) -> list[Row]:
         return fmean(known) if known else None
 
     rows: list[Row] = []
-    for strategy, group in groups.items():
-        names = ("mean_length", "mean_logprob", "distinct_1", "distinct_2", "distinct_3", "repeated_4gram_share")
-        figures: Record = {name: mean(record[name] for record in group) for name in names}
+    for strategy, group in _grouped(records, lambda record: record["strategy"]).items():
+        figures: Record = {name: mean(record[name] for record in group) for name in METRICS}
         for name in ("joules_per_token", "g_co2eq_per_1000_tokens"):
             figures[name] = mean((record["energy"] or {}).get(name) for record in group)
         # All tokens by all seconds: a mean of speeds would overweight short texts.
@@ -178,11 +177,16 @@ def _rows(records: Sequence[Record]) -> list[Row]:
     return rows
 
 
-def _families(rows: Sequence[Row]) -> list[list[Row]]:
-    groups: dict[str, list[Row]] = {}
-    for row in rows:
-        groups.setdefault(row.family, []).append(row)
-    return list(groups.values())
+def _grouped(items: Iterable[T], key: Callable[[T], str]) -> dict[str, list[T]]:
+    """Groups in the order of their first items."""
+    groups: dict[str, list[T]] = {}
+    for item in items:
+        groups.setdefault(key(item), []).append(item)
+    return groups
+
+
+def _families(rows: Iterable[Row]) -> list[list[Row]]:
+    return list(_grouped(rows, lambda row: row.family).values())
 
 
 def _winners(rows: Sequence[Row]) -> list[Winner]:
@@ -199,14 +203,6 @@ def _winners(rows: Sequence[Row]) -> list[Winner]:
     add("Likeliest", lambda row: row.mean_logprob, "nats/token")
     add("Most diverse", lambda row: row.distinct_2, "distinct-2")
     return found
-
-
-def _most(rows: Sequence[Row]) -> dict[str, float]:
-    """The largest figures, for the length of bars."""
-    return {
-        "speed": max(row.tokens_per_second for row in rows),
-        "energy": max((row.joules_per_token or 0.0 for row in rows), default=0.0) or 1.0,
-    }
 
 
 def _scatter(rows: Sequence[Row]) -> Chart | None:
@@ -238,12 +234,9 @@ def _pair(row: Row) -> str:
 
 def _beams(rows: Sequence[Row]) -> list[Chart]:
     """Gain and cost of wider beams. Strategies that differ only in their number of beams make a line."""
-    groups: dict[str, list[Row]] = {}
-    for row in rows:
-        if not row.options["do_sample"]:
-            others = {name: value for name, value in row.options.items() if name != "num_beams"}
-            groups.setdefault(repr(others), []).append(row)
-    series = [sorted(group, key=lambda row: row.options["num_beams"]) for group in groups.values() if len(group) > 1]
+    searches = (row for row in rows if not row.options["do_sample"])
+    groups = _grouped(searches, lambda row: repr(row.options | {"num_beams": None})).values()
+    series = [sorted(group, key=lambda row: row.options["num_beams"]) for group in groups if len(group) > 1]
     if not series:
         return []
     labels = [_difference(group[0].options, [other[0].options for other in series]) for group in series]
@@ -293,17 +286,14 @@ def _difference(options: Record, all_options: Sequence[Record]) -> str:
     return ", ".join(grid.describe(name, options[name]) for name in varied) or "all prompts"
 
 
-@dataclass(frozen=True)
-class Card:
+class Card(NamedTuple):
     """A run's record beside its strategy's figures."""
 
     row: Row
     record: Record
 
 
-def _by_prompt(records: Sequence[Record], rows: Sequence[Row]) -> list[tuple[str, list[Card]]]:
+def _by_prompt(records: Sequence[Record], rows: Sequence[Row]) -> dict[str, list[Card]]:
     row_of = {row.strategy: row for row in rows}
-    groups: dict[str, list[Card]] = {}
-    for record in records:
-        groups.setdefault(record["prompt"], []).append(Card(row_of[record["strategy"]], record))
-    return list(groups.items())
+    cards = (Card(row_of[record["strategy"]], record) for record in records)
+    return _grouped(cards, lambda card: str(card.record["prompt"]))

@@ -21,7 +21,7 @@ from . import grid, report
 from .energy.csvlog import to_csv
 from .energy.tracker import EnergyTracker
 from .grid import Strategy
-from .metrics import distinct, repeated
+from .metrics import METRICS, distinct, repeated
 
 RESULTS, EMISSIONS, SUMMARY, REPORT = "results.jsonl", "emissions.csv", "summary.csv", "report.html"
 
@@ -135,9 +135,6 @@ def summary(record: Record) -> Record:
     row |= {name: record[name] for name in ("prompt_tokens", "completion_tokens", "seconds", "tokens_per_second")}
     row |= {name: energy.get(name) for name in ("joules", "joules_per_token", "g_co2eq_per_1000_tokens", "reliable")}
     return row | {name: record[name] for name in METRICS} | dict(record["options"])
-
-
-METRICS = ("mean_length", "mean_logprob", "distinct_1", "distinct_2", "distinct_3", "repeated_4gram_share")
 
 
 def _run(sweep: Sweep, prompt: str, strategy: Strategy, tracker: EnergyTracker | None) -> Record:

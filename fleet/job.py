@@ -12,8 +12,8 @@ from pyarrow import fs
 from gpt2onnx.errors import OutputError, PromptError
 
 from ..models.bundle import MANIFEST, sha256_of
-from .parts import Part, cut, is_unfinished
-from .storage import Place, public, reading, writing
+from .parts import Part, cut
+from .storage import Place, public, reading, unfinished_file, writing
 from .worker import Work
 
 RECORD = "_job.json"  # readers of data folders skip names that begin with an underscore
@@ -34,6 +34,7 @@ class Job:
         part_size: requests in a part.
         identity: all that decides the results, as JSON holds it.
         done: parts that an earlier run of the job has written.
+        is_complete: whether these are all parts.
     """
 
     input: Place
@@ -42,6 +43,7 @@ class Job:
     part_size: int
     identity: dict[str, Any]
     done: frozenset[Part]
+    is_complete: bool
 
     @classmethod
     def open(
@@ -92,7 +94,7 @@ class Job:
                 " choose another output, or leave out --resume"
             )
         done = frozenset(part for one in present if (part := Part.named(one.base_name))) if held else frozenset()
-        return cls(source, files, output, identity["part_size"], identity, done)
+        return cls(source, files, output, identity["part_size"], identity, done, held.get("parts") == len(done))
 
     def missing(self) -> Iterator[tuple[Part, list[str]]]:
         """Reads the parts that aren't done, in order, with their request lines.
@@ -118,8 +120,9 @@ class Job:
         with writing(self.output.name):
             self.output.filesystem.create_dir(self.output.path, recursive=True)
             for one in self.output.files():
-                part = Part.named(one.base_name)
-                if (part is not None and part not in self.done) or is_unfinished(one.base_name):
+                part, unfinished = Part.named(one.base_name), unfinished_file(one.base_name)
+                outdated = part is not None and part not in self.done
+                if outdated or (unfinished and (unfinished == RECORD or Part.named(unfinished))):
                     self.output.filesystem.delete_file(one.path)
             self._record(self.identity)
 

@@ -15,7 +15,7 @@ from ..runtime.jsontext import to_line
 
 Format = Literal["jsonl", "parquet"]
 
-_NAME = r"part-(\d{5,})-(\d{12,})\.(?:jsonl|parquet)"
+_NAME = re.compile(r"part-(\d{5,})-(\d{12,})\.(?:jsonl|parquet)")
 
 _LOGPROB = pyarrow.struct(
     {
@@ -60,20 +60,18 @@ class Part(NamedTuple):
     file: int
     first: int
 
+    def __str__(self) -> str:
+        return f"part-{self.file:05d}-{self.first:012d}"
+
     def name(self, format: Format) -> str:  # noqa: A002
         """Name of its results' file. Sorted by name, files are in the order of the requests."""
-        return f"part-{self.file:05d}-{self.first:012d}.{format}"
+        return f"{self}.{format}"
 
     @classmethod
     def named(cls, name: str) -> "Part | None":
         """Reads a part from its file's name; None for other files."""
-        found = re.fullmatch(_NAME, name)
+        found = _NAME.fullmatch(name)
         return None if found is None else cls(int(found[1]), int(found[2]))
-
-
-def is_unfinished(name: str) -> bool:
-    """Whether a killed `Place.write` of a part has left the file."""
-    return re.fullmatch(rf"\.{_NAME}\.[0-9a-f]+\.new", name) is not None
 
 
 def cut(lines: Iterable[str], file: int, size: int) -> Iterator[tuple[Part, list[str]]]:

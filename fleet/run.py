@@ -2,12 +2,13 @@
 
 import math
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import ray
-from ray.exceptions import RayError, RayTaskError
+from ray.exceptions import NodeDiedError, OutOfMemoryError, RayError, RayTaskError, WorkerCrashedError
 
 from gpt2onnx.errors import BackendError, Gpt2OnnxError, OptionError
 
@@ -83,6 +84,8 @@ def run(
     Bundle.open(bundle)
     job = Job.open(input_name, output_name, bundle, work, part_size=part_size, resume=resume)
     summary = Summary(kept=len(job.done))
+    if job.is_complete:
+        return summary
     with joined(address, (workers or 1) * work.threads, verbose=verbose):
         if not _room(work):
             gpu = " and a GPU" if work.device == "cuda" else ""
@@ -111,29 +114,39 @@ def _outcomes(job: Job, bundle: SharedBundle, work: Work, workers: int | None) -
     running: dict[Any, Part] = {}
     for part, lines in job.missing():
         limit = workers or 2 * max(1, _room(work))  # twice: each worker's next part waits in Ray's queue
-        finished = _next(running, work) if len(running) >= limit else None
-        running[task.remote(bundle, work, part, lines, output)] = part
+        finished = _next(running) if len(running) >= limit else None
+        with _errors_of(part):
+            running[task.remote(bundle, work, part, lines, output)] = part
         if finished is not None:
             yield finished
     while running:
-        yield _next(running, work)
+        yield _next(running)
 
 
-def _next(running: dict[Any, Part], work: Work) -> tuple[Part, Outcome]:
-    """Waits for a part. An error of the package is raised as it is."""
+def _next(running: dict[Any, Part]) -> tuple[Part, Outcome]:
+    """Waits for any part to end."""
     (reference,), _ = ray.wait(list(running))
     part = running.pop(reference)
-    try:
+    with _errors_of(part):
         return part, ray.get(reference)
+
+
+@contextmanager
+def _errors_of(part: Part) -> Iterator[None]:
+    """Turns Ray's errors into BackendError, except errors in the task: the package's own are raised as they are."""
+    try:
+        yield
     except RayTaskError as error:
         if isinstance(error.cause, Gpt2OnnxError):
             raise error.cause from error
         raise
-    except RayError as error:
+    except (WorkerCrashedError, NodeDiedError, OutOfMemoryError) as error:
         raise BackendError(
-            f"{ATTEMPTS} workers died over {part.name(work.format)}: a machine is short of memory (take fewer workers or"
-            f" a lower batch size), or one of its requests is to blame ({type(error).__name__})"
+            f"{ATTEMPTS} workers died over {part}: a machine is short of memory (take fewer workers or a lower batch size),"
+            " or one of its requests is to blame"
         ) from error
+    except RayError as error:
+        raise BackendError(f"Ray gave up on {part}: {error}") from error
 
 
 def _room(work: Work) -> int:

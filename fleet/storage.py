@@ -118,6 +118,12 @@ def writing(name: str) -> Iterator[None]:
         raise OutputError(f"can't write {name}: {_reason(error)}") from error
 
 
+def unfinished_file(name: str) -> str | None:
+    """Name of the file that a killed `Place.write` has left unfinished under another name; None for other files."""
+    found = re.fullmatch(r"\.(.+)\.[0-9a-f]{8}\.new", name)
+    return None if found is None else found[1]
+
+
 def public(uri: str) -> str:
     """Removes user, password and query, which may hold keys."""
     return re.sub(r"(\w://)[^/@\s]*@", r"\1", uri).partition("?")[0]

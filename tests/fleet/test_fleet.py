@@ -337,7 +337,7 @@ def test_a_part_that_kills_every_worker_ends_the_job(
     killer = threading.Thread(target=kill_all)
     killer.start()
     try:
-        with pytest.raises(BackendError, match=f"{ATTEMPTS} workers died over part-00000-000000000000.jsonl"):
+        with pytest.raises(BackendError, match=f"{ATTEMPTS} workers died over part-00000-000000000000"):
             _run(tales_bundle, requests, tmp_path, workers=1)
     finally:
         ended.set()
@@ -446,9 +446,11 @@ def test_interrupted_killed_and_resumed(
             assert (process.returncode, err.strip()) == (130, "gpt2onnx: interrupted")
     done = {path.name: path.stat().st_mtime_ns for path in tmp_path.glob("part-*")}
     assert wanted <= len(done) < len(expected) // PART, "the job was done before it could be killed"
-    (tmp_path / ".part-00000-000000000096.jsonl.1234.new").write_text('{"id": 96, "pro')  # of a write cut off
+    mine = tmp_path / ".letter.0123abcd.new"
+    for name in (".part-00000-000000000096.jsonl.0123abcd.new", "._job.json.0123abcd.new", mine.name):
+        (tmp_path / name).write_text('{"id": 96, "pro')  # as if their writes had been cut off
     summary = _run(tales_bundle, requests, tmp_path, workers=1, resume=True, part_size=None)
     assert summary.kept == len(done)
     _assert_same(_lines(tmp_path), expected)
     assert {name: (tmp_path / name).stat().st_mtime_ns for name in done} == done
-    assert not list(tmp_path.glob(".part-*"))
+    assert list(tmp_path.glob(".*")) == [mine]
