@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from .runtime.options import GenerationConfig as GenerationConfig
     from .runtime.requests import Result as Result
 
+    __version__: str
+
 # Started in a clone of the repository, Python finds this folder before the installed package, and the others beside it.
 _CLONE = os.path.dirname(__path__[0])  # noqa: PTH120  # pathlib takes longer to import than all of this
 if os.path.isfile(os.path.join(_CLONE, "pyproject.toml")):  # noqa: PTH113, PTH118
@@ -36,12 +38,21 @@ _HOME = {
     "track_energy": "experiments.energy.tracker",
 }
 
-__all__ = ["GenerationConfig", "Model", "Result", "export", "load", "track_energy"]
+__all__ = ["GenerationConfig", "Model", "Result", "__version__", "export", "load", "track_energy"]
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOME:
+    if name == "__version__":
+        from importlib.metadata import version
+
+        value: Any = version("gpt2onnx")
+    elif name in _HOME:
+        value = getattr(import_module(f".{_HOME[name]}", __name__), name)
+    else:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(import_module(f".{_HOME[name]}", __name__), name)
     globals()[name] = value
     return value
+
+
+def __dir__() -> list[str]:
+    return sorted({"__doc__", "__name__", "__path__", "__version__", *__all__})

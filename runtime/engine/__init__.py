@@ -1,1 +1,1 @@
-"""Forward passes: which sequences take part, their KV cache, the session's call."""
+"""Forward passes: scheduler, KV cache and runner."""

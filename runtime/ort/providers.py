@@ -1,4 +1,4 @@
-"""Opens graphs on execution providers; beside `runtime.session` the only importer of onnxruntime.
+"""Opens graphs on execution providers.
 
 ONNX Runtime falls back to the CPU without a word in its results; here nothing does. Its errors are wrapped.
 """
