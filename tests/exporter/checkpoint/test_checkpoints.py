@@ -28,8 +28,8 @@ from support.weight_files import SAVE, TINY, State, assert_reads, book_state, na
 import gpt2onnx
 from gpt2onnx.errors import CheckpointError
 from gpt2onnx.exporter.checkpoint.arrays import StridedArray
-from gpt2onnx.exporter.checkpoint.checkpoint.checkpoint import Checkpoint
-from gpt2onnx.exporter.checkpoint.checkpoint.torch_file import read_checkpoint_file
+from gpt2onnx.exporter.checkpoint.checkpoint import Checkpoint
+from gpt2onnx.exporter.checkpoint.torch_file import read_checkpoint_file
 from gpt2onnx.models.config import GPT2Config
 
 # Made by PyTorch: golden/make_torch_files.py.

@@ -24,10 +24,10 @@ from support.fuzzing import damaged, ends_well, inputs, odd_values, write_json
 from support.golden import FOLDER
 from support.weight_files import TINY
 
-from gpt2onnx.exporter.checkpoint.checkpoint.checkpoint import Checkpoint
-from gpt2onnx.exporter.checkpoint.checkpoint.torch_file import read_checkpoint_file
+from gpt2onnx.exporter.checkpoint.checkpoint import Checkpoint
 from gpt2onnx.exporter.checkpoint.formats import open_weights
-from gpt2onnx.exporter.tokenizer.convert.convert import write_tokenizer
+from gpt2onnx.exporter.checkpoint.torch_file import read_checkpoint_file
+from gpt2onnx.exporter.tokenizer.convert import write_tokenizer
 
 MEBIBYTE = 2**20
 # Importing what reads checkpoints takes some 250 MiB of addresses; what is left is for the file.
