@@ -24,7 +24,8 @@ from ...models.shapes import weight_shapes
 try:
     from .formats import open_weights
     from .hub import find
-    from .layouts import Weight, arrange
+    from .layouts import arrange
+    from .weight import Weight
 except ImportError as error:
     raise MissingExtraError("Exporting a checkpoint", error.name or "safetensors", "export") from error
 
@@ -72,7 +73,7 @@ class Checkpoint:
         if given is not None and "model_type" in given:
             GPT2Config.from_dict(given)  # another architecture is a plainer reason to stop than its weights' names
         saved = open_weights(path)
-        raw_config, weights = arrange(saved.arrays, saved.settings, given, saved.path)
+        raw_config, weights = arrange(saved, given)
         config = GPT2Config.from_dict(raw_config)
         tied = _is_tied(config, weights, saved.path)
         if tied != config.tie_word_embeddings:
