@@ -78,11 +78,15 @@ class Command:
     name: str
     target: Path
 
-    def invoke(self, source: Path) -> int:
+    def invoke(self, source: Path, steps: Steps | None = None) -> int:
         """Runs it in this process; its exit code."""
         sys.argv = ["gpt2onnx", self.name, str(source), str(self.target), "--force", "-q", *OPTIONS[self.name]]
         try:
-            main()
+            sys.setprofile(steps)
+            try:
+                main()
+            finally:
+                sys.setprofile(None)
         except SystemExit as exit_:
             return int(exit_.code or 0)
         return 0
@@ -98,11 +102,7 @@ class Command:
             signal.signal(signal.SIGINT, signal.default_int_handler)
             code, steps = 70, Steps(kind, at)
             try:
-                sys.setprofile(steps)
-                try:
-                    code = self.invoke(source)
-                finally:
-                    sys.setprofile(None)
+                code = self.invoke(source, steps)
             except BaseException:  # noqa: BLE001  # what would end with a traceback ends with one
                 sys.excepthook(*sys.exc_info())
             finally:
