@@ -12,9 +12,7 @@ from . import console
 @click.argument("bundle", type=click.Path(path_type=Path))
 @click.argument("archive", type=click.Path(path_type=Path))
 @click.option("--force", is_flag=True, help="Replace an existing file.")
-@click.option(
-    "--json", "as_json", is_flag=True, help="Print size and sha256 of the archive, and what it holds, as JSON."
-)
+@click.option("--json", "as_json", is_flag=True, help="Print size, sha256 and content of the archive as JSON.")
 @console.verbosity
 def command(bundle: Path, archive: Path, force: bool, as_json: bool, quiet: bool) -> None:
     """Pack BUNDLE into ARCHIVE, one .tar.gz.

@@ -11,8 +11,8 @@ from . import console
 @click.command("unpack")
 @click.argument("archive", type=click.Path(path_type=Path))
 @click.argument("bundle", metavar="DIR", type=click.Path(path_type=Path))
-@click.option("--force", is_flag=True, help="Replace an existing bundle.")
-@click.option("--json", "as_json", is_flag=True, help="Print what was unpacked as JSON.")
+@click.option("--force", is_flag=True, help="Replace an existing bundle, if the folder holds no other file.")
+@click.option("--json", "as_json", is_flag=True, help="Print facts about the bundle as JSON.")
 @console.verbosity
 def command(archive: Path, bundle: Path, force: bool, as_json: bool, quiet: bool) -> None:
     """Unpack ARCHIVE, made by 'gpt2onnx pack', to the folder DIR.

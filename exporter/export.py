@@ -36,6 +36,7 @@ except ImportError as error:
     raise MissingExtraError("Exporting a checkpoint", error.name or "onnx", "export") from error
 
 from .files.atomic import replacing
+from .files.target import check_target
 from .tokenizer.convert import write_tokenizer
 
 if TYPE_CHECKING:
@@ -126,14 +127,14 @@ def export(
     if block_size is not None and block_size not in BLOCK_SIZES:
         raise OptionError(f"block_size must be one of {', '.join(map(str, BLOCK_SIZES))}, not {block_size}")
     texts = {Path(path).name: _read_text(Path(path)) for path in quality_texts}
-    bundle.check_place(target, force=force)
+    check_target(target, force=force)
     checkpoint = Checkpoint.open(os.fspath(source), revision)
     small = _weights_in(checkpoint) <= _CHECKED_WEIGHTS
     by_default = small and dtype in _QUANTIZED
     calibrated = by_default if calibrate is None else calibrate
     compared = bool(texts) or by_default if quality is None else quality
     precision = _precision(checkpoint.config, dtype, pure=pure, block_size=block_size)
-    with replacing(target, lambda: bundle.check_place(target, force=force)) as folder:
+    with replacing(target, lambda: check_target(target, force=force)) as folder:
         _write_configuration(checkpoint, precision, folder)
         write_tokenizer(
             checkpoint.folder, {**checkpoint.raw_config, "vocab_size": checkpoint.config.vocab_size}, folder

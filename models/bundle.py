@@ -22,7 +22,7 @@ from pathlib import Path, PurePosixPath
 from types import NoneType
 from typing import Any
 
-from gpt2onnx.errors import BackendError, BundleError, CheckpointError, OutputError
+from gpt2onnx.errors import BackendError, BundleError, CheckpointError
 
 from . import external_data
 from .config import GPT2Config, json_object, read_small
@@ -222,7 +222,7 @@ class Bundle:
         for name, record in self.manifest.files.items():
             _check_hash(self.folder / name, record)
         try:
-            for path in _everything_in(self.folder):
+            for path in files_in(self.folder):
                 name = path.relative_to(self.folder).as_posix()
                 if name not in self.manifest.files and name != MANIFEST:
                     raise _not_listed(path)
@@ -296,23 +296,6 @@ def is_bundle(folder: Path) -> bool:
     return os.path.isfile(folder / MANIFEST)  # noqa: PTH113
 
 
-def check_place(folder: Path, *, force: bool) -> None:
-    """Whether a bundle may be put there: where nothing is, in an empty folder, or with `force` in another bundle's place.
-
-    Raises:
-        OutputError: something else is there.
-    """
-    if not os.path.lexists(folder):  # pathlib raises where a name is too long
-        return
-    if not folder.is_dir():
-        raise OutputError(f"{folder} exists and is not a folder: choose another target")
-    if is_bundle(folder):
-        if not force:
-            raise OutputError(f"{folder} already holds a bundle: choose another target, or replace it with --force")
-    elif any(folder.iterdir()):
-        raise OutputError(f"{folder} exists and is not a bundle: choose another target")
-
-
 def describe_files(folder: Path, *, without: Path | None = None) -> dict[str, FileRecord]:
     """Size and sha256 of every file below the folder, by path with forward slashes.
 
@@ -322,13 +305,17 @@ def describe_files(folder: Path, *, without: Path | None = None) -> dict[str, Fi
     """
     return {
         path.relative_to(folder).as_posix(): FileRecord(path.stat().st_size, sha256_of(path))
-        for path in sorted(_everything_in(folder))
+        for path in sorted(files_in(folder))
         if path != folder / MANIFEST and (without is None or without not in path.parents)
     }
 
 
-def _everything_in(folder: Path) -> list[Path]:
-    """All that lies below a folder, folders aside; links aren't followed."""
+def files_in(folder: Path) -> list[Path]:
+    """All files and links below a folder. Links aren't followed.
+
+    Raises:
+        OSError: a folder can't be read.
+    """
 
     def fail(error: OSError) -> None:
         raise error

@@ -1,10 +1,10 @@
-"""Arrays that lie in checkpoint files and are read when they are asked for. Knows no network."""
+"""Arrays in checkpoint files, read one at a time. Knows no network."""
 
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-import ml_dtypes
+import ml_dtypes  # noqa: F401  # lets NumPy know bfloat16
 import numpy as np
 import numpy.typing as npt
 from safetensors import SafetensorError, safe_open
@@ -21,9 +21,9 @@ class StoredArray(Protocol):
 
     Attributes:
         path: the file.
-        name: what the file calls it.
-        shape: its shape in the file.
-        dtype: type of its numbers, in NumPy's words, or in the file's where NumPy has none.
+        name: in the file.
+        shape: in the file.
+        dtype: type of its numbers by NumPy's name, or by the file's if NumPy has none.
     """
 
     @property
@@ -44,7 +44,7 @@ class StoredArray(Protocol):
         ...
 
     def same_bytes(self, other: "StoredArray") -> bool:
-        """Whether it is known without reading that both are the same numbers of the same file."""
+        """Whether both are known, without reading them, to be the same numbers of the same file."""
         ...
 
 
@@ -86,9 +86,8 @@ class StridedArray:
     strides: tuple[int, ...]
 
     def read(self) -> npt.NDArray[np.generic]:
-        number: npt.DTypeLike = ml_dtypes.bfloat16 if self.dtype == "bfloat16" else self.dtype
-        size = np.dtype(number).itemsize
-        # Only the stretch between the first and the last number; a storage can be far larger than a view of it.
+        size = item_size(self.dtype)
+        # Only from the first to the last number: a storage can be far larger than a view of it.
         count = extent(self.shape, self.strides)
         try:
             raw = np.fromfile(self.path, np.uint8, count * size, offset=self.offset)
@@ -97,7 +96,7 @@ class StridedArray:
         if len(raw) != count * size:
             raise CheckpointError(f"{self.path} ends inside tensor {self.name}: fetch or save it again")
         steps = tuple(stride * size for stride in self.strides)
-        return np.lib.stride_tricks.as_strided(raw.view(number), self.shape, steps)
+        return np.lib.stride_tricks.as_strided(raw.view(np.dtype(self.dtype)), self.shape, steps)
 
     def same_bytes(self, other: StoredArray) -> bool:
         return isinstance(other, StridedArray) and (
@@ -107,24 +106,28 @@ class StridedArray:
 
 
 @dataclass(frozen=True)
-class ConstantArray:
-    """One number all over: stands for a bias or a scale that a network was built without."""
+class ZeroArray:
+    """Zeros: the biases of a network that was built without them."""
 
     path: Path
     name: str
     shape: tuple[int, ...]
-    value: float
     dtype: str = "float32"
 
     def read(self) -> npt.NDArray[np.generic]:
-        return np.full(self.shape, self.value, np.float32)
+        return np.zeros(self.shape, np.float32)
 
     def same_bytes(self, other: StoredArray) -> bool:
-        return self == other
+        return False
+
+
+def item_size(dtype: str) -> int:
+    """Bytes of one number."""
+    return np.dtype(dtype).itemsize
 
 
 def extent(shape: tuple[int, ...], strides: tuple[int, ...]) -> int:
-    """How many numbers lie from an array's first to its last; none of the strides may be negative."""
+    """Numbers from an array's first to its last, both included. No stride may be negative."""
     if 0 in shape:
         return 0
     return 1 + sum((length - 1) * stride for length, stride in zip(shape, strides, strict=True))
@@ -143,7 +146,7 @@ def open_safetensors(path: Path) -> dict[str, StoredArray]:
         with path.open("rb") as start:
             if int.from_bytes(start.read(8), "little") > _MOST_HEADER:
                 raise CheckpointError(
-                    f"{path} is not a safetensors file, or one with a list of tensors beyond all measure"
+                    f"{path} is no safetensors file: its header would have more than {_MOST_HEADER:,} bytes"
                 )
         with safe_open(path, framework="np") as file:
             for name in file.keys():  # noqa: SIM118  # a method, not a dictionary's

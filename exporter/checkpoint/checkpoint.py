@@ -24,11 +24,12 @@ from ...models.shapes import weight_shapes
 try:
     from .formats import open_weights
     from .hub import find
-    from .layouts import Weight, arrange
+    from .layouts import arrange
+    from .weight import Weight
 except ImportError as error:
     raise MissingExtraError("Exporting a checkpoint", error.name or "safetensors", "export") from error
 
-# What a checkpoint may hold besides: causal masks, which GPT-2 once kept as buffers.
+# Causal masks, which GPT-2 once saved as buffers.
 _BUFFER = re.compile(r"^h\.\d+\.attn\.(?:masked_)?bias$")
 
 _log = logging.getLogger(__name__)
@@ -40,10 +41,9 @@ class Checkpoint:
 
     Attributes:
         name: the source as the user named it.
-        folder: where its files are: configuration, tokenizer, weights.
+        folder: of its configuration, tokenizer and weights.
         config: its architecture.
-        raw_config: its config.json as it stands, or one made up from what the weights show; where the weights
-            contradict its tie_word_embeddings, they are believed.
+        raw_config: its config.json, or one derived from the weights' shapes. tie_word_embeddings follows the weights.
         tied: whether the output head is the token embedding.
     """
 
@@ -70,9 +70,9 @@ class Checkpoint:
         folder = path.parent if path.is_file() else path
         given = read_json(folder / CONFIG) if (folder / CONFIG).is_file() else None
         if given is not None and "model_type" in given:
-            GPT2Config.from_dict(given)  # another architecture is a plainer reason to stop than its weights' names
+            GPT2Config.from_dict(given)  # names another architecture before a missing tensor does
         saved = open_weights(path)
-        raw_config, weights = arrange(saved.arrays, saved.settings, given, saved.path)
+        raw_config, weights = arrange(saved, given)
         config = GPT2Config.from_dict(raw_config)
         tied = _is_tied(config, weights, saved.path)
         if tied != config.tie_word_embeddings:
@@ -89,7 +89,7 @@ class Checkpoint:
         return cls(source, folder, config, raw_config, tied, weights)
 
     def tensor(self, name: str) -> npt.NDArray[np.float32]:
-        """One weight in float32, in the checkpoint's shape; matrices are [in, out].
+        """One weight in float32, in the shape of GPT2LMHeadModel; matrices are [in, out].
 
         Raises:
             CheckpointError: the file is damaged, or a number isn't finite.
@@ -97,7 +97,7 @@ class Checkpoint:
         array = self._weights[name].read()
         if not np.isfinite(array).all():
             raise CheckpointError(
-                f"{self.name}: tensor {name} holds numbers that are infinite or none at all (NaN): its training failed"
+                f"{self.name}: tensor {name} holds infinite numbers or NaN: the training failed, take an earlier checkpoint"
             )
         return array
 
@@ -110,7 +110,7 @@ class Checkpoint:
 
 
 def _is_tied(config: GPT2Config, weights: Mapping[str, Weight], path: Path) -> bool:
-    """Whether the head is the token embedding: as transformers 5 decides it, a head that differs is kept."""
+    """Whether the output head is the token embedding. Like transformers 5, keeps a head that differs."""
     head = weights.get("lm_head.weight")
     if head is not None:
         return head.equals(weights["wte.weight"])

@@ -1,4 +1,4 @@
-"""Which files of a checkpoint hold the weights, and what is in them."""
+"""Weight files of a checkpoint: finds them and reads the names of their arrays."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -13,9 +13,9 @@ from .torch_file import read_checkpoint_file
 from .unpickle import Record
 
 SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt")
-# In the order of preference: safetensors is whole or not at all, and has nothing but arrays in it.
+# The first that exists is taken. safetensors holds nothing but arrays, and shows whether it is whole.
 _NAMES = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
-# How the names of what transformers' Trainer and accelerate leave beside the weights begin.
+# First words of the files that transformers' Trainer and accelerate write beside the weights.
 _NO_WEIGHTS = ("training_args", "optimizer", "scheduler", "scaler", "rng_state", "random_states")
 _ADAPTER = "adapter_config.json"  # peft's
 _STATE_DICTS = ("model_state_dict", "state_dict", "model")
@@ -23,7 +23,7 @@ _STATE_DICTS = ("model_state_dict", "state_dict", "model")
 
 @dataclass(frozen=True)
 class SavedWeights:
-    """What a checkpoint's files hold.
+    """The content of a checkpoint's weight files.
 
     Attributes:
         path: the file, or the index of several.

@@ -1,4 +1,4 @@
-"""From what a user names to files on this machine: embedded, a folder, a file, or on the Hugging Face hub."""
+"""Finds a source on this machine, or fetches it from the Hugging Face hub."""
 
 import os
 import sys
@@ -12,14 +12,14 @@ from ...models.bundle import CONFIG
 from ...models.messages import one_line
 from .formats import SUFFIXES
 
-# What to fetch: the small files, then the weights in one format.
+# Files to fetch: the small ones, then the weights in one format.
 _SMALL = ["*.json", "merges.txt", "vocab.txt", "*.model"]
 _SAFETENSORS = ["model.safetensors", "model-*.safetensors"]
 _PICKLES = ["pytorch_model.bin", "pytorch_model-*.bin"]
 
 
 def find(source: str, revision: str | None) -> Path:
-    """The folder or file of a source; one on the hub is fetched into the hub's own cache first.
+    """The folder or file of a source. One on the hub is fetched into the hub's own cache.
 
     Args:
         source: the embedded name `tales`, a checkpoint folder or file, or a Hugging Face id.
@@ -32,7 +32,7 @@ def find(source: str, revision: str | None) -> Path:
     if source == "tales":
         return tales.FOLDER
     path = Path(source)
-    # Unlike pathlib, os.path takes a name too long, or a folder that may not be searched, for one that isn't there.
+    # Unlike pathlib, os.path reports a name that is too long, or a folder that may not be searched, as missing.
     if os.path.isdir(path):  # noqa: PTH112
         return path
     if os.path.isfile(path):  # noqa: PTH113
@@ -45,7 +45,7 @@ def find(source: str, revision: str | None) -> Path:
 
 
 def find_config(source: str) -> Path | None:
-    """The config.json of a source, fetched without the weights; None where it has none of its own.
+    """The config.json of a source, fetched without the weights; None if it has none.
 
     Raises:
         CheckpointError, MissingExtraError: as for `find`.
@@ -59,7 +59,7 @@ def find_config(source: str) -> Path | None:
 
 
 def _may_be_an_id(source: str) -> bool:
-    """A hub id is `name` or `owner/name`; anything else can only have been meant as a path."""
+    """Whether a source has the form of a hub id, `name` or `owner/name`; anything else is a path."""
     path = Path(source)
     return not (path.is_absolute() or source.startswith((".", "~")) or source.count("/") > 1 or not source)
 
@@ -67,7 +67,7 @@ def _may_be_an_id(source: str) -> bool:
 def _download(repository: str, revision: str | None) -> Path:
     folder = _fetch(repository, revision, _SMALL + _SAFETENSORS)
     if not (folder / CONFIG).is_file():
-        raise CheckpointError(f"the repository {repository!r} has no {CONFIG}: it holds no GPT-2 of the hub's form")
+        raise CheckpointError(f"the repository {repository!r} has no {CONFIG}: it holds no GPT-2 for transformers")
     if not _has_weights(folder, _SAFETENSORS):
         # The folder's name is the commit, so both halves are of one state.
         folder = _fetch(repository, folder.name, _SMALL + _PICKLES)
@@ -133,7 +133,7 @@ def _fetch(repository: str, revision: str | None, patterns: list[str]) -> Path:
     except HfHubHTTPError as error:
         status = error.response.status_code if error.response is not None else "no answer"
         raise CheckpointError(f"the Hugging Face hub answered {status} for {repository!r}: try again later") from error
-    except Exception as error:  # which library speaks HTTP, and so what it raises, changes with the hub's version
+    except Exception as error:  # the HTTP library, and so its errors, changes with the hub's version
         raise CheckpointError(
             f"fetching {repository!r} from the Hugging Face hub broke off: {one_line(error)}; try again"
         ) from error

@@ -1,54 +1,40 @@
-"""A machine for pickles that has no instruction for running code.
+"""Reads pickles without running code.
 
-A pickle is a program for a small stack machine, which in Python's own module may import and call anything. This one
-builds plain values; what a name stands for, and what becomes of a reference to something outside, two functions
-decide, which are given to it. Instructions: https://github.com/python/cpython/blob/main/Lib/pickletools.py
+A pickle is a program for a small stack machine. Python's own may import and call anything. This one only builds plain
+values: two functions that its caller gives decide what a global name, and a reference to data outside the pickle, stand
+for. pickletools decodes the instructions: https://github.com/python/cpython/blob/main/Lib/pickletools.py
 """
 
-import struct
+import pickletools
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import IO, Any
 
-# An instruction, an item that is copied, or some bytes of text are a step each: together they are bounded, and so are time and memory,
-# to seconds and some hundred megabytes. The state of a large model and its optimizer takes a tenth of them.
-MOST_STEPS = 1_000_000
+# An instruction, a copied item and 64 bytes of text are a step each, so that time and memory are bounded to seconds and
+# some hundred megabytes. A large model with its optimizer takes a tenth of them.
+_MOST_STEPS = 1_000_000
 _BYTES_PER_STEP = 64
-MOST_BYTES = MOST_STEPS * _BYTES_PER_STEP
-_LONGEST_LINE = 2**16
-# Only such keys: hashing tuples in tuples, or comparing numbers made to collide, could take forever.
+MOST_BYTES = 16 * 2**20  # of a pickle that is read as a whole
+# Hashing nested tuples, or comparing numbers made to collide, could take forever.
 _LARGEST_KEY = 2**60
 
-_NUMBERS = {b"K": "<B", b"M": "<H", b"J": "<i", b"G": ">d"}
-# Values of a given length: the length's format, and how they are decoded; None for bytes.
-_SIZED: dict[bytes, tuple[str, str | None]] = {
-    b"X": ("<I", "utf-8"), b"\x8c": ("<B", "utf-8"), b"\x8d": ("<Q", "utf-8"),
-    b"U": ("<B", "ascii"), b"T": ("<i", "ascii"),
-    b"C": ("<B", None), b"B": ("<I", None), b"\x8e": ("<Q", None),
-}  # fmt: skip
-_CONSTANTS = {b"N": None, b"\x88": True, b"\x89": False, b")": ()}
-_TUPLES = {b"\x85": 1, b"\x86": 2, b"\x87": 3}
+_CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False, "EMPTY_TUPLE": ()}
+_EMPTY = {"EMPTY_LIST": list, "EMPTY_DICT": dict, "EMPTY_SET": set}
+_TUPLES = {"TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3}
 _MARK = object()
 
 
-class Readable(Protocol):
-    """A file to read a pickle from."""
-
-    def read(self, size: int, /) -> bytes: ...
-    def readline(self, size: int, /) -> bytes: ...
-
-
 class PickleError(ValueError):
-    """The pickle is damaged, or does what no pickle of plain values does."""
+    """The pickle is damaged, or does something that no pickle of plain values does."""
 
 
 class UnsupportedPickleError(PickleError):
-    """The pickle holds what isn't read here, or too much; it need not be damaged."""
+    """The pickle holds something that isn't read here, or too much; it need not be damaged."""
 
 
-@dataclass(eq=False)
+@dataclass
 class Record:
-    """An object of a class that isn't there: its name and its attributes, and nothing that could be called.
+    """An object of a class that isn't there: its name and its attributes.
 
     Attributes:
         name: of the class.
@@ -68,131 +54,111 @@ class RecordType:
 
 @dataclass(frozen=True)
 class Call:
-    """Stands for a function: what is called in its place."""
+    """Stands for a function: `function` is called in its place."""
 
     function: Callable[..., Any]
 
 
-def load(file: Readable, find: Callable[[str, str], object], refer: Callable[[Any], Any]) -> Any:
+def load(file: IO[bytes], find: Callable[[str, str], object], refer: Callable[[Any], Any]) -> Any:
     """Reads one pickle.
 
     Args:
-        file: is left behind the pickle.
-        find: what stands for a global name, given module and name: a `Call`, a `RecordType`, or a plain value;
-            raises where nothing may.
-        refer: the value of a persistent id.
+        file: its position ends right behind the pickle. It bounds the bytes that are read at once.
+        find: returns the value of a global name, given module and name: a `Call`, a `RecordType`, or a plain value.
+            Raises if the name isn't allowed.
+        refer: returns the value of a persistent id.
 
     Raises:
-        PickleError: the pickle is damaged, or asks for something that plain values don't need.
+        ValueError: the pickle is damaged, or asks for something that plain values don't need (PickleError).
     """
-    return _Machine(file, find, refer).run()
+    machine = _Machine(find, refer)
+    for opcode, argument, _ in pickletools.genops(file):
+        machine.step(opcode.name, argument)
+    return machine.pop()
 
 
 class _Machine:
-    def __init__(self, file: Readable, find: Callable[[str, str], object], refer: Callable[[Any], Any]) -> None:
-        self.file, self.find, self.refer = file, find, refer
+    def __init__(self, find: Callable[[str, str], object], refer: Callable[[Any], Any]) -> None:
+        self.find, self.refer = find, refer
         self.stack: list[Any] = []
         self.memo: dict[int, Any] = {}
-        self.left = MOST_STEPS
-
-    def run(self) -> Any:
-        while (code := self.read(1)) != b".":
-            self.spend(1)
-            self.step(code)
-        return self.pop()
+        self.steps_left = _MOST_STEPS
 
     def spend(self, steps: int) -> None:
-        self.left -= steps
-        if self.left < 0:
-            raise UnsupportedPickleError(f"it takes more than {MOST_STEPS} steps")
+        self.steps_left -= steps
+        if self.steps_left < 0:
+            raise UnsupportedPickleError(f"it takes more than {_MOST_STEPS:,} steps")
 
-    def step(self, code: bytes) -> None:
-        if code in _NUMBERS:
-            self.stack.append(self.number(_NUMBERS[code]))
-        elif code in _CONSTANTS:
-            self.stack.append(_CONSTANTS[code])
-        elif code in _SIZED:
-            size_format, encoding = _SIZED[code]
-            content = self.read(self.number(size_format))
-            self.stack.append(content if encoding is None else content.decode(encoding, "surrogatepass"))
-        elif code in _TUPLES:
-            self.stack.append(tuple(reversed([self.pop() for _ in range(_TUPLES[code])])))
-        else:
-            self.rare_step(code)
-
-    def rare_step(self, code: bytes) -> None:
-        match code:
-            case b"\x80":  # the protocol's version
-                self.read(1)
-            case b"\x95":  # a frame's length
-                self.read(8)
-            case b"(":
+    def step(self, name: str, argument: Any) -> None:
+        """Carries out one instruction."""
+        self.spend(1 + (len(argument) // _BYTES_PER_STEP if isinstance(argument, str | bytes) else 0))
+        match name:
+            case "PROTO" | "FRAME" | "STOP":
+                pass
+            case "INT" | "BININT" | "BININT1" | "BININT2" | "LONG" | "LONG1" | "LONG4" | "FLOAT" | "BINFLOAT":
+                self.stack.append(argument)
+            case "STRING" | "BINSTRING" | "SHORT_BINSTRING" | "BINBYTES" | "SHORT_BINBYTES" | "BINBYTES8":
+                self.stack.append(argument)
+            case "UNICODE" | "BINUNICODE" | "SHORT_BINUNICODE" | "BINUNICODE8":
+                self.stack.append(argument)
+            case "NONE" | "NEWTRUE" | "NEWFALSE" | "EMPTY_TUPLE":
+                self.stack.append(_CONSTANTS[name])
+            case "EMPTY_LIST" | "EMPTY_DICT" | "EMPTY_SET":
+                self.stack.append(_EMPTY[name]())
+            case "TUPLE1" | "TUPLE2" | "TUPLE3":
+                self.stack.append(tuple(reversed([self.pop() for _ in range(_TUPLES[name])])))
+            case "MARK":
                 self.stack.append(_MARK)
-            case b"0":
+            case "POP":
                 self.stack.pop()
-            case b"1":
+            case "POP_MARK":
                 self.marked()
-            case b"2":
+            case "DUP":
                 self.stack.append(self.top())
-            case b"q" | b"r" | b"p" | b"\x94":
-                self.memo[self.place(code)] = self.top()
-            case b"h" | b"j" | b"g":
-                self.stack.append(self.memo[self.place(code)])
-            case b"I":
-                text = self.line()
-                self.stack.append({"00": False, "01": True}.get(text) if text in ("00", "01") else int(text))
-            case b"L":
-                self.stack.append(int(self.line().rstrip("L")))
-            case b"\x8a" | b"\x8b":
-                self.stack.append(
-                    int.from_bytes(self.read(self.number("<B" if code == b"\x8a" else "<i")), "little", signed=True)
-                )
-            case b"F":
-                self.stack.append(float(self.line()))
-            case b"V":
-                self.stack.append(self.line("raw-unicode-escape"))
-            case b"S":
-                self.stack.append(self.line().strip("'\""))
-            case b"]" | b"}" | b"\x8f":
-                self.stack.append({b"]": list, b"}": dict, b"\x8f": set}[code]())
-            case b"l" | b"t" | b"d" | b"\x91":
-                self.gather(code)
-            case b"a" | b"s":
-                self.extend([self.pop()] if code == b"a" else [self.pop(), self.pop()][::-1])
-            case b"e" | b"u" | b"\x90":
+            case "PUT" | "BINPUT" | "LONG_BINPUT":
+                self.memo[argument] = self.top()
+            case "MEMOIZE":
+                self.memo[len(self.memo)] = self.top()
+            case "GET" | "BINGET" | "LONG_BINGET":
+                self.stack.append(self.memo[argument])
+            case "LIST":
+                self.stack.append(self.marked())
+            case "TUPLE":
+                self.stack.append(tuple(self.marked()))
+            case "DICT" | "FROZENSET":
+                items = self.marked()
+                self.stack.append({} if name == "DICT" else set())
+                self.extend(items)
+            case "APPEND":
+                self.extend([self.pop()])
+            case "SETITEM":
+                self.extend([self.pop(), self.pop()][::-1])
+            case "APPENDS" | "SETITEMS" | "ADDITEMS":
                 self.extend(self.marked())
-            case b"c":
-                self.stack.append(self.find(self.line("utf-8"), self.line("utf-8")))
-            case b"\x93":
-                name, module = self.pop(), self.pop()
-                if not isinstance(name, str) or not isinstance(module, str):
-                    raise PickleError("it names something by what is no text")
-                self.stack.append(self.find(module, name))
-            case b"Q":
+            case "GLOBAL":
+                self.stack.append(self.find(*argument.split(" ", 1)))
+            case "STACK_GLOBAL":
+                named, module = self.pop(), self.pop()
+                if not isinstance(named, str) or not isinstance(module, str):
+                    raise PickleError("a global name in it is not a text")
+                self.stack.append(self.find(module, named))
+            case "BINPERSID":
                 self.stack.append(self.refer(self.pop()))
-            case b"R" | b"\x81":
+            case "REDUCE" | "NEWOBJ":
                 arguments, called = self.pop(), self.pop()
                 if not isinstance(arguments, tuple):
-                    raise PickleError("it calls something without a list of arguments")
+                    raise PickleError("it calls a function without a tuple of arguments")
                 self.spend(sum(len(each) for each in arguments if isinstance(each, list | tuple)))
-                self.stack.append(_called(called, arguments, new=code == b"\x81"))
-            case b"b":
+                self.stack.append(_called(called, arguments, new=name == "NEWOBJ"))
+            case "BUILD":
                 state = self.pop()
                 self.spend(len(state) if isinstance(state, dict) else 0)
                 _set_state(self.top(), state)
             case _:
-                raise PickleError(f"it has the instruction {code!r}, which plain values don't need")
-
-    def gather(self, code: bytes) -> None:
-        items = self.marked()
-        if code in (b"d", b"\x91"):
-            self.stack.append({} if code == b"d" else set())
-            self.extend(items)
-        else:
-            self.stack.append(items if code == b"l" else tuple(items))
+                raise PickleError(f"it has the instruction {name}, which plain values don't need")
 
     def extend(self, items: list[Any]) -> None:
-        """Puts items into the list, set or mapping on top of the stack; for the last, keys and values in turn."""
+        """Puts items into the list, set or mapping on top of the stack. For a mapping, keys and values alternate."""
         match self.top():
             case list() as target:
                 target.extend(items)
@@ -202,22 +168,16 @@ class _Machine:
                 for key, value in zip(items[::2], items[1::2], strict=True):
                     target[_key(key)] = value
             case _:
-                raise PickleError("it puts items into what holds none")
+                raise PickleError("it puts items into a value that holds none")
 
     def marked(self) -> list[Any]:
-        """Takes off the stack what lies above the last mark, and the mark."""
+        """Takes the last mark, and all items above it, off the stack."""
         for index in range(len(self.stack) - 1, -1, -1):
             if self.stack[index] is _MARK:
                 items = self.stack[index + 1 :]
                 del self.stack[index:]
                 return items
         raise PickleError("it refers to a mark that isn't there")
-
-    def place(self, code: bytes) -> int:
-        """Where in the memo an instruction writes or reads."""
-        if code == b"\x94":
-            return len(self.memo)
-        return int(self.line()) if code in (b"p", b"g") else int(self.number("<B" if code in (b"q", b"h") else "<I"))
 
     def pop(self) -> Any:
         value = self.top()
@@ -228,23 +188,6 @@ class _Machine:
         if not self.stack or self.stack[-1] is _MARK:
             raise PickleError("its stack is empty")
         return self.stack[-1]
-
-    def number(self, number_format: str) -> Any:
-        return struct.unpack(number_format, self.read(struct.calcsize(number_format)))[0]
-
-    def line(self, encoding: str = "ascii") -> str:
-        line = self.file.readline(_LONGEST_LINE)
-        self.spend(len(line) // _BYTES_PER_STEP)
-        if not line.endswith(b"\n"):
-            raise PickleError("it ends inside a line")
-        return line[:-1].decode(encoding)
-
-    def read(self, size: int) -> bytes:
-        self.spend(size // _BYTES_PER_STEP)
-        content = self.file.read(size) if size >= 0 else b""
-        if len(content) != size:
-            raise PickleError("it ends too early")
-        return content
 
 
 def _key(key: Any) -> Any:
@@ -260,24 +203,24 @@ def _called(called: Any, arguments: tuple[Any, ...], *, new: bool) -> Any:
             return called.function(*arguments)
         case RecordType() if new and not arguments:
             return Record(called.name)
-    raise PickleError("it calls what is no function")
+    raise PickleError("it calls a value that is no function")
 
 
 def _set_state(target: Any, state: Any) -> None:
-    """An object's attributes: those of a record are kept, those of mappings, which are few and odd, are not."""
+    """Sets an object's attributes. Those of mappings, few and odd, are dropped."""
     match target, state:
         case Record(), dict():
             target.fields.update({name: value for name, value in state.items() if isinstance(name, str)})
         case dict(), _:
             pass
         case _:
-            raise PickleError("it changes what has no attributes")
+            raise PickleError("it changes a value that has no attributes")
 
 
 def mapping(pairs: list[Any] | tuple[Any, ...] = ()) -> dict[Any, Any]:
-    """A mapping of pairs, which takes the place of any kind of dictionary."""
+    """A mapping of pairs, in place of any kind of dictionary."""
     if not all(isinstance(pair, list | tuple) and len(pair) == 2 for pair in pairs):
-        raise PickleError("a mapping is made of what are no pairs")
+        raise PickleError("a mapping is made of items that are no pairs")
     return {_key(key): value for key, value in pairs}
 
 

@@ -1,11 +1,10 @@
 """The archive of a bundle: one .tar.gz, the same bytes whenever the same bundle is packed.
 
-The manifest comes first, so that the name and size of all that follows are known before it is read.
-Needs the standard library alone, so that a machine without any extra packs and unpacks.
+The manifest comes first, so that the name and size of every other file are known before it is read.
+Needs only the standard library.
 """
 
 import gzip
-import hashlib
 import os
 import shutil
 import tarfile
@@ -17,20 +16,20 @@ from typing import IO
 
 from gpt2onnx.errors import BundleError, OutputError
 
-from ...models.bundle import MANIFEST, Bundle, FileRecord, Manifest, check_place, sha256_of
+from ...models.bundle import MANIFEST, Bundle, FileRecord, Manifest, sha256_of
 from .atomic import replacing, replacing_file
+from .target import check_target
 
 Progress = Callable[[int, int], None]
 
-_LEVEL = 6
-_CHUNK = 1 << 20
-# A manifest has some kilobytes. It is read before anything bounds it.
-_LARGEST_MANIFEST = 1 << 20
+_COMPRESSION_LEVEL = 6
+_LARGEST_MANIFEST = 1 << 20  # bytes; it has some kilobytes
+_CHUNK = 1 << 20  # bytes
 
 
 @dataclass(frozen=True)
 class Archive:
-    """What `pack` made.
+    """An archive that `pack` made.
 
     Attributes:
         path: of the archive.
@@ -54,17 +53,17 @@ def pack(
 ) -> Archive:
     """Packs a bundle into one file.
 
-    The archive holds nothing that depends on time, place or user. (Another implementation of zlib may
-    compress the same content to other bytes.)
+    The archive doesn't depend on time, place or user. (Another implementation of zlib may compress the same content to
+    other bytes.)
 
     Args:
-        folder: the bundle; every file is compared with the manifest before and while it is packed.
+        folder: the bundle. Every file is compared with the manifest before and after it is packed.
         archive: the file to make; it appears whole or not at all.
         force: replace an existing file.
-        progress: called with the bytes packed so far and in all.
+        progress: called with the bytes packed and the bytes in all.
 
     Raises:
-        BundleError: the bundle is missing, or not what its manifest says.
+        BundleError: the bundle is missing, or contradicts its manifest.
         OutputError: the archive exists, lies in the bundle, or can't be written.
     """
     folder, target = Path(folder), Path(archive)
@@ -84,20 +83,42 @@ def pack(
     content = {MANIFEST: FileRecord(manifest.stat().st_size, sha256_of(manifest))}
     content |= dict(sorted(bundle.manifest.files.items()))
     with replacing_file(target, check) as file:
-        # Neither a name nor a time in gzip's header.
-        with (
-            gzip.GzipFile("", "wb", _LEVEL, file, mtime=0) as compressed,
-            tarfile.open(mode="w", fileobj=compressed, format=tarfile.GNU_FORMAT) as tar,
-        ):
-            done, total = 0, sum(record.size for record in content.values())
-            for name, record in content.items():
-                _add(tar, folder, name, record)
-                done += record.size
-                if progress is not None:
-                    progress(done, total)
+        try:
+            _write(file, folder, content, progress)
+        except OSError:  # tarfile's, if a file became shorter
+            _check_unchanged(bundle, content[MANIFEST])
+            raise
+        _check_unchanged(bundle, content[MANIFEST])
         file.flush()
         size, digest = file.tell(), sha256_of(Path(file.name))
     return Archive(target, size, digest, content)
+
+
+def _write(file: IO[bytes], folder: Path, content: dict[str, FileRecord], progress: Progress | None) -> None:
+    done, total = 0, sum(record.size for record in content.values())
+    with (
+        # Neither a name nor a time in gzip's header.
+        gzip.GzipFile("", "wb", _COMPRESSION_LEVEL, file, mtime=0) as compressed,
+        tarfile.open(mode="w", fileobj=compressed, format=tarfile.GNU_FORMAT) as tar,
+    ):
+        for name, record in content.items():
+            header = tarfile.TarInfo(name)
+            header.size, header.mode = record.size, 0o644
+            with (folder / name).open("rb") as source:
+                tar.addfile(header, source)
+            done += record.size
+            if progress is not None:
+                progress(done, total)
+
+
+def _check_unchanged(bundle: Bundle, manifest: FileRecord) -> None:
+    try:
+        bundle.verify()
+        unchanged = sha256_of(bundle.folder / MANIFEST) == manifest.sha256
+    except (BundleError, OSError):
+        unchanged = False
+    if not unchanged:
+        raise BundleError(f"{bundle.folder} changed while it was packed: pack it again")
 
 
 def unpack(
@@ -109,147 +130,111 @@ def unpack(
 ) -> Bundle:
     """Unpacks an archive that `pack` made.
 
-    Nothing but regular files that its manifest lists is taken from it, each with the size and hash listed there.
+    Only regular files that its manifest lists are taken from it, each with the size and hash listed there.
 
     Args:
         archive: the file to read.
         target: the bundle's folder; it appears whole or not at all.
         force: replace an existing bundle.
-        progress: called with the bytes unpacked so far and in all.
+        progress: called with the bytes unpacked and the bytes in all.
 
     Returns:
         The bundle, opened.
 
     Raises:
-        BundleError: the archive is missing, damaged, or not a bundle's.
+        BundleError: the archive is missing, damaged, or holds anything but a bundle.
         OutputError: the target exists or can't be written.
     """
     archive, target = Path(archive), Path(target)
 
-    check_place(target, force=force)
+    check_target(target, force=force)
     try:
         file = archive.open("rb")
     except OSError as error:
         raise BundleError(f"can't read {archive}: {error.strerror}") from error
-    with file, replacing(target, lambda: check_place(target, force=force)) as folder:
+    with file, replacing(target, lambda: check_target(target, force=force)) as folder:
         try:
-            _Content(file).extract(folder, progress)
-            made = Bundle.open(folder)  # here, since another may take its place at once
+            _extract(_Content(file), folder, progress)
+            made = Bundle.open(folder)  # here, since another run may replace the target at once
+            made.verify()
+        except tarfile.TarError as error:
+            raise BundleError(f"{archive} is not an archive made by 'gpt2onnx pack', or damaged") from error
         except BundleError as error:
-            # The folder has a passing name, and is gone when this is read.
+            # The folder is gone when the message is read.
             reason = str(error).replace(f"{folder}{os.sep}", "").replace(f"{folder}", "it")
             raise BundleError(f"{archive}: {reason}") from error
     return replace(made, folder=target)
 
 
 class _Content:
-    """What an archive holds, read in order and trusted in nothing.
+    """The tar file in an archive. Reading more than `limit` bytes is an error.
 
-    tarfile itself would follow long names and extended headers of any size; `pack` writes none.
+    tarfile takes long names and extended headers into memory, however large they say they are.
     """
 
     def __init__(self, file: IO[bytes]) -> None:
-        self._file = gzip.GzipFile(fileobj=file)
+        self._file, self._done = gzip.GzipFile(fileobj=file), 0
+        self.limit = _tar_size([_LARGEST_MANIFEST])
 
-    def extract(self, folder: Path, progress: Progress | None) -> None:
-        """Writes all files, the manifest first, to an empty folder."""
-        first = self._header()
-        if first is None or first.name != MANIFEST or first.size > _LARGEST_MANIFEST:
+    def read(self, size: int) -> bytes:
+        try:
+            data = self._file.read(min(size, self.limit + 1 - self._done))
+        except (EOFError, OSError, zlib.error) as error:
+            raise BundleError("cut off, damaged, or not made by 'gpt2onnx pack': get the archive again") from error
+        self._done += len(data)
+        if self._done > self.limit:
+            raise BundleError("holds more than its manifest lists: get the archive again")
+        return data
+
+
+def _extract(content: _Content, folder: Path, progress: Progress | None) -> None:
+    """Writes all files to an empty folder."""
+    with tarfile.open(fileobj=content, mode="r|") as tar:  # type: ignore[call-overload]
+        first = tar.next()
+        if first is None or first.name != MANIFEST:
             raise BundleError("not an archive made by 'gpt2onnx pack'")
-        self._write(first, folder / MANIFEST)
+        _extract_file(tar, first, folder)
         awaited = dict(Manifest.read(folder).files)
-        done, total = 0, sum(record.size for record in awaited.values())
-        free = shutil.disk_usage(folder).free
+        sizes = [record.size for record in awaited.values()]
+        done, total, free = 0, sum(sizes), shutil.disk_usage(folder).free
         if total > free:
             raise OutputError(
                 f"unpacking takes {total:,} bytes and {free:,} are free: make room, or choose another place"
             )
-        while (header := self._header()) is not None:
-            record = awaited.pop(header.name, None)
-            if record is None:
-                raise BundleError(f"holds {header.name!r}, which its manifest doesn't list")
-            if record.size != header.size:
-                raise BundleError(f"holds {header.size} bytes of {header.name}, its manifest says {record.size}")
-            if self._write(header, folder / header.name) != record.sha256:
-                raise BundleError(f"{header.name} is not what the manifest says: get the archive again")
-            done += header.size
+        content.limit = _tar_size([first.size, *sizes])
+        while (member := tar.next()) is not None:
+            if awaited.pop(member.name, None) is None:
+                raise BundleError(f"holds {member.name!r}, which its manifest doesn't list")
+            _extract_file(tar, member, folder)
+            done += member.size
             if progress is not None:
                 progress(done, total)
-        if awaited:
-            raise BundleError(f"lacks {min(awaited)}: get the archive again")
-        # The end that tar fills up with zeros; reading it to its end compares gzip's checksum.
-        if any(self._read(tarfile.RECORDSIZE)) or self._read(1):
-            raise BundleError("goes on behind its end: get the archive again")
-
-    def _header(self) -> tarfile.TarInfo | None:
-        """The next file's; None at the end."""
-        block = self._exactly(tarfile.BLOCKSIZE)
-        if not any(block):
-            return None
-        try:
-            header = tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape")
-        except tarfile.HeaderError as error:
-            raise BundleError("not an archive made by 'gpt2onnx pack', or damaged") from error
-        if header.type != tarfile.REGTYPE or header.size < 0:
-            raise BundleError(f"holds {header.name!r}, which is not a regular file")
-        return header
-
-    def _write(self, header: tarfile.TarInfo, path: Path) -> str:
-        """Writes a file's content; returns its sha256."""
-        digest, left = hashlib.sha256(), header.size
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            file = path.open("xb")
-        except (FileExistsError, NotADirectoryError) as error:
-            raise BundleError(f"holds {header.name!r} in the place of another file") from error
-        with file:
-            while left:
-                chunk = self._exactly(min(left, _CHUNK))
-                digest.update(chunk)
-                file.write(chunk)
-                left -= len(chunk)
-        self._exactly(-header.size % tarfile.BLOCKSIZE)
-        return digest.hexdigest()
-
-    def _exactly(self, count: int) -> bytes:
-        data = self._read(count)
-        if len(data) < count:
-            raise BundleError("cut off: get the archive again")
-        return data
-
-    def _read(self, count: int) -> bytes:
-        try:
-            return self._file.read(count)
-        except EOFError as error:
-            raise BundleError("cut off: get the archive again") from error
-        except (OSError, zlib.error) as error:
-            raise BundleError("not an archive made by 'gpt2onnx pack', or damaged") from error
+    if awaited:
+        raise BundleError(f"lacks {min(awaited)}: get the archive again")
+    while content.read(_CHUNK):  # to the end, where gzip compares its checksum
+        pass
 
 
-class _Hashed:
-    """A file whose content is hashed as tarfile reads it."""
-
-    def __init__(self, file: IO[bytes]) -> None:
-        self._file = file
-        self.digest = hashlib.sha256()
-
-    def read(self, count: int) -> bytes:
-        data = self._file.read(count)
-        self.digest.update(data)
-        return data
-
-
-def _add(tar: tarfile.TarFile, folder: Path, name: str, record: FileRecord) -> None:
-    header = tarfile.TarInfo(name)
-    header.size = record.size
-    header.mode = 0o644
+def _extract_file(tar: tarfile.TarFile, member: tarfile.TarInfo, folder: Path) -> None:
+    """Writes one file below the folder; the manifest has been checked to name no other place."""
+    source = tar.extractfile(member) if member.isreg() else None
+    if source is None:
+        raise BundleError(f"holds {member.name!r}, which is not a regular file")
+    path = folder / member.name
     try:
-        with (folder / name).open("rb") as file:
-            hashed = _Hashed(file)
-            tar.addfile(header, hashed)  # type: ignore[arg-type]
-    except OSError as error:
-        if error.strerror is None:  # tarfile's own: the file has become shorter
-            raise BundleError(f"{folder / name} changed while it was packed: pack it again") from error
-        raise
-    if hashed.digest.hexdigest() != record.sha256:
-        raise BundleError(f"{folder / name} changed while it was packed: pack it again")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = path.open("xb")
+    except (FileExistsError, NotADirectoryError) as error:
+        raise BundleError(f"holds {member.name!r} in the place of another file") from error
+    with file:
+        shutil.copyfileobj(source, file, _CHUNK)
+
+
+def _tar_size(sizes: list[int]) -> int:
+    """Bytes of a tar file of files with these sizes."""
+
+    def rounded_up(size: int, unit: int) -> int:
+        return -(-size // unit) * unit
+
+    files = sum(tarfile.BLOCKSIZE + rounded_up(size, tarfile.BLOCKSIZE) for size in sizes)
+    return rounded_up(files + 2 * tarfile.BLOCKSIZE, tarfile.RECORDSIZE)

@@ -1,11 +1,14 @@
-"""A folder or file that appears whole or not at all, and leaves nothing behind for good.
+"""A folder or file that appears whole or not at all.
 
-What is written goes to a hidden folder beside the target. At the end both change places, in one step where the
-system has one, so there is always a target. The hidden folder is locked while its process lives, so a later run
-for the same target can tell what a killed one left.
+It is written in a workspace, a hidden folder beside the target, and renamed into place at the end. The workspace holds
+
+    .gpt2onnx-unfinished   the mark: nobody but a run of gpt2onnx makes this file
+    new/                   the new folder, or the folder of the new file
+    old/                   the previous target, while the new one takes its place
+
+and is locked while its process lives. A later run beside it removes a workspace that carries the mark and isn't locked.
 """
 
-import ctypes
 import os
 import secrets
 import shutil
@@ -17,92 +20,96 @@ from typing import IO
 
 from gpt2onnx.errors import OutputError
 
-_NO_LOCKS = -1
-# For renameat2, from Linux's fcntl.h and fs.h.
-_HERE, _EXCHANGE = -100, 2
+_MARK = ".gpt2onnx-unfinished"
+# Each try but the last lost against another run of the same target, which takes seconds to write its own.
+_MOST_TRIES = 20
 
 
 @contextmanager
 def replacing(target: Path, check: Callable[[], None]) -> Iterator[Path]:
-    """An empty folder to write to; it becomes the target if all goes well, and is removed if not.
+    """An empty folder to write to. It becomes the target on success and is removed on failure.
 
     Args:
-        target: the folder to make or replace; where it is a link, what that leads to.
-        check: raises where the target may not be replaced; called once more before that happens.
+        target: the folder to make or replace; of a link, the folder that it leads to.
+        check: raises if the target may not be replaced. Called right before the replacement.
 
     Raises:
-        OutputError: something can't be written; the target is as it was.
+        OutputError: a file or folder can't be written; the target is as it was.
     """
     place = Path(os.path.realpath(target))
-    with _beside(target, place) as folder:
+    with _workspace(target, place) as workspace:
         if Path.cwd().is_relative_to(place):
             raise OutputError(f"{target} is the folder that you are in: choose another target")
-        yield folder
-        folder.chmod(0o755)
-        _flush(folder)
-        # Windows gives a folder no name that another has, be that empty.
-        replaces = place.exists() and (sys.platform == "win32" or any(place.iterdir()))
-        check()
-        if replaces:
-            _exchange(folder, place)
-        else:
-            folder.rename(place)  # fails where another run was faster
-        _flush(place.parent, deep=False)
+        new = workspace / "new"
+        yield new
+        _flush(new, *new.rglob("*"))
+        _put_in_place(new, place, workspace / "old" / place.name, check)
+        _flush(place.parent)
 
 
 @contextmanager
 def replacing_file(target: Path, check: Callable[[], None]) -> Iterator[IO[bytes]]:
-    """A file to write to; it becomes the target if all goes well, and is removed if not. As `replacing` otherwise."""
+    """A file to write to. It becomes the target on success and is removed on failure. Otherwise like `replacing`."""
     place = Path(os.path.realpath(target))
-    with _beside(target, place) as folder:
-        path = folder / place.name
+    with _workspace(target, place) as workspace:
+        path = workspace / "new" / place.name
         with path.open("xb") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
         check()
         path.replace(place)
-        _flush(place.parent, deep=False)
+        _flush(place.parent)
 
 
 @contextmanager
-def _beside(target: Path, place: Path) -> Iterator[Path]:
-    """A hidden folder beside the target's real place, locked, and removed at the end if it is still there."""
-    folder, lock = _hidden(place), None
+def _workspace(target: Path, place: Path) -> Iterator[Path]:
+    """A locked and marked folder beside the target's real place, removed at the end."""
+    folder = place.with_name(f".gpt2onnx-{secrets.token_hex(8)}")
+    lock = None
     try:
         place.parent.mkdir(parents=True, exist_ok=True)
-        _remove_leftovers(place)
+        _remove_abandoned(place.parent)
         folder.mkdir(0o700)
-        # Another run may have taken the folder for a leftover before it was locked.
-        while (lock := _lock(folder)) is None:
-            folder = _hidden(place)
-            folder.mkdir(0o700)
+        lock = _lock(folder)
+        (folder / _MARK).touch()  # after the lock, so that no other run finds the mark without it
+        (folder / "new").mkdir()
+        (folder / "old").mkdir()
         yield folder
     except OSError as error:
         raise OutputError(f"can't write {target}: {error.strerror or error}") from error
     finally:
-        _remove(folder, place)
+        _remove(folder)
         _unlock(lock)
 
 
-def _hidden(target: Path) -> Path:
-    return target.with_name(f".{target.name}.{secrets.token_hex(4)}.new")
+def _put_in_place(new: Path, place: Path, old: Path, check: Callable[[], None]) -> None:
+    """Renames the target aside and the new folder into its place. Another run may do the same at any moment."""
+    for tries_left in reversed(range(_MOST_TRIES)):
+        try:
+            occupied = place.exists() and any(place.iterdir())
+            check()
+            with suppress(FileNotFoundError):  # another run has just moved it
+                if occupied:
+                    place.rename(old)
+                else:
+                    place.rmdir()  # Windows renames onto no folder, not even an empty one
+            new.rename(place)
+        except OSError:
+            if not tries_left or not place.exists():
+                raise
+        else:
+            return
+        finally:
+            if place.exists():
+                shutil.rmtree(old, ignore_errors=True)
 
 
-def _exchange(folder: Path, target: Path) -> None:
-    """Gives the folder the target's place, and the target the folder's."""
-    renameat2 = getattr(ctypes.CDLL(None), "renameat2", None) if sys.platform != "win32" else None
-    if renameat2 is None or renameat2(_HERE, os.fsencode(folder), _HERE, os.fsencode(target), _EXCHANGE) != 0:
-        # Not this system, or not this file system: for a moment there is no target.
-        target.rename(_old(folder))
-        folder.rename(target)
-
-
-def _flush(folder: Path, *, deep: bool = True) -> None:
-    """Has the system write a folder to the disk, so that a power failure can't leave the name without the content."""
-    if sys.platform == "win32":  # which can't flush a folder
+def _flush(*paths: Path) -> None:
+    """Writes files and folders to the disk, so that a power failure can't leave names without content."""
+    if sys.platform == "win32":  # can't flush a folder
         return
-    for path in [folder, *folder.rglob("*")] if deep else [folder]:
+    for path in paths:
         descriptor = os.open(path, os.O_RDONLY)
         try:
             os.fsync(descriptor)
@@ -110,67 +117,51 @@ def _flush(folder: Path, *, deep: bool = True) -> None:
             os.close(descriptor)
 
 
+def _remove_abandoned(parent: Path) -> None:
+    """Removes the workspaces of killed runs."""
+    for mark in parent.glob(f"*/{_MARK}"):
+        with suppress(OSError):  # another run was faster, or the folder isn't ours to remove
+            lock = _lock(mark.parent)
+            if lock is not None:
+                _remove(mark.parent)
+            _unlock(lock)
+
+
+def _remove(workspace: Path) -> None:
+    """Removes a workspace. A previous target in it returns to its place if nothing has taken that."""
+    for old in list(workspace.glob("old/*")):
+        place = workspace.parent / old.name
+        if not place.exists():
+            try:
+                old.rename(place)
+            except OSError:
+                return  # the next run tries again
+    # The mark goes last, so that the next run can continue a removal that was cut short.
+    with suppress(OSError):
+        for folder in (workspace / "new", workspace / "old", workspace):
+            if folder.exists():
+                shutil.rmtree(folder)
+
+
 def _lock(folder: Path) -> int | None:
-    """A descriptor whose closing, or the end of the process, frees the folder; None where another holds or held it."""
-    if sys.platform == "win32":  # which locks no folders: what killed runs leave stays there
-        return _NO_LOCKS
+    """A descriptor that locks a folder until it is closed or the process ends.
+
+    None if another process holds the lock, or the system has none: Windows, some network file systems.
+    """
+    if sys.platform == "win32":
+        return None
     import fcntl
 
-    try:
-        descriptor = os.open(folder, os.O_RDONLY)
-    except FileNotFoundError:
-        return None
+    descriptor = os.open(folder, os.O_RDONLY)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(descriptor)
-        return None
-    except OSError:  # some network file systems have no locks
-        os.close(descriptor)
-        return _NO_LOCKS
-    if not folder.exists():
+    except OSError:
         os.close(descriptor)
         return None
     return descriptor
 
 
 def _unlock(lock: int | None) -> None:
-    if lock is not None and lock != _NO_LOCKS:
-        with suppress(OSError):  # that of a disk which has failed already
+    if lock is not None:
+        with suppress(OSError):  # of a disk that has failed
             os.close(lock)
-
-
-def _remove_leftovers(target: Path) -> None:
-    """Removes what killed runs for this target left, and brings back a target that one had just moved away."""
-    pattern = f".{_literal(target.name)}.*"
-    # One that was killed after its folder had taken the target's place left the old target alone.
-    for old in target.parent.glob(f"{pattern}.old"):
-        if target.exists() and not old.with_suffix(".new").exists():
-            shutil.rmtree(old, ignore_errors=True)
-    for folder in target.parent.glob(f"{pattern}.new"):
-        lock = _lock(folder)
-        if lock is not None and lock != _NO_LOCKS:
-            _remove(folder, target)
-        _unlock(lock)
-
-
-def _remove(folder: Path, target: Path) -> None:
-    """Removes a hidden folder and the old target, which comes back if there is no other."""
-    old = _old(folder)
-    if old.exists() and not target.exists():
-        with suppress(OSError):
-            old.rename(target)
-    if target.exists():
-        shutil.rmtree(old, ignore_errors=True)
-    if not old.exists():
-        shutil.rmtree(folder, ignore_errors=True)
-
-
-def _old(folder: Path) -> Path:
-    """Where the target goes for the moment in which the folder takes its place."""
-    return folder.with_suffix(".old")
-
-
-def _literal(name: str) -> str:
-    """The name as a pattern that matches only itself."""
-    return "".join(f"[{letter}]" if letter in "*?[" else letter for letter in name)

@@ -1,6 +1,6 @@
-"""Brings a checkpoint's tokenizer into the bundle as tokenizer.json, whatever form it has.
+"""Converts a checkpoint's tokenizer, in any supported form, to the bundle's tokenizer.json.
 
-What the files mean is taken from transformers 5's GPT2Tokenizer, BertTokenizer and TokenizersBackend.
+The files mean what they mean to transformers 5's GPT2Tokenizer, BertTokenizer and TokenizersBackend.
 """
 
 import json
@@ -25,10 +25,10 @@ _SETTINGS = "tokenizer_config.json"
 _COMPANIONS = (_SETTINGS, "special_tokens_map.json", "added_tokens.json")
 _BYTE_LEVEL_FILES = (("vocab.json", "merges.txt"), ("encoder.json", "vocab.bpe"))
 _WORD_PIECE_FILE = "vocab.txt"
-_MOST_JSON = 64 * 2**20  # bytes of a tokenizer.json; those of the largest vocabularies have 35 million
+_MOST_JSON = 64 * 2**20  # bytes of a tokenizer.json; the largest vocabularies take 35 million
 _log = logging.getLogger(__name__)
 
-# The special tokens that a tokenizer has unless its files say otherwise, in transformers' order.
+# Special tokens of a tokenizer whose files name no others, in transformers' order.
 _NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 _DEFAULT_TOKENS: Mapping[str, Mapping[str, Any]] = {
     "GPT2Tokenizer": dict.fromkeys(("bos_token", "eos_token", "unk_token"), END_OF_TEXT),
@@ -48,7 +48,7 @@ def write_tokenizer(checkpoint: Path, config: Mapping[str, Any], target: Path) -
     Args:
         checkpoint: folder with tokenizer.json; with vocab.json and merges.txt; with BERT's vocab.txt; with a
             sentencepiece model; with nanoGPT's meta.pkl; or with none of them, for GPT-2's own vocabulary.
-        config: the checkpoint's config.json; its vocab_size has to be there.
+        config: the checkpoint's config.json, with vocab_size.
         target: an existing folder.
 
     Raises:
@@ -73,7 +73,7 @@ def write_tokenizer(checkpoint: Path, config: Mapping[str, Any], target: Path) -
         tokenizer, files = characters(checkpoint / CHARACTERS), replace(files, class_name="PreTrainedTokenizerFast")
     elif config["vocab_size"] in GPT2_VOCABULARIES:
         tokenizer = files.from_nothing()
-        _log.warning("%s has no tokenizer: GPT-2's own is taken, to which its vocabulary fits", checkpoint)
+        _log.warning("%s has no tokenizer: GPT-2's own is taken, which has the same vocabulary", checkpoint)
     else:
         raise CheckpointError(
             f"{checkpoint} has no tokenizer, and a vocabulary of {config['vocab_size']} isn't GPT-2's:"
@@ -88,7 +88,7 @@ def write_tokenizer(checkpoint: Path, config: Mapping[str, Any], target: Path) -
         (target / TOKENIZER).unlink(missing_ok=True)
         tokenizer = _without_added_tokens_from(config["vocab_size"], tokenizer, checkpoint)
     if not (target / TOKENIZER).exists():
-        # Not by its own `save`, whose failures aren't OSErrors.
+        # Not by tokenizer.save, which raises no OSError.
         (target / TOKENIZER).write_text(_compact(json.loads(tokenizer.to_str())), encoding="utf-8")
     for name in _COMPANIONS:
         if (checkpoint / name).is_file() and not (target / name).exists():
@@ -99,7 +99,7 @@ def write_tokenizer(checkpoint: Path, config: Mapping[str, Any], target: Path) -
 
 
 def _compact(content: dict[str, Any]) -> str:
-    """The text of a tokenizer.json: without layout, and with merges in the shorter of their two forms."""
+    """A tokenizer.json without white space, and with merges in the shorter of their two forms."""
     model = content.get("model") or {}
     merges = model.get("merges")
     if isinstance(merges, list) and all(isinstance(pair, list) and " " not in "".join(pair) for pair in merges):
@@ -108,7 +108,7 @@ def _compact(content: dict[str, Any]) -> str:
 
 
 def _without_added_tokens_from(end: int, tokenizer: Tokenizer, checkpoint: Path) -> Tokenizer:
-    """Without added tokens that the network has no row for, such as a padding token that was never trained."""
+    """Drops added tokens with ids from `end` on, such as an untrained padding token: the network has no rows for them."""
     content = json.loads(tokenizer.to_str())
     dropped = [token["content"] for token in content["added_tokens"] if token["id"] >= end]
     content["added_tokens"] = [token for token in content["added_tokens"] if token["id"] < end]
@@ -120,15 +120,15 @@ def _without_added_tokens_from(end: int, tokenizer: Tokenizer, checkpoint: Path)
 
 
 def _byte_level_bpe(vocab: Path, merges: Path, *, add_prefix_space: bool) -> Tokenizer:
-    """GPT-2's tokenizer from its original two files, without special tokens.
+    """A tokenizer like GPT-2's from its two files, without special tokens.
 
     Args:
         vocab: JSON object from token to id (vocab.json, or OpenAI's encoder.json).
         merges: one merge a line (merges.txt, or OpenAI's vocab.bpe).
-        add_prefix_space: encode a text's first word as if it stood after a space.
+        add_prefix_space: encode a text's first word as if a space stood before it.
 
     Raises:
-        CheckpointError: a file can't be read or doesn't hold such a vocabulary.
+        CheckpointError: a file can't be read, or the two don't fit together.
     """
     ids = read_json(vocab)
     try:
@@ -145,14 +145,14 @@ def _byte_level_bpe(vocab: Path, merges: Path, *, add_prefix_space: bool) -> Tok
 
 @dataclass(frozen=True)
 class _TokenizerFiles:
-    """The small files that say how a tokenizer differs from its class.
+    """The settings of a tokenizer: the small files beside its vocabulary.
 
     Attributes:
-        class_name: of transformers, without an ending Fast.
+        class_name: of transformers, without the ending "Fast".
         settings: tokenizer_config.json.
-        special: the special tokens by their role, as text or with their properties; None where there is none.
+        special: special tokens by their role, as text or with their properties; None for a role without a token.
         extra: special tokens without a role.
-        added: further tokens in the order of their ids.
+        added: further tokens, by ascending id.
     """
 
     folder: Path
@@ -176,7 +176,7 @@ class _TokenizerFiles:
         extra = _listed(settings.get("extra_special_tokens")) or _listed(settings.get("additional_special_tokens"))
         by_id = settings.get("added_tokens_decoder")
         if by_id is None:
-            # Only where tokenizer_config.json doesn't list the added tokens do the older files count.
+            # The older files count only if tokenizer_config.json doesn't list the added tokens.
             older = _read_if_there(folder / "special_tokens_map.json")
             special |= {name: token for name, token in older.items() if name.endswith("_token") and _is_token(token)}
             roles = {_text(token) for token in [*special.values(), *extra] if token is not None}
@@ -194,7 +194,7 @@ class _TokenizerFiles:
         return cls(folder, class_name, settings, special, extra, added)
 
     def from_tokenizer_json(self, target: Path) -> Tokenizer:
-        """Takes tokenizer.json as it is, but for its layout, unless its settings say otherwise."""
+        """Takes tokenizer.json as it is, without white space, unless the settings change it."""
         path = self.folder / TOKENIZER
         content = read_json(path, _MOST_JSON)
         try:
@@ -219,13 +219,13 @@ class _TokenizerFiles:
         return tokenizer
 
     def from_nothing(self) -> Tokenizer:
-        """GPT-2's own."""
+        """GPT-2's own tokenizer."""
         tokenizer = gpt2()
         self._add_tokens(tokenizer)
         return tokenizer
 
     def from_word_pieces(self) -> Tokenizer:
-        """BERT's tokenizer, as Chinese GPT-2 models have it."""
+        """BERT's tokenizer, which Chinese GPT-2 models use."""
         path = self.folder / _WORD_PIECE_FILE
         try:
             pieces = models.WordPiece.read_file(str(path))
@@ -245,7 +245,7 @@ class _TokenizerFiles:
         return tokenizer
 
     def _template(self, tokenizer: Tokenizer, before: Any, after: Any) -> processors.TemplateProcessing:
-        """Puts special tokens around every text."""
+        """Puts special tokens before and after every text."""
         first, last = [_text(before)] if before else [], [_text(after)] if after else []
         return processors.TemplateProcessing(
             single=[*first, "$A", *last],
@@ -253,7 +253,7 @@ class _TokenizerFiles:
         )
 
     def _with_settings(self, content: dict[str, Any]) -> dict[str, Any]:
-        """A tokenizer.json with what tokenizer_config.json says of prefix spaces and of case."""
+        """A tokenizer.json with the prefix space and the case of tokenizer_config.json."""
         splitter, normalizer = content.get("pre_tokenizer") or {}, content.get("normalizer") or {}
         if self.class_name == "GPT2Tokenizer" and splitter.get("type") == "ByteLevel":
             prefix_space = self.settings.get("add_prefix_space", splitter.get("add_prefix_space"))
@@ -269,7 +269,7 @@ class _TokenizerFiles:
         return content
 
     def _add_tokens(self, tokenizer: Tokenizer) -> None:
-        """Adds what the settings list and the tokenizer lacks; the ids follow from the order."""
+        """Adds the tokens that the settings list and the tokenizer lacks. Their order gives their ids."""
         order = {name: place for place, name in enumerate(_NAMED_TOKENS)}
         by_role = sorted(self.special.items(), key=lambda item: order.get(item[0], len(order)))
         named = [token for _, token in by_role if token is not None]
@@ -295,7 +295,7 @@ def _is_token(value: Any) -> bool:
 
 
 def _listed(tokens: Any) -> tuple[Any, ...]:
-    """Tokens that a file lists, or names one by one."""
+    """Tokens of a list, or of a mapping by name."""
     values = tokens.values() if isinstance(tokens, dict) else tokens if isinstance(tokens, list) else ()
     return tuple(token for token in values if _is_token(token))
 
@@ -305,7 +305,7 @@ def _text(token: Any) -> str:
 
 
 def _added_token(token: Any, *, special: bool) -> AddedToken:
-    """A token with the properties that a file gives it."""
+    """A token with its properties in a file."""
     if isinstance(token, str):
         return AddedToken(token, special=special)
     names = ("single_word", "lstrip", "rstrip", "normalized", "special")
@@ -320,12 +320,12 @@ def _read_if_there(path: Path) -> dict[str, Any]:
 def _is_installed(package: str) -> bool:
     try:
         return find_spec(package) is not None
-    except ValueError:  # where something has put no module in its place
+    except ValueError:  # sys.modules holds no real module under this name
         return False
 
 
 def _convert_sentencepiece(checkpoint: Path, target: Path) -> Tokenizer:
-    """Lets transformers convert a sentencepiece model; what it writes is what it would use itself."""
+    """Lets transformers convert a sentencepiece model, as it would for itself."""
     purpose = f"Converting the sentencepiece tokenizer of {checkpoint}"
     for package in ("transformers", "sentencepiece"):
         if not _is_installed(package):
@@ -335,7 +335,7 @@ def _convert_sentencepiece(checkpoint: Path, target: Path) -> Tokenizer:
     try:
         AutoTokenizer.from_pretrained(str(checkpoint), local_files_only=True).save_pretrained(str(target))
         return Tokenizer.from_file(str(target / TOKENIZER))
-    except Exception as error:  # transformers raises whatever its many converters raise
+    except Exception as error:  # its many converters raise any type
         reason = one_line(error)[:300]
         raise CheckpointError(
             f"{checkpoint}: transformers can't convert the sentencepiece tokenizer: {reason}"

@@ -1,4 +1,4 @@
-"""Tokenizers of checkpoints that come without any: GPT-2's own, and the characters of a nanoGPT data set.
+"""Tokenizers for checkpoints without one: GPT-2's own, and the characters of a nanoGPT data set.
 
 gpt2_merges.txt.gz is the list of merges that OpenAI published with GPT-2 (https://github.com/openai/gpt-2,
 under the licence beside the file). The whole vocabulary follows from it.
@@ -14,7 +14,7 @@ from gpt2onnx.errors import CheckpointError
 from ..checkpoint.torch_file import read_plain_pickle
 
 END_OF_TEXT = "<|endoftext|>"
-# GPT-2's vocabulary, and the multiple of 64 that nanoGPT and others round it up to.
+# Tokens of GPT-2's vocabulary, and the same rounded up to a multiple of 64, as nanoGPT and others do.
 GPT2_VOCABULARIES = (50257, 50304)
 CHARACTERS = "meta.pkl"
 
@@ -23,7 +23,7 @@ def gpt2() -> Tokenizer:
     """GPT-2's tokenizer, without special tokens."""
     merges = gzip.decompress(Path(__file__).with_name("gpt2_merges.txt.gz").read_bytes()).decode("utf-8")
     pairs = [(left, right) for left, _, right in (line.partition(" ") for line in merges.rstrip("\n").split("\n"))]
-    # One letter stands for each byte: those that can be printed come first.
+    # One letter stands for each byte; printable ones come first.
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
     tokens = [*letters, *(left + right for left, right in pairs), END_OF_TEXT]
     tokenizer = Tokenizer(models.BPE(vocab={token: index for index, token in enumerate(tokens)}, merges=pairs))
@@ -45,7 +45,7 @@ def characters(path: Path) -> Tokenizer:
         for letter, index in ids.items()
     ):
         raise CheckpointError(f"{path} has no table from characters to ids: it isn't nanoGPT's {CHARACTERS}")
-    # Without merges each character is a token; one that isn't in the table is left out.
+    # Without merges each character is a token. Encoding drops characters outside the table.
     tokenizer = Tokenizer(models.BPE(vocab=ids, merges=[]))
     tokenizer.decoder = decoders.Fuse()
     return tokenizer

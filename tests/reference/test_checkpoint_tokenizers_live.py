@@ -8,7 +8,7 @@ import pytest
 from support.tokenizer_files import differences, in_transformers, write
 from transformers.convert_slow_tokenizer import import_protobuf
 
-from gpt2onnx.exporter.tokenizer.convert.convert import write_tokenizer
+from gpt2onnx.exporter.tokenizer.convert import write_tokenizer
 
 
 def sentencepiece_model(folder: Path) -> None:

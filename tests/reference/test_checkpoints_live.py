@@ -20,8 +20,8 @@ from support.weight_files import assert_reads, save_shards
 
 import gpt2onnx
 from gpt2onnx.errors import CheckpointError
-from gpt2onnx.exporter.checkpoint.checkpoint.checkpoint import Checkpoint
-from gpt2onnx.exporter.checkpoint.checkpoint.torch_file import read_checkpoint_file
+from gpt2onnx.exporter.checkpoint.checkpoint import Checkpoint
+from gpt2onnx.exporter.checkpoint.torch_file import read_checkpoint_file
 from gpt2onnx.models.shapes import weight_shapes
 
 State = dict[str, torch.Tensor]

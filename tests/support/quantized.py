@@ -19,7 +19,7 @@ from onnx import numpy_helper
 from safetensors.numpy import load_file, save_file
 
 import gpt2onnx
-from gpt2onnx.exporter.checkpoint.checkpoint.checkpoint import Checkpoint
+from gpt2onnx.exporter.checkpoint.checkpoint import Checkpoint
 from gpt2onnx.exporter.graph.fused import build
 from gpt2onnx.exporter.graph.operators import Precision
 from gpt2onnx.exporter.graph.stored import StoredWeights

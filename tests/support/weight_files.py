@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from safetensors.numpy import save_file
 
-from gpt2onnx.exporter.checkpoint.checkpoint.checkpoint import Checkpoint
+from gpt2onnx.exporter.checkpoint.checkpoint import Checkpoint
 from gpt2onnx.models.config import GPT2Config
 from gpt2onnx.models.shapes import weight_shapes
 

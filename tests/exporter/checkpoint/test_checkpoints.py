@@ -5,6 +5,7 @@ Files that PyTorch wrote are in golden/torch_files; support/torch_files.py write
 
 import io
 import json
+import os
 import pickle
 import shutil
 import tracemalloc
@@ -27,9 +28,8 @@ from support.weight_files import SAVE, TINY, State, assert_reads, book_state, na
 
 import gpt2onnx
 from gpt2onnx.errors import CheckpointError
-from gpt2onnx.exporter.checkpoint.arrays import StridedArray
-from gpt2onnx.exporter.checkpoint.checkpoint.checkpoint import Checkpoint
-from gpt2onnx.exporter.checkpoint.checkpoint.torch_file import read_checkpoint_file
+from gpt2onnx.exporter.checkpoint.checkpoint import Checkpoint
+from gpt2onnx.exporter.checkpoint.torch_file import read_checkpoint_file
 from gpt2onnx.models.config import GPT2Config
 
 # Made by PyTorch: golden/make_torch_files.py.
@@ -414,22 +414,16 @@ def test_a_missing_tensor_and_a_wrong_type_are_named(form: str, folder: Path, st
     assert "int64" in message.lower().replace("i64", "int64")
 
 
-@pytest.mark.parametrize("form", SAVE)
 @pytest.mark.parametrize("part", [0.0, 0.001, 0.5, 0.999])
+@pytest.mark.parametrize("form", [*SAVE, "float32.pt", "float32_legacy.pt", "nanogpt.pt"])
 def test_truncated_files_are_refused(form: str, part: float, folder: Path, state: State) -> None:
-    SAVE[form](state, folder)
+    if form in SAVE:
+        SAVE[form](state, folder)
+    else:
+        shutil.copy(FILES / form, folder / "pytorch_model.bin")
     path = max(folder.glob("*.bin"), default=None) or max(folder.glob("*.safetensors"))
-    content = path.read_bytes()
-    path.write_bytes(content[: int(part * len(content))])
+    os.truncate(path, int(part * path.stat().st_size))
     assert path.name in refused(folder)
-
-
-@pytest.mark.parametrize("part", [0.0, 0.001, 0.5, 0.999])
-@pytest.mark.parametrize("name", ["float32.pt", "float32_legacy.pt", "nanogpt.pt"])
-def test_truncated_files_of_pytorch_are_refused(name: str, part: float, tiny: Path) -> None:
-    content = (FILES / name).read_bytes()
-    (tiny / "pytorch_model.bin").write_bytes(content[: int(part * len(content))])
-    assert "pytorch_model.bin" in refused(tiny)
 
 
 @pytest.mark.parametrize("kind", ["safetensors", "pytorch"])
@@ -522,26 +516,6 @@ def test_a_tensor_that_leaves_its_storage_is_refused(tensor: tuple[Any, Any, Any
     assert read_checkpoint_file(path)["wte.weight"].shape == (2, 2)
 
 
-@pytest.mark.parametrize("name", ["float32.pt", "float32_legacy.pt"])
-def test_a_damaged_file_never_does_more_than_be_refused(name: str, tmp_path: Path) -> None:
-    path, content = tmp_path / name, (FILES / name).read_bytes()
-    pickled = slice(0, 1500)
-    generator = np.random.default_rng(0)
-    for _ in range(300):
-        broken = bytearray(content)
-        for place in generator.integers(pickled.start, pickled.stop, size=generator.integers(1, 4)):
-            broken[place] = generator.integers(256)
-        path.write_bytes(broken)
-        try:
-            read = read_checkpoint_file(path)
-        except CheckpointError as error:
-            assert "\n" not in str(error)  # noqa: PT017  # most do fail, not all
-        else:
-            for array in read.values() if isinstance(read, dict) else ():
-                if isinstance(array, StridedArray) and np.prod(array.shape) < 10**6:
-                    array.read()
-
-
 def test_files_that_are_no_checkpoints_are_told_apart(folder: Path, state: State) -> None:
     assert "no weights" in refused(folder)
     torch_files.save(state, folder / "a.pt")
@@ -597,17 +571,3 @@ def test_a_file_without_its_config_says_so(tmp_path: Path, state: State) -> None
     torch_files.save(state, tmp_path / "pytorch_model.bin")
     assert "config.json" in refused(tmp_path)
     assert "config.json" in refused(tmp_path / "pytorch_model.bin")
-
-
-@pytest.mark.parametrize("form", SAVE)
-def test_a_failed_export_leaves_the_target_as_it_was(form: str, folder: Path, state: State, tmp_path: Path) -> None:
-    SAVE[form](state, folder)
-    target = tmp_path / "bundle"
-    gpt2onnx.export(folder, target)
-    before = {path: path.read_bytes() for path in sorted(target.rglob("*")) if path.is_file()}
-    path = max(folder.glob("*.bin"), default=None) or max(folder.glob("*.safetensors"))
-    path.write_bytes(path.read_bytes()[:-1000])
-    with pytest.raises(CheckpointError, match=path.name):
-        gpt2onnx.export(folder, target, force=True)
-    assert {path: path.read_bytes() for path in sorted(target.rglob("*")) if path.is_file()} == before
-    assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []

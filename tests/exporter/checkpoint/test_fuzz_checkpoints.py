@@ -17,17 +17,15 @@ from pathlib import Path
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
-from safetensors.numpy import load_file
-from support import torch_files
 from support.checkpoints import MakeCheckpoint
 from support.fuzzing import damaged, ends_well, inputs, odd_values, write_json
 from support.golden import FOLDER
 from support.weight_files import TINY
 
-from gpt2onnx.exporter.checkpoint.checkpoint.checkpoint import Checkpoint
-from gpt2onnx.exporter.checkpoint.checkpoint.torch_file import read_checkpoint_file
+from gpt2onnx.exporter.checkpoint.checkpoint import Checkpoint
 from gpt2onnx.exporter.checkpoint.formats import open_weights
-from gpt2onnx.exporter.tokenizer.convert.convert import write_tokenizer
+from gpt2onnx.exporter.checkpoint.torch_file import read_checkpoint_file
+from gpt2onnx.exporter.tokenizer.convert import write_tokenizer
 
 MEBIBYTE = 2**20
 # Importing what reads checkpoints takes some 250 MiB of addresses; what is left is for the file.
@@ -285,29 +283,20 @@ def told(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Told]]:
     shutil.rmtree(folder)
 
 
-@pytest.mark.parametrize("name", BOMBS)
-def test_archives_that_would_grow(name: str, told: dict[str, Told]) -> None:
-    assert told[name].outcome.startswith("CheckpointError"), told[name]
-    assert told[name].seconds < 20
-    assert told[name].memory < 100
+# Most seconds, and MiB, of each.
+LIMITS = (
+    dict.fromkeys([*BOMBS, LONG_LINES], (20, 100))
+    | dict.fromkeys(LARGE_PICKLES, (20, 800))
+    | dict.fromkeys([*HEADERS, LONG_HEADER], (5, 300))
+)
 
 
-@pytest.mark.parametrize("name", LARGE_PICKLES)
-def test_hostile_pickles_stay_small(name: str, told: dict[str, Told]) -> None:
-    assert told[name].seconds < 20
-    assert told[name].memory < 800
-
-
-def test_long_lines_count(told: dict[str, Told]) -> None:
-    assert told[LONG_LINES].outcome.startswith("CheckpointError"), told[LONG_LINES]
-    assert told[LONG_LINES].memory < 100
-
-
-@pytest.mark.parametrize("name", [*HEADERS, LONG_HEADER])
-def test_hostile_safetensors(name: str, told: dict[str, Told]) -> None:
-    assert told[name].outcome.startswith("CheckpointError"), told[name]
-    assert told[name].seconds < 5
-    assert told[name].memory < 300
+@pytest.mark.parametrize("name", LIMITS)
+def test_hostile_files_stay_small(name: str, told: dict[str, Told]) -> None:
+    assert name in LARGE_PICKLES or told[name].outcome.startswith("CheckpointError"), told[name]
+    seconds, memory = LIMITS[name]
+    assert told[name].seconds < seconds
+    assert told[name].memory < memory
 
 
 # Instructions with an argument that suits them, for programs that nobody would write.
@@ -401,111 +390,70 @@ def test_json_without_end(name: str, file: str, whole: dict[str, bytes], place: 
     assert isinstance(outcome, str) == (not (tmp_path / "bundle").exists())
 
 
-def tokenizer_files(folder: Path) -> Iterator[Path]:
-    yield from (
-        folder / name
-        for name in ("tokenizer.json", "tokenizer_config.json", "added_tokens.json", "special_tokens_map.json")
-    )
-
-
 TOKENS = st.fixed_dictionaries(
     {"content": st.text(max_size=3)}, optional=dict.fromkeys(("lstrip", "normalized", "special", "id"), odd_values)
 )
 SETTINGS = {"tokenizer_class": "GPT2Tokenizer", "add_prefix_space": True, "clean_up_tokenization_spaces": True, "bos_token": "<s>", "add_bos_token": True, "added_tokens_decoder": {"256": {"content": "<|endoftext|>", "special": True}}}  # fmt: skip
 
 
+@pytest.fixture(scope="module")
+def empty_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[], Path]:
+    """Empties one folder again and again, with an empty folder `target` in it."""
+    folder = tmp_path_factory.mktemp("odd")
+
+    def empty() -> Path:
+        shutil.rmtree(folder)
+        (folder / "target").mkdir(parents=True)
+        return folder
+
+    return empty
+
+
+def convert(folder: Path, vocabulary: int) -> object:
+    return ends_well(lambda: write_tokenizer(folder, {"vocab_size": vocabulary}, folder / "target"))
+
+
 @inputs(few=150)
 @given(st.data())
-def test_tokenizers_that_are_damaged(
-    checkpoint: Path, tmp_path_factory: pytest.TempPathFactory, data: st.DataObject
-) -> None:
-    folder, target = (tmp_path_factory.getbasetemp() / name for name in ("odd_tokenizer", "odd_target"))
-    for each in (folder, target):
-        shutil.rmtree(each, ignore_errors=True)
-        each.mkdir()
-    whole = (checkpoint / "tokenizer.json").read_bytes()
-    write_json(
-        folder / "tokenizer_config.json",
-        SETTINGS | data.draw(st.dictionaries(st.sampled_from(sorted(SETTINGS)), odd_values, max_size=2)),
-    )
+def test_tokenizers_that_are_damaged(checkpoint: Path, empty_folder: Callable[[], Path], data: st.DataObject) -> None:
+    folder, whole = empty_folder(), (checkpoint / "tokenizer.json").read_bytes()
+    changes = data.draw(st.dictionaries(st.sampled_from(sorted(SETTINGS)), odd_values, max_size=2))
+    write_json(folder / "tokenizer_config.json", SETTINGS | changes)
     (folder / "tokenizer.json").write_bytes(data.draw(damaged(whole)) if data.draw(st.booleans()) else whole)
     if data.draw(st.booleans()):
-        write_json(
-            folder / "special_tokens_map.json",
-            data.draw(
-                st.dictionaries(
-                    st.sampled_from(["bos_token", "pad_token", "additional_special_tokens"]), odd_values | TOKENS
-                )
-            ),
-        )
-        write_json(
-            folder / "added_tokens.json", data.draw(st.dictionaries(st.text(max_size=4), odd_values, max_size=3))
-        )
-    ends_well(lambda: write_tokenizer(folder, {"vocab_size": 257}, target))
+        roles = st.sampled_from(["bos_token", "pad_token", "additional_special_tokens"])
+        write_json(folder / "special_tokens_map.json", data.draw(st.dictionaries(roles, odd_values | TOKENS)))
+        added = st.dictionaries(st.text(max_size=4), odd_values, max_size=3)
+        write_json(folder / "added_tokens.json", data.draw(added))
+    convert(folder, 257)
 
 
 @pytest.mark.parametrize(
-    "added", [{"": []}, {"<a>": math.inf}, {"<a>": 7, "<b>": 7}, {"<a>": "x"}, {"<a>": {}}, {"\ud800": 260}, {"<a>": 10**400}], ids=str
-)  # fmt: skip
-def test_added_tokens_that_were_once_too_much(added: dict[str, object], checkpoint: Path, tmp_path: Path) -> None:
-    shutil.copy(checkpoint / "tokenizer.json", tmp_path)
-    write_json(tmp_path / "added_tokens.json", added)
-    (tmp_path / "target").mkdir()
-    ends_well(lambda: write_tokenizer(tmp_path, {"vocab_size": 257}, tmp_path / "target"))
-
-
-@pytest.mark.parametrize(
-    "settings",
-    [{"add_bos_token": "\ud800"}, {"pad_token": {"content": "<p>", "lstrip": "x"}}, {"bos_token": {"content": "\ud800"}}, {"tokenizer_class": "\ud800"}],
+    ("file", "content"),
+    [("added_tokens.json", added) for added in ({"": []}, {"<a>": math.inf}, {"<a>": 7, "<b>": 7}, {"<a>": "x"}, {"<a>": {}}, {"\ud800": 260}, {"<a>": 10**400})]
+    + [("tokenizer_config.json", SETTINGS | odd) for odd in ({"add_bos_token": "\ud800"}, {"pad_token": {"content": "<p>", "lstrip": "x"}}, {"bos_token": {"content": "\ud800"}}, {"tokenizer_class": "\ud800"})],
     ids=ascii,
 )  # fmt: skip
-def test_tokens_that_were_once_too_odd(settings: dict[str, object], checkpoint: Path, tmp_path: Path) -> None:
+def test_tokens_that_were_once_too_odd(file: str, content: dict[str, object], checkpoint: Path, tmp_path: Path) -> None:
     shutil.copy(checkpoint / "tokenizer.json", tmp_path)
-    write_json(tmp_path / "tokenizer_config.json", SETTINGS | settings)
+    write_json(tmp_path / file, content)
     (tmp_path / "target").mkdir()
-    assert isinstance(ends_well(lambda: write_tokenizer(tmp_path, {"vocab_size": 300}, tmp_path / "target")), str)
+    outcome = convert(tmp_path, 300)
+    assert file == "added_tokens.json" or isinstance(outcome, str)
 
 
 @inputs(few=100)
 @given(st.data())
-def test_vocabularies_that_are_damaged(tmp_path_factory: pytest.TempPathFactory, data: st.DataObject) -> None:
-    folder, target = (tmp_path_factory.getbasetemp() / name for name in ("odd_vocabulary", "odd_target"))
-    for each in (folder, target):
-        shutil.rmtree(each, ignore_errors=True)
-        each.mkdir()
-    vocabulary = {"a": 0, "b": 1, "ab": 2, "<|endoftext|>": 3}
-    match data.draw(st.sampled_from(["bpe", "bpe", "pieces"])):
-        case "bpe":
-            write_json(
-                folder / "vocab.json",
-                vocabulary | data.draw(st.dictionaries(st.text(max_size=3), odd_values, max_size=2)),
-            )
-            (folder / "merges.txt").write_bytes(
-                data.draw(st.one_of(damaged(b"#version: 0.2\na b\n"), st.binary(max_size=40)))
-            )
-        case _:
-            (folder / "vocab.txt").write_bytes(
-                data.draw(st.one_of(damaged(b"[UNK]\n[CLS]\n[SEP]\n[PAD]\n[MASK]\na\n##b\n"), st.binary(max_size=40)))
-            )
-    ends_well(lambda: write_tokenizer(folder, {"vocab_size": 100}, target))
+def test_vocabularies_that_are_damaged(empty_folder: Callable[[], Path], data: st.DataObject) -> None:
+    folder = empty_folder()
 
+    def broken(content: bytes) -> bytes:
+        return data.draw(st.one_of(damaged(content), st.binary(max_size=40)))
 
-CONFIG = {"block_size": 64, "vocab_size": 257, "n_layer": 1, "n_head": 2, "n_embd": 8}
-
-
-@pytest.mark.parametrize("zipped", [True, False])
-def test_a_plain_object_of_a_training_script_is_read_and_not_made(
-    zipped: bool, checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """As build-nanogpt's script does: its GPTConfig is a dataclass of the program that was run."""
-    path = tmp_path / "model.pt"
-    kind = dataclasses.make_dataclass("GPTConfig", [(name, int) for name in CONFIG])
-    kind.__module__ = "__main__"
-    monkeypatch.setattr(sys.modules["__main__"], "GPTConfig", kind, raising=False)
-    state = load_file(checkpoint / "model.safetensors")
-    content = {"model": state, "config": kind(**CONFIG), "step": 7, "val_loss": 3.5}
-    torch_files.save(content, path, zipped=zipped)
-    monkeypatch.undo()
-    settings = open_weights(path).settings
-    assert settings["config"] == CONFIG
-    assert settings["step"] == 7
+    if data.draw(st.sampled_from(["bpe", "bpe", "pieces"])) == "bpe":
+        odd = data.draw(st.dictionaries(st.text(max_size=3), odd_values, max_size=2))
+        write_json(folder / "vocab.json", {"a": 0, "b": 1, "ab": 2, "<|endoftext|>": 3} | odd)
+        (folder / "merges.txt").write_bytes(broken(b"#version: 0.2\na b\n"))
+    else:
+        (folder / "vocab.txt").write_bytes(broken(b"[UNK]\n[CLS]\n[SEP]\n[PAD]\n[MASK]\na\n##b\n"))
+    convert(folder, 100)

@@ -19,7 +19,7 @@ from support.versions import skip_with_transformers_4
 from tokenizers import decoders, models, normalizers, pre_tokenizers
 
 from gpt2onnx.errors import CheckpointError, MissingExtraError
-from gpt2onnx.exporter.tokenizer.convert.convert import write_tokenizer
+from gpt2onnx.exporter.tokenizer.convert import write_tokenizer
 from gpt2onnx.runtime.tokenizer import Tokenizer
 
 END = 1000  # most tests need only the first merges of GPT-2's vocabulary

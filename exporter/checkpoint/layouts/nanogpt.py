@@ -1,0 +1,50 @@
+"""nanoGPT's GPT, and build-nanogpt's, which differs in its activation and in how it is saved.
+
+https://github.com/karpathy/nanoGPT/blob/master/model.py
+https://github.com/karpathy/build-nanogpt/blob/master/train_gpt2.py
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+from ....models.config import GPT2Config
+from ....models.shapes import weight_shapes
+from ..arrays import ZeroArray
+from ..weight import Weight
+from .tensors import Tensors
+
+NAME = "nanoGPT's"
+EMBEDDING = "wte.weight"
+
+
+def recognises(tensors: Tensors) -> bool:
+    """Whether it has Hugging Face's names, with matrices [out, in]."""
+    first = tensors.arrays.get("h.0.attn.c_attn.weight")
+    return (
+        EMBEDDING in tensors.arrays and first is not None and len(first.shape) == 2 and first.shape[0] > first.shape[1]
+    )
+
+
+def arrange(tensors: Tensors, config: Mapping[str, Any] | None) -> tuple[dict[str, Any], dict[str, Weight]]:
+    """Transposes the matrices of the blocks; a network built with bias=False gets biases of 0."""
+    saved = {name: settings for name, settings in tensors.settings.items() if isinstance(settings, dict)}
+    n_head = next((saved[name]["n_head"] for name in ("model_args", "config") if "n_head" in saved.get(name, {})), None)
+    vocabulary, width = tensors.matrix_shape(EMBEDDING)
+    architecture = {
+        "vocab_size": vocabulary,
+        "n_positions": tensors.matrix_shape("wpe.weight")[0],
+        "n_embd": width,
+        "n_layer": tensors.count_blocks("h."),
+        # build-nanogpt saves no model_args.
+        "activation_function": "gelu" if n_head is None or "model_args" in saved else "gelu_pytorch_tanh",
+    }
+    full = tensors.config(architecture, n_head, config)
+    weights = {
+        name: Weight((array,), transposed=name.startswith("h.") and len(array.shape) == 2)
+        for name, array in tensors.arrays.items()
+    }
+    if "ln_f.bias" not in weights:
+        for name, shape in weight_shapes(GPT2Config.from_dict(full), tied=True).items():
+            if name.endswith(".bias"):
+                weights.setdefault(name, Weight((ZeroArray(tensors.path, name, shape),)))
+    return full, weights

@@ -1,0 +1,93 @@
+"""Tensors of a checkpoint by their names in its own scheme, and an architecture derived from their shapes."""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from gpt2onnx.errors import CheckpointError
+
+from ..arrays import StoredArray
+
+# GPT-2's four sizes by their width; all have heads of 64.
+_HEADS_OF_WIDTH = {768: 12, 1024: 16, 1280: 20, 1600: 25}
+_GPT2_VOCABULARY, _GPT2_END = 50257, 50256
+# Other names in a configuration: the book's, nanoGPT's, and transformers' general ones.
+_OTHER_NAMES = {
+    "context_length": "n_positions",
+    "block_size": "n_positions",
+    "emb_dim": "n_embd",
+    "n_layers": "n_layer",
+    "n_heads": "n_head",
+    "hidden_size": "n_embd",
+    "max_position_embeddings": "n_positions",
+    "num_attention_heads": "n_head",
+    "num_hidden_layers": "n_layer",
+}
+
+
+@dataclass(frozen=True)
+class Tensors:
+    """Tensors of a checkpoint.
+
+    Attributes:
+        path: the file that errors name.
+        arrays: by their names, without a wrapper's prefix.
+        settings: whatever else was saved in the same file.
+    """
+
+    path: Path
+    arrays: Mapping[str, StoredArray]
+    settings: Mapping[str, Any]
+
+    def need(self, name: str) -> StoredArray:
+        """A tensor; CheckpointError if it is missing."""
+        if name not in self.arrays:
+            raise CheckpointError(f"{self.path}: the weights lack tensor {name}")
+        return self.arrays[name]
+
+    def matrix_shape(self, name: str) -> tuple[int, int]:
+        """The shape of a matrix; CheckpointError if it is missing, or not a matrix."""
+        shape = self.need(name).shape
+        if len(shape) != 2:
+            raise CheckpointError(f"{self.path}: tensor {name} has shape {list(shape)}, but should be a matrix")
+        return shape[0], shape[1]
+
+    def count_blocks(self, prefix: str) -> int:
+        """The number of transformer blocks: one more than the highest N of the names `<prefix>N.…`."""
+        block = re.compile(rf"^{re.escape(prefix)}(\d{{1,4}})\.")
+        return 1 + max((int(match[1]) for name in self.arrays if (match := block.match(name))), default=-1)
+
+    def config(
+        self, architecture: Mapping[str, Any], n_head: object | None, given: Mapping[str, Any] | None
+    ) -> dict[str, Any]:
+        """A config.json for a checkpoint that was saved without one.
+
+        Args:
+            architecture: fields that the shapes tell.
+            n_head: number of attention heads as saved beside the weights; None if it wasn't.
+            given: a config.json that the user put beside the file; its fields come before all others.
+
+        Raises:
+            CheckpointError: the number of heads can't be known.
+        """
+        width = architecture["n_embd"]
+        end = _GPT2_END if architecture["vocab_size"] >= _GPT2_VOCABULARY else None
+        heads = _HEADS_OF_WIDTH.get(width) if n_head is None else n_head
+        config = {
+            "model_type": "gpt2",
+            "architectures": ["GPT2LMHeadModel"],
+            "layer_norm_epsilon": 1e-5,
+            "bos_token_id": end,
+            "eos_token_id": end,
+            **architecture,
+            **({} if heads is None else {"n_head": heads}),
+            **{_OTHER_NAMES.get(name, name): value for name, value in (given or {}).items()},
+        }
+        if "n_head" not in config:
+            raise CheckpointError(
+                f"{self.path}: the number of attention heads can't be read off the weights (width {width}):"
+                ' put a config.json with {"n_head": …} beside it'
+            )
+        return config
