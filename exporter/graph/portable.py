@@ -39,6 +39,7 @@ def write_portable_graph(checkpoint: Checkpoint, folder: Path) -> None:
     except ImportError as error:
         raise MissingExtraError("The portable graph", error.name or "optimum-onnx", "optimum") from error
     model = _in_pytorch(checkpoint)
+    (folder / bundle.GRAPH).parent.mkdir()
     with tempfile.TemporaryDirectory(dir=folder) as temporary:
         # optimum and PyTorch's tracer report progress and doubts of their own.
         with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():

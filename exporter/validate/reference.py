@@ -19,7 +19,7 @@ from ...models.shapes import weight_shapes
 from ...runtime.decoding.processors import Tokens
 from ...runtime.decoding.sampling import Candidates, Generator
 from ..checkpoint.checkpoint import Checkpoint
-from ..quantize.rounding import Rounding
+from ..graph.input_rounding import InputRounding
 from .cases import Case
 
 if TYPE_CHECKING:
@@ -84,7 +84,7 @@ class Reference:
         _fill(self._model, self._config, tensor, tied=self._tied)
 
     @contextmanager
-    def rounding(self, kinds: Callable[[str], Rounding | None], *, half: bool) -> Iterator[None]:
+    def rounding(self, kinds: Callable[[str], InputRounding | None], *, half: bool) -> Iterator[None]:
         """Lets every linear layer round as the kernels of a lower precision do.
 
         Args:

@@ -18,7 +18,7 @@ from support.checkpoints import MakeCheckpoint
 from support.commands import CommandLine
 
 import gpt2onnx
-from gpt2onnx.exporter.checkpoint.checkpoint.checkpoint import Checkpoint
+from gpt2onnx.exporter.checkpoint.checkpoint import Checkpoint
 from gpt2onnx.exporter.validate.cases import PROCESSORS, STRATEGIES, cases, why_left_out
 from gpt2onnx.exporter.validate.parity import check
 from gpt2onnx.models.bundle import GRAPH, WIDE_GRAPH, WIDE_WEIGHTS, Bundle, describe_files

@@ -14,7 +14,7 @@ from support.tokens import assert_same_tokens
 
 import gpt2onnx
 from gpt2onnx.errors import CheckpointError
-from gpt2onnx.exporter.graph.fused import fused
+from gpt2onnx.exporter.graph import fused
 from gpt2onnx.models import bundle
 from gpt2onnx.models.bundle import Bundle
 from gpt2onnx.models.config import ACTIVATIONS
