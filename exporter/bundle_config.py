@@ -39,7 +39,7 @@ def write_configuration(checkpoint: Checkpoint, folder: Path, *, half: bool) -> 
 
 
 def _generation_config(checkpoint: Checkpoint) -> dict[str, Any]:
-    """The checkpoint's own, or else what transformers derives from config.json."""
+    """The checkpoint's own, or else the options that transformers derives from config.json."""
     path = checkpoint.folder / bundle.GENERATION_CONFIG
     if path.is_file():
         own = {name: value for name, value in read_json(path).items() if value is not None}

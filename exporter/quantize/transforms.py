@@ -22,8 +22,8 @@ def centre(
 ) -> tuple[Tensor, dict[str, InputStats]]:
     """Moves the mean of each layer's inputs into biases, where a bias before the matrix allows it.
 
-    The runtime rounds inputs to 8 bits, and a large mean would take most of that range. What is taken off the bias of
-    a norm, or of the values that attention averages, comes back through the bias of the layer behind it.
+    The runtime rounds inputs to 8 bits, and a large mean would take most of that range. A mean that
+    leaves the bias of a norm, or of the values that attention averages, comes back in the bias of the layer behind.
 
     Args:
         config: the architecture.

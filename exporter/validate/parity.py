@@ -5,7 +5,7 @@ on the same network in PyTorch.
 
 1. Are the bundle's weights those of the checkpoint? They are equal, or the nearest in float16. Of quantised ones no block is off
    by more than rounding can be, and all together change the logits little more than rounding every weight to nearest does.
-   For calibrated weights only the latter holds: each weight makes up for the errors of others, biases for what is left, and
+   For calibrated weights only the latter holds: each weight makes up for the errors of others, biases for the rest, and
    norms may divide inputs by factors that matrices are multiplied by.
 2. Are its logits those of a network with exactly these weights? They may differ by as much as rounding activations in PyTorch,
    as the kernels of that precision do, changes them. The second graph is judged in the same way, with its own
