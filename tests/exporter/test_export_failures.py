@@ -18,12 +18,12 @@ SLOW_EXPORT = """
 import sys, time
 from gpt2onnx.cli.main import commands, main
 from gpt2onnx.exporter import export
-original = export.build
+original = export.write_graphs
 def slow(*arguments, **options):
     print("started", flush=True)
     time.sleep(60)
     return original(*arguments, **options)
-export.build = slow
+export.write_graphs = slow
 sys.argv = ["gpt2onnx", "export", *sys.argv[1:]]
 main()
 """
@@ -128,7 +128,7 @@ def test_truncated_checkpoint(kept: float, target: Path, make_checkpoint: MakeCh
 def test_checkpoint_truncated_while_it_is_read(
     target: Path, make_checkpoint: MakeCheckpoint, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from gpt2onnx.exporter.checkpoint.checkpoint.checkpoint import Checkpoint
+    from gpt2onnx.exporter.checkpoint.checkpoint import Checkpoint
 
     def fail(self: Checkpoint, name: str) -> None:
         raise CheckpointError(f"can't read tensor {name}")
