@@ -144,13 +144,13 @@ def cases(vocab_size: int, n_positions: int, suite: Suite = "full") -> list[Case
     if suite == "brief":
         prompt, options = _case("", 0, vocab_size, n_positions, {}).prompt_ids, {"max_new_tokens": 8, "seed": 1}
         return [Case(name, prompt, {"do_sample": False} | STRATEGIES[name] | options) for name in _BRIEF]
-    wide = [
+    product = [
         _case(f"{strategy}, {processor}", number, vocab_size, n_positions, STRATEGIES[strategy] | PROCESSORS[processor])
         for number, (strategy, processor) in enumerate((s, p) for s in STRATEGIES for p in PROCESSORS)
     ]
     if suite == "quick":
-        wide = wide[::11]
-    return wide + _edges(vocab_size, n_positions)
+        product = product[::11]
+    return product + _edges(vocab_size, n_positions)
 
 
 def _case(name: str, number: int, vocab_size: int, n_positions: int, options: Options) -> Case:
@@ -159,19 +159,12 @@ def _case(name: str, number: int, vocab_size: int, n_positions: int, options: Op
     prompt = [rng.randrange(vocab_size) for _ in range(rng.choice((1, 3, 8, 15)))]
     room = min(n_positions - len(prompt), 24)
     lengths: list[Options] = [
-        {"max_new_tokens": room},
-        {"max_length": len(prompt) + room},
+        {"max_new_tokens": room}, {"max_length": len(prompt) + room},
         {"max_new_tokens": room, "min_new_tokens": room // 2},
         {"max_new_tokens": room, "min_length": len(prompt) + room // 3},
-    ]
+    ]  # fmt: skip
     few, many = rng.sample(range(vocab_size), 3), rng.sample(range(vocab_size), min(vocab_size // 10, 20))
-    ends: list[Options] = [
-        {},
-        {"eos_token_id": few},
-        {"eos_token_id": many},
-        {"eos_token_id": few[0]},
-        {"eos_token_id": many},
-    ]
+    ends: list[Options] = [{}, *({"eos_token_id": each} for each in (few, many, few[0], many))]
     # Explicit, since options of sampling would turn sampling on.
     chosen: dict[str, Any] = {"do_sample": False} | rng.choice(lengths) | rng.choice(ends) | options
     if chosen["do_sample"]:

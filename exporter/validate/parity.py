@@ -17,6 +17,7 @@ The loss of a precision against the checkpoint is reported besides. The report i
 
 import math
 from collections import Counter
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -218,7 +219,6 @@ def _why_left_out(case: Case, reference: Reference, *, same_numbers: bool) -> st
 def _first_difference(found: list[list[int]], expected: list[list[int]]) -> dict[str, Any]:
     for number, (ours, theirs) in enumerate(zip(found, expected, strict=True)):
         if ours != theirs:
-            same = next((i for i, pair in enumerate(zip(ours, theirs, strict=False)) if pair[0] != pair[1]), None)
-            at = min(len(ours), len(theirs)) if same is None else same
+            at = next(index for index, (a, b) in enumerate(zip_longest(ours, theirs)) if a != b)
             return {"sequence": number, "position": at, "found": ours[at:][:1], "expected": theirs[at:][:1]}
     return {}

@@ -4,7 +4,7 @@ Needs the packages torch and transformers, which are imported when a network is 
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -113,18 +113,14 @@ class Reference:
         def halved(_: Any, inputs: tuple["Tensor"], output: "Tensor") -> "Tensor":
             return output.half().float()
 
-        handles = []
-        for name, module in self._model.named_modules():
-            if isinstance(module, Conv1D | torch.nn.Linear):
-                hook = rounded(name.removeprefix("transformer.") + ".weight")
-                handles.append(module.register_forward_pre_hook(hook))
-                if half:
-                    handles.append(module.register_forward_hook(halved))
-        try:
+        with ExitStack() as hooks:
+            for name, module in self._model.named_modules():
+                if isinstance(module, Conv1D | torch.nn.Linear):
+                    hook = rounded(name.removeprefix("transformer.") + ".weight")
+                    hooks.callback(module.register_forward_pre_hook(hook).remove)
+                    if half:
+                        hooks.callback(module.register_forward_hook(halved).remove)
             yield
-        finally:
-            for handle in handles:
-                handle.remove()
 
     def tokens(self, case: Case) -> list[list[int]]:
         """The tokens that `transformers.generate` adds to the prompt, of each returned sequence, up to its end token."""
