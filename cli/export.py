@@ -1,6 +1,7 @@
 """gpt2onnx export"""
 
 import json
+import os
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from . import parity as parity_report
     show_default=True,
     help="Precision of the weights.",
 )
-@click.option("--pure", is_flag=True, help="With int4: every matrix in 4 bits, where some have 8 by default.")
+@click.option("--pure", is_flag=True, help="With int4: every matrix in 4 bits; by default some have 8.")
 @click.option(
     "--graph",
     type=click.Choice(["fused", "portable"]),
@@ -32,18 +33,19 @@ from . import parity as parity_report
 @click.option(
     "--block-size",
     type=int,
-    help="With int8 or int4: weights that share a scale, in all matrices (16 to 256, a power of two).",
+    help="With int8 or int4: number of weights that share a scale, in all matrices (16 to 256, a power of two).",
 )
 @click.option(
     "--calibrate/--no-calibrate",
     default=None,
-    help="With int8 or int4: round the weights for what reaches them in texts that the fp32 model writes itself"
+    help="With int8 or int4: round the weights for the activations on texts that the fp32 model writes itself"
     " (by default up to 200 million weights).",
 )
 @click.option(
     "--quality/--no-quality",
     default=None,
-    help="With int8 or int4: compare with fp32 and note it in the manifest (by default up to 200 million weights).",
+    help="With int8 or int4: compare with fp32 and put the figures into the manifest"
+    " (by default up to 200 million weights).",
 )
 @click.option(
     "--quality-text",
@@ -56,7 +58,8 @@ from . import parity as parity_report
 @click.option(
     "--parity/--no-parity",
     default=None,
-    help="Compare with PyTorch and note it in the manifest (by default up to 200 million weights, where it is installed).",
+    help="Compare with PyTorch and put the report into the manifest"
+    " (by default up to 200 million weights, if PyTorch is installed).",
 )
 @click.option("--revision", help="Branch, tag or commit of a Hugging Face id.")
 @click.option("--force", is_flag=True, help="Replace an existing bundle.")
@@ -81,7 +84,7 @@ def command(
     """Export SOURCE to the folder BUNDLE.
 
     SOURCE is the embedded model `tales`, a checkpoint folder or file, or a Hugging Face id. A bundle
-    that doesn't pass the comparison with PyTorch is kept: its manifest says so.
+    that fails the comparison with PyTorch is kept; its manifest says so.
 
     \b
     Examples:
@@ -89,6 +92,9 @@ def command(
       gpt2onnx export gpt2 ./gpt2-int8 --dtype int8
       gpt2onnx export gpt2 ./gpt2-int4 --dtype int4 --quality-text mine.txt
     """
+    # Read when NumPy is imported. Calibration takes half the processor time with one OpenBLAS thread on a busy machine, and
+    # its results don't depend on the number of cores.
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     from ..exporter.export import export
 
     console.interrupt_on_sigterm()
@@ -120,7 +126,7 @@ def command(
 
 
 def _quality_table(quality: dict[str, Any]) -> str:
-    """What the precision costs, for a person."""
+    """The loss of the precision, for a person."""
     lines = ["against fp32"]
     for figures in (quality, *quality.get("texts", ())):
         rise = figures["perplexity"] / figures["reference_perplexity"] - 1

@@ -14,7 +14,11 @@ from . import console
 @click.argument("source")
 @click.option("--revision", help="Branch, tag or commit of a Hugging Face id.")
 @click.option(
-    "--suite", type=click.Choice(["quick", "full"]), default="quick", show_default=True, help="How many token cases."
+    "--suite",
+    type=click.Choice(["quick", "full"]),
+    default="quick",
+    show_default=True,
+    help="Number of requests whose tokens are compared.",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
 @console.verbosity
@@ -22,7 +26,7 @@ from . import console
 def command(
     ctx: click.Context, bundle: Path, source: str, revision: str | None, suite: str, as_json: bool, quiet: bool
 ) -> None:
-    """Compare BUNDLE with SOURCE run by PyTorch: logits, and tokens of every strategy.
+    """Compare BUNDLE with SOURCE run by PyTorch: weights, logits, and tokens of every strategy.
 
     Needs the extra `optimum` (torch and transformers). Exit code 1 when a check fails.
 
@@ -61,7 +65,7 @@ def table(report: dict[str, Any]) -> str:
     tokens = report["tokens"]
     lines.append(f"  tokens           {tokens['cases']} cases, {tokens['equal']} equal   {_verdict(tokens)}")
     lines += [f"  {note}" for note in tokens["notes"]]
-    # Reports of bundles that were made before have no such entry.
+    # Older reports have no such entry.
     lines += [f"  {count} cases left out: {reason}" for reason, count in tokens.get("left_out", {}).items()]
     if not tokens.get("passed", True):
         lines.append(f"  first difference: {json.dumps(tokens['first_difference'])}")
@@ -78,7 +82,7 @@ def _weights(figures: dict[str, Any]) -> str:
     if figures["quantized"]:
         text += f", {figures['quantized']} quantised, off by at most {figures['most_steps']:.2f} steps in any block"
     if figures["calibrated"]:
-        text += ", rounded for known inputs"
+        text += ", calibrated"
     if not figures["passed"]:
         text += f" (worst: {', '.join(figures['unequal'][:3]) or figures['furthest']})"
     return text

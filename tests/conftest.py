@@ -7,7 +7,6 @@ import os
 import signal
 import sys
 from collections.abc import Iterator
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -140,7 +139,7 @@ def make_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> MakeCheckpoint:
 @pytest.fixture
 def wide_at_any_width(monkeypatch: pytest.MonkeyPatch) -> None:
     """Gives small networks a second graph, too, so that tests of that needn't be large."""
-    monkeypatch.setattr(import_module("gpt2onnx.exporter.export"), "_WIDE_WIDTH", 0)
+    monkeypatch.setattr("gpt2onnx.exporter.graph.second_graph.MIN_WIDTH", 0)
 
 
 @pytest.fixture

@@ -1,1 +1,1 @@
-"""Named arrays to ONNX. Knows neither checkpoints nor calibration."""
+"""Named arrays, plain or quantised, to ONNX. Knows neither checkpoints nor calibration."""

@@ -1,13 +1,13 @@
-"""Operators as they are appended to a graph under construction: linear layers in any precision, activations.
+"""Operators of a graph under construction: linear layers in any precision, norms, activation functions.
 
-Knows ONNX and the precisions, nothing of GPT-2's architecture.
+Knows ONNX and the stored precisions, nothing of GPT-2's architecture.
 Operators: https://github.com/microsoft/onnxruntime/blob/main/docs/ContribOperators.md
 """
 
 import math
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -15,66 +15,37 @@ from onnx import GraphProto, ModelProto, NodeProto, TensorProto, helper, numpy_h
 
 from gpt2onnx.errors import CheckpointError
 
-from ...models.precision import Blocks
-from ..quantize.blocks import QuantizedMatrix, dequantize, quantize
-from ..quantize.rounding import OneScale, choose
-from .weights import WeightsFile, view
+from .blocks import QuantizedMatrix
+from .weights import WeightStore, view
 
-if TYPE_CHECKING:
-    from ..quantize.sequential import Twins
+Array = npt.NDArray[np.float32]
+# A weight as a graph takes it. Quantised matrices are [out, in]; a layer's others [in, out].
+Weight: TypeAlias = Array | QuantizedMatrix
 
 MICROSOFT = "com.microsoft"
 OPSET = 20  # the first with Gelu
-IR_VERSION = 10  # what ONNX Runtime 1.18 and later read
-
-
-@dataclass(frozen=True)
-class Precision:
-    """How weights are stored.
-
-    Attributes:
-        floats: type of activations, biases, norms and whatever isn't quantised.
-        blocks: how a layer's matrix is quantised, by the layer's name; None keeps it in `floats`.
-        wide: whether layers are looked for that a second graph can run in another way; see `wide`.
-        smooth: whether inputs are smoothed for that.
-    """
-
-    floats: type[np.float32] | type[np.float16] = np.float32
-    blocks: Callable[[str], Blocks | None] = lambda name: None
-    wide: bool = False
-    smooth: bool = False
-
-    @property
-    def onnx_type(self) -> int:
-        return int(helper.np_dtype_to_tensor_dtype(np.dtype(self.floats)))
+IR_VERSION = 10  # ONNX Runtime 1.18 and later read it
 
 
 @dataclass(frozen=True)
 class StoredMatrix:
-    """A quantised matrix [rows, width] in the external data, by its name and those of its parts."""
+    """A quantised matrix [rows, width] among the initializers, without its numbers."""
 
     name: str
-    data: str
-    scales: str
     rows: int
     width: int
     bits: int
     block_size: int
 
+    @property
+    def data(self) -> str:
+        """The initializer of its values."""
+        return f"{self.name}.data"
 
-@dataclass(frozen=True)
-class Layer:
-    """A linear layer whose input can be rounded with one scale.
-
-    Attributes:
-        matrix: its stored one.
-        bias: name of its bias; empty where it has none.
-        rounding: how that suits its input.
-    """
-
-    matrix: StoredMatrix
-    bias: str
-    rounding: OneScale
+    @property
+    def scales(self) -> str:
+        """The value that holds its scales in float32."""
+        return f"{self.name}.scales"
 
 
 @dataclass
@@ -107,60 +78,56 @@ class Nodes:
 
 @dataclass(kw_only=True)
 class Graph(Nodes):
-    """The network under construction, with its weights.
+    """A network under construction, with its weights.
 
     Attributes:
-        precision: how weights are stored.
-        weights: takes them as external data.
-        twins: two networks that follow the graph on texts, so that matrices are quantised for them; or none.
-        wide: the layers that may be rounded in another way where many rows pass at once, by their nodes' names.
+        store: takes the weights.
+        floats: type of activations, biases, norms and whatever isn't quantised.
     """
 
-    precision: Precision
-    weights: WeightsFile
-    twins: "Twins | None" = None
-    wide: dict[str, Layer] = field(default_factory=dict)
+    store: WeightStore
+    floats: type[np.float32] | type[np.float16] = np.float32
 
     def weight(self, name: str, array: npt.NDArray[np.generic]) -> str:
-        """A weight kept in the external data."""
-        self.initializers.append(self.weights.append(name, array))
+        """Stores a weight."""
+        self.initializers.append(self.store.append(name, array))
         return name
 
-    def view(self, name: str, weight: str, *shape: int, first: int = 0) -> str:
-        """The same bytes of the external data as another weight, under a name and a shape of its own.
+    def view(self, name: str, weight: str, *shape: int, first_byte: int = 0) -> str:
+        """The same bytes of the external data as another initializer.
 
-        A weight that two operators use stays in memory for the one as it is, although the other packs a copy of it;
-        and a Reshape of a weight is a copy of it. What two names read from the file is mapped once.
+        Two operators on one initializer keep it in memory beside the copy that one of them packs, and a Reshape of an
+        initializer copies it. Two initializers on the same bytes are mapped once.
 
         Args:
             name: the view's.
-            weight: whose bytes it reads.
-            shape: its own, of no more bytes.
-            first: byte of the weight that it begins with.
+            weight: the initializer whose bytes it shares.
+            shape: its own.
+            first_byte: offset in that initializer.
         """
         (stored,) = (each for each in self.initializers if each.name == weight)
-        self.initializers.append(view(stored, name, shape, first))
+        self.initializers.append(view(stored, name, shape, first_byte))
         return name
 
-    def vector(self, name: str, array: npt.NDArray[np.float32]) -> str:
-        """A weight kept in the external data as it is, or rounded to float16.
+    def vector(self, name: str, array: Array) -> str:
+        """Stores a weight in the graph's type of floats.
 
         Raises:
             CheckpointError: a number is beyond float16's range.
         """
         with np.errstate(over="ignore"):
-            rounded = array.astype(self.precision.floats, copy=False)
+            rounded = array.astype(self.floats, copy=False)
         if rounded is not array and not np.isfinite(rounded).all():
             raise CheckpointError(f"{name} has numbers beyond float16's range: export in another precision")
         return self.weight(name, rounded)
 
-    def halved(self, name: str, array: npt.NDArray[np.float32], *, small: float = 0.0) -> str:
-        """A float32 weight kept as float16 where that has its digits; ONNX Runtime turns it back once, at loading.
+    def halved(self, name: str, array: Array, *, small: float = 0.0) -> str:
+        """Stores a float32 weight in float16 where that has its digits; ONNX Runtime casts it once, at loading.
 
         Args:
-            name: the weight's.
+            name: the float32 value's.
             array: float32.
-            small: errors up to this share of the mean don't matter.
+            small: allowed error, as a share of the mean magnitude.
         """
         with np.errstate(over="ignore"):
             half = array.astype(np.float16)
@@ -168,103 +135,51 @@ class Graph(Nodes):
             return self.weight(name, array)
         return self.op("Cast", [self.weight(f"{name}.half", half)], name, to=TensorProto.FLOAT)
 
-    def linear(
-        self, x: str, name: str, weight: npt.NDArray[np.float32], bias: npt.NDArray[np.float32], *, beside: str
-    ) -> str:
-        """x @ weight + bias, with weight [in, out] as GPT-2's Conv1D stores it.
+    def quantized(self, name: str, matrix: QuantizedMatrix) -> StoredMatrix:
+        """Stores a quantised matrix."""
+        self.weight(f"{name}.data", matrix.data)
+        self.halved(f"{name}.scales", matrix.scales)
+        return StoredMatrix(name, len(matrix.data), matrix.width, matrix.bits, matrix.block_size)
+
+    def linear(self, x: str, name: str, weight: Weight, bias: Array) -> str:
+        """x @ weight + bias.
 
         Args:
             x: its input.
             name: the layer's.
-            weight: float32 [in, out].
+            weight: float32 [in, out], as GPT-2's Conv1D has it, or quantised.
             bias: float32 [out].
-            beside: another value that operators behind this one need.
         """
-        blocks = self.precision.blocks(name)
-        if blocks is None:
-            product = self.op("MatMul", [x, self.vector(f"{name}.weight", weight)], f"{name}.matmul")
-            return self.op("Add", [product, self.vector(f"{name}.bias", bias)], name)
-        covariance, fitted = None, weight
-        # With 8 bits errors are too small to matter together.
-        gradients = self.twins.gradients.get(name) if self.twins and blocks.bits < 8 else None
-        seen = None if self.twins is None else self.twins.reach(self.part, x, beside, weight, bias)
-        if seen is not None:
-            fitted, covariance = seen.fitted(weight), seen.covariance
-        matrix = quantize(fitted.T, blocks.bits, blocks.size, covariance, gradients)
-        rounded = dequantize(matrix).T if self.twins else weight
-        if seen is not None:
-            bias = seen.bias(rounded)
-        stored, stored_bias = self.stored(name, matrix), self.vector(f"{name}.bias", bias)
-        product = self.matmul_quantized(x, stored, f"{name}.matmul", stored_bias)
-        if seen is not None:
-            self.offer(product, stored, stored_bias, seen.sample, weight)
-        if self.twins is not None:
-            self.twins.multiply(x, product, rounded, bias)
-        return product
+        if isinstance(weight, QuantizedMatrix):
+            matrix, stored_bias = self.quantized(name, weight), self.vector(f"{name}.bias", bias)
+            return self.matmul_quantized(x, matrix, f"{name}.matmul", stored_bias)
+        product = self.op("MatMul", [x, self.vector(f"{name}.weight", weight)], f"{name}.matmul")
+        return self.op("Add", [product, self.vector(f"{name}.bias", bias)], name)
 
-    def offer(
-        self,
-        node: str,
-        matrix: StoredMatrix,
-        bias: str,
-        sample: npt.NDArray[np.float32],
-        weight: npt.NDArray[np.float32],
-    ) -> None:
-        """Notes that a second graph may round a layer's input with one scale, if one is wanted and this input bears it.
+    def matmul_quantized(self, x: str, matrix: StoredMatrix, name: str, bias: str = "") -> str:
+        """x @ matrix.T + bias."""
+        inputs = [x, matrix.data, matrix.scales, "", "", bias] if bias else [x, matrix.data, matrix.scales]
+        return self.op(
+            "MatMulNBits", inputs, name, domain=MICROSOFT,
+            K=matrix.width, N=matrix.rows, bits=matrix.bits, block_size=matrix.block_size, accuracy_level=4,
+        )  # fmt: skip
 
-        Args:
-            node: the layer's.
-            matrix: as which its weight is stored.
-            bias: name of its bias; empty where it has none.
-            sample: inputs, float32 [rows, in].
-            weight: float32 [in, out].
-        """
-        if not self.precision.wide or matrix.width % matrix.block_size:
-            return
-        rounding = choose(sample, weight, matrix.block_size)
-        if isinstance(rounding, OneScale):
-            self.wide[node] = Layer(matrix, bias, rounding)
+    def normalize(self, x: str, name: str, weight: Array, bias: Array, epsilon: float) -> str:
+        """Layer norm."""
+        vectors = self.vector(f"{name}.weight", weight), self.vector(f"{name}.bias", bias)
+        return self.op("LayerNormalization", [x, *vectors], name, axis=-1, epsilon=epsilon)
 
-    def part(self, wanted: Sequence[str], held: Collection[str]) -> bytes:
-        """A model of the nodes that make values, float32 [batch, length, width], out of others like that, for a prompt."""
-        nodes: list[NodeProto] = []
-        needed = set(wanted)
-        for node in reversed(self.nodes):
-            if needed & set(node.output):
-                nodes.append(NodeProto())
-                nodes[-1].CopyFrom(node)
-                if node.op_type == "GroupQueryAttention":
-                    nodes[-1].input[3:5] = ["", ""]  # there is no past
-                needed |= set(nodes[-1].input) - {*held, ""}
-        initializers = [each for each in self.initializers if each.name in needed]
-        made = {name for node in nodes for name in node.output} | {each.name for each in initializers} | {""}
-        proto = helper.make_graph(
-            nodes[::-1],
-            "part",
-            [
-                helper.make_tensor_value_info(name, TensorProto.FLOAT if name in held else TensorProto.INT64, None)
-                for name in sorted({name for node in nodes for name in node.input} - made)
-            ],
-            [helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for name in wanted],
-            [self.weights.read(each) for each in initializers],
-        )
-        return bytes(as_model(proto).SerializeToString())
-
-    def quantized(self, name: str, matrix: npt.NDArray[np.float32], blocks: Blocks) -> StoredMatrix:
-        """Quantises [out, in] and stores it."""
-        return self.stored(name, quantize(matrix, blocks.bits, blocks.size))
-
-    def stored(self, name: str, matrix: QuantizedMatrix) -> StoredMatrix:
-        """Stores a quantised matrix."""
-        data, scales = self.weight(f"{name}.data", matrix.data), self.halved(f"{name}.scales", matrix.scales)
-        return StoredMatrix(name, data, scales, len(matrix.data), matrix.width, matrix.bits, matrix.block_size)
+    def add(self, x: str, residual: str, following: str) -> str:
+        """x + residual, before the norm of that name."""
+        # ONNX Runtime would fuse an Add with the norm to SkipLayerNormalization, which takes its CPU three times as long.
+        return self.op("Sum", [x, residual], f"{following}.sum")
 
     def reshape(self, x: str, name: str, *shape: int) -> str:
         """Reshape; 0 keeps a dimension, one -1 takes what is left."""
         return self.op("Reshape", [x, self.constant(f"{name}.shape", np.array(shape, np.int64))], name)
 
     def pad_end(self, x: str, name: str, count: int) -> str:
-        """So many zeros more along the last axis of four."""
+        """Zeros behind the last of four axes."""
         pads = self.constant(f"{name}.pads", np.array([0] * 7 + [count], np.int64))
         return self.op("Pad", [x, pads], name)
 
@@ -276,25 +191,9 @@ class Graph(Nodes):
         ]
         return self.op("Slice", [x, *limits], name)
 
-    def matmul_quantized(self, x: str, matrix: StoredMatrix, name: str, bias: str = "") -> str:
-        """x @ matrix.T + bias."""
-        inputs = [x, matrix.data, matrix.scales, "", "", bias] if bias else [x, matrix.data, matrix.scales]
-        return self.op(
-            "MatMulNBits", inputs, name, domain=MICROSOFT,
-            K=matrix.width, N=matrix.rows, bits=matrix.bits, block_size=matrix.block_size, accuracy_level=4,
-        )  # fmt: skip
-
-    def add_and_normalize(
-        self, x: str, residual: str, name: str, weight: str, bias: str, epsilon: float
-    ) -> tuple[str, str]:
-        """Layer norm of x + residual, and that sum."""
-        # Of an Add ONNX Runtime would make SkipLayerNormalization, which takes its CPU three times as long.
-        total = self.op("Sum", [x, residual], f"{name}.sum")
-        return self.op("LayerNormalization", [total, weight, bias], name, axis=-1, epsilon=epsilon), total
-
 
 def as_model(graph: GraphProto, opset: int = OPSET) -> ModelProto:
-    """A model of the graph, in the version of ONNX that all graphs here are in."""
+    """A model of the graph, in the version of ONNX that all graphs here share."""
     opsets = [helper.make_opsetid("", opset), helper.make_opsetid(MICROSOFT, 1)]
     return helper.make_model(graph, ir_version=IR_VERSION, opset_imports=opsets, producer_name="gpt2onnx")
 
@@ -303,7 +202,7 @@ def activation(graph: Graph, function: str, x: str, name: str) -> str:
     """The MLP's activation; formulas as in transformers' ACT2FN."""
 
     def number(suffix: str, value: float) -> str:
-        return graph.constant(f"{name}.{suffix}", np.array(value, graph.precision.floats))
+        return graph.constant(f"{name}.{suffix}", np.array(value, graph.floats))
 
     match function:
         case "gelu_new" | "gelu_pytorch_tanh" | "gelu_python_tanh" | "gelu_fast" | "gelu_accurate":

@@ -1,7 +1,7 @@
 """The portable graph: optimum's own export, in standard ONNX operators, in the layout of our bundles.
 
-It runs on execution providers that lack ONNX Runtime's fused operators, and nobody here wrote it: so
-the fused graph is compared with it. PyTorch traces the network for it, which needs the whole model in memory.
+It runs on execution providers that lack ONNX Runtime's fused operators. It is written independently of the fused graph, which
+the tests compare with it. PyTorch traces the network, which needs the whole model in memory.
 """
 
 import contextlib
@@ -39,8 +39,9 @@ def write_portable_graph(checkpoint: Checkpoint, folder: Path) -> None:
     except ImportError as error:
         raise MissingExtraError("The portable graph", error.name or "optimum-onnx", "optimum") from error
     model = _in_pytorch(checkpoint)
+    (folder / bundle.GRAPH).parent.mkdir()
     with tempfile.TemporaryDirectory(dir=folder) as temporary:
-        # optimum and PyTorch's tracer report progress and doubts of their own.
+        # optimum and PyTorch's tracer print progress and warnings.
         with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             logging.getLogger("optimum").setLevel(logging.ERROR)

@@ -1,1 +1,1 @@
-"""Weights to blocks of 4 or 8 bits, and their calibration."""
+"""Weights to blocks of 4 or 8 bits: activation statistics, transforms that suit them, sequential calibration."""

@@ -1,7 +1,7 @@
-"""How much errors of each matrix' outputs matter to the predictions: gradients of the loss on the network's own texts.
+"""Gradients of the loss by the outputs of linear layers: the weight of errors of these outputs.
 
-On texts that a network itself wrote, the mean of g g^T over tokens, g a gradient of the loss by a matrix' outputs, is their
-Fisher information: errors e of them raise the divergence from the network by about half of e^T g g^T e. It is the
+On texts that the network itself wrote, the mean of g g^T over tokens, g a gradient of the loss by a layer's outputs, is their
+Fisher information: errors e of the outputs raise the divergence from the network by about half of e^T g g^T e. It is the
 output's factor in K-FAC (https://arxiv.org/abs/1503.05671).
 """
 
@@ -19,15 +19,15 @@ from ..graph.operators import as_model
 from ..graph.weights import mapped
 
 Array = npt.NDArray[np.float32]
-_HEADS = ("lm_head.weight", "wte.weight")  # the latter where it is tied to the embedding
-# Between which the slope of the activation function is taken: exact to about 1e-5.
+_HEADS = ("lm_head.weight", "wte.weight")  # the second one if the head is tied to the embedding
+# Of the central difference that gives the slope of the activation function, exact to about 1e-5.
 _STEP = np.float32(2**-8)
 
 
 class Gradients:
-    """Second moments of a loss' gradients by matrices' outputs, added up text by text.
+    """Second moments of the loss' gradients by layers' outputs, summed up text by text.
 
-    Those by the activation function's inputs are left out: nearly independent of each other, they change nothing.
+    mlp.c_fc is left out: the gradients by its outputs are nearly independent of each other, so they change nothing.
 
     Args:
         model: the network's fused graph in fp32.
@@ -52,21 +52,21 @@ class Gradients:
 
     @property
     def values(self) -> list[str]:
-        """Which of the graph's values `add` needs."""
+        """The graph's values that `add` needs."""
         layers = [f"h.{layer}.{name}" for layer in range(self._config.n_layer) for name in ("attn.c_attn", "mlp.c_fc")]
         return [*self._normalized.values(), *layers, "ln_f"]
 
     def moments(self) -> dict[str, Array]:
-        """The mean of g g^T over all tokens, float32 [out, out], by the matrices' layers; without those that overflow."""
+        """The mean of g g^T over all tokens, float32 [out, out], by layer; without those that overflow."""
         means = {name: each / np.float32(self._tokens) for name, each in self._moments.items()}
         return {name: each for name, each in means.items() if np.isfinite(each).all()}
 
     def add(self, tokens: npt.NDArray[np.int64], values: Mapping[str, Array]) -> None:
-        """Goes back through the network from the loss of a text.
+        """Backpropagates the loss of a text.
 
         Args:
             tokens: int64 [length].
-            values: of the graph for that text, float32 [length, width].
+            values: the graph's, for that text, float32 [length, width].
         """
         self._tokens += len(tokens)
         with np.errstate(all="ignore"):
@@ -84,7 +84,7 @@ class Gradients:
                 residual = residual + self._before_norm(f"h.{layer}.ln_1", inner, values)
 
     def _loss(self, x: Array, tokens: npt.NDArray[np.int64]) -> Array:
-        """By the output head's input; the last token has no next one to predict."""
+        """Gradient by the output head's input. The last token has no next one to predict."""
         head = next(self._weights[name] for name in _HEADS if name in self._weights)
         logits = x[:-1] @ head.T
         error = np.exp(logits - logits.max(-1, keepdims=True))
@@ -93,15 +93,18 @@ class Gradients:
         return np.concatenate([error @ head, np.zeros_like(x[:1])])
 
     def _before_matrix(self, layer: str, gradient: Array) -> Array:
+        """Gradient by a layer's input; notes the moment of that by its output."""
         moment: Array = gradient.T @ gradient
         self._moments[layer] = self._moments[layer] + moment if layer in self._moments else moment
         return self._through(layer, gradient)
 
     def _through(self, layer: str, gradient: Array) -> Array:
+        """Gradient by a layer's input."""
         product: Array = gradient @ self._weights[f"{layer}.weight"].T
         return product
 
     def _before_norm(self, layer: str, gradient: Array, values: Mapping[str, Array]) -> Array:
+        """Gradient by a layer norm's input."""
         x = values[self._normalized[layer]]
         centred = x - x.mean(-1, keepdims=True)
         scale = 1 / np.sqrt(np.square(centred).mean(-1, keepdims=True) + np.float32(self._config.layer_norm_epsilon))
@@ -113,7 +116,7 @@ class Gradients:
 
 
 class _Function:
-    """The activation function, of which only the graph's operators are known."""
+    """The activation function, as the graph's operators."""
 
     def __init__(self, model: ModelProto, threads: int) -> None:
         self._x, name = "h.0.mlp.c_fc", "h.0.mlp.act"
@@ -130,7 +133,7 @@ class _Function:
         self._session = None if linear else providers.open_graph(content, devices.CPU, threads=threads, name=name)
 
     def slopes(self, x: Array) -> Array:
-        """Its derivative for each number, by a central difference."""
+        """Its derivative at each number, by a central difference."""
         if self._session is None:
             return np.ones_like(x)
         (found,) = providers.run(self._session, [self._y], {self._x: np.stack([x - _STEP, x + _STEP])})
@@ -139,7 +142,7 @@ class _Function:
 
 
 class _Attention:
-    """Causal attention backwards, by ONNX Runtime: many small products of matrices, which NumPy makes one by one."""
+    """Backward pass of causal attention, by ONNX Runtime: NumPy is slow at many small products of matrices."""
 
     _OUTPUTS = ("by_query", "by_key", "by_value")
 
@@ -175,7 +178,7 @@ class _Attention:
         self._session = providers.open_graph(content, devices.CPU, threads=threads, name="attention")
 
     def before(self, qkv: Array, gradient: Array, heads: int, scale: float) -> Array:
-        """By packed queries, keys and values [length, 3 * width], given that by what attention makes of them."""
+        """Gradient by packed queries, keys and values [length, 3 * width], given the gradient by attention's output."""
         length = len(qkv)
         query, key, value = qkv.reshape(length, 3, heads, -1).transpose(1, 2, 0, 3)  # each [heads, length, size]
         feeds = {

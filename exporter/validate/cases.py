@@ -1,7 +1,7 @@
 """Generation requests on which a bundle is compared with transformers: data only, for any vocabulary.
 
-The options are transformers' own names and values, except `seed`, which stands for torch.manual_seed
-right before generating. Each case is to give the very tokens of `transformers.generate` in float32.
+The options are transformers' own, except `seed`, which stands for torch.manual_seed right before generating. In float32
+each case must give the very tokens of `transformers.generate`.
 """
 
 import random
@@ -11,16 +11,14 @@ from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
 Options = dict[str, Any]
-
-
 Suite = Literal["brief", "quick", "full"]
 
-MIN_VOCAB_SIZE, MIN_POSITIONS = 30, 40  # of a model that the cases fit
+MIN_VOCAB_SIZE, MIN_POSITIONS = 30, 40  # of a model, for the cases to fit
 
 
 @dataclass(frozen=True)
 class Case:
-    """One prompt and how to continue it."""
+    """A prompt and the options to continue it with."""
 
     name: str
     prompt_ids: list[int]
@@ -44,7 +42,7 @@ STRATEGIES: dict[str, Options] = {
 
 _BRIEF = ("greedy", "sampling", "3 beams, early", "4 beams sampled")
 
-# Options that shape the distribution. Those that only matter to sampling change nothing elsewhere, which is a case, too.
+# Options that shape the distribution. Those of sampling must change nothing in other strategies, which is tested, too.
 PROCESSORS: dict[str, Options] = {
     "plain": {},
     "repetition penalty": {"repetition_penalty": 1.3},
@@ -79,7 +77,7 @@ PROCESSORS: dict[str, Options] = {
 
 
 class _Change(NamedTuple):
-    """Since a release, transformers gives the tokens that it gives today."""
+    """A release since which transformers gives today's tokens for some options."""
 
     release: str
     concerns: Callable[[Options], bool]
@@ -90,7 +88,7 @@ def _rows(options: Options) -> int:
     return max(options.get("num_beams") or 1, options.get("num_return_sequences") or 1)
 
 
-# From 4.57 on, the oldest that is supported; by the releases' own source. There was no 5.18.
+# From 4.57 on, the oldest supported release; read off the releases' source. There was no 5.18.
 _CHANGES = [
     _Change("5.0", lambda options: options.get("top_h") is not None, "has no top_h"),
     _Change(
@@ -115,14 +113,14 @@ _CHANGES = [
 
 
 def why_left_out(options: Options, version: str) -> str | None:
-    """Says why a version of transformers is no judge of some options.
+    """The reason why a version of transformers can't judge some options.
 
     Args:
         options: as in a case.
         version: of transformers, such as "5.24.0".
 
     Returns:
-        The reason; None where its tokens are to be ours.
+        The reason; None if its tokens must be ours.
     """
     for change in _CHANGES:
         if change.concerns(options) and _release(version) < _release(change.release):
@@ -146,35 +144,28 @@ def cases(vocab_size: int, n_positions: int, suite: Suite = "full") -> list[Case
     if suite == "brief":
         prompt, options = _case("", 0, vocab_size, n_positions, {}).prompt_ids, {"max_new_tokens": 8, "seed": 1}
         return [Case(name, prompt, {"do_sample": False} | STRATEGIES[name] | options) for name in _BRIEF]
-    wide = [
+    product = [
         _case(f"{strategy}, {processor}", number, vocab_size, n_positions, STRATEGIES[strategy] | PROCESSORS[processor])
         for number, (strategy, processor) in enumerate((s, p) for s in STRATEGIES for p in PROCESSORS)
     ]
     if suite == "quick":
-        wide = wide[::11]
-    return wide + _edges(vocab_size, n_positions)
+        product = product[::11]
+    return product + _edges(vocab_size, n_positions)
 
 
 def _case(name: str, number: int, vocab_size: int, n_positions: int, options: Options) -> Case:
-    """A case whose lengths, seed and prompt follow from its number, and its end tokens, where the options say none."""
+    """A case whose prompt, lengths, seed and default end tokens are drawn by its number."""
     rng = random.Random(number)
     prompt = [rng.randrange(vocab_size) for _ in range(rng.choice((1, 3, 8, 15)))]
     room = min(n_positions - len(prompt), 24)
     lengths: list[Options] = [
-        {"max_new_tokens": room},
-        {"max_length": len(prompt) + room},
+        {"max_new_tokens": room}, {"max_length": len(prompt) + room},
         {"max_new_tokens": room, "min_new_tokens": room // 2},
         {"max_new_tokens": room, "min_length": len(prompt) + room // 3},
-    ]
+    ]  # fmt: skip
     few, many = rng.sample(range(vocab_size), 3), rng.sample(range(vocab_size), min(vocab_size // 10, 20))
-    ends: list[Options] = [
-        {},
-        {"eos_token_id": few},
-        {"eos_token_id": many},
-        {"eos_token_id": few[0]},
-        {"eos_token_id": many},
-    ]
-    # Said in any case: an option that only matters to sampling would turn it on.
+    ends: list[Options] = [{}, *({"eos_token_id": each} for each in (few, many, few[0], many))]
+    # Explicit, since options of sampling would turn sampling on.
     chosen: dict[str, Any] = {"do_sample": False} | rng.choice(lengths) | rng.choice(ends) | options
     if chosen["do_sample"]:
         chosen["seed"] = rng.randrange(2**33)
@@ -182,7 +173,7 @@ def _case(name: str, number: int, vocab_size: int, n_positions: int, options: Op
 
 
 def _edges(vocab_size: int, n_positions: int) -> list[Case]:
-    """Where a comparison of whole strategies would rarely come."""
+    """Edge cases that the product of strategies and processors rarely meets."""
     rng = random.Random(vocab_size)
 
     def prompt(length: int) -> list[int]:
@@ -213,7 +204,7 @@ def _edges(vocab_size: int, n_positions: int) -> list[Case]:
         "repeated prompt": (repeated, {"max_new_tokens": 16, "repetition_penalty": 1.5, "num_beams": 4}),
         "repeated prompt, no 3-grams": (repeated, {"max_new_tokens": 16, "no_repeat_ngram_size": 3, "num_beams": 4}),
     }  # fmt: skip
-    # With fewer tokens left than candidates wanted, beam sampling draws impossible ones in an order of their own.
+    # With fewer tokens than candidates, beam sampling also draws impossible tokens, in PyTorch's own order.
     for beams, k, length in ((3, 1, 2), (4, 2, 2), (6, 1, 4), (5, 3, 8), (6, 2, 3)):
         edges[f"{beams} beams sampled from {k} tokens"] = (
             prompt(3),

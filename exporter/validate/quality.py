@@ -1,16 +1,15 @@
-"""What a precision costs: a bundle's predictions against those of the same weights in fp32.
+"""Quality of a precision: a bundle's predictions against those of the same weights in fp32.
 
-Two figures, both over positions of a text: perplexity, and the mean Kullback-Leibler divergence
-KL(fp32 || bundle) in nats per token, 0 for equal predictions. On a text of one's own both say how
-the bundle will do there. With none at hand the fp32 model writes the text itself, sampled from its own
-unaltered distribution: the mean divergence is then that over what the model really says, and it
-equals, in expectation, the logarithm of the rise in perplexity.
+Two figures over positions of a text: perplexity, and the mean Kullback-Leibler divergence KL(fp32 || bundle) in nats per
+token, 0 for equal predictions. Without a text, the fp32 model samples one from its own unaltered distribution: the mean
+divergence there equals, in expectation, the rise of the logarithm of perplexity.
 """
 
 import itertools
 import math
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -21,7 +20,8 @@ from ...models.bundle import TOKENIZER, Bundle
 from ...runtime.engine.kv_cache import KVCache
 from ...runtime.engine.runner import Runner
 from ...runtime.tokenizer import Tokenizer
-from ..quantize.calibrate import sample
+from ..quantize.statistics import sample
+from .logits import divergence, log_softmax
 
 # A window's logits are held twice: 128 positions of a vocabulary of 50,257 are 26 MB each.
 _WINDOW = 128
@@ -33,8 +33,8 @@ class Quality:
     """A bundle's predictions against those of fp32.
 
     Attributes:
-        text: what they were compared on: "own samples", or the caller's name for it.
-        tokens: predicted, whose means the other figures are.
+        text: "own samples", or the caller's name of the text.
+        tokens: predicted tokens; the other figures are means over them.
         reference_perplexity: of fp32.
         perplexity: of the bundle.
         kl: mean KL(fp32 || bundle), nats per token.
@@ -45,6 +45,14 @@ class Quality:
     reference_perplexity: float
     perplexity: float
     kl: float
+
+
+def report(bundle: Bundle, reference: Bundle, texts: Mapping[str, str]) -> dict[str, Any]:
+    """The manifest's figures: on samples of the reference, and on texts by their names."""
+    figures = asdict(on_own_samples(bundle, reference))
+    if texts:
+        figures["texts"] = [asdict(on_text(bundle, reference, text, name=name)) for name, text in texts.items()]
+    return figures
 
 
 def on_text(bundle: Bundle, reference: Bundle, text: str, *, name: str = "text", threads: int | None = None) -> Quality:
@@ -77,13 +85,13 @@ def on_own_samples(
 
 
 def _sessions(bundle: Bundle, reference: Bundle, threads: int | None) -> tuple[Runner, Runner]:
-    """Where a bundle has a second graph, that is the one that rounds more, and it's prompts and batches that are compared."""
+    """Opens both. A second graph rounds more than the first, so it is the one that is judged where there is one."""
     ours = Runner(bundle, threads=threads)
     ours.open_wide()
     return ours, Runner(reference, threads=threads)
 
 
-# For predicted positions: the losses of fp32 and of the bundle, and their divergence.
+# At each predicted position: the losses of fp32 and of the bundle, and their divergence.
 _Figures = tuple[npt.NDArray[np.float64], npt.NDArray[np.float64], npt.NDArray[np.float64]]
 
 
@@ -107,17 +115,10 @@ def _compare(
 ) -> _Figures:
     """Runs [1, count] tokens through both; of the last there may be no following one."""
     row = slice(0, 1)
-    candidate = _log_softmax(ours.forward(caches[0], row, tokens, logits="all")[: len(following)])
-    truth = _log_softmax(theirs.forward(caches[1], row, tokens, logits="all")[: len(following)])
-    return _figures(candidate, truth, following)
-
-
-def _figures(
-    candidate: npt.NDArray[np.float64], truth: npt.NDArray[np.float64], tokens: npt.NDArray[np.int64]
-) -> _Figures:
-    rows = np.arange(len(tokens))
-    divergence = np.einsum("rv,rv->r", np.exp(truth), truth - candidate)
-    return -truth[rows, tokens], -candidate[rows, tokens], divergence
+    candidate = log_softmax(ours.forward(caches[0], row, tokens, logits="all")[: len(following)])
+    truth = log_softmax(theirs.forward(caches[1], row, tokens, logits="all")[: len(following)])
+    rows = np.arange(len(following))
+    return -truth[rows, following], -candidate[rows, following], divergence(truth, candidate)
 
 
 def _summary(name: str, parts: Iterator[_Figures]) -> Quality:
@@ -129,9 +130,3 @@ def _summary(name: str, parts: Iterator[_Figures]) -> Quality:
         perplexity=math.exp(candidate.mean()),
         kl=float(divergence.mean()),
     )
-
-
-def _log_softmax(logits: npt.NDArray[np.float32]) -> npt.NDArray[np.float64]:
-    shifted = logits.astype(np.float64) - logits.max(-1, keepdims=True)
-    result: npt.NDArray[np.float64] = shifted - np.log(np.exp(shifted).sum(-1, keepdims=True))
-    return result

@@ -1,10 +1,10 @@
-"""The network in PyTorch, run by transformers: the judge of a bundle.
+"""The checkpoint in PyTorch, run by transformers: the reference of parity.
 
 Needs the packages torch and transformers, which are imported when a network is loaded.
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +19,7 @@ from ...models.shapes import weight_shapes
 from ...runtime.arrays import Tokens
 from ...runtime.decoding.torch_random import Candidates, Generator
 from ..checkpoint.checkpoint import Checkpoint
-from ..quantize.rounding import Rounding
+from ..graph.input_rounding import InputRounding
 from .cases import Case
 
 if TYPE_CHECKING:
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 Logits = npt.NDArray[np.float32]
 
-# Additions in another order change a sum of some thousand products by about this share of its size.
+# Adding some thousand products in another order changes their sum by about this share of its size.
 _FLOAT32_NOISE = 1e-6
 
 
@@ -57,9 +57,9 @@ class Reference:
         self._config, self._tied = checkpoint.config, checkpoint.tied
         try:
             self._model = _load(checkpoint)
-        except Exception as error:  # transformers raises whatever its parts raise
+        except Exception as error:  # transformers raises errors of any class
             raise CheckpointError(f"transformers can't load {checkpoint.name} to compare with: {error}") from error
-        # The cases say what matters, whatever the checkpoint's own options are.
+        # The cases give all options; the checkpoint's own don't count.
         self._model.generation_config = transformers.GenerationConfig()
 
     def logits(self, prompts: Sequence[Tokens]) -> list[Logits]:
@@ -70,11 +70,11 @@ class Reference:
             return [self._model(torch.from_numpy(prompt[None])).logits[0].numpy() for prompt in prompts]
 
     def take(self, tensor: Callable[[str], npt.NDArray[np.float32]], *, own_head: bool = False) -> None:
-        """Takes over other weights, by their checkpoint names.
+        """Replaces the weights.
 
         Args:
-            tensor: gives them.
-            own_head: from now on the output head is a weight of its own, also where it was the token embedding.
+            tensor: gives each weight by its checkpoint name.
+            own_head: untie the output head from the token embedding.
         """
         if own_head and self._tied:
             from torch.nn import Parameter
@@ -84,12 +84,12 @@ class Reference:
         _fill(self._model, self._config, tensor, tied=self._tied)
 
     @contextmanager
-    def rounding(self, kinds: Callable[[str], Rounding | None], *, half: bool) -> Iterator[None]:
-        """Lets every linear layer round as the kernels of a lower precision do.
+    def rounding(self, kinds: Callable[[str], InputRounding | None], *, half: bool) -> Iterator[None]:
+        """Lets every linear layer round its input as the kernels of a lower precision do.
 
         Args:
-            kinds: for a weight's name, how its inputs are rounded to 8 bits; None for not at all.
-            half: whether inputs and outputs are rounded to float16.
+            kinds: gives the rounding of a layer's input to 8 bits, by the weight's name; None for no rounding.
+            half: round inputs and outputs to float16.
         """
         import torch
         from transformers.pytorch_utils import Conv1D
@@ -113,21 +113,17 @@ class Reference:
         def halved(_: Any, inputs: tuple["Tensor"], output: "Tensor") -> "Tensor":
             return output.half().float()
 
-        handles = []
-        for name, module in self._model.named_modules():
-            if isinstance(module, Conv1D | torch.nn.Linear):
-                hook = rounded(name.removeprefix("transformer.") + ".weight")
-                handles.append(module.register_forward_pre_hook(hook))
-                if half:
-                    handles.append(module.register_forward_hook(halved))
-        try:
+        with ExitStack() as hooks:
+            for name, module in self._model.named_modules():
+                if isinstance(module, Conv1D | torch.nn.Linear):
+                    hook = rounded(name.removeprefix("transformer.") + ".weight")
+                    hooks.callback(module.register_forward_pre_hook(hook).remove)
+                    if half:
+                        hooks.callback(module.register_forward_hook(halved).remove)
             yield
-        finally:
-            for handle in handles:
-                handle.remove()
 
     def tokens(self, case: Case) -> list[list[int]]:
-        """What `transformers.generate` adds to the prompt: of each returned sequence, up to its end token."""
+        """The tokens that `transformers.generate` adds to the prompt, of each returned sequence, up to its end token."""
         import torch
 
         options = dict(case.options)
@@ -137,9 +133,9 @@ class Reference:
         prompt = torch.tensor([case.prompt_ids])
         if seed is not None:
             torch.manual_seed(seed)
-        # What follows an end token is padding; it goes through the network, so it has to be a token.
+        # Padding behind an end token goes through the network, so it has to be a token.
         options |= {"attention_mask": torch.ones_like(prompt), "pad_token_id": ends[0] if ends else 0}
-        model: Any = self._model  # whose type says nothing of generate
+        model: Any = self._model  # its type has no generate
         with torch.inference_mode():
             output = model.generate(prompt, **options)
         sequences = []
@@ -180,7 +176,7 @@ def _fill(
 
 
 def same_random_numbers() -> bool:
-    """Whether this PyTorch's CPU generator has the stream that `runtime.sampling` reproduces."""
+    """Whether this PyTorch's CPU generator draws the numbers that `runtime.decoding.sampling` reproduces."""
     import torch
 
     logits = np.zeros(1000, np.float32)

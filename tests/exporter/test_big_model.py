@@ -29,14 +29,14 @@ pytestmark = [
 
 XL = {"model_type": "gpt2", "vocab_size": 50257, "n_positions": 1024, "n_embd": 1600, "n_layer": 48, "n_head": 25}
 SHARDS = 7  # shares no factor with a block's 12 tensors, so the large ones spread evenly
-PRECISIONS: dict[str, dict[str, Any]] = {
-    "fp32": {"dtype": "fp32"},
-    "fp16": {"dtype": "fp16"},
-    "int8": {"dtype": "int8"},
-    "int4": {"dtype": "int4"},
-    "int4 pure": {"dtype": "int4", "pure": True},
+# Options, and bytes on disk at most.
+PRECISIONS: dict[str, tuple[dict[str, Any], float]] = {
+    "fp32": ({"dtype": "fp32"}, 6.3e9),
+    "fp16": ({"dtype": "fp16"}, 3.2e9),
+    "int8": ({"dtype": "int8"}, 1.8e9),
+    "int4": ({"dtype": "int4"}, 1.1e9),
+    "int4 pure": ({"dtype": "int4", "pure": True}, 1.1e9),
 }
-LIMITS = {"fp32": 6.3e9, "fp16": 3.2e9, "int8": 1.8e9, "int4": 1.1e9, "int4 pure": 1.1e9}  # bytes on disk
 MEMORY = 2 * 2**30
 TOKENS = 16
 
@@ -80,17 +80,10 @@ GENERATE = """
 
 
 @pytest.fixture(scope="module")
-def safetensors(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    folder = tmp_path_factory.mktemp("safetensors")
-    yield _write_checkpoint(folder, "model", "safetensors")
-    shutil.rmtree(folder)
-
-
-@pytest.fixture
-def pickles(tmp_path: Path) -> Iterator[Path]:
-    folder = tmp_path / "pickles"
-    folder.mkdir()
-    yield _write_checkpoint(folder, "pytorch_model", "bin")
+def checkpoint(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """The checkpoint in files with the suffix that is the fixture's parameter."""
+    folder = tmp_path_factory.mktemp(request.param)
+    yield _write_checkpoint(folder, {"safetensors": "model", "bin": "pytorch_model"}[request.param], request.param)
     shutil.rmtree(folder)
 
 
@@ -146,8 +139,14 @@ def _watched(work: str, *arguments: object) -> dict[str, Any]:
     return figures
 
 
-def _assert_exports_and_generates(precision: str, checkpoint: Path, bundle: Path) -> None:
-    exported = _watched(EXPORT, checkpoint, bundle, json.dumps(PRECISIONS[precision]))
+@pytest.mark.parametrize(
+    ("precision", "checkpoint"),
+    [*((name, "safetensors") for name in PRECISIONS), ("int8", "bin")],
+    indirect=["checkpoint"],
+)
+def test_exports_in_little_memory_and_generates(precision: str, checkpoint: Path, bundle: Path) -> None:
+    options, limit = PRECISIONS[precision]
+    exported = _watched(EXPORT, checkpoint, bundle, json.dumps(options))
     size = sum(path.stat().st_size for path in bundle.rglob("*") if path.is_file())
     generated = _watched(GENERATE, bundle, TOKENS)
     print(
@@ -156,19 +155,10 @@ def _assert_exports_and_generates(precision: str, checkpoint: Path, bundle: Path
         f" | {TOKENS / generated['seconds']:.1f} |"
     )
     assert exported["peak"] < MEMORY, f"the export held {exported['peak'] / 2**30:.2f} GiB"
-    assert size < LIMITS[precision], f"the bundle has {size / 1e9:.3f} GB"
+    assert size < limit, f"the bundle has {size / 1e9:.3f} GB"
     assert len(generated["tokens"]) == TOKENS
     steps = exported["progress"]
     total = 4 * sum(math.prod(shape) for shape in weight_shapes(GPT2Config.from_dict(XL), tied=True).values())
     assert all(of == total for _, of in steps)
     assert [done for done, _ in steps] == sorted(done for done, _ in steps)
     assert steps[-1][0] == total
-
-
-@pytest.mark.parametrize("precision", PRECISIONS)
-def test_exports_in_little_memory_and_generates(precision: str, safetensors: Path, bundle: Path) -> None:
-    _assert_exports_and_generates(precision, safetensors, bundle)
-
-
-def test_sharded_pickles_need_no_more_memory(pickles: Path, bundle: Path) -> None:
-    _assert_exports_and_generates("int8", pickles, bundle)

@@ -5,7 +5,6 @@ import json
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ import pytest
 from support import peers
 from support.checkpoints import MakeCheckpoint
 from support.golden import assert_close
+from support.quantized import few_texts
 from support.reference import Reference
 from support.tokens import assert_same_tokens
 
@@ -131,11 +131,9 @@ def bundle_of(tmp_path_factory: pytest.TempPathFactory, make_checkpoint: MakeChe
     @functools.cache
     def bundle_of(name: str) -> Path:
         settings, options = BUNDLES[name]
-        with pytest.MonkeyPatch.context() as patch:
-            export = import_module("gpt2onnx.exporter.export")
-            patch.setattr(export, "_WIDE_WIDTH", 0)
-            # It is the graphs that are looked at, not how well they do: fewer texts are enough, and much faster.
-            patch.setattr(export, "_MORE_TEXTS", 4)
+        # The graphs are looked at, not their quality: fewer texts are enough, and much faster.
+        with few_texts(), pytest.MonkeyPatch.context() as patch:
+            patch.setattr("gpt2onnx.exporter.graph.second_graph.MIN_WIDTH", 0)
             source = "tales" if settings is None else make_checkpoint(**settings)
             made = gpt2onnx.export(source, folder / name, **options).folder
         assert (made / WIDE_GRAPH).is_file() == (name in CALIBRATED)

@@ -18,7 +18,7 @@ from support.checkpoints import MakeCheckpoint
 from support.commands import CommandLine
 
 import gpt2onnx
-from gpt2onnx.exporter.checkpoint.checkpoint.checkpoint import Checkpoint
+from gpt2onnx.exporter.checkpoint.checkpoint import Checkpoint
 from gpt2onnx.exporter.validate.cases import PROCESSORS, STRATEGIES, cases, why_left_out
 from gpt2onnx.exporter.validate.parity import check
 from gpt2onnx.models.bundle import GRAPH, WIDE_GRAPH, WIDE_WEIGHTS, Bundle, describe_files
@@ -32,8 +32,8 @@ PRECISIONS: dict[str, dict[str, Any]] = {
     "int8": {"dtype": "int8", "quality": False, "calibrate": False},
     "int4": {"dtype": "int4", "quality": False, "calibrate": False},
     "int4 pure": {"dtype": "int4", "pure": True, "quality": False, "calibrate": False},
-    "int4 for known inputs": {"dtype": "int4", "quality": False, "calibrate": True},
-    "int8 for known inputs": {"dtype": "int8", "quality": False, "calibrate": True},
+    "int4 calibrated": {"dtype": "int4", "quality": False, "calibrate": True},
+    "int8 calibrated": {"dtype": "int8", "quality": False, "calibrate": True},
 }
 # A vocabulary too small for the token cases, which would only cost time here.
 NETWORKS: dict[str, dict[str, Any]] = {
@@ -145,33 +145,35 @@ def transposed(folder: Path, graph: ModelProto) -> None:
     change_stored(folder, graph, "h.0.attn.c_proj.weight", np.transpose)
 
 
-def swapped_layers(folder: Path, graph: ModelProto) -> None:
-    swapped = (".ln_2.weight", ".ln_2.bias", ".mlp.c_fc.weight", ".mlp.c_fc.bias")
+def rename_inputs(graph: ModelProto, rename: Callable[[str], str]) -> None:
     for node in graph.graph.node:
-        for index, name in enumerate(node.input):
-            if name.endswith(swapped):
-                node.input[index] = name.replace("h.0.", "h.x.").replace("h.1.", "h.0.").replace("h.x.", "h.1.")
+        node.input[:] = [rename(name) for name in node.input]
 
 
-def wrong_epsilon(folder: Path, graph: ModelProto) -> None:
+def change_numbers(graph: ModelProto, name: str, change: Callable[[float], float]) -> None:
+    """Changes the attributes of that name."""
     for node in graph.graph.node:
         for attribute in node.attribute:
-            if attribute.name == "epsilon":
-                attribute.f = 0.3
+            if attribute.name == name:
+                attribute.f = change(attribute.f)
+
+
+def swapped_layers(folder: Path, graph: ModelProto) -> None:
+    swapped = (".ln_2.weight", ".ln_2.bias", ".mlp.c_fc.weight", ".mlp.c_fc.bias")
+    others = {"h.0.": "h.1.", "h.1.": "h.0."}
+    rename_inputs(graph, lambda name: others.get(name[:4], name[:4]) + name[4:] if name.endswith(swapped) else name)
 
 
 def no_used_bias(folder: Path, graph: ModelProto) -> None:
-    for node in graph.graph.node:
-        for index, name in enumerate(node.input):
-            if name == "h.0.mlp.c_fc.bias":
-                node.input[index] = "h.1.mlp.c_fc.bias"
+    rename_inputs(graph, lambda name: "h.1.mlp.c_fc.bias" if name == "h.0.mlp.c_fc.bias" else name)
 
 
-def no_causality_scale(folder: Path, graph: ModelProto) -> None:
-    for node in graph.graph.node:
-        for attribute in node.attribute:
-            if attribute.name == "scale":
-                attribute.f *= 1.5
+def wrong_epsilon(folder: Path, graph: ModelProto) -> None:
+    change_numbers(graph, "epsilon", lambda _: 0.3)
+
+
+def wrong_attention_scale(folder: Path, graph: ModelProto) -> None:
+    change_numbers(graph, "scale", lambda scale: scale * 1.5)
 
 
 def wrong_zero(folder: Path, graph: ModelProto) -> None:
@@ -196,12 +198,12 @@ def with_fault(folder: Path, file: str, fault: Fault) -> Path:
     return Bundle.open(folder).folder
 
 
-EVERY: list[Fault] = [no_stored_bias, swapped_layers, wrong_epsilon, no_used_bias, no_causality_scale]
+EVERY: list[Fault] = [no_stored_bias, swapped_layers, wrong_epsilon, no_used_bias, wrong_attention_scale]
 
 
 @pytest.mark.parametrize(
     ("precision", "fault"),
-    [(precision, fault) for precision in PRECISIONS if "known" not in precision for fault in EVERY]
+    [(precision, fault) for precision in PRECISIONS if "calibrated" not in precision for fault in EVERY]
     + [(precision, one_scale) for precision in ("int8", "int4", "int4 pure")]
     + [(precision, transposed) for precision in ("fp32", "fp16")],
 )
@@ -211,13 +213,13 @@ def test_faults_are_found(precision: str, fault: Fault, export_as: ExportAs) -> 
     assert not report["passed"], json.dumps(report, indent=2)
 
 
-@pytest.mark.parametrize("precision", ["int8 for known inputs", "int4 for known inputs"])
+@pytest.mark.parametrize("precision", ["int8 calibrated", "int4 calibrated"])
 @pytest.mark.parametrize(
     ("file", "fault"),
     [
         (WIDE_GRAPH, swapped_layers),
         (WIDE_GRAPH, wrong_epsilon),
-        (WIDE_GRAPH, no_causality_scale),
+        (WIDE_GRAPH, wrong_attention_scale),
         (WIDE_WEIGHTS, wrong_zero),
         (WIDE_WEIGHTS, wrong_zero_of_head),
     ],

@@ -69,7 +69,8 @@ def in_torch(functions: dict[str, Any]) -> dict[str, Any]:
         given["logits_processor"] = [processor(each) for each in given["logits_processor"]]
     if "stopping_criteria" in given:
         given["stopping_criteria"] = [
-            lambda ids, scores, each=each: torch.from_numpy(each(ids.numpy(), None)) for each in given["stopping_criteria"]
+            lambda ids, scores, each=each: torch.from_numpy(each(ids.numpy(), None))
+            for each in given["stopping_criteria"]
         ]
     if "prefix_allowed_tokens_fn" in given:
         given["prefix_allowed_tokens_fn"] = lambda batch, ids: functions["prefix_allowed_tokens_fn"](batch, ids.numpy())

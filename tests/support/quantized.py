@@ -1,4 +1,4 @@
-"""Quantised bundles: the weights they hold, and what has to become of them in a network that knows no quantisation."""
+"""Quantised bundles: their weights, and a network without quantisation that judges them."""
 
 from __future__ import annotations
 
@@ -8,29 +8,25 @@ import math
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from importlib import import_module
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 import onnx
 import pytest
-from onnx import numpy_helper
 from safetensors.numpy import load_file, save_file
 
 import gpt2onnx
 from gpt2onnx.exporter.checkpoint.checkpoint import Checkpoint
-from gpt2onnx.exporter.graph.fused import build
-from gpt2onnx.exporter.graph.operators import Precision
-from gpt2onnx.exporter.graph.stored import StoredWeights
-from gpt2onnx.exporter.graph.weights import WeightsFile
-from gpt2onnx.exporter.quantize.blocks import calibrate
-from gpt2onnx.exporter.quantize.blocks.blocks import QuantizedMatrix, dequantize
-from gpt2onnx.exporter.quantize.blocks.calibrate import Calibration
-from gpt2onnx.exporter.quantize.blocks.inputs import Moments, Tensor
-from gpt2onnx.exporter.quantize.blocks.sequential import Part, Twins
-from gpt2onnx.exporter.quantize.rounding import InBlocks, Rounding
+from gpt2onnx.exporter.graph import second_graph
+from gpt2onnx.exporter.graph.input_rounding import InputRounding, PerTensor
+from gpt2onnx.exporter.graph.write import write_graphs
+from gpt2onnx.exporter.quantize import statistics
+from gpt2onnx.exporter.quantize.activations import Moments
+from gpt2onnx.exporter.quantize.layers import Tensor
+from gpt2onnx.exporter.quantize.sequential import SequentialCalibrator
 from gpt2onnx.exporter.validate import quality
+from gpt2onnx.exporter.validate.bundle_weights import BundleWeights
 from gpt2onnx.models import bundle
 from gpt2onnx.models.config import GPT2Config, read_json
 from gpt2onnx.models.precision import blocks
@@ -39,8 +35,9 @@ from gpt2onnx.models.tales import FOLDER
 from gpt2onnx.runtime.decoding.torch_random import log_softmax
 from gpt2onnx.runtime.engine.runner import Runner
 
+from .checkpoints import MakeCheckpoint
 from .golden import assert_close
-from .graphs import logits_of_prompt, random_tokens
+from .graphs import CONFIGS, logits_of_prompt, random_tokens
 from .network import Network, OnInput
 
 QUANTIZED = (
@@ -52,61 +49,17 @@ QUANTIZED = (
     "100 wide, heads of 20",
     "heads of 1",
 )
-PRECISIONS: dict[str, dict[str, Any]] = {
+CALIBRATED: dict[str, dict[str, Any]] = {
     "int8": {"dtype": "int8"},
     "int4": {"dtype": "int4"},
     "int4 pure": {"dtype": "int4", "pure": True},
+}
+PRECISIONS: dict[str, dict[str, Any]] = CALIBRATED | {
     "int8 in blocks of 16": {"dtype": "int8", "block_size": 16, "calibrate": False},
     "int4 in blocks of 256": {"dtype": "int4", "block_size": 256, "calibrate": False},
 }
 # Logits of some tens, summed over matrices of some hundred columns in float32.
 EXACT_TOLERANCE = 2e-4
-
-
-def stored_arrays(model: onnx.ModelProto) -> dict[str, np.ndarray]:
-    """Every initializer by name, and what casts make of them."""
-    arrays = {each.name: numpy_helper.to_array(each) for each in model.graph.initializer}
-    for node in model.graph.node:
-        if node.op_type == "Cast" and node.input[0] in arrays:
-            arrays[node.output[0]] = arrays[node.input[0]].astype(np.float32)
-    return arrays
-
-
-def stored_matrices(folder: Path, width: int) -> dict[str, np.ndarray]:
-    """Every quantised matrix [out, in] of a bundle, by its node's weight name."""
-    model = onnx.load(folder / bundle.GRAPH)
-    arrays = stored_arrays(model)
-    matrices = {}
-    for node in model.graph.node:
-        if node.op_type == "MatMulNBits":
-            attributes = {each.name: each.i for each in node.attribute}
-            name = node.input[1].removesuffix(".data")
-            data, scales = arrays[node.input[1]], arrays[node.input[2]]
-            scales = scales.reshape(attributes["N"], -1).astype(np.float32)
-            stored = QuantizedMatrix(data, scales, attributes["bits"], attributes["block_size"], attributes["K"])
-            matrices[name] = dequantize(stored)
-        if node.op_type == "GatherBlockQuantized":
-            attributes = {each.name: each.i for each in node.attribute}
-            scales = arrays[node.input[2]].astype(np.float32)
-            bits, block_size = attributes["bits"], attributes["block_size"]
-            stored = QuantizedMatrix(arrays["wte.data"], scales, bits, block_size, width)
-            matrices["wte"] = dequantize(stored)
-    return matrices
-
-
-def stored_weights(folder: Path) -> dict[str, np.ndarray]:
-    """All weights that a bundle holds, by their checkpoint names: matrices, biases, norms, positions."""
-    config = bundle.Bundle.open(folder).config
-    matrices, shapes = stored_matrices(folder, config.n_embd), weight_shapes(config, tied=config.tie_word_embeddings)
-    assert len(matrices) == 4 * config.n_layer + (1 if config.tie_word_embeddings else 2)
-    weights = {
-        f"{name}.weight": matrix if name in ("wte", "lm_head") else matrix.T for name, matrix in matrices.items()
-    }
-    vectors = {name: array for name, array in stored_arrays(onnx.load(folder / bundle.GRAPH)).items() if name in shapes}
-    assert len(vectors) == 8 * config.n_layer + 3
-    weights |= {name: array.astype(np.float32) for name, array in vectors.items()}
-    assert {name: array.shape for name, array in weights.items()} == shapes
-    return weights
 
 
 class Judged(Protocol):
@@ -128,50 +81,61 @@ def in_numpy(checkpoint: Path, weights: Mapping[str, np.ndarray] | None = None) 
     return Network(opened.config, {name: opened.tensor(name) for name in names} if weights is None else weights)
 
 
-def compute_in_float32(folder: Path) -> None:
-    """Tells the bundle's graph not to round activations, so that its weights' layout can be judged alone."""
-    model = onnx.load(folder / bundle.GRAPH, load_external_data=False)
-    for node in model.graph.node:
-        for attribute in node.attribute:
-            if attribute.name == "accuracy_level":
-                assert attribute.i == 4
-                attribute.i = 1
-    replace_graph(folder, model)
+def weights_of(opened: bundle.Bundle, *, second_graph: bool = False) -> dict[str, np.ndarray]:
+    """All weights that a bundle holds, by their checkpoint names; the second graph may have a head of its own."""
+    held = BundleWeights(opened, second_graph=second_graph)
+    tied = opened.config.tie_word_embeddings and not second_graph
+    return {name: held.tensor(name) for name in weight_shapes(opened.config, tied=tied)}
 
 
-def replace_graph(folder: Path, model: onnx.ModelProto) -> None:
-    """Puts another graph into a bundle, and into its manifest."""
-    (folder / bundle.GRAPH).write_bytes(model.SerializeToString())
+def roundings_of(opened: bundle.Bundle, *, second_graph: bool = False) -> Callable[[str], InputRounding]:
+    """The rounding of a layer's input, by the layer's name."""
+    held = BundleWeights(opened, second_graph=second_graph)
+
+    def rounding(layer: str) -> InputRounding:
+        found = held.rounding(f"{layer}.weight")
+        assert found is not None
+        return found
+
+    return rounding
+
+
+def replace_graph(folder: Path, model: onnx.ModelProto | None = None) -> None:
+    """Puts another graph into a bundle, or finds it there, and describes it in the manifest."""
+    if model is not None:
+        (folder / bundle.GRAPH).write_bytes(model.SerializeToString())
     dataclasses.replace(bundle.Manifest.read(folder), files=bundle.describe_files(folder)).write(folder)
 
 
 def rebuild(folder: Path, checkpoint: Checkpoint, tensor: Tensor) -> None:
-    """Makes an fp32 bundle's network anew, of other weights."""
-    with (folder / bundle.WEIGHTS).open("wb") as file:
-        weights = WeightsFile(folder / bundle.WEIGHTS, file)
-        model, _ = build(checkpoint.config, tensor, tied=True, precision=Precision(), weights=weights)
-    replace_graph(folder, model)
+    """Writes an fp32 bundle's network anew, with other weights."""
+    write_graphs(folder, checkpoint.config, tensor, tied=True)
+    replace_graph(folder)
 
 
-@contextmanager
-def fixed_texts() -> Iterator[None]:
-    """Lets calibration see the same tokens everywhere: of a network's own texts, rounding may change a word."""
+def add_second_graph(opened: bundle.Bundle, rounding: PerTensor) -> bundle.Bundle:
+    """Gives an int8 bundle a second graph in which every layer rounds its input in this way."""
+    model = onnx.load(opened.folder / bundle.GRAPH, load_external_data=False)
+    matrices = [node.name.removesuffix(".matmul") for node in model.graph.node if node.op_type == "MatMulNBits"]
+    layers = dict.fromkeys(["lm_head" if name == "logits" else name for name in matrices], rounding)
+    made = second_graph.build(model, layers)
+    for name, graph in zip((bundle.WIDE_GRAPH, bundle.WIDE_WEIGHTS), made, strict=True):
+        (opened.folder / name).write_bytes(graph.SerializeToString())
+    replace_graph(opened.folder)
+    return bundle.Bundle.open(opened.folder)
 
-    def fixed(session: Runner, rows: int, length: int, seed: int = 0) -> np.ndarray:
-        return np.random.default_rng(seed).integers(session.config.vocab_size, size=(rows, length))
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(calibrate, "sample", fixed)
-        yield
+def fixed_texts(config: GPT2Config, rows: int) -> np.ndarray:
+    """The same tokens everywhere to calibrate on: of a network's own texts, rounding may change a word."""
+    return np.random.default_rng(0).integers(config.vocab_size, size=(rows, min(256, config.n_positions)))
 
 
 @contextmanager
 def few_texts() -> Iterator[None]:
     """Lets exports calibrate on four texts: by default it takes a minute, which is for tests of the quality only."""
-    exports = import_module("gpt2onnx.exporter.export")  # of which the package has a function by that name
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(exports, "_CALIBRATION_TEXTS", {"int8": 4, "int4": 4})
-        patch.setattr(exports, "_MORE_TEXTS", 4)
+        patch.setattr(statistics, "TEXTS", {"int8": 4, "int4": 4})
+        patch.setattr(statistics, "MORE_TEXTS", 4)
         yield
 
 
@@ -187,29 +151,118 @@ def shortened_tales(folder: Path, layers: int = 2) -> Path:
     return folder
 
 
-def assert_logits_of_stored_weights(checkpoint: Path, folder: Path, judge: Judge) -> None:
-    """Compares a bundle that rounds no activations with its own weights. It is changed to be one."""
-    stored = judge(checkpoint, stored_weights(folder))
-    compute_in_float32(folder)
-    opened = bundle.Bundle.open(folder)
-    tokens = random_tokens(opened.config, 1)
-    expected = stored.logits(tokens)
-    assert_close(logits_of_prompt(opened, tokens), expected, EXACT_TOLERANCE, "whole")
+class JudgedBundles:
+    """Tests of quantised bundles by a judge; a subclass has one, and fixtures `source` and `fp32`, its bundle in fp32."""
 
-    session = Runner(opened, threads=1)
-    cache = session.new_cache(1, tokens.shape[1])
-    for index in range(tokens.shape[1]):
-        step = session.forward(cache, slice(0, 1), tokens[:, index : index + 1])
-        assert_close(step[:, 0], expected[:, index], EXACT_TOLERANCE, f"step {index}")
+    judge: Judge
+
+    @pytest.fixture(scope="class")
+    @classmethod
+    def quantized(cls, source: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bundle.Bundle]:
+        """The source in each precision, calibrated and, as "int8 plain", not."""
+        folder = tmp_path_factory.mktemp("quantized")
+        return {
+            name + suffix: gpt2onnx.export(
+                source, folder / (name + suffix), calibrate=not suffix, quality=False, **CALIBRATED[name]
+            )
+            for name in CALIBRATED
+            for suffix in ("", " plain")
+        }
+
+    @pytest.mark.parametrize("precision", PRECISIONS)
+    @pytest.mark.parametrize("name", QUANTIZED)
+    def test_logits_are_those_of_the_stored_weights(
+        self, name: str, precision: str, make_checkpoint: MakeCheckpoint, tmp_path: Path
+    ) -> None:
+        """In a bundle that rounds no activations, so that its weights' layout is judged alone."""
+        checkpoint = make_checkpoint(**CONFIGS[name])
+        made = gpt2onnx.export(checkpoint, tmp_path / "bundle", **PRECISIONS[precision], quality=False)
+        tokens = random_tokens(made.config, 1)
+        expected = self.judge(checkpoint, weights_of(made)).logits(tokens)
+        compute_in_float32(made.folder)
+        opened = bundle.Bundle.open(made.folder)
+        assert_close(logits_of_prompt(opened, tokens), expected, EXACT_TOLERANCE, "whole")
+
+        session = Runner(opened, threads=1)
+        cache = session.new_cache(1, tokens.shape[1])
+        for index in range(tokens.shape[1]):
+            step = session.forward(cache, slice(0, 1), tokens[:, index : index + 1])
+            assert_close(step[:, 0], expected[:, index], EXACT_TOLERANCE, f"step {index}")
+
+    @pytest.mark.parametrize("precision", CALIBRATED)
+    def test_rounded_activations_change_little(
+        self, precision: str, source: Path, quantized: dict[str, bundle.Bundle]
+    ) -> None:
+        opened = quantized[precision]
+        tokens, network = many_tokens(opened.config), self.judge(source, weights_of(opened))
+        assert_off_by_rounding(logits_of_prompt(opened, tokens), network, tokens, roundings_of(opened))
+
+    def test_layers_are_quantised_for_both_networks(self, source: Path, fp32: Path, tmp_path: Path) -> None:
+        """Their targets are the exact network's outputs, their inputs those behind the bundle's weights."""
+        checkpoint, reference = Checkpoint.open(str(source)), bundle.Bundle.open(fp32)
+        config, seen, tokens = checkpoint.config, dict[str, Moments](), fixed_texts(checkpoint.config, 3)
+
+        class Recorder(SequentialCalibrator):
+            def observe(self, name: str, inputs: np.ndarray, outputs: np.ndarray) -> Moments:
+                return seen.setdefault(name, super().observe(name, inputs, outputs))
+
+        collected = statistics.collect(reference, tokens, threads=1, gradients=False)
+        recorder = Recorder(
+            config,
+            checkpoint.tensor,
+            lambda name: blocks(config, "int8", name),
+            collected,
+            tied=checkpoint.tied,
+            per_tensor=False,
+        )
+        folder = shutil.copytree(fp32, tmp_path / "int8")
+        write_graphs(folder, config, recorder.run().weights, tied=checkpoint.tied)
+        replace_graph(folder)
+
+        exact = self.judge(source, None).matrices(tokens)
+        quantised = self.judge(source, weights_of(bundle.Bundle.open(folder))).matrices(tokens)
+        assert set(exact) == set(quantised) == set(seen)
+        for name, moments in seen.items():
+            x, y = quantised[name][0], exact[name][1]
+            limits = {"mean": x.std(), "covariance": x.var(), "target": y.std(), "cross": x.std() * y.std()}
+            expected = {
+                "mean": x.mean(0),
+                "covariance": np.cov(x.T, bias=True),
+                "target": y.mean(0),
+                "cross": (x - x.mean(0)).T @ (y - y.mean(0)) / len(x),
+            }
+            for figure, limit in limits.items():
+                assert_close(getattr(moments, figure), expected[figure], 3e-3 * limit, f"{name} {figure}")
+
+    def test_quality_is_that_of_the_stored_weights(
+        self, source: Path, fp32: Path, quantized: dict[str, bundle.Bundle]
+    ) -> None:
+        made = quantized["int4 plain"]
+        text = "Once upon a time there was a fox who wished to see the sea. " * 20
+        found = quality.on_text(made, bundle.Bundle.open(fp32), text, threads=1)
+
+        ids = gpt2onnx.load(fp32, threads=1).tokenizer.encode(text)
+        assert len(ids) < made.config.n_positions
+        networks = self.judge(source, None), self.judge(source, weights_of(made))
+        truth, candidate = (log_softmax(each.logits(np.array([ids]))[0, :-1].astype(np.float64)) for each in networks)
+        rows, following = np.arange(len(ids) - 1), ids[1:]
+        divergence = float((np.exp(truth) * (truth - candidate)).sum(-1).mean())
+        assert found.tokens == len(ids) - 1
+        assert found.reference_perplexity == pytest.approx(math.exp(-truth[rows, following].mean()), rel=1e-4)
+        # Activations are rounded, too: the figures are the bundle's, the judge's those of the weights alone.
+        assert found.perplexity == pytest.approx(math.exp(-candidate[rows, following].mean()), rel=0.02)
+        assert found.kl == pytest.approx(divergence, rel=0.2)
 
 
-def assert_rounds_activations_as_said(checkpoint: Path, folder: Path, judge: Judge) -> None:
-    """Compares a bundle's logits with its own weights', by what rounding of activations does to those."""
-    opened, sizes = bundle.Bundle.open(folder), block_sizes(folder)
-    tokens = many_tokens(opened.config)
-    network = judge(checkpoint, stored_weights(folder))
-    found = logits_of_prompt(opened, tokens)
-    assert_off_by_rounding(found, network, tokens, lambda name: InBlocks(sizes[name]))
+def compute_in_float32(folder: Path) -> None:
+    """Tells a bundle's graph not to round activations."""
+    model = onnx.load(folder / bundle.GRAPH, load_external_data=False)
+    for node in model.graph.node:
+        for attribute in node.attribute:
+            if attribute.name == "accuracy_level":
+                assert attribute.i == 4
+                attribute.i = 1
+    replace_graph(folder, model)
 
 
 def many_tokens(config: GPT2Config) -> np.ndarray:
@@ -218,7 +271,7 @@ def many_tokens(config: GPT2Config) -> np.ndarray:
 
 
 def assert_off_by_rounding(
-    found: np.ndarray, network: Judged, tokens: np.ndarray, kind: Callable[[str], Rounding]
+    found: np.ndarray, network: Judged, tokens: np.ndarray, rounding: Callable[[str], InputRounding]
 ) -> None:
     """Fails where logits are further off from a network's than those are where its matrices' inputs are rounded.
 
@@ -231,12 +284,12 @@ def assert_off_by_rounding(
         found: logits [1, length, vocab].
         network: that rounds nothing.
         tokens: [1, length].
-        kind: how a matrix' input is rounded, by the matrix' name.
+        rounding: of a layer's input, by the layer's name.
     """
 
     def rounded(name: str, x: np.ndarray) -> np.ndarray:
         (row,) = x.astype(np.float32)
-        return kind(name).rounded(row)[None]
+        return rounding(name).rounded(row)[None]
 
     exact = network.logits(tokens)
     allowed = 1.5 * root_mean_square(network.logits(tokens, rounded) - exact)
@@ -244,103 +297,13 @@ def assert_off_by_rounding(
     assert 0 < error <= allowed, f"logits are off by {error:.4g}, allowed are {allowed:.4g}"
 
 
-def wide_network(opened: bundle.Bundle) -> tuple[Network, Callable[[str], Rounding]]:
-    """What a bundle's second graph computes: its weights in a network that rounds nothing, and how it rounds inputs."""
-    stored = StoredWeights(opened, wide=True)
-    names = weight_shapes(opened.config, tied=False)
-
-    def kind(name: str) -> Rounding:
-        found = stored.rounding(f"{name}.weight")
-        assert found is not None
-        return found
-
-    return Network(opened.config, {name: stored.tensor(name) for name in names}), kind
+def assert_second_graph_rounds_as_said(opened: bundle.Bundle) -> None:
+    """Compares the second graph's logits with its own weights', by the effect of rounding activations on those."""
+    tokens, session = many_tokens(opened.config), Runner(opened, threads=1, wide_after=0)
+    found = session.forward(session.new_cache(1, 64), slice(0, 1), tokens, keep=64)
+    network = Network(opened.config, weights_of(opened, second_graph=True))
+    assert_off_by_rounding(found, network, tokens, roundings_of(opened, second_graph=True))
 
 
 def root_mean_square(x: np.ndarray) -> float:
     return math.sqrt(np.square(x, dtype=np.float64).mean())
-
-
-def block_sizes(folder: Path) -> dict[str, int]:
-    """Inputs that share a scale, by the names of the matrices that they reach."""
-    nodes = onnx.load(folder / bundle.GRAPH, load_external_data=False).graph.node
-    matrices = {
-        node.name: {each.name: each.i for each in node.attribute} for node in nodes if node.op_type == "MatMulNBits"
-    }
-    sizes = {name.removesuffix(".matmul"): attributes["block_size"] for name, attributes in matrices.items()}
-    sizes["lm_head"] = sizes.pop("logits")
-    return sizes
-
-
-def assert_twins(source: Path, observed: Calibration, folder: Path, judge: Judge) -> None:
-    """Compares what matrices are quantised for: the exact network's outputs, and inputs behind the bundle's weights.
-
-    Args:
-        source: the checkpoint.
-        observed: of its fp32 bundle.
-        folder: its int8 bundle, whose weights are made anew.
-        judge: computes both.
-    """
-    seen: dict[str, Moments] = {}
-
-    class Recorder(Twins):
-        def reach(self, part: Part, x: str, *rest: Any) -> Moments | None:
-            moments = super().reach(part, x, *rest)
-            assert moments is not None
-            return seen.setdefault(x, moments)
-
-    checkpoint = Checkpoint.open(str(source))
-    tokens = observed.tokens[:3]
-    twins = Recorder(tokens, observed.head, {}, threads=1)
-    precision = Precision(blocks=lambda name: blocks(checkpoint.config, "int8", name))
-    with (folder / bundle.WEIGHTS).open("wb") as file:
-        weights = WeightsFile(folder / bundle.WEIGHTS, file)
-        model, _ = build(
-            checkpoint.config, checkpoint.tensor, tied=True, precision=precision, weights=weights, twins=twins
-        )
-    replace_graph(folder, model)
-
-    names = {
-        node.input[0]: node.name.removesuffix(".matmul") for node in model.graph.node if node.name.endswith(".matmul")
-    }
-    assert seen.keys() == names.keys()
-    exact = judge(source, None).matrices(tokens)
-    quantised = judge(source, stored_weights(folder)).matrices(tokens)
-    assert set(exact) == set(quantised) == set(names.values())
-    for value, name in names.items():
-        x, y, moments = quantised[name][0], exact[name][1], seen[value]
-        limits = {"mean": x.std(), "covariance": x.var(), "wanted": y.std(), "cross": x.std() * y.std()}
-        expected = {
-            "mean": x.mean(0),
-            "covariance": np.cov(x.T, bias=True),
-            "wanted": y.mean(0),
-            "cross": (x - x.mean(0)).T @ (y - y.mean(0)) / len(x),
-        }
-        for figure, limit in limits.items():
-            assert_close(getattr(moments, figure), expected[figure], 3e-3 * limit, f"{name} {figure}")
-
-
-def assert_quality(source: Path, folder: Path, reference: Path, judge: Judge) -> None:
-    """Compares a quantised bundle's figures on a text with those of the weights that it and its source have.
-
-    Args:
-        source: the checkpoint.
-        folder: the bundle.
-        reference: the bundle in fp32.
-        judge: computes both.
-    """
-    text = "Once upon a time there was a fox who wished to see the sea. " * 20
-    made = bundle.Bundle.open(folder)
-    found = quality.on_text(made, bundle.Bundle.open(reference), text, threads=1)
-
-    ids = gpt2onnx.load(reference, threads=1).tokenizer.encode(text)
-    assert len(ids) < made.config.n_positions
-    networks = judge(source, None), judge(source, stored_weights(folder))
-    truth, candidate = (log_softmax(each.logits(np.array([ids]))[0, :-1].astype(np.float64)) for each in networks)
-    rows, following = np.arange(len(ids) - 1), ids[1:]
-    divergence = float((np.exp(truth) * (truth - candidate)).sum(-1).mean())
-    assert found.tokens == len(ids) - 1
-    assert found.reference_perplexity == pytest.approx(math.exp(-truth[rows, following].mean()), rel=1e-4)
-    # Activations are rounded, too: the figures are those of what runs, the judge's of the weights alone.
-    assert found.perplexity == pytest.approx(math.exp(-candidate[rows, following].mean()), rel=0.02)
-    assert found.kl == pytest.approx(divergence, rel=0.2)

@@ -6,7 +6,6 @@ import logging
 import shutil
 import weakref
 from dataclasses import replace
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +13,13 @@ import numpy as np
 import onnx
 import pytest
 from support.commands import CommandLine
+from support.quantized import few_texts
 
 import gpt2onnx
 from gpt2onnx.errors import BackendError, BundleError, OptionError
-from gpt2onnx.exporter.graph.stored import StoredWeights, in_axis
+from gpt2onnx.exporter.graph import second_graph as exported_graph
+from gpt2onnx.exporter.graph.blocks import in_axis
+from gpt2onnx.exporter.validate.bundle_weights import BundleWeights
 from gpt2onnx.models.bundle import WIDE_GRAPH, WIDE_WEIGHTS, Bundle, describe_files
 from gpt2onnx.models.shapes import weight_shapes
 from gpt2onnx.runtime.engine import second_graph
@@ -35,11 +37,9 @@ PRECISIONS: dict[str, dict[str, Any]] = {
 @pytest.fixture(scope="module", params=PRECISIONS)
 def made(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
     """The embedded model as if it were wide enough for a second graph."""
-    with pytest.MonkeyPatch.context() as patch:
-        export = import_module("gpt2onnx.exporter.export")
-        patch.setattr(export, "_WIDE_WIDTH", 0)
-        # It is the graphs that are looked at, not how well they do: fewer texts are enough, and much faster.
-        patch.setattr(export, "_MORE_TEXTS", 4)
+    # The graphs are looked at, not their quality: fewer texts are enough, and much faster.
+    with few_texts(), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(exported_graph, "MIN_WIDTH", 0)
         folder = tmp_path_factory.mktemp("wide") / "bundle"
         return gpt2onnx.export("tales", folder, quality=False, **PRECISIONS[request.param])
 
@@ -57,8 +57,8 @@ def logits(session: Runner, tokens: np.ndarray, *parts: int) -> np.ndarray:
 
 
 def test_weights_are_the_first_graphs_up_to_rounding(made: Bundle) -> None:
-    stored, ours = StoredWeights(made), StoredWeights(made, wide=True)
-    steps_of, changed = dict(ours.made()), 0
+    stored, ours = BundleWeights(made), BundleWeights(made, second_graph=True)
+    steps_of, changed = dict(ours.made_scales()), 0
     for name in weight_shapes(made.config, tied=False):
         steps = steps_of.get(name)
         if steps is None:

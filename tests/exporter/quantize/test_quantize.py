@@ -1,4 +1,4 @@
-"""Quantised bundles against the very weights they hold, computed by a network that rounds nothing, and against fp32."""
+"""Quantised bundles against the weights they hold, computed by a network that rounds nothing, and against fp32."""
 
 import functools
 import math
@@ -17,27 +17,26 @@ from support.commands import CommandLine
 from support.golden import Golden, assert_close, digest
 from support.graphs import CONFIGS, expected_logits, logits_of_prompt, random_tokens
 from support.quantized import (
-    PRECISIONS,
+    CALIBRATED,
     QUANTIZED,
-    assert_logits_of_stored_weights,
-    assert_quality,
-    assert_rounds_activations_as_said,
-    assert_twins,
+    JudgedBundles,
     few_texts,
     fixed_texts,
     in_numpy,
     rebuild,
     shortened_tales,
-    stored_matrices,
+    weights_of,
 )
 from support.reference import Reference
 
 import gpt2onnx
 from gpt2onnx.errors import OptionError
-from gpt2onnx.exporter.checkpoint.checkpoint.checkpoint import Checkpoint
-from gpt2onnx.exporter.quantize.blocks.blocks import QuantizedMatrix, dequantize, quantize
-from gpt2onnx.exporter.quantize.blocks.calibrate import Calibration, observe, sample
-from gpt2onnx.exporter.quantize.blocks.inputs import Moments, centre
+from gpt2onnx.exporter.checkpoint.checkpoint import Checkpoint
+from gpt2onnx.exporter.graph.blocks import QuantizedMatrix, dequantize, quantize
+from gpt2onnx.exporter.quantize.activations import Moments
+from gpt2onnx.exporter.quantize.feedback import quantize_with_feedback
+from gpt2onnx.exporter.quantize.statistics import Statistics, collect, sample
+from gpt2onnx.exporter.quantize.transforms import centre
 from gpt2onnx.exporter.validate import quality
 from gpt2onnx.models import bundle
 from gpt2onnx.models.bundle import Bundle
@@ -51,24 +50,41 @@ pytestmark = pytest.mark.usefixtures("wide_at_any_width")
 
 @pytest.fixture(scope="module", autouse=True)
 def _few_texts() -> Iterator[None]:
-    """What bundles are like as they come by default is in tests/reference/test_quantize_live.py."""
+    """Bundles as they come by default are tested in tests/reference/test_quantize_live.py."""
     with few_texts():
         yield
 
 
 @pytest.fixture(scope="module")
-def short(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two blocks of the embedded model."""
     return shortened_tales(tmp_path_factory.mktemp("short") / "tales")
 
 
 @pytest.fixture(scope="module")
-def short_bundle(short: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return gpt2onnx.export(short, tmp_path_factory.mktemp("short") / "fp32").folder
+def fp32(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return gpt2onnx.export(source, tmp_path_factory.mktemp("short") / "fp32").folder
+
+
+# KL divergence from fp32 of what is calibrated, as a share of that without: at most, and where it was measured.
+SHARES = {"int8": 0.75, "int4": 0.2, "int4 pure": 0.2}  # 0.57, 0.04, 0.07
+
+
+class TestInNumPy(JudgedBundles):
+    judge = staticmethod(in_numpy)
+
+    @pytest.mark.parametrize("precision", CALIBRATED)
+    def test_calibration_helps(self, precision: str, quantized: dict[str, Bundle], fp32: Path) -> None:
+        kl, plain = (
+            quality.on_own_samples(quantized[name], Bundle.open(fp32), tokens=256, seed=7, threads=1).kl
+            for name in (precision, f"{precision} plain")
+        )
+        assert kl < SHARES[precision] * plain, f"KL {kl:.5f}, without calibration {plain:.5f}"
 
 
 @pytest.mark.parametrize("name", QUANTIZED)
 def test_judge_is_pytorch(name: str, make_checkpoint: MakeCheckpoint, reference_of: type[Reference]) -> None:
-    """What stands in for PyTorch below computes what PyTorch computes."""
+    """The judge in NumPy computes what PyTorch computes."""
     reference = reference_of(make_checkpoint(**CONFIGS[name]))
     config = GPT2Config.from_file(reference.folder / "config.json")
     expected = expected_logits(reference, config)
@@ -79,16 +95,6 @@ def test_judge_of_tales_is_pytorch(tales_reference: Reference) -> None:
     ids = np.random.default_rng(0).integers(8192, size=200)
     logits = in_numpy(tales_reference.folder).logits(ids[None])[0]
     assert_close(logits, tales_reference.logits(ids), 1e-4)
-
-
-@pytest.mark.parametrize("precision", PRECISIONS)
-@pytest.mark.parametrize("name", QUANTIZED)
-def test_logits_are_those_of_the_stored_weights(
-    name: str, precision: str, make_checkpoint: MakeCheckpoint, tmp_path: Path
-) -> None:
-    checkpoint = make_checkpoint(**CONFIGS[name])
-    gpt2onnx.export(checkpoint, tmp_path / "bundle", **PRECISIONS[precision], quality=False)
-    assert_logits_of_stored_weights(checkpoint, tmp_path / "bundle", in_numpy)
 
 
 @settings(deadline=None, max_examples=60)
@@ -133,14 +139,18 @@ def test_feedback_lowers_the_error_of_what_was_not_calibrated_with(bits: int, bl
     def error(quantized: QuantizedMatrix) -> float:
         return float((((dequantize(quantized) - matrix) @ others.T) ** 2).mean())
 
-    nearest, fed_back = error(quantize(matrix, bits, block_size)), error(quantize(matrix, bits, block_size, covariance))
+    nearest, fed_back = (
+        error(quantize(matrix, bits, block_size)),
+        error(quantize_with_feedback(matrix, bits, block_size, covariance)),
+    )
     assert fed_back < 0.3 * nearest, f"mean squared error {fed_back:.3g}, rounding to nearest has {nearest:.3g}"
 
 
 @pytest.mark.parametrize("bits", [4, 8])
 def test_feedback_without_correlations_is_rounding_to_nearest(bits: int) -> None:
     matrix = np.random.default_rng(0).standard_normal((7, 40)).astype(np.float32)
-    plain, fed_back = quantize(matrix, bits, 16), quantize(matrix, bits, 16, np.diag(np.full(40, 3.0, np.float32)))
+    plain = quantize(matrix, bits, 16)
+    fed_back = quantize_with_feedback(matrix, bits, 16, np.diag(np.full(40, 3.0, np.float32)))
     np.testing.assert_array_equal(fed_back.scales, plain.scales.astype(np.float16))  # in which they are stored
     # What lies halfway between two values may go either way, since scales are refitted after rounding.
     moved = np.abs(dequantize(fed_back) - matrix).sum() / np.abs(dequantize(plain) - matrix).sum()
@@ -163,7 +173,7 @@ def test_feedback_between_rows_lowers_what_errors_cost() -> None:
     inputs, others = of(mixing, 500), of(directions, 500)
 
     def cost(*given: np.ndarray) -> float:
-        errors = inputs @ (dequantize(quantize(matrix, 4, 32, *given)) - matrix).T
+        errors = inputs @ (dequantize(quantize_with_feedback(matrix, 4, 32, *given)) - matrix).T
         return float(((errors @ others.T) ** 2).mean())
 
     alone, together = cost(covariance), cost(covariance, gradients)
@@ -176,13 +186,15 @@ def test_the_last_row_makes_up_for_the_others() -> None:
     matrix = random.standard_normal((16, 48)).astype(np.float32)
     matrix[-1] = 0
     gradients = np.ones((16, 16), np.float32) + 1e-3 * np.eye(16, dtype=np.float32)
-    found = dequantize(quantize(matrix, 4, 16, np.eye(48, dtype=np.float32), gradients))
+    found = dequantize(quantize_with_feedback(matrix, 4, 16, np.eye(48, dtype=np.float32), gradients))
     errors = matrix - found
     # The damping, 0.2 of the variance, leaves the last row 1 / 1.2 of the sum to take on itself, and it rounds that.
     best = errors[:-1].sum(0) / 1.2
     assert np.abs(found[-1] - best).max() < 0.6 * np.abs(best).max() / 7
     rest = np.abs(errors[:-1].sum(0)).mean()
-    plain = np.abs((matrix - dequantize(quantize(matrix, 4, 16, np.eye(48, dtype=np.float32)))).sum(0)).mean()
+    plain = np.abs(
+        (matrix - dequantize(quantize_with_feedback(matrix, 4, 16, np.eye(48, dtype=np.float32)))).sum(0)
+    ).mean()
     assert rest < plain, f"errors add up to {rest:.3g}, with rows on their own to {plain:.3g}"
 
 
@@ -190,9 +202,9 @@ def test_independent_rows_are_rounded_on_their_own() -> None:
     random = np.random.default_rng(0)
     matrix = random.standard_normal((35, 40)).astype(np.float32)
     covariance = np.cov(random.standard_normal((300, 40)).T).astype(np.float32)
-    alone = quantize(matrix, 4, 16, covariance)
+    alone = quantize_with_feedback(matrix, 4, 16, covariance)
     for gradients in (np.diag(random.uniform(1, 9, 35)), np.zeros((35, 35))):
-        found = quantize(matrix, 4, 16, covariance, gradients.astype(np.float32))
+        found = quantize_with_feedback(matrix, 4, 16, covariance, gradients.astype(np.float32))
         np.testing.assert_array_equal(found.scales, alone.scales)
         np.testing.assert_array_equal(found.data, alone.data)
 
@@ -200,23 +212,22 @@ def test_independent_rows_are_rounded_on_their_own() -> None:
 def test_feedback_heeds_constant_and_dead_inputs() -> None:
     matrix = np.random.default_rng(0).standard_normal((5, 32)).astype(np.float32)
     for covariance in (np.zeros((32, 32)), np.ones((32, 32))):
-        found = dequantize(quantize(matrix, 4, 16, covariance.astype(np.float32)))
+        found = dequantize(quantize_with_feedback(matrix, 4, 16, covariance.astype(np.float32)))
         assert np.isfinite(found).all()
         assert np.abs(found - matrix).max() < 1
 
 
 @pytest.fixture(scope="module")
-def observed(tmp_path_factory: pytest.TempPathFactory) -> Calibration:
-    with fixed_texts():
-        made = gpt2onnx.export("tales", tmp_path_factory.mktemp("observed") / "fp32")
-        return observe(made, threads=1, texts=4, gradients=False)
+def collected(tmp_path_factory: pytest.TempPathFactory) -> Statistics:
+    made = gpt2onnx.export("tales", tmp_path_factory.mktemp("collected") / "fp32")
+    return collect(made, fixed_texts(made.config, 4), threads=1, gradients=False)
 
 
-def test_inputs_are_those_of_pytorch(observed: Calibration, tales_reference: Reference, golden: Golden) -> None:
+def test_inputs_are_those_of_pytorch(collected: Statistics, tales_reference: Reference, golden: Golden) -> None:
     matrices = ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")
     names = [f"h.{layer}.{name}" for layer in (0, 5) for name in matrices]
-    texts, length = observed.tokens.shape
-    about = ["inputs", digest(observed.tokens.flat)]
+    texts, length = collected.tokens.shape
+    about = ["inputs", digest(collected.tokens.flat)]
 
     @functools.cache
     def torchs() -> dict[str, np.ndarray]:
@@ -236,7 +247,7 @@ def test_inputs_are_those_of_pytorch(observed: Calibration, tales_reference: Ref
             )
         )
         with torch.no_grad():
-            tales_reference.model(torch.from_numpy(observed.tokens))
+            tales_reference.model(torch.from_numpy(collected.tokens))
         for hook in hooks:
             hook.remove()
         return {name: x.double().numpy() for name, x in seen.items()}
@@ -250,7 +261,7 @@ def test_inputs_are_those_of_pytorch(observed: Calibration, tales_reference: Ref
 
     spreads = golden.answer([*about, "spreads"], lambda: {name: torchs()[name].std() for name in names})
     for name in names:
-        inputs, spread = observed.inputs[name], spreads[name]
+        inputs, spread = collected.inputs[name], spreads[name]
         expected = golden.array([*about, name, "mean"], lambda name=name: mean(name))
         assert_close(inputs.mean / spread, expected, 1e-3, name)
         expected = golden.array([*about, name, "rows"], lambda name=name: first_rows(name))
@@ -261,9 +272,9 @@ def test_inputs_are_those_of_pytorch(observed: Calibration, tales_reference: Ref
         return x.T @ x / len(x)
 
     square = golden.answer([*about, "square"], lambda: np.square(torchs()["head"]).mean())
-    assert observed.head is not None
+    assert collected.head is not None
     moment = golden.array([*about, "second moment"], lambda: second_moment() / square)
-    assert_close(observed.head.second_moment / square, moment, 3e-3)
+    assert_close(collected.head.second_moment / square, moment, 3e-3)
 
 
 @pytest.mark.parametrize(
@@ -283,9 +294,8 @@ def test_gradients_are_those_of_pytorch(
 ) -> None:  # fmt: skip
     source = make_checkpoint(**{"n_embd": 16} | settings)
     made, reference = gpt2onnx.export(source, tmp_path / "fp32"), reference_of(source)
-    with fixed_texts():
-        calibration = observe(made, threads=1, texts=3)
-    tokens = calibration.tokens
+    tokens = fixed_texts(made.config, 3)
+    gradients = collect(made, tokens, threads=1).gradients
     names = [f"h.{layer}.{each}" for layer in range(made.config.n_layer) for each in ("attn.c_attn", "mlp.c_proj")]
     about = ["gradients", reference.name, digest(tokens.flat)]
 
@@ -308,19 +318,11 @@ def test_gradients_are_those_of_pytorch(
 
     largest = golden.answer([*about, "largest"], lambda: {name: float(np.abs(x).max()) for name, x in torchs().items()})
     for name in names:
-        found = calibration.gradients[name] / largest[name]
+        found = gradients[name] / largest[name]
         triangle = np.triu_indices(len(found))  # half of a symmetric matrix
         expected = golden.array([*about, name], lambda name=name, at=triangle: (torchs()[name] / largest[name])[at])
         assert_close(found[triangle], expected, 1e-3, name)
         np.testing.assert_array_equal(found, found.T)
-
-
-def test_twins_are_the_network_and_its_quantised_one(short: Path, tmp_path: Path) -> None:
-    """What each matrix is quantised for: outputs as in the exact network, inputs as in one with the bundle's weights."""
-    made = gpt2onnx.export(short, tmp_path / "int8", dtype="int8", calibrate=False, quality=False)
-    with fixed_texts():
-        seen = observe(gpt2onnx.export(short, tmp_path / "fp32"), threads=1, texts=3, gradients=False)
-    assert_twins(short, seen, made.folder, in_numpy)
 
 
 def test_fitted_weights_make_up_for_inputs_that_are_off() -> None:
@@ -342,9 +344,9 @@ def test_fitted_weights_make_up_for_inputs_that_are_off() -> None:
     assert after < 0.1 * before, f"mean squared error {after:.3g}, with the weight as it was {before:.3g}"
 
 
-def test_samples_follow_the_network(short_bundle: Path) -> None:
+def test_samples_follow_the_network(fp32: Path) -> None:
     """Their mean loss is the network's own entropy."""
-    opened = Bundle.open(short_bundle)
+    opened = Bundle.open(fp32)
     figures = quality.on_own_samples(opened, opened, tokens=1024, seed=3, threads=1)
     session = Runner(opened, threads=1)
     tokens = sample(session, 16, 65, seed=5)
@@ -357,9 +359,9 @@ def test_samples_follow_the_network(short_bundle: Path) -> None:
     assert abs(np.mean(losses) - math.log(figures.reference_perplexity)) < allowed < 0.5
 
 
-def test_centred_network_is_the_same_network(observed: Calibration, tales_reference: Reference, tmp_path: Path) -> None:
+def test_centred_network_is_the_same_network(collected: Statistics, tales_reference: Reference, tmp_path: Path) -> None:
     checkpoint = Checkpoint.open("tales")
-    tensor, after = centre(checkpoint.config, checkpoint.tensor, observed.inputs)
+    tensor, after = centre(checkpoint.config, checkpoint.tensor, collected.inputs)
     folder = gpt2onnx.export("tales", tmp_path / "centred").folder
     rebuild(folder, checkpoint, tensor)
 
@@ -368,8 +370,7 @@ def test_centred_network_is_the_same_network(observed: Calibration, tales_refere
     expected = tales_reference.logits(tokens)
     assert_close(logits_of_prompt(opened, tokens), expected, 1e-5 * np.nanmax(np.abs(expected)), "centred")
 
-    with fixed_texts():
-        again = observe(opened, threads=1, texts=len(observed.tokens), gradients=False)
+    again = collect(opened, collected.tokens, threads=1, gradients=False)
     for name, inputs in again.inputs.items():
         if not name.endswith("mlp.c_proj"):
             assert not after[name].mean.any()
@@ -386,9 +387,8 @@ def test_size_of_gpt2(dtype: str, most: float) -> None:
 def test_scales_beyond_float16_stay_float32(make_checkpoint: MakeCheckpoint, tmp_path: Path) -> None:
     checkpoint = make_checkpoint(initializer_range=1e-5)
     made = gpt2onnx.export(checkpoint, tmp_path / "bundle", dtype="int8", calibrate=False, quality=False)
-    matrices = stored_matrices(made.folder, made.config.n_embd)
     original = load_file(checkpoint / "model.safetensors")["transformer.wte.weight"]
-    assert np.abs(matrices["wte"] - original).max() < np.abs(original).max() / 200
+    assert np.abs(weights_of(made)["wte.weight"] - original).max() < np.abs(original).max() / 200
 
 
 def test_weights_begin_where_they_can_be_mapped(tales_bundle: Path) -> None:
@@ -421,44 +421,12 @@ def test_tied_embedding_is_stored_once(make_checkpoint: MakeCheckpoint, tmp_path
     assert table < sizes[False] - sizes[True] < 1.5 * table
 
 
-# KL divergence from fp32 of what is calibrated, as a share of that without: at most, and where it was measured.
-SHARES = {"int8": 0.75, "int4": 0.2, "int4 pure": 0.2}  # 0.57, 0.04, 0.07
-
-
-@pytest.fixture(scope="module")
-def quantized(short: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Bundle]:
-    """Two blocks of the embedded model in each quantised precision, calibrated and not."""
-    folder = tmp_path_factory.mktemp("quantized")
-    return {
-        name + suffix: gpt2onnx.export(
-            short, folder / (name + suffix), calibrate=not suffix, quality=False, **PRECISIONS[name]
-        )
-        for name in SHARES
-        for suffix in ("", " plain")
-    }
-
-
-@pytest.mark.parametrize("precision", SHARES)
-def test_rounded_activations_change_little(precision: str, quantized: dict[str, Bundle], short: Path) -> None:
-    assert_rounds_activations_as_said(short, quantized[precision].folder, in_numpy)
-
-
-@pytest.mark.parametrize("precision", SHARES)
-def test_calibration_helps(precision: str, quantized: dict[str, Bundle], short_bundle: Path) -> None:
-    reference = Bundle.open(short_bundle)
-    kl, plain = (
-        quality.on_own_samples(quantized[name], reference, tokens=256, seed=7, threads=1).kl
-        for name in (precision, f"{precision} plain")
-    )
-    assert kl < SHARES[precision] * plain, f"KL {kl:.5f}, without calibration {plain:.5f}"
-
-
-def test_quality_in_the_manifest(short: Path, short_bundle: Path, tmp_path: Path) -> None:
+def test_quality_in_the_manifest(source: Path, fp32: Path, tmp_path: Path) -> None:
     texts = {"fox.txt": "Once upon a time there was a fox. " * 9, "sea.txt": "He wished to see the sea. " * 9}
     for name, text in texts.items():
         (tmp_path / name).write_text(text, encoding="utf-8")
     paths = [tmp_path / name for name in texts]
-    made = gpt2onnx.export(short, tmp_path / "int8", dtype="int8", calibrate=False, quality_texts=paths)
+    made = gpt2onnx.export(source, tmp_path / "int8", dtype="int8", calibrate=False, quality_texts=paths)
     figures = made.manifest.quality
     assert figures is not None
     assert figures["text"] == "own samples"
@@ -466,30 +434,26 @@ def test_quality_in_the_manifest(short: Path, short_bundle: Path, tmp_path: Path
     assert 0 < figures["kl"] < 0.0005
     assert [each["text"] for each in figures["texts"]] == list(texts)
     for each in figures["texts"]:
-        measured = quality.on_text(made, Bundle.open(short_bundle), texts[each["text"]], name=each["text"])
+        measured = quality.on_text(made, Bundle.open(fp32), texts[each["text"]], name=each["text"])
         assert each["tokens"] == measured.tokens
         assert each["perplexity"] == pytest.approx(measured.perplexity, rel=1e-4)
         assert each["reference_perplexity"] == pytest.approx(measured.reference_perplexity, rel=1e-4)
         assert each["kl"] == pytest.approx(measured.kl, rel=1e-2)
-    assert Bundle.open(short_bundle).manifest.quality is None
+    assert Bundle.open(fp32).manifest.quality is None
     assert sorted(path.name for path in (tmp_path / "int8").iterdir() if path.is_dir()) == ["onnx"]
 
 
-def test_quality_texts_on_the_command_line(command_line: CommandLine, short: Path, tmp_path: Path) -> None:
+def test_quality_texts_on_the_command_line(command_line: CommandLine, source: Path, tmp_path: Path) -> None:
     text = tmp_path / "sea.txt"
     text.write_text("He wished to see the sea. " * 9, encoding="utf-8")
     options = ["--dtype", "int4", "--no-calibrate", "--no-parity", "--quality-text", text]
-    done = command_line("export", short, tmp_path / "int4", *options)
+    done = command_line("export", source, tmp_path / "int4", *options)
     assert done.code == 0, done.err
     assert "sea.txt: perplexity" in done.out
     assert "own samples: perplexity" in done.out
-    done = command_line("export", short, tmp_path / "other", *options[:-1], tmp_path / "missing.txt")
+    done = command_line("export", source, tmp_path / "other", *options[:-1], tmp_path / "missing.txt")
     assert done.code == 1
     assert "missing.txt" in done.err
-
-
-def test_quality_is_that_of_the_stored_weights(short: Path, quantized: dict[str, Bundle], short_bundle: Path) -> None:
-    assert_quality(short, quantized["int4 plain"].folder, short_bundle, in_numpy)
 
 
 def test_quality_of_equal_bundles_is_perfect(tales_bundle: Path) -> None:

@@ -1,6 +1,5 @@
-"""How matrices' inputs are rounded, and which operators a matrix gets: against ONNX Runtime's operators and PyTorch."""
+"""Rounding of activations, and the choice of the layers that a second graph rounds per tensor: against ONNX Runtime and PyTorch."""
 
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -9,43 +8,42 @@ import onnx
 import onnxruntime
 import pytest
 from onnx import TensorProto, helper
-from safetensors.numpy import load_file
 from support.checkpoints import MakeCheckpoint
 from support.golden import assert_close
 from support.graphs import expected_logits, logits_of_prompt, random_tokens
 from support.quantized import (
-    assert_off_by_rounding,
+    add_second_graph,
+    assert_second_graph_rounds_as_said,
     few_texts,
     fixed_texts,
     in_numpy,
     many_tokens,
     rebuild,
-    wide_network,
 )
 from support.reference import Reference
 
 import gpt2onnx
-from gpt2onnx.exporter.checkpoint.checkpoint.checkpoint import Checkpoint
-from gpt2onnx.exporter.graph.fused import operators as operators_module
-from gpt2onnx.exporter.graph.stored import StoredWeights
-from gpt2onnx.exporter.quantize.blocks import calibrate
-from gpt2onnx.exporter.quantize.blocks.calibrate import Calibration, observe
-from gpt2onnx.exporter.quantize.blocks.inputs import Inputs, Tensor
-from gpt2onnx.exporter.quantize.rounding import InBlocks, OneScale, choose
-from gpt2onnx.exporter.quantize.smoothing import smooth
+from gpt2onnx.exporter.checkpoint.checkpoint import Checkpoint
+from gpt2onnx.exporter.graph import second_graph
+from gpt2onnx.exporter.graph.input_rounding import Blockwise, PerTensor
+from gpt2onnx.exporter.quantize.activations import InputStats
+from gpt2onnx.exporter.quantize.layers import Tensor
+from gpt2onnx.exporter.quantize.per_tensor import choose
+from gpt2onnx.exporter.quantize.statistics import collect, number_of_texts
+from gpt2onnx.exporter.quantize.transforms import smooth
+from gpt2onnx.exporter.validate.bundle_weights import BundleWeights
 from gpt2onnx.models import bundle
 from gpt2onnx.models.bundle import Bundle
 from gpt2onnx.models.config import GPT2Config
 from gpt2onnx.runtime.engine.runner import Runner
 from gpt2onnx.runtime.host import resources
 
-export_module = import_module("gpt2onnx.exporter.export")
 WIDTH, BLOCK = 256, 32
 LARGEST = np.int8(127)  # of 8-bit weights
 
 
 def multiplied_by_one(x: np.ndarray, kind: str) -> np.ndarray:
-    """What an operator makes of x times the identity: x as it rounds it."""
+    """x times the identity by an operator: x as the operator rounds it."""
     size = x.shape[-1]
     if kind == "DynamicQuantizeMatMul":
         weights: dict[str, np.ndarray] = {
@@ -76,7 +74,7 @@ LARGER_ROW = np.array([[1], [50], [1], [1], [1]], np.float32)
 
 @pytest.mark.parametrize("x", [NUMBERS, np.abs(NUMBERS) + 1, NUMBERS * LARGER_ROW, 0 * NUMBERS])
 def test_rounding_is_that_of_the_operators(x: np.ndarray) -> None:
-    for kind, rounding in (("DynamicQuantizeMatMul", OneScale()), ("MatMulNBits", InBlocks(BLOCK))):
+    for kind, rounding in (("DynamicQuantizeMatMul", PerTensor()), ("MatMulNBits", Blockwise(BLOCK))):
         found = multiplied_by_one(x, kind)
         off = np.abs(found - rounding.rounded(x)) / max(1, np.abs(x).max())
         # What lies halfway between two of at least 127 steps may go either way.
@@ -88,47 +86,46 @@ def test_outliers_decide_about_the_operator() -> None:
     random = np.random.default_rng(0)
     usual = random.standard_normal((64, WIDTH)).astype(np.float32)
     weight = random.standard_normal((WIDTH, 40)).astype(np.float32)
-    assert choose(usual, weight, BLOCK) == OneScale()
+    assert choose(usual, weight, BLOCK) == PerTensor()
     # A few tokens whose numbers are all far larger: rows have to be scaled.
     rows = usual.copy()
     rows[:3] *= 200
     found = choose(rows, weight, BLOCK)
-    assert isinstance(found, OneScale)
-    assert found.least is not None
-    assert 0 < found.least < np.median(rows.max(-1))
+    assert isinstance(found, PerTensor)
+    assert found.min_row_scale is not None
+    assert 0 < found.min_row_scale < np.median(rows.max(-1))
     # A few channels: blocks keep them from the others.
     channels = usual.copy()
     channels[:, :3] *= 200
-    assert choose(channels, weight, BLOCK) == InBlocks(BLOCK)
-    assert choose(np.zeros_like(usual), weight, BLOCK) == InBlocks(BLOCK)
+    assert choose(channels, weight, BLOCK) == Blockwise(BLOCK)
+    assert choose(np.zeros_like(usual), weight, BLOCK) == Blockwise(BLOCK)
 
 
-def divided(inputs: Inputs, checkpoint: Checkpoint, tensor: Tensor, layer: str) -> Inputs:
+def divided(inputs: InputStats, checkpoint: Checkpoint, tensor: Tensor, layer: str) -> InputStats:
     """A matrix' inputs divided by what smoothing multiplied it by, channel by channel."""
     name = f"{layer}.weight"
     factors = tensor(name)[:, 0] / checkpoint.tensor(name)[:, 0]
-    return Inputs(inputs.mean / factors, inputs.sample / factors)
+    return InputStats(inputs.mean / factors, inputs.sample / factors)
 
 
 def test_smoothed_network_is_the_same_network(
     make_checkpoint: MakeCheckpoint, reference_of: type[Reference], tmp_path: Path
 ) -> None:
     source = make_checkpoint()
-    folder = gpt2onnx.export(source, tmp_path / "fp32").folder
-    with fixed_texts():
-        inputs = observe(Bundle.open(folder), threads=1, gradients=False).inputs
+    made = gpt2onnx.export(source, tmp_path / "fp32")
+    tokens = fixed_texts(made.config, 32)
+    inputs = collect(made, tokens, threads=1, gradients=False).inputs
     checkpoint = Checkpoint.open(str(source))
     tensor = smooth(checkpoint.config, checkpoint.tensor, inputs)
     after = {name: divided(each, checkpoint, tensor, name) for name, each in inputs.items()}
-    rebuild(folder, checkpoint, tensor)
+    rebuild(made.folder, checkpoint, tensor)
 
-    opened = Bundle.open(folder)
+    opened = Bundle.open(made.folder)
     expected = expected_logits(reference_of(source), checkpoint.config)[:1]
     found = logits_of_prompt(opened, random_tokens(checkpoint.config, 1))
     assert_close(found, expected, 1e-5 * np.nanmax(np.abs(expected)), "smoothed")
 
-    with fixed_texts():
-        again = observe(opened, threads=1, gradients=False).inputs
+    again = collect(opened, tokens, threads=1, gradients=False).inputs
     for name, found_inputs in again.items():
         spread = after[name].sample.std(0)
         np.testing.assert_allclose(found_inputs.sample.std(0), spread, rtol=0.02, err_msg=name)
@@ -140,7 +137,7 @@ def test_smoothing_evens_channels_out(make_checkpoint: MakeCheckpoint, tmp_path:
     random = np.random.default_rng(0)
     sample = random.standard_normal((64, 32)).astype(np.float32)
     sample[:, 5] *= 100
-    inputs = {"h.1.mlp.c_fc": Inputs(sample.mean(0), sample)}
+    inputs = {"h.1.mlp.c_fc": InputStats(sample.mean(0), sample)}
     tensor = smooth(checkpoint.config, checkpoint.tensor, inputs)
     largest = np.abs(divided(inputs["h.1.mlp.c_fc"], checkpoint, tensor, "h.1.mlp.c_fc").sample).max(0)
     assert largest.max() / np.median(largest) < 15
@@ -150,7 +147,7 @@ def test_smoothing_evens_channels_out(make_checkpoint: MakeCheckpoint, tmp_path:
 def int8(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
     """The embedded model as if it were wide enough for a second graph."""
     with few_texts(), pytest.MonkeyPatch.context() as patch:
-        patch.setattr(export_module, "_WIDE_WIDTH", 0)
+        patch.setattr(second_graph, "MIN_WIDTH", 0)
         return gpt2onnx.export("tales", tmp_path_factory.mktemp("int8") / "bundle", dtype="int8", quality=False)
 
 
@@ -200,7 +197,7 @@ def test_exact_sums_where_the_processor_has_none(int8: Bundle, monkeypatch: pyte
 
     def logits() -> np.ndarray:
         session = Runner(int8, threads=1, wide_after=0)
-        return session.forward(session.new_cache(1, 64), slice(0, 1), tokens, logits="all")[None].copy()
+        return session.forward(session.new_cache(1, 64), slice(0, 1), tokens, keep=64).copy()
 
     usual = logits()
     monkeypatch.setattr(onnxruntime, "InferenceSession", create)
@@ -209,9 +206,8 @@ def test_exact_sums_where_the_processor_has_none(int8: Bundle, monkeypatch: pyte
         exact = logits()
     assert asked == ["", "", "", "1", "1", "1"]
     np.testing.assert_allclose(exact, usual, rtol=0, atol=1e-4)
-    network, kind = wide_network(int8)
     # Sums that overflow put them off by four times as much.
-    assert_off_by_rounding(usual, network, tokens, kind)
+    assert_second_graph_rounds_as_said(int8)
 
 
 def test_norms_stay_apart_from_the_sums_before_them(int8: Bundle, tmp_path: Path) -> None:
@@ -225,48 +221,30 @@ def test_norms_stay_apart_from_the_sums_before_them(int8: Bundle, tmp_path: Path
 
 
 @pytest.mark.parametrize(
-    ("options", "size", "texts"),
+    ("options", "size"),
     [
-        ({"dtype": "int8"}, 128, 16),
-        ({"dtype": "int4"}, 32, 64),
-        ({"dtype": "int4", "pure": True}, 64, 32),
-        ({"dtype": "int4", "pure": True, "block_size": 16}, 16, 32),
+        ({"dtype": "int8"}, 128),
+        ({"dtype": "int4"}, 32),
+        ({"dtype": "int4", "pure": True}, 64),
+        ({"dtype": "int4", "pure": True, "block_size": 16}, 16),
     ],
 )
-def test_blocks_and_texts_are_those_of_the_documents(
-    options: dict[str, Any], size: int, texts: int, make_checkpoint: MakeCheckpoint, tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:  # fmt: skip
-    taken: dict[str, Any] = {}
-
-    def observed(*bundles: Bundle, **given: Any) -> Calibration:
-        taken.update(given)
-        return observe(*bundles, **given | {"texts": 1})
-
-    monkeypatch.setattr(calibrate, "observe", observed)
-    made = gpt2onnx.export(make_checkpoint(n_embd=128), tmp_path / "bundle", quality=False, **options)
-    assert (made.manifest.block_size, taken["texts"]) == (size, texts)
+def test_blocks_are_those_of_the_documents(
+    options: dict[str, Any], size: int, make_checkpoint: MakeCheckpoint, tmp_path: Path
+) -> None:
+    source = make_checkpoint(n_embd=128)
+    made = gpt2onnx.export(source, tmp_path / "bundle", calibrate=False, quality=False, **options)
+    assert made.manifest.block_size == size
     graph = onnx.load(made.folder / bundle.GRAPH, load_external_data=False).graph
     sizes = [each.i for node in graph.node for each in node.attribute if each.name == "block_size"]
     assert set(sizes) == {size} if options.get("pure") else size in sizes
 
 
-def test_large_networks_are_calibrated_on_fewer_texts(
-    make_checkpoint: MakeCheckpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    taken: list[int] = []
-
-    def observed(*bundles: Bundle, **given: Any) -> Calibration:
-        taken.append(given["texts"])
-        return observe(*bundles, **given | {"texts": 1})
-
-    monkeypatch.setattr(calibrate, "observe", observed)
-    source = make_checkpoint()
-    weights = sum(array.size for array in load_file(source / "model.safetensors").values())
-    for most in (weights, weights - 1):
-        monkeypatch.setattr(export_module, "_MANY_WEIGHTS", most)
-        gpt2onnx.export(source, tmp_path / "bundle", dtype="int4", quality=False, force=True)
-    assert taken == [64, 32]
+def test_texts_are_those_of_the_documents() -> None:
+    many = 50_000_000
+    assert [number_of_texts("int4", weights, pure=False) for weights in (many, many + 1)] == [64, 32]
+    assert [number_of_texts("int4", weights, pure=True) for weights in (many, many + 1)] == [32, 32]
+    assert [number_of_texts("int8", weights, pure=False) for weights in (many, many + 1)] == [16, 16]
 
 
 @pytest.mark.parametrize("pure", [False, True])
@@ -285,24 +263,20 @@ def test_matrices_with_8_bits_in_int4_are_those_of_the_documents(
     assert len(bits) == 2 + 4 * 5
 
 
-@pytest.mark.usefixtures("wide_at_any_width")
 @pytest.mark.parametrize("function", ["relu", "relu2", "gelu_new"])
 def test_rows_are_scaled_where_some_are_large_or_all_zero(
-    function: str, make_checkpoint: MakeCheckpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    function: str, make_checkpoint: MakeCheckpoint, tmp_path: Path
 ) -> None:
-    """The scaled form's nodes, forced on every matrix; zeros are what is left of most rows by relu."""
-    monkeypatch.setattr(operators_module, "choose", lambda sample, weight, size: OneScale(0.01))
+    """Per-tensor rounding of scaled rows in every layer; zeros are what is left of most rows by relu."""
     source = make_checkpoint(activation_function=function, initializer_range=0.1)
-    made = gpt2onnx.export(source, tmp_path / "bundle", dtype="int8", quality=False)
+    made = gpt2onnx.export(source, tmp_path / "bundle", dtype="int8", calibrate=False, quality=False)
+    made = add_second_graph(made, PerTensor(0.01))
     assert operators(made, bundle.WIDE_GRAPH).count("DynamicQuantizeMatMul") == 4 * made.config.n_layer + 1
-    first, second = StoredWeights(made), StoredWeights(made, wide=True)
-    for name, step in second.made():
+    first, second = BundleWeights(made), BundleWeights(made, second_graph=True)
+    for name, step in second.made_scales():
         off = np.abs(second.tensor(name) - first.tensor(name)) / step
         assert off.max() <= 0.501, f"{name}: rounding to steps is off by {off.max()} steps"
-    network, kind = wide_network(made)
-    session, tokens = Runner(made, threads=1, wide_after=0), many_tokens(made.config)
-    found = session.forward(session.new_cache(1, 64), slice(0, 1), tokens, logits="all")[None]
-    assert_off_by_rounding(found, network, tokens, kind)
+    assert_second_graph_rounds_as_said(made)
 
 
 @pytest.mark.parametrize("function", ["relu", "relu2"])

@@ -1,6 +1,6 @@
-"""Lets the fp32 network write texts, and looks at what reaches its matrices.
+"""Activation statistics: collected while the fp32 network reads texts that it has written itself.
 
-That needs no data: sampled from the network's own unaltered distribution, a text is what it would say.
+That needs no data: the texts are sampled from the network's own unaltered distribution.
 """
 
 from collections.abc import Callable, Sequence
@@ -14,18 +14,57 @@ from onnx import ModelProto, TensorProto, helper, load
 from ...models import contract
 from ...models.bundle import GRAPH, Bundle
 from ...models.config import GPT2Config
+from ...runtime.engine import loading
 from ...runtime.engine.runner import Runner
 from ...runtime.ort import devices, providers
+from ..graph.input_rounding import Array
+from .activations import SAMPLE_ROWS, HeadStats, InputStats
 from .gradients import Gradients
-from .inputs import SAMPLE, HeadInputs, Inputs
-from .sequential import Twins
 
-_LENGTH = 256  # of a text
+# Texts to calibrate on. Half as many don't raise the divergence of int8; in int4 twice as many lower it by a tenth, but take
+# too long for large networks, and raise the perplexity of `pure`: docs/export.md.
+TEXTS, MORE_TEXTS = {"int8": 16, "int4": 32}, 64
+_MANY_WEIGHTS = 50_000_000
+_TEXT_LENGTH = 256
 _HEAD = "lm_head"
 
 
+@dataclass(frozen=True)
+class Statistics:
+    """Texts of a network, and its activation statistics on them.
+
+    Attributes:
+        tokens: the texts, int64 [texts, length].
+        inputs: of the blocks' layers, by name; without those that overflow.
+        head: of the output head; None where it overflows or is all zero.
+        gradients: second moments of the loss' gradients by a layer's outputs, float32 [out, out], by name; empty where
+            they weren't asked for.
+        threads: of one operator.
+    """
+
+    tokens: npt.NDArray[np.int64]
+    inputs: dict[str, InputStats]
+    head: HeadStats | None
+    gradients: dict[str, Array]
+    threads: int
+
+
+def number_of_texts(dtype: str, weights: int, *, pure: bool) -> int:
+    """Texts to calibrate a network of that many weights on, for a precision that quantises."""
+    return MORE_TEXTS if dtype == "int4" and not pure and weights <= _MANY_WEIGHTS else TEXTS[dtype]
+
+
+def write_texts(reference: Bundle, number: int, *, threads: int | None = None) -> npt.NDArray[np.int64]:
+    """Lets an fp32 bundle write texts to calibrate on, int64 [number, length].
+
+    Raises:
+        BackendError: ONNX Runtime can't load or run the graph.
+    """
+    return sample(Runner(reference, threads=threads), number, min(_TEXT_LENGTH, reference.config.n_positions))
+
+
 def sample(runner: Runner, rows: int, length: int, seed: int = 0) -> npt.NDArray[np.int64]:
-    """Texts from a network's own distribution, int64 [rows, length]; each begins with any token of the vocabulary."""
+    """Samples texts from a network's own distribution, int64 [rows, length], each from a random first token."""
     random = np.random.default_rng(seed)
     tokens = np.empty((rows, length), np.int64)
     tokens[:, 0] = random.integers(runner.config.vocab_size, size=rows)
@@ -38,64 +77,36 @@ def sample(runner: Runner, rows: int, length: int, seed: int = 0) -> npt.NDArray
     return tokens
 
 
-@dataclass(frozen=True)
-class Calibration:
-    """What a network wrote, and what reached its matrices then.
-
-    Attributes:
-        tokens: the texts, int64 [texts, length].
-        inputs: of each matrix of the blocks, by its layer's name; without those that overflow.
-        head: what reached the output head; None where it overflows or is all zero.
-        gradients: second moments of the loss' gradients by outputs, float32 [out, out], by matrices' layers; of
-            those where they were asked for and matter.
-        threads: of one operator.
-    """
-
-    tokens: npt.NDArray[np.int64]
-    inputs: dict[str, Inputs]
-    head: HeadInputs | None
-    gradients: dict[str, npt.NDArray[np.float32]]
-    threads: int
-
-    def twins(self) -> Twins:
-        """The network and its quantised twin, before the first operator."""
-        return Twins(self.tokens, self.head, self.gradients, threads=self.threads)
-
-
-def observe(
+def collect(
     reference: Bundle,
+    tokens: npt.NDArray[np.int64],
     *,
     threads: int | None = None,
-    texts: int = 32,
     gradients: bool = True,
     progress: Callable[[float], None] = lambda share: None,
-) -> Calibration:
-    """Lets a network write, and looks at what reaches its matrices.
+) -> Statistics:
+    """Collects the activation statistics of a network on texts.
 
     Args:
-        reference: its fp32 bundle; another graph is written beside that one.
+        reference: its fp32 bundle; another graph is written beside the bundle's.
+        tokens: the texts, int64 [texts, length].
         threads: of one operator.
-        texts: how many.
-        gradients: also go back through the network from the loss.
-        progress: called with the share that is done.
+        gradients: also collect second moments of gradients.
+        progress: called with the finished share.
 
     Raises:
         BackendError: ONNX Runtime can't load or run the graph.
     """
-    runner = Runner(reference, threads=threads)
-    tokens = sample(runner, texts, min(_LENGTH, reference.config.n_positions))
-    threads = runner.threads
-    del runner
-    progress(0.5)
+    threads = threads or loading.threads(reference)
     model = load(reference.folder / GRAPH, load_external_data=False)
-    values = _inputs_of_matrices(model)
+    values = _inputs_of_layers(model)
     loss = Gradients(model, (reference.folder / GRAPH).parent, reference.config, threads=threads) if gradients else None
     wanted: list[str] = sorted({*values.values(), *(loss.values if loss else ())})
     graph = _with_outputs(model, wanted, (reference.folder / GRAPH).with_name("inputs.onnx"))
     network = providers.open_graph(graph, devices.CPU, threads=threads, name=graph)
-    means: dict[str, list[npt.NDArray[np.float32]]] = {name: [] for name in values}
-    kept: dict[str, list[npt.NDArray[np.float32]]] = {name: [] for name in values}
-    step = -(-tokens.size // SAMPLE)
+    means: dict[str, list[Array]] = {name: [] for name in values}
+    kept: dict[str, list[Array]] = {name: [] for name in values}
+    step = -(-tokens.size // SAMPLE_ROWS)
     moment = np.zeros((reference.config.n_embd, reference.config.n_embd), np.float32)
     for row, text in enumerate(tokens):
         outputs = providers.run(network, wanted, _feeds(reference.config, text[None]))
@@ -109,17 +120,17 @@ def observe(
             kept[name].append(flat[row * step // len(tokens) :: step].copy())
         if loss is not None:
             loss.add(text, found)
-        progress(0.5 + 0.5 * (row + 1) / len(tokens))
-    inputs = {name: Inputs(np.mean(means[name], axis=0), np.concatenate(kept[name])) for name in values}
+        progress((row + 1) / len(tokens))
+    inputs = {name: InputStats(np.mean(means[name], axis=0), np.concatenate(kept[name])) for name in values}
     finite = {name: each for name, each in inputs.items() if np.isfinite(each.mean).all()}
     finite.pop(_HEAD, None)
     usable = bool(np.isfinite(moment).all()) and np.trace(moment) > 0
-    head = HeadInputs(moment, inputs[_HEAD].sample) if usable else None
-    return Calibration(tokens, finite, head, loss.moments() if loss else {}, threads)
+    head = HeadStats(moment, inputs[_HEAD].sample) if usable else None
+    return Statistics(tokens, finite, head, loss.moments() if loss else {}, threads)
 
 
-def _inputs_of_matrices(model: ModelProto) -> dict[str, str]:
-    """The values of a graph that its matrices multiply, by the matrices' layers."""
+def _inputs_of_layers(model: ModelProto) -> dict[str, str]:
+    """The graph's values that are inputs of linear layers, by the layers' names."""
     suffix = ".matmul"
     values = {node.name.removesuffix(suffix): node.input[0] for node in model.graph.node if node.name.endswith(suffix)}
     (values[_HEAD],) = (node.input[0] for node in model.graph.node if node.name == "kept")
@@ -127,14 +138,14 @@ def _inputs_of_matrices(model: ModelProto) -> dict[str, str]:
 
 
 def _with_outputs(model: ModelProto, values: Sequence[str], target: Path) -> Path:
-    """Writes a graph that gives more of its values, beside the external data that it refers to."""
+    """Writes a graph with more outputs, beside the external data that it refers to."""
     model.graph.output.extend(helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for name in values)
     target.write_bytes(model.SerializeToString())
     return target
 
 
 def _feeds(config: GPT2Config, tokens: npt.NDArray[np.int64]) -> dict[str, npt.NDArray[np.generic]]:
-    """Inputs of a graph for [1, count] tokens without a past."""
+    """The inputs of the fused graph for tokens [1, count] without a past."""
     feeds: dict[str, npt.NDArray[np.generic]] = {
         contract.INPUT_IDS: tokens,
         contract.ATTENTION_MASK: np.ones_like(tokens),

@@ -1,0 +1,56 @@
+"""The graph files of a bundle."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+from onnx import ModelProto
+
+from ...models import bundle
+from ...models.config import GPT2Config
+from . import ragged, screening, second_graph
+from .fused import Weights, build
+from .input_rounding import PerTensor
+from .weights import WeightsFile
+
+
+def write_graphs(
+    folder: Path,
+    config: GPT2Config,
+    weights: Weights,
+    *,
+    tied: bool,
+    floats: type[np.float32] | type[np.float16] = np.float32,
+    per_tensor: Mapping[str, PerTensor] | None = None,
+) -> None:
+    """Writes the fused graph with its weights, and the graphs that go with it.
+
+    Args:
+        folder: the bundle's.
+        config: the architecture.
+        weights: gives each weight by its checkpoint name, plain or quantised.
+        tied: whether the output head is the token embedding.
+        floats: type of what isn't quantised.
+        per_tensor: the layers that a second graph runs in another way; without any there is none.
+
+    Raises:
+        CheckpointError: a number is beyond float16's range.
+    """
+    (folder / bundle.GRAPH).parent.mkdir(parents=True, exist_ok=True)
+    with (folder / bundle.WEIGHTS).open("wb") as file:
+        store = WeightsFile(folder / bundle.WEIGHTS, file)
+        model = build(config, weights, tied=tied, store=store, floats=floats)
+    _write(folder, [bundle.GRAPH], [model])
+    _write(folder, [bundle.RAGGED_GRAPH], [ragged.build(model, config)])
+    quantized = any(node.op_type == "MatMulNBits" for node in model.graph.node)
+    if per_tensor:
+        second, weights_graph = second_graph.build(model, per_tensor)
+        _write(folder, [bundle.WIDE_GRAPH, bundle.WIDE_WEIGHTS], [ragged.build(second, config), weights_graph])
+    if floats is np.float32 and not quantized and screening.pays(config):
+        names = bundle.BODY_GRAPH, bundle.HEAD_GRAPH, bundle.SCREENING_GRAPH
+        _write(folder, names, screening.build(model, config))
+
+
+def _write(folder: Path, names: Sequence[str], models: Sequence[ModelProto]) -> None:
+    for name, model in zip(names, models, strict=True):
+        (folder / name).write_bytes(model.SerializeToString())
