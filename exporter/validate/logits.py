@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from ...runtime.decoding.processors import Tokens
+from ...runtime.arrays import Tokens
 from ...runtime.engine.runner import Runner
 
 Logits = npt.NDArray[np.float32]

@@ -28,7 +28,7 @@ from gpt2onnx.errors import Gpt2OnnxError
 from ...models.bundle import WIDE_GRAPH, Bundle
 from ...models.config import GPT2Config
 from ...models.shapes import weight_shapes
-from ...runtime.decoding.processors import Tokens
+from ...runtime.arrays import Tokens
 from ...runtime.engine.runner import Runner
 from ...runtime.engine.second_graph import FEWEST
 from ...runtime.model import Model
