@@ -8,7 +8,8 @@ from typing import Any
 import click
 from msgspec import inspect
 
-from ..runtime.options import BY_NAME, OPTIONS, Option
+from ..runtime.option_table import Option
+from ..runtime.options import BY_NAME, OPTIONS
 
 _OFF = "none"  # switches an option off
 

@@ -6,16 +6,16 @@ for type checkers and editors, which can't derive them; a test compares the two.
 """
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Annotated, Any, Literal, TypedDict, get_type_hints
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any, Literal, TypedDict
 
 import msgspec
-from msgspec import Meta, inspect
+from msgspec import Meta
 
 from gpt2onnx.errors import OptionError
 
 from ..models.messages import shown
+from .option_table import about, table
 
 DEFAULT_NEW_TOKENS = 64
 MAX_SEQUENCES = 1000  # of one prompt; each has a row of the KV cache
@@ -53,11 +53,6 @@ _NOT_SUPPORTED = {
 _log = logging.getLogger(__name__)
 
 
-def _about(help: str, *, sampling: bool = False, example: str = "", off: object = None) -> Meta:  # noqa: A002
-    """A field's help, and whether it applies to sampling alone, how it is written on a command line, its value for None."""
-    return Meta(description=help, extra={"sampling": sampling, "example": example, "off": off})
-
-
 class GenerationConfig(msgspec.Struct, frozen=True, kw_only=True):
     """How to continue a prompt; each field's help is in the table below, and in docs/cli.md.
 
@@ -66,103 +61,103 @@ class GenerationConfig(msgspec.Struct, frozen=True, kw_only=True):
     """
 
     max_new_tokens: Annotated[
-        Length | None, _about(f"Most new tokens; wins over max_length. {DEFAULT_NEW_TOKENS} where no length is given.")
+        Length | None, about(f"Most new tokens; wins over max_length. {DEFAULT_NEW_TOKENS} where no length is given.")
     ] = None
-    min_new_tokens: Annotated[Count | None, _about("No end token before this many new tokens.")] = None
-    max_length: Annotated[Length | None, _about("Most tokens, prompt included.")] = None
+    min_new_tokens: Annotated[Count | None, about("No end token before this many new tokens.")] = None
+    max_length: Annotated[Length | None, about("Most tokens, prompt included.")] = None
     min_length: Annotated[
-        Count, _about("No end token before this many tokens, prompt included; min_new_tokens replaces it.")
+        Count, about("No end token before this many tokens, prompt included; min_new_tokens replaces it.")
     ] = 0
-    do_sample: Annotated[bool, _about("Draw the next token instead of taking the likeliest.")] = False
+    do_sample: Annotated[bool, about("Draw the next token instead of taking the likeliest.")] = False
     temperature: Annotated[
         Annotated[float, Meta(ge=0, le=LARGEST)],
-        _about("Divides the logits before sampling; 0 for greedy search.", sampling=True),
+        about("Divides the logits before sampling; 0 for greedy search.", sampling=True),
     ] = 1.0
     top_h: Annotated[
         Share | None,
-        _about("Sample among the likeliest of 100 tokens whose entropy terms add up to this share.", sampling=True),
+        about("Sample among the likeliest of 100 tokens whose entropy terms add up to this share.", sampling=True),
     ] = None
-    top_k: Annotated[Count, _about("Sample among the k likeliest tokens; 0 for all.", sampling=True, off=0)] = 50
+    top_k: Annotated[Count, about("Sample among the k likeliest tokens; 0 for all.", sampling=True, off=0)] = 50
     top_p: Annotated[
-        Probability, _about("Sample among the likeliest tokens whose probabilities add up to p.", sampling=True)
+        Probability, about("Sample among the likeliest tokens whose probabilities add up to p.", sampling=True)
     ] = 1.0
     min_p: Annotated[
-        Probability | None, _about("Sample among tokens at least p times as likely as the likeliest.", sampling=True)
+        Probability | None, about("Sample among tokens at least p times as likely as the likeliest.", sampling=True)
     ] = None
     typical_p: Annotated[
-        Share, _about("Sample among the most typical tokens whose probabilities add up to p.", sampling=True)
+        Share, about("Sample among the most typical tokens whose probabilities add up to p.", sampling=True)
     ] = 1.0
     epsilon_cutoff: Annotated[
-        Probability, _about("Sample among tokens of at least this probability; 0 for all.", sampling=True)
+        Probability, about("Sample among tokens of at least this probability; 0 for all.", sampling=True)
     ] = 0.0
     eta_cutoff: Annotated[
         Probability,
-        _about("As epsilon_cutoff, with a lower bound where the entropy is high; 0 for all.", sampling=True),
+        about("As epsilon_cutoff, with a lower bound where the entropy is high; 0 for all.", sampling=True),
     ] = 0.0
     renormalize_logits: Annotated[
-        bool, _about("Turn the scores that processors and filters leave into log probabilities.")
+        bool, about("Turn the scores that processors and filters leave into log probabilities.")
     ] = False
-    repetition_penalty: Annotated[Penalty, _about("Above 1: tokens seen before become less likely.")] = 1.0
-    encoder_repetition_penalty: Annotated[Penalty, _about("Above 1: the prompt's tokens become more likely.")] = 1.0
-    no_repeat_ngram_size: Annotated[Count, _about("No n-gram of this size occurs twice; 0 for no limit.")] = 0
+    repetition_penalty: Annotated[Penalty, about("Above 1: tokens seen before become less likely.")] = 1.0
+    encoder_repetition_penalty: Annotated[Penalty, about("Above 1: the prompt's tokens become more likely.")] = 1.0
+    no_repeat_ngram_size: Annotated[Count, about("No n-gram of this size occurs twice; 0 for no limit.")] = 0
     encoder_no_repeat_ngram_size: Annotated[
-        Count, _about("No n-gram of this size in the prompt occurs again; 0 for no limit.")
+        Count, about("No n-gram of this size in the prompt occurs again; 0 for no limit.")
     ] = 0
     sequence_bias: Annotated[
         Annotated[Sequence[tuple[Words, Exponent]], Meta(min_length=1)] | None,
-        _about(
+        about(
             "Added to the logit of the last token of a sequence where the rest of it precedes.",
             example="[[[5,7],-2.5]]",
         ),
     ] = None
     bad_words_ids: Annotated[
         Annotated[Sequence[Words], Meta(min_length=1)] | None,
-        _about("Token sequences that are never completed.", example="[[1,2],[3]]"),
+        about("Token sequences that are never completed.", example="[[1,2],[3]]"),
     ] = None
     suppress_tokens: Annotated[
-        Sequence[TokenIdOrNone] | None, _about("Tokens that are never chosen.", example="1,2,3")
+        Sequence[TokenIdOrNone] | None, about("Tokens that are never chosen.", example="1,2,3")
     ] = None
     begin_suppress_tokens: Annotated[
-        Sequence[TokenIdOrNone] | None, _about("Tokens that are never chosen first.", example="1,2,3")
+        Sequence[TokenIdOrNone] | None, about("Tokens that are never chosen first.", example="1,2,3")
     ] = None
-    forced_bos_token_id: Annotated[TokenId | None, _about("First new token after a prompt of one token.")] = None
+    forced_bos_token_id: Annotated[TokenId | None, about("First new token after a prompt of one token.")] = None
     forced_eos_token_id: Annotated[
         TokenId | Sequence[TokenId] | None,
-        _about("Token, or one of the tokens, that comes last where the length ends a sequence.", example="1,2"),
+        about("Token, or one of the tokens, that comes last where the length ends a sequence.", example="1,2"),
     ] = None
     exponential_decay_length_penalty: Annotated[
         tuple[Count, Factor] | None,
-        _about(
+        about(
             "A number of new tokens n and a factor f: m tokens after n, an end token's logit x becomes x + |x| (f^m - 1).",
             example="50,1.05",
         ),
     ] = None
-    num_beams: Annotated[Rows, _about("Width of the beam search; 1 for none.")] = 1
-    length_penalty: Annotated[Exponent, _about("Exponent of the length that divides a finished beam's score.")] = 1.0
+    num_beams: Annotated[Rows, about("Width of the beam search; 1 for none.")] = 1
+    length_penalty: Annotated[Exponent, about("Exponent of the length that divides a finished beam's score.")] = 1.0
     early_stopping: Annotated[
         bool | Literal["never"],
-        _about(
+        about(
             "When a beam search ends: true with num_beams finished beams, false when a better one is unlikely, never when"
             " a better one is impossible.",
             example="true",
         ),
     ] = False
-    num_return_sequences: Annotated[Rows, _about("Continuations of each prompt.")] = 1
+    num_return_sequences: Annotated[Rows, about("Continuations of each prompt.")] = 1
     seed: Annotated[
-        Count | None, _about("Seed of the random draws, modulo 2**32; a fresh one by default.", sampling=True)
+        Count | None, about("Seed of the random draws, modulo 2**32; a fresh one by default.", sampling=True)
     ] = None
     eos_token_id: Annotated[
-        TokenIdOrNone | Sequence[TokenIdOrNone] | None, _about("Token or tokens that end a sequence.", example="1,2")
+        TokenIdOrNone | Sequence[TokenIdOrNone] | None, about("Token or tokens that end a sequence.", example="1,2")
     ] = None
     stop: Annotated[
         Text | Sequence[Text],
-        _about("String or strings that end a sequence; the text is cut before them.", example="END"),
+        about("String or strings that end a sequence; the text is cut before them.", example="END"),
     ] = ()
     logprobs: Annotated[
-        Count | None, _about("Return the log probability of each token, and of this many likeliest tokens.")
+        Count | None, about("Return the log probability of each token, and of this many likeliest tokens.")
     ] = None
     prompt_lookup: Annotated[
-        Count, _about("Longest draft copied from earlier text and verified in one forward pass; 0 for none.")
+        Count, about("Longest draft copied from earlier text and verified in one forward pass; 0 for none.")
     ] = 0
 
     def __post_init__(self) -> None:
@@ -328,110 +323,9 @@ class GenerationOptions(TypedDict, total=False):
     prompt_lookup: int | None
 
 
-@dataclass(frozen=True)
-class Option:
-    """A row of the table.
-
-    Attributes:
-        name: transformers' name of it.
-        type: Python type with its range, for msgspec.
-        default: where neither the bundle nor the caller gives it.
-        off: value that None stands for.
-        help: a sentence.
-        sampling: whether it applies to sampling alone, so that giving it turns sampling on.
-        example: how it is written on a command line, where that isn't plain.
-    """
-
-    name: str
-    type: Any
-    default: Any
-    off: Any
-    help: str
-    sampling: bool
-    example: str
-
-    def checked(self, value: Any) -> Any:
-        """The value, converted to the option's type.
-
-        Raises:
-            OptionError: it is of another type or out of range.
-        """
-        try:
-            return msgspec.convert(value, self.type)
-        except (msgspec.ValidationError, ValueError) as error:
-            raise OptionError(f"{self.name} must be {self.wanted}, not {shown(value)}", self.name) from error
-
-    def takes(self, value: Any) -> bool:
-        """Whether the value is in range."""
-        try:
-            self.checked(value)
-        except OptionError:
-            return False
-        return True
-
-    @property
-    def kinds(self) -> list[inspect.Type]:
-        """The types that it takes, None aside."""
-        return [kind for kind in _alternatives(inspect.type_info(self.type)) if not isinstance(kind, inspect.NoneType)]
-
-    @property
-    def takes_list(self) -> bool:
-        """Whether a value may be a list."""
-        return any(isinstance(kind, inspect.CollectionType | inspect.TupleType) for kind in self.kinds)
-
-    @property
-    def wanted(self) -> str:
-        """Type and range in words."""
-        return " or ".join(_in_words(kind, self.example) for kind in self.kinds)
-
-
-def _table() -> Iterator[Option]:
-    hints = get_type_hints(GenerationConfig, include_extras=True)
-    for field in msgspec.structs.fields(GenerationConfig):
-        (about,) = (each for each in hints[field.name].__metadata__ if each.description)
-        off = field.default if about.extra["off"] is None else about.extra["off"]
-        yield Option(
-            field.name,
-            hints[field.name],
-            field.default,
-            off,
-            about.description,
-            about.extra["sampling"],
-            about.extra["example"],
-        )
-
-
-OPTIONS: tuple[Option, ...] = tuple(_table())
+OPTIONS = table(GenerationConfig)
 BY_NAME = {option.name: option for option in OPTIONS}
 SAMPLING_OPTIONS = tuple(option.name for option in OPTIONS if option.sampling)
-
-
-def _alternatives(kind: inspect.Type) -> list[inspect.Type]:
-    if isinstance(kind, inspect.Metadata):
-        return _alternatives(kind.type)
-    return list(kind.types) if isinstance(kind, inspect.UnionType) else [kind]
-
-
-def _in_words(kind: inspect.Type, example: str) -> str:
-    """A type and its range, as an error names them."""
-    if isinstance(kind, inspect.IntType):
-        if kind.lt is not None:
-            return "a token id"
-        return f"a whole number from {kind.ge}" + ("" if kind.le is None else f" to {kind.le}")
-    if isinstance(kind, inspect.FloatType):
-        least = f"from {kind.ge:g}" if kind.gt is None else f"above {kind.gt:g} and up"
-        return f"a number {least} to {kind.le:g}"
-    if isinstance(kind, inspect.BoolType):
-        return "true or false"
-    if isinstance(kind, inspect.LiteralType):
-        return " or ".join(map(repr, kind.values))
-    if isinstance(kind, inspect.StrType):
-        return "a text that isn't empty"
-    if isinstance(kind, inspect.CollectionType):
-        (item,) = _alternatives(kind.item_type)
-        if isinstance(item, inspect.IntType | inspect.StrType):
-            return f"a list of {'token ids' if isinstance(item, inspect.IntType) else 'such texts'}"
-    return f"a list such as {example if example.startswith('[') else f'[{example}]'}"
 
 
 def _ids(ids: int | Sequence[int] | None) -> tuple[int, ...]:

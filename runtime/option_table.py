@@ -1,0 +1,113 @@
+"""A table of options: the fields of a structure, with their types, ranges, defaults and help."""
+
+from dataclasses import dataclass
+from typing import Any, get_type_hints
+
+import msgspec
+from msgspec import Meta, inspect
+
+from gpt2onnx.errors import OptionError
+
+from ..models.messages import shown
+
+
+def about(help: str, *, sampling: bool = False, example: str = "", off: object = None) -> Meta:  # noqa: A002
+    """A field's help, and whether it applies to sampling alone, how it is written on a command line, its value for None."""
+    return Meta(description=help, extra={"sampling": sampling, "example": example, "off": off})
+
+
+@dataclass(frozen=True)
+class Option:
+    """A row of the table.
+
+    Attributes:
+        name: transformers' name of it.
+        type: Python type with its range, for msgspec.
+        default: where neither the bundle nor the caller gives it.
+        off: value that None stands for.
+        help: a sentence.
+        sampling: whether it applies to sampling alone, so that giving it turns sampling on.
+        example: how it is written on a command line, where that isn't plain.
+    """
+
+    name: str
+    type: Any
+    default: Any
+    off: Any
+    help: str
+    sampling: bool
+    example: str
+
+    def checked(self, value: Any) -> Any:
+        """The value, converted to the option's type.
+
+        Raises:
+            OptionError: it is of another type or out of range.
+        """
+        try:
+            return msgspec.convert(value, self.type)
+        except (msgspec.ValidationError, ValueError) as error:
+            raise OptionError(f"{self.name} must be {self.wanted}, not {shown(value)}", self.name) from error
+
+    def takes(self, value: Any) -> bool:
+        """Whether the value is in range."""
+        try:
+            self.checked(value)
+        except OptionError:
+            return False
+        return True
+
+    @property
+    def kinds(self) -> list[inspect.Type]:
+        """The types that it takes, None aside."""
+        return [kind for kind in _alternatives(inspect.type_info(self.type)) if not isinstance(kind, inspect.NoneType)]
+
+    @property
+    def takes_list(self) -> bool:
+        """Whether a value may be a list."""
+        return any(isinstance(kind, inspect.CollectionType | inspect.TupleType) for kind in self.kinds)
+
+    @property
+    def wanted(self) -> str:
+        """Type and range in words."""
+        return " or ".join(_in_words(kind, self.example) for kind in self.kinds)
+
+
+def table(options: type[msgspec.Struct]) -> tuple[Option, ...]:
+    """The rows of a structure whose fields are annotated by `about`."""
+    rows = []
+    hints = get_type_hints(options, include_extras=True)
+    for field in msgspec.structs.fields(options):
+        (meta,) = (each for each in hints[field.name].__metadata__ if each.description)
+        off = field.default if meta.extra["off"] is None else meta.extra["off"]
+        sampling, example = meta.extra["sampling"], meta.extra["example"]
+        rows.append(Option(field.name, hints[field.name], field.default, off, meta.description, sampling, example))
+    return tuple(rows)
+
+
+def _alternatives(kind: inspect.Type) -> list[inspect.Type]:
+    if isinstance(kind, inspect.Metadata):
+        return _alternatives(kind.type)
+    return list(kind.types) if isinstance(kind, inspect.UnionType) else [kind]
+
+
+def _in_words(kind: inspect.Type, example: str) -> str:
+    """A type and its range, as an error names them."""
+    if isinstance(kind, inspect.IntType):
+        if kind.lt is not None:
+            return "a token id"
+        return f"a whole number from {kind.ge}" + ("" if kind.le is None else f" to {kind.le}")
+    if isinstance(kind, inspect.FloatType):
+        least = f"from {kind.ge:g}" if kind.gt is None else f"above {kind.gt:g} and up"
+        return f"a number {least} to {kind.le:g}"
+    if isinstance(kind, inspect.BoolType):
+        return "true or false"
+    if isinstance(kind, inspect.LiteralType):
+        return " or ".join(map(repr, kind.values))
+    if isinstance(kind, inspect.StrType):
+        return "a text that isn't empty"
+    if isinstance(kind, inspect.CollectionType):
+        (item,) = _alternatives(kind.item_type)
+        if isinstance(item, inspect.IntType | inspect.StrType):
+            return f"a list of {'token ids' if isinstance(item, inspect.IntType) else 'such texts'}"
+    return f"a list such as {example if example.startswith('[') else f'[{example}]'}"
