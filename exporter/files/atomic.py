@@ -45,6 +45,7 @@ def replacing(target: Path, check: Callable[[], None]) -> Iterator[Path]:
         _flush(new, *new.rglob("*"))
         _put_in_place(new, place, workspace / "old" / place.name, check)
         _flush(place.parent)
+        shutil.rmtree(workspace / "old", ignore_errors=True)  # only now is the new one safe from a power failure
 
 
 @contextmanager
@@ -98,11 +99,9 @@ def _put_in_place(new: Path, place: Path, old: Path, check: Callable[[], None]) 
         except OSError:
             if not tries_left or not place.exists():
                 raise
+            shutil.rmtree(old, ignore_errors=True)
         else:
             return
-        finally:
-            if place.exists():
-                shutil.rmtree(old, ignore_errors=True)
 
 
 def _flush(*paths: Path) -> None:

@@ -6,13 +6,11 @@ tests/exporter/files/test_atomic.py.
 
 import contextlib
 import os
-import random
 import re
 import signal
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -190,29 +188,6 @@ def test_a_fault_at_any_step_leaves_a_whole_target(
     assert tried == old + new >= min(MOST, steps) * 0.8
     assert old > 0
     assert new > 0
-
-
-@posix
-def test_killed_at_any_time(checkpoints: list[Path], tmp_path: Path) -> None:
-    """A process as users start it, and real time."""
-    target = tmp_path / "folder" / "bundle"
-    wholes = []
-    for checkpoint in checkpoints:
-        begin = time.monotonic()
-        out, err = start_export(checkpoint, target).communicate(timeout=60)
-        assert "MB" in out, err
-        duration = time.monotonic() - begin
-        wholes.append(content(target))
-    generator = random.Random(1)
-    for number in range(max(6, MOST // 8)):
-        process = start_export(checkpoints[number % 2], target)
-        time.sleep(duration * generator.uniform(0.5, 1))
-        process.send_signal(signal.SIGKILL)
-        process.communicate(timeout=60)
-        assert not target.exists() or content(target) in wholes  # it is missing between the two renames
-    assert len(list(target.parent.iterdir())) <= 2
-    gpt2onnx.export(checkpoints[0], target, force=True)
-    assert list(target.parent.iterdir()) == [target]
 
 
 # Others at the same time
