@@ -63,7 +63,7 @@ def test_generate_json(command_line: CommandLine, tales_bundle: Path, tales_refe
     done = command_line("generate", PROMPT, "-m", tales_bundle, "--json", *SHORT)
     assert (done.code, done.err) == (0, "")
     record = json.loads(done.out)
-    assert list(record) == ["prompt", "prompt_ids", "sequences", "usage", "seconds", "energy"]
+    assert list(record) == ["prompt", "prompt_ids", "sequences", "seed", "usage", "seconds", "energy"]
     assert record["prompt"] == PROMPT
     (sequence,) = record["sequences"]
     assert list(sequence) == ["text", "token_ids", "finish_reason", "logprobs"]
@@ -245,7 +245,7 @@ def test_a_file_of_requests(
             assert list(record) == ["id", "error"]
             assert "\n" not in record["error"]
             continue
-        assert list(record) == ["id", "prompt", "prompt_ids", "sequences", "usage", "seconds", "energy"]
+        assert list(record) == ["id", "prompt", "prompt_ids", "sequences", "seed", "usage", "seconds", "energy"]
         options = {name: value for name, value in request.items() if name not in ("id", "prompt", "prompt_ids", "seed")}
         # Only do_sample turns sampling on in a request, so the last one is greedy.
         options = {"do_sample": False} | options

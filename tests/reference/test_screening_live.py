@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import gpt2onnx
-from gpt2onnx.exporter.checkpoint.checkpoint.checkpoint import Checkpoint
+from gpt2onnx.exporter.checkpoint.checkpoint import Checkpoint
 from gpt2onnx.exporter.graph.fused import screening as exporter
 from gpt2onnx.exporter.validate.parity import check
 from gpt2onnx.models.bundle import BODY_GRAPH, Bundle

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.tokenizer_files import GPT2_FILES, gpt2_in_transformers
 
-from gpt2onnx.exporter.tokenizer.convert.convert import write_tokenizer
+from gpt2onnx.exporter.tokenizer.convert import write_tokenizer
 from gpt2onnx.runtime.tokenizer import Tokenizer
 
 # Every character that UTF-8 can hold.

@@ -12,7 +12,7 @@ from support.tokenizer_files import GPT2_FILES, gpt2_in_transformers, odd_texts
 
 import gpt2onnx
 from gpt2onnx.errors import BundleError, CheckpointError
-from gpt2onnx.exporter.tokenizer.convert.convert import write_tokenizer
+from gpt2onnx.exporter.tokenizer.convert import write_tokenizer
 from gpt2onnx.runtime.tokenizer import Tokenizer, find_stop
 
 VOCAB, MERGES = GPT2_FILES / "encoder.json", GPT2_FILES / "vocab.bpe"

@@ -197,7 +197,7 @@ def test_exact_sums_where_the_processor_has_none(int8: Bundle, monkeypatch: pyte
 
     def logits() -> np.ndarray:
         session = Runner(int8, threads=1, wide_after=0)
-        return session.forward(session.new_cache(1, 64), slice(0, 1), tokens, keep=64).copy()
+        return session.forward(session.new_cache(1, 64), slice(0, 1), tokens, logits="all")[None].copy()
 
     usual = logits()
     monkeypatch.setattr(onnxruntime, "InferenceSession", create)
