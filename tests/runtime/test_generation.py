@@ -91,6 +91,15 @@ def test_cases_vary() -> None:
         assert len({case.name for case in case_list}) == len(case_list)
 
 
+def test_min_new_tokens_replaces_min_length(tales_model: gpt2onnx.Model, tales_reference: Reference) -> None:
+    """Also a larger one, and one that the bundle sets."""
+    prompt, ends = [446, 306, 258], list(range(0, 8192, 3))
+    for least in ({"min_length": 12, "min_new_tokens": 2}, {"min_length": 12}, {"min_new_tokens": 5, "min_length": 2}):
+        options = {"eos_token_id": ends, "max_new_tokens": 15} | least
+        (expected,) = tales_reference.tokens(prompt, **options)
+        assert_same_tokens(tales_model.generate(prompt, **options).sequences[0].token_ids, expected, least)
+
+
 def test_context_window_ends_a_sequence(pair: Pair) -> None:
     """The last token needs no position: a prompt that fills the window still gets one."""
     model, reference = pair

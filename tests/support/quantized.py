@@ -120,9 +120,9 @@ def add_second_graph(opened: bundle.Bundle, rounding: PerTensor) -> bundle.Bundl
     model = onnx.load(opened.folder / bundle.GRAPH, load_external_data=False)
     matrices = [node.name.removesuffix(".matmul") for node in model.graph.node if node.op_type == "MatMulNBits"]
     layers = dict.fromkeys(["lm_head" if name == "logits" else name for name in matrices], rounding)
-    made = second_graph.build(model, layers)
-    for name, graph in zip((bundle.WIDE_GRAPH, bundle.WIDE_WEIGHTS), made, strict=True):
-        (opened.folder / name).write_bytes(graph.SerializeToString())
+    second, weights_graph = second_graph.build(model, layers)
+    (opened.folder / bundle.WIDE_GRAPH).write_bytes(ragged.build(second, opened.config).SerializeToString())
+    (opened.folder / bundle.WIDE_WEIGHTS).write_bytes(weights_graph.SerializeToString())
     replace_graph(opened.folder)
     return bundle.Bundle.open(opened.folder)
 
