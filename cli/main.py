@@ -114,7 +114,7 @@ def _drop_output() -> None:
 
 
 def _fail(message: str, code: int) -> None:
-    """One line, whatever the message; names from a file mustn't steer the terminal."""
+    """The message in one line, without control characters: names from a file mustn't steer the terminal."""
     line = "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in " ".join(message.split()))
     click.echo(f"gpt2onnx: {line if len(line) <= _LONGEST_MESSAGE else line[:_LONGEST_MESSAGE] + '…'}", err=True)
     sys.exit(code)

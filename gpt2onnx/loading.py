@@ -75,7 +75,7 @@ def resolve(model: str | os.PathLike[str]) -> Path:
 
 
 def look_up(model: str | os.PathLike[str]) -> "bundle.Bundle | GPT2Config":
-    """What is known of a model without exporting it.
+    """Facts about a model that isn't exported.
 
     Returns:
         The bundle: the model's own, or that of an earlier export in the user's cache. Where there is none, the

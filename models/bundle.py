@@ -53,7 +53,7 @@ _SMALL = 2**18
 
 @dataclass(frozen=True)
 class FileRecord:
-    """What the manifest says of one file: bytes and sha256 in hexadecimal."""
+    """A file in the manifest: bytes and sha256 in hexadecimal."""
 
     size: int
     sha256: str

@@ -127,7 +127,7 @@ def read_json(path: Path, most: int = _MOST_JSON) -> dict[str, Any]:
 
 
 def read_small(path: Path, most: int = _MOST_JSON) -> bytes:
-    """The bytes of a JSON file, which holds no more than so many of them; raises CheckpointError as `read_json` does."""
+    """The bytes of a JSON file of limited size; raises CheckpointError as `read_json` does."""
     try:
         with path.open("rb") as file:
             text = file.read(most + 1)

@@ -7,7 +7,7 @@ The names and axes are those of optimum's text-generation export, so that other 
     position_ids                  int64   [batch_size, sequence_length]
     past_key_values.{i}.key       float   [batch_size, heads, past_sequence_length, head_size]
     past_key_values.{i}.value     float   [batch_size, heads, past_sequence_length, head_size]
-    logits_to_keep                int64   [1]    optional; logits of so many last positions, all by default
+    logits_to_keep                int64   [1]    optional; number of last positions with logits, all by default
     logits                        float   [batch_size, kept_sequence_length, vocab_size]
     present.{i}.key, .value       float   [batch_size, heads, total_sequence_length, head_size]
 
@@ -26,7 +26,7 @@ one of the other; a third graph is a head that screens, whose weights `estimates
     hidden_states                 float   [batch_size, kept_sequence_length, width]; where logits are screened, [positions, width]
     balanced                      float   [positions, width]         what the estimates' rows are multiplied with
     common                        float   [positions, 1]             added to the estimates at each position
-    candidates                    int64   [1]                        so many highest estimates are computed again in full
+    candidates                    int64   [1]                        number of highest estimates that are computed again in full
     highest                       float   [positions, candidates]    these estimates, in descending order
     head.weight                   float   [vocab_size, width]        the head's rows, as they lie in the bundle's file
     estimates.rows                uint8   [vocab_size, blocks, block_size]

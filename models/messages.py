@@ -4,7 +4,7 @@ _LONGEST = 80  # letters
 
 
 def shown(value: object) -> str:
-    """A value as an error message shows it: short, whatever it is."""
+    """A value as an error message shows it: always short."""
     try:
         text = repr(value)
     except (ValueError, RecursionError):  # integers of thousands of digits, lists in lists in lists
@@ -13,5 +13,5 @@ def shown(value: object) -> str:
 
 
 def one_line(error: Exception) -> str:
-    """What an error says, in one line without runs of spaces."""
+    """An error's message in one line, without runs of spaces."""
     return " ".join(str(error).split())

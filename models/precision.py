@@ -82,7 +82,7 @@ def blocks(
 
 
 def memory(config: GPT2Config, dtype: str) -> Memory:
-    """What a network takes in one of `DTYPES`."""
+    """Memory of a network in one of `DTYPES`."""
     shapes = weight_shapes(config, tied=config.tie_word_embeddings)
     weights = sum(_stored(config, name, shape, dtype) for name, shape in shapes.items())
     per_token = 2 * config.n_layer * config.n_embd * _FLOAT_BYTES[dtype]

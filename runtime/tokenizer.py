@@ -14,7 +14,7 @@ from ..models.bundle import TOKENIZER_CONFIG
 from ..models.config import read_json
 from ..models.messages import shown
 
-# What transformers' `clean_up_tokenization` replaces, in its order.
+# Replacements of transformers' `clean_up_tokenization`, in its order.
 _CLEAN_UP = (
     (" .", "."),
     (" ?", "?"),
@@ -27,11 +27,11 @@ _CLEAN_UP = (
     (" 've", "'ve"),
     (" 're", "'re"),
 )
-# The end of a text that tokens to come may still take part in a replacement with.
+# The end of a text that may belong to a replacement with later tokens.
 _UNSETTLED = re.compile(r"[ .?!,'ntmsver]*\Z")
-# How vocabularies with a fallback to bytes write a byte.
+# A byte in vocabularies with byte fallback.
 _BYTE_ENTRY = re.compile(r"<0x([0-9A-Fa-f]{2})>")
-# The bytes that a byte-level vocabulary writes as themselves; the others, in order, are the letters from 256 on.
+# Bytes that a byte-level vocabulary writes as themselves; the others, in order, are the characters from 256 on.
 _PRINTABLE = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
 _BYTE_OF_LETTER = {chr(byte): byte for byte in _PRINTABLE} | {
     chr(256 + index): byte for index, byte in enumerate(sorted(set(range(256)) - set(_PRINTABLE)))
@@ -53,7 +53,7 @@ class Encoded:
 
 
 class Tokenizer:
-    """A bundle's tokenizer.json, and what tokenizer_config.json beside it says of spaces in decoded text.
+    """A bundle's tokenizer.json, with the setting for spaces in decoded text of tokenizer_config.json beside it.
 
     Raises:
         BundleError: a file can't be read.
@@ -143,7 +143,7 @@ class Tokenizer:
 class TextStream:
     """Text that is safe to show while tokens come in.
 
-    It never breaks a character of several bytes, and never shows a stop string or what may become one.
+    It never breaks a character of several bytes, and never shows a stop string or a possible beginning of one.
     """
 
     def __init__(self, tokenizer: HuggingFaceTokenizer, stop: Sequence[str], *, cleans_up: bool = False) -> None:
@@ -170,7 +170,7 @@ class TextStream:
         return self._show(text, find_stop(text, self._stop))
 
     def _settled(self, new: str) -> str:
-        """What can be added to the decoded text now that this much more is known."""
+        """The part of the text so far that no later token changes."""
         if not self._cleans_up:
             return new
         text = self._unsettled + new
@@ -194,7 +194,7 @@ class TextStream:
 
 
 def _cleans_up(path: Path, tokenizer: HuggingFaceTokenizer) -> bool:
-    """Whether transformers would clean decoded text up: where the settings ask for it, and BPE only if they insist."""
+    """Whether transformers cleans decoded text up: if the settings ask for it, and with BPE only if they insist."""
     if not path.is_file():
         return False
     try:

@@ -15,10 +15,10 @@ from gpt2onnx.errors import BackendError, MissingExtraError, OptionError
 from ...models.messages import one_line
 
 JOULES_PER_KWH = 3.6e6
-# Runs are repeated until they took so many seconds together: enough for codecarbon's samples of the processor's load.
+# Seconds that a run is repeated for: enough for codecarbon's samples of the processor's load.
 DEFAULT_SECONDS = 3.0
 MOST_SECONDS = 3600.0
-# What keeps codecarbon from the network and the disk, whatever its configuration file says.
+# Settings that keep codecarbon from the network and the disk; its configuration file can't change them.
 _OFFLINE = {
     "allow_multiple_runs": True,
     "output_methods": [],
@@ -63,7 +63,7 @@ _METHODS = {
 
 @dataclass(frozen=True)
 class Reading:
-    """What was measured.
+    """A measurement.
 
     Attributes:
         columns: codecarbon's own, by name; energies in kWh, powers in W, emissions in kg of CO2 equivalents. The powers

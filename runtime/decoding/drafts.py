@@ -1,7 +1,7 @@
-"""Prompt lookup: guesses at what follows, copied from the text so far, for one forward pass to verify.
+"""Prompt lookup: drafts copied from the text so far, for one forward pass to verify.
 
-Knows tokens only. Which guesses are kept is the decoding loop's: tokens are the same with any guesses, or none, but
-for what an int8 or int4 network rounds otherwise where several tokens pass through it at once.
+Knows tokens only. The scheduler verifies: tokens are the same with any drafts or none, except that an int8 or int4 network
+rounds several tokens of a pass in another way than one.
 """
 
 import numpy as np
@@ -13,7 +13,7 @@ _CERTAIN = 2  # tokens that must match before what followed them is a draft, unl
 
 
 class Drafts:
-    """Guesses at what follows, copied from earlier text, as long as they have paid so far.
+    """Drafts of the next tokens, copied from earlier text, while they pay.
 
     A step over a few tokens costs hardly more than one over one, a step over many does. So drafts begin short, grow
     twofold when a whole one was right, and shrink to just beyond what was right otherwise. Single tokens stand
@@ -32,7 +32,7 @@ class Drafts:
         self._before = 0
 
     def propose(self, tokens: Tokens, count: int) -> Tokens:
-        """At most so many guesses for what follows tokens, int64 [length], also judging the last guesses by them."""
+        """At most `count` guesses of the tokens after these, int64 [length], which also judge the last guesses."""
         self._learn(tokens)
         draft = lookup(tokens, min(count, self._length), self._matching)
         self._draft, self._before = (draft if len(draft) else None), len(tokens)
@@ -50,7 +50,7 @@ class Drafts:
 
 
 def lookup(tokens: Tokens, count: int, shortest: int = 1, longest: int = 3) -> Tokens:
-    """Guesses what follows: what followed the latest earlier place with the same last few tokens.
+    """The tokens that followed the latest earlier place with the same last tokens.
 
     Args:
         tokens: the sequence so far, int64 [length].

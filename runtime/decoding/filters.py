@@ -1,4 +1,4 @@
-"""Warpers: which tokens sampling draws from, in transformers' order and with its semantics.
+"""Filters of sampling: which tokens it draws from, in transformers' order and with its semantics (there: warpers).
 
 A warper is a function from `Candidates` to `Candidates`. Each looks only at those that the ones before it left.
 To add one: write its factory, and name it in `warpers`.
@@ -19,8 +19,8 @@ from .torch_topk import ascending, best, largest
 Warper = Callable[[Candidates], Candidates]
 
 _HIGHEST = 1e38  # score behind the temperature: the difference of two such is a float32, too
-_MOST_LIKELY = 100  # so many are all that top-h looks at
-_FEW = 1024  # so many entries are sorted at once
+_MOST_LIKELY = 100  # tokens that top-h looks at, as in transformers
+_FEW = 1024  # entries that are sorted at once; more are binned first, which is faster
 _BIN_BITS = 18  # of a float32; bins are then a 32nd of a power of two wide
 
 
@@ -53,7 +53,7 @@ def warpers(options: GenerationConfig) -> list[Warper]:
 
 
 def warp(chain: Sequence[Warper], scores: Logits) -> Candidates:
-    """What warpers leave of scores, float32 [vocabulary], one after another."""
+    """The candidates that all warpers leave of scores, float32 [vocabulary]."""
     candidates = Candidates.all(scores)
     for warper in chain:
         candidates = warper(candidates)
@@ -110,7 +110,7 @@ def top_h(share: float) -> Warper:
 
 
 def top_k(k: int, keep: int = 1) -> Warper:
-    """Keeps the k best, and whatever ties with the last of them (TopKLogitsWarper)."""
+    """Keeps the k best, and all that tie with the last of them (TopKLogitsWarper)."""
     k = max(k, keep)
 
     def warper(candidates: Candidates) -> Candidates:
@@ -213,7 +213,7 @@ def _entropy(log_probabilities: Logits) -> np.float32:
 
 
 def _at_least(candidates: Candidates, probabilities: Logits, least: np.float32, keep: int) -> Candidates:
-    """Those of at least a probability, but no fewer than so many of the likeliest, with whatever ties with the last of them."""
+    """Those of at least a probability, but at least `keep` of the likeliest, and all that tie with the last of them."""
     kept = np.flatnonzero(probabilities >= least)
     if len(kept) < keep:
         kept = best(candidates.scores, min(keep, len(candidates.scores)))

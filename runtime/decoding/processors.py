@@ -1,7 +1,7 @@
-"""Logits processors: what makes some next tokens more or less likely, in transformers' order and with its semantics.
+"""Logits processors: make some next tokens more or less likely, in transformers' order and with its semantics.
 
 A processor is a function `(tokens, scores)` that changes the scores of one sequence in place: its tokens so far, prompt
-included, int64 [length], and float32 scores [vocabulary]. What sampling alone does comes afterwards: see `warpers`.
+included, int64 [length], and float32 scores [vocabulary]. Filters of sampling come afterwards: see `filters`.
 To add one: write its factory, and name it in `processors`.
 Semantics: transformers, src/transformers/generation/logits_process.py, the class named in each factory.
 """
@@ -29,7 +29,7 @@ def processors(options: GenerationConfig, prompt: Tokens, allowed: Processor | N
     ends = options.eos_token_ids
     if options.sequence_bias:
         chain.append(sequence_bias(options.sequence_bias))
-    # What transformers calls the encoder's is the prompt of a model without one.
+    # In a model without an encoder, transformers' encoder tokens are the prompt.
     if options.encoder_repetition_penalty != 1.0:
         chain.append(repetition_penalty(1 / options.encoder_repetition_penalty, prompt))
     if options.repetition_penalty != 1.0:
@@ -62,7 +62,7 @@ def processors(options: GenerationConfig, prompt: Tokens, allowed: Processor | N
 
 
 def process(chain: Sequence[Processor], tokens: Tokens, scores: Logits) -> Logits:
-    """What processors make of scores, one after another: a new array, or the scores themselves where there are none."""
+    """Scores after all processors: a new array, or the scores themselves without processors."""
     if not chain:
         return scores
     processed = scores.copy()
@@ -117,7 +117,7 @@ def no_repeat_ngram(size: int, seen: Tokens | None = None) -> Processor:
         if len(tokens) < size:
             return
         text = tokens if seen is None else seen
-        # Where the last size - 1 tokens stood before, what followed them is forbidden.
+        # Forbids the tokens that followed earlier places of the last size - 1 tokens.
         ends = np.arange(len(text)) if size == 1 else np.flatnonzero(text[size - 2 : -1] == tokens[-1]) + size - 1
         for offset in range(2, size):
             ends = ends[text[ends - offset] == tokens[-offset]]
@@ -152,7 +152,7 @@ def min_length(length: int, ends: Sequence[int]) -> Processor:
 
 
 def forced(token_ids: Sequence[int], length: int) -> Processor:
-    """Allows nothing but some tokens, all alike, after so many tokens, prompt included.
+    """Allows only some tokens, all equally likely, when the sequence has `length` tokens, prompt included.
 
     ForcedBOSTokenLogitsProcessor after 1, ForcedEOSTokenLogitsProcessor after all but the last one.
     """
@@ -194,7 +194,7 @@ def exponential_decay(start: int, factor: float, ends: Sequence[int]) -> Process
 def suppress(token_ids: Sequence[int], length: int | None = None) -> Processor:
     """Forbids tokens (SuppressTokensLogitsProcessor).
 
-    After so many tokens only, where a length is given, prompt included: SuppressTokensAtBeginLogitsProcessor.
+    With a length, only when the sequence has that many tokens, prompt included: SuppressTokensAtBeginLogitsProcessor.
     """
     forbidden = np.array(token_ids, np.int64)
 

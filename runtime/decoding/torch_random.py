@@ -23,12 +23,12 @@ Words = npt.NDArray[np.uint64]
 
 _LOW_53_BITS = np.uint64(2**53 - 1)
 _ROUNDING = np.float32(0.9999)  # wider than float32 rounds
-_FEW = 256  # so many entries race each other without heats
+_FEW = 256  # entries whose logarithms are all taken; of more, a bound finds the few that matter
 
 
 @dataclass(frozen=True)
 class Candidates:
-    """What may be drawn, of so many entries.
+    """The entries that may be drawn.
 
     Attributes:
         scores: unnormalised log probabilities of those that are left, float32 [left].

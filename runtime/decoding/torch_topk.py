@@ -14,8 +14,8 @@ Values = npt.NDArray[np.float32]
 Entry = tuple[float, int]  # value and index
 
 _GROUP = 32  # entries at least
-_LEADERS, _ENOUGH = 512, 8  # so many groups, and so many for each wanted entry, bound it closely
-_SMALL = 16  # so many entries std::sort leaves to insertion sort
+_LEADERS, _ENOUGH = 512, 8  # 512 groups and 8 leaders per wanted entry: the bound is close
+_SMALL = 16  # entries that std::sort leaves to insertion sort
 
 
 def largest(values: Values, count: int) -> npt.NDArray[np.int64]:
@@ -36,7 +36,7 @@ def largest(values: Values, count: int) -> npt.NDArray[np.int64]:
 
 
 def best(values: Values, k: int) -> npt.NDArray[np.int64]:
-    """Indices of the k largest values and of whatever ties with the last of them, rising; of at least k values."""
+    """Indices of the k largest values and of all that tie with the last of them, rising; of at least k values."""
     # The largest of each of many groups are that many entries, so the k-th of them bounds the k-th of all from below.
     groups = min(len(values) // _GROUP, max(_ENOUGH * k, _LEADERS))
     if k > groups:

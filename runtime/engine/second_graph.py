@@ -1,7 +1,7 @@
-"""A bundle's second graph, for passes of many tokens, opened when it has become worth that.
+"""A bundle's second graph, for prefill and batches, opened once it pays.
 
-Opening it takes about as long as it saves on six hundred to a thousand tokens, and it takes memory: a process that reads a short prompt
-and writes one text goes without. Tokens are counted, not time, so that a run can be repeated.
+Opening it takes as long as it saves on 600 to 1,000 tokens, and it takes memory: a process with one short prompt does without.
+Tokens are counted, not time, so that a run can be repeated.
 """
 
 import logging
@@ -55,7 +55,7 @@ class WideGraph:
             self._try()
 
     def take(self, tokens: int) -> providers.Graph | None:
-        """The graph, if a pass of so many tokens is to go through it; none where there isn't the memory.
+        """The graph for a pass of `tokens` tokens; None if the pass is too short, or there isn't the memory.
 
         Raises:
             BundleError: it isn't the graph that config.json describes.

@@ -117,7 +117,7 @@ def packages() -> list[str]:
 
 
 def conflict(installed: Sequence[str] | None = None) -> str | None:
-    """What is wrong where several such packages share one module, and how to mend it; None where nothing is."""
+    """The fault if several such packages share one module, and how to mend it; None without a fault."""
     installed = packages() if installed is None else installed
     if len(installed) < 2:
         return None

@@ -65,7 +65,7 @@ def _node(kind: str, inputs: list[str], output: str, attributes: dict[str, int])
 
 
 def _external(name: str, count: int) -> bytes:
-    """An initializer of so many numbers in float32, which are elsewhere."""
+    """An initializer of `count` numbers in float32, whose data is external."""
     location = _field(1, b"location") + _field(2, b"nowhere")
     tensor = _field(1, count) + _field(2, _ELEMENT_TYPES[np.dtype(np.float32)]) + _field(8, name.encode())
     return tensor + _field(13, location) + _field(14, 1)  # 1: external
