@@ -21,14 +21,15 @@ def command(bundle: Path, as_json: bool, quiet: bool) -> None:
     Example:
       gpt2onnx verify ./tales
     """
-    from ..models.bundle import TOKENIZER, Bundle
+    from ..models.bundle import RAGGED_GRAPH, TOKENIZER, Bundle
     from ..runtime.engine.runner import Runner
     from ..runtime.tokenizer import Tokenizer
 
     opened = Bundle.open(bundle)
     opened.verify()
     Tokenizer(bundle / TOKENIZER).check(opened.config.vocab_size, thorough=True)
-    Runner(opened)
+    for each in (opened, opened.without(RAGGED_GRAPH)):  # the runtime's own graph, and the one for interchange
+        Runner(each)
     manifest = opened.manifest
     size = sum(record.size for record in manifest.files.values())
     if as_json:

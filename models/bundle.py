@@ -229,6 +229,11 @@ class Bundle:
         except OSError as error:
             raise BundleError(f"can't read {error.filename}: {error.strerror}") from error
 
+    def without(self, *files: str) -> "Bundle":
+        """The bundle as if it had been made without some of its files."""
+        kept = {name: record for name, record in self.manifest.files.items() if name not in files}
+        return replace(self, manifest=replace(self.manifest, files=kept))
+
     def check_in_place(self) -> None:
         """Looks whether it is still what its folder holds, before more of it is read than was opened.
 

@@ -1,6 +1,5 @@
 """Completions: turns a validated request body into options and token ids that the engine can run."""
 
-from dataclasses import replace
 
 from gpt2onnx.errors import OptionError, PromptError
 
@@ -56,15 +55,8 @@ def unknown_model(service: Service, name: str) -> ApiError:
 def _options(service: Service, body: CompletionRequest, wanted: int, made: int) -> GenerationConfig:
     given = given_options(body)
     options = {name: value for name, value in _DEFAULTS.items() if service.bundled_options.get(name) is None}
-    if body.do_sample is None:
-        if body.temperature == 0 or (body.num_beams or 1) > 1:
-            options["do_sample"] = False
-        elif given.keys() & set(SAMPLING_OPTIONS):
-            options["do_sample"] = True
-    if body.temperature == 0:
-        if body.do_sample:
-            raise OptionError("temperature 0 is greedy decoding: not with do_sample", "temperature")
-        del given["temperature"]
+    if (body.num_beams or 1) > 1 and body.do_sample is None and not given.keys() & set(SAMPLING_OPTIONS):
+        options["do_sample"] = False
     if body.seed is not None:
         given["seed"] = body.seed % 2**32
     # The runtime makes at least one token; `Call` drops that of max_tokens 0.
@@ -75,9 +67,9 @@ def _options(service: Service, body: CompletionRequest, wanted: int, made: int) 
     if config.num_beams > 1 and made > config.num_beams:
         raise OptionError(f"n {made} is more than num_beams {config.num_beams} gives", "n")
     if made > wanted and config.logprobs is None:
-        config = replace(config, logprobs=0)  # they rank the continuations
+        config = config.replaced(logprobs=0)  # they rank the continuations
     greedy = not config.do_sample and config.num_beams == 1  # one result, copied n times
-    return replace(config, num_return_sequences=1 if greedy else made)
+    return config.replaced(num_return_sequences=1 if greedy else made)
 
 
 def _prompts(body: CompletionRequest) -> list[str | list[int]]:

@@ -30,7 +30,7 @@ class FakeModel:
 
     now = 0.0
 
-    def forget(self) -> None:
+    def reset(self) -> None:
         """There is no cache."""
 
     def follow(self, requests: list[Request], batch_size: int) -> Iterator[tuple[Request, object]]:

@@ -25,7 +25,7 @@ from support.systems import posix
 import gpt2onnx
 from gpt2onnx.errors import BackendError, BundleError, CheckpointError
 from gpt2onnx.models import external_data
-from gpt2onnx.models.bundle import GRAPH, MANIFEST, TOKENIZER, WEIGHTS, Bundle, Manifest, describe_files
+from gpt2onnx.models.bundle import GRAPH, MANIFEST, RAGGED_GRAPH, TOKENIZER, WEIGHTS, Bundle, Manifest, describe_files
 
 ALL = os.environ.get("GPT2ONNX_FLIPS") == "all"
 FLIPS, SMALL = 1500, 10_000  # so many of a file's bytes, unless it has no more than this
@@ -295,9 +295,10 @@ def edit_config(**changes: object) -> Callable[[Path], None]:
 
 def edit_graph(change: Callable[[onnx.GraphProto], object]) -> Callable[[Path], None]:
     def edit(bundle: Path) -> None:
-        model = onnx.load(bundle / GRAPH, load_external_data=False)
-        change(model.graph)
-        (bundle / GRAPH).write_bytes(model.SerializeToString())
+        for name in (GRAPH, RAGGED_GRAPH):
+            model = onnx.load(bundle / name, load_external_data=False)
+            change(model.graph)
+            (bundle / name).write_bytes(model.SerializeToString())
         sign(bundle)
 
     return edit
@@ -361,10 +362,10 @@ def test_an_id_beyond_a_gap_is_found_by_verify_and_of_no_use(copy: Path, command
 
 
 def test_damaged_graphs_end_in_one_line(copy: Path) -> None:
-    content = (copy / GRAPH).read_bytes()
+    content = (copy / RAGGED_GRAPH).read_bytes()
     generator = random.Random(0)
     for size in (0, 1, 10, len(content) // 2, len(content) - 1):
-        (copy / GRAPH).write_bytes(content[:size])
+        (copy / RAGGED_GRAPH).write_bytes(content[:size])
         sign(copy)
         with pytest.raises((BundleError, BackendError)) as caught:
             gpt2onnx.load(copy)

@@ -25,10 +25,10 @@ from gpt2onnx.errors import OptionError
 from gpt2onnx.models.bundle import GENERATION_CONFIG, GRAPH, MANIFEST, WEIGHTS, Manifest, describe_files
 from gpt2onnx.runtime import jobs
 from gpt2onnx.runtime.jsontext import to_line
-from gpt2onnx.runtime.options import GenerationConfig
+from gpt2onnx.runtime.options import BY_NAME
 from gpt2onnx.runtime.requests import Result
 
-OPTIONS = [field.name for field in dataclasses.fields(GenerationConfig)]
+OPTIONS = list(BY_NAME)
 CONTEXT, VOCABULARY = 64, 257
 
 

@@ -245,7 +245,6 @@ WRONG: list[tuple[dict[str, Any], str, str | None]] = [
     ({"best_of": 2, "stream": True}, "best_of", "best_of"),
     ({"stream_options": {"include_usage": True}}, "stream", "stream_options"),
     ({"logprobs": 1, "num_beams": 2}, "logprobs", "logprobs"),
-    ({"temperature": 0, "do_sample": True}, "temperature", "temperature"),
     ({"bad_words_ids": [[9999]]}, "bad_words_ids", "bad_words_ids"),
     ({"logit_bias": {"5": 1}}, "bad_words_ids", "logit_bias"),
     ({"presence_penalty": 0.5}, "Not supported", "presence_penalty"),

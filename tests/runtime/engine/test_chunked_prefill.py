@@ -13,14 +13,15 @@ from support.scheduling import CONTEXT, REQUESTS, VOCABULARY, HashingNetwork, re
 
 import gpt2onnx
 from gpt2onnx.errors import OptionError
-from gpt2onnx.runtime.decoding.strategy import Search, start
-from gpt2onnx.runtime.engine.generation import Generation
+from gpt2onnx.runtime.decoding.start import start
+from gpt2onnx.runtime.decoding.strategy import Strategy
+from gpt2onnx.runtime.generation import Generation
 from gpt2onnx.runtime.engine.scheduler import Scheduler
 from gpt2onnx.runtime.options import GenerationConfig
 from gpt2onnx.runtime.requests import Request
 
 
-def begin(prompt: list[int], options: dict[str, Any]) -> Search:
+def begin(prompt: list[int], options: dict[str, Any]) -> Strategy:
     return start(np.array(prompt), GenerationConfig(**options), CONTEXT)
 
 
@@ -37,7 +38,7 @@ def test_any_arrival_any_chunk_any_cancellation(
     decoder = Scheduler(network)
     searches = [begin(*request) for _, request in arrivals]
 
-    def source() -> Iterator[Search | None]:
+    def source() -> Iterator[Strategy | None]:
         for (pause, _), search in zip(arrivals, searches, strict=True):
             yield from [None] * pause
             yield search
@@ -56,7 +57,7 @@ def test_any_arrival_any_chunk_any_cancellation(
                 victim.cancel()
                 assert victim.done
                 cancelled.add(id(victim))
-    assert decoder._owners == []
+    assert decoder._rows.used == 0
     for search, (_, request) in zip(searches, arrivals, strict=True):
         if id(search) not in cancelled:
             assert id(search) in finished
@@ -97,7 +98,7 @@ def test_no_more_are_taken_than_may_be_read_now() -> None:
     network = HashingNetwork()
     asked: list[int] = []
 
-    def source() -> Iterator[Search | None]:
+    def source() -> Iterator[Strategy | None]:
         for index in range(7):
             asked.append(len(network.passes))
             yield begin([index] * 10, {"max_new_tokens": 12})
@@ -112,7 +113,7 @@ def test_nothing_waits_is_not_the_end() -> None:
     network = HashingNetwork()
     asked = []
 
-    def source() -> Iterator[Search | None]:
+    def source() -> Iterator[Strategy | None]:
         yield begin([1], {"max_new_tokens": 3})
         for _ in range(6):
             asked.append(len(network.passes))

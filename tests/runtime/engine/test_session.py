@@ -7,7 +7,6 @@ from pathlib import Path
 import numpy as np
 import onnxruntime
 import pytest
-from support.graphs import without
 
 import gpt2onnx
 from gpt2onnx.errors import BackendError, OptionError
@@ -85,7 +84,7 @@ def test_buffers_of_long_prompts_are_not_kept(tales_model: gpt2onnx.Model) -> No
 @pytest.mark.parametrize("left_out", [(), (RAGGED_GRAPH,)], ids=["ragged", "interchange"])
 def test_padding_is_computed_from_nothing_left_in_memory(tales_bundle: Path, left_out: tuple[str, ...]) -> None:
     """Up to 1.26, ONNX Runtime's attention reads memory that nobody has written, if a prompt's padding is masked."""
-    loaded = Runner(without(Bundle.open(tales_bundle), *left_out), threads=1)
+    loaded = Runner(Bundle.open(tales_bundle).without(*left_out), threads=1)
     tokens, lengths = np.arange(80).reshape(2, 40), np.array([10, 20])
     alone = [
         loaded.forward(loaded.new_cache(1, 64), slice(0, 1), tokens[row : row + 1, :length])[0].copy()
