@@ -35,7 +35,7 @@ class _Value(click.ParamType[Any]):
         found = _parsed(value)
         if isinstance(found, int) and not isinstance(found, bool) and self._lists:
             found = [found]
-        if not self._option.takes(found) and isinstance(found, str):
+        if not self._option.takes(found):
             self.fail(f"{value!r} is not a value such as {self._option.example}", param, ctx)
         return (found,)
 
@@ -53,7 +53,7 @@ def _parsed(text: str) -> Any:
 def token_ids(text: str) -> list[int]:
     """Reads token ids, separated by commas."""
     ids = _parsed(f"[{text}]")
-    if not isinstance(ids, list) or not all(isinstance(each, int) and not isinstance(each, bool) for each in ids):
+    if not isinstance(ids, list) or not ids or not all(type(each) is int for each in ids):
         raise click.BadParameter(f"{text!r} is not a list of token ids such as 1,2,3")
     return ids
 

@@ -122,6 +122,8 @@ def next_token(
     unknown = filters.keys() - FILTERS.keys()
     if unknown:
         raise OptionError(f"{min(unknown)!r} is not one of {', '.join(FILTERS)}")
+    if any(temperature == 0 for temperature in temperatures or ()):
+        raise OptionError("temperature must be above 0: 0 is greedy search, which draws nothing", "temperature")
     if draws < 0:
         raise OptionError(f"draws must be at least 0, not {draws}")
     # With beams there is no single draw.

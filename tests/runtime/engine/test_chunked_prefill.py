@@ -82,7 +82,7 @@ BEGINNING = [*range(10), *range(10)]
          [(1, 10), (1, 1), (3, 10), (4, 1), (3, 10), (7, 1), (1, 10)]),
         # Each begins like the first, and is read from there; a pass counts as 16 tokens at least.
         ([[*BEGINNING, 0], None, *([*BEGINNING, index] for index in range(1, 8))], 32,
-         [(1, 21), (1, 1), (1, 1), (1, 1), (3, 1), (1, 1), (1, 1)]),
+         [(1, 21), (1, 1), (2, 1), (1, 1), (4, 1), (2, 1), (1, 1), (7, 1)]),
     ],
 )  # fmt: skip
 def test_prompts_are_read_between_steps(
