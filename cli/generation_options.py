@@ -35,7 +35,7 @@ class _Value(click.ParamType[Any]):
         found = _parsed(value)
         if isinstance(found, int) and not isinstance(found, bool) and self._lists:
             found = [found]
-        if not self._option.takes(found):
+        if isinstance(found, str) and not self._option.takes(found):
             self.fail(f"{value!r} is not a value such as {self._option.example}", param, ctx)
         return (found,)
 

@@ -31,6 +31,7 @@ _SEQUENCE = pyarrow.struct(
         "token_ids": pyarrow.list_(pyarrow.int32()),
         "finish_reason": pyarrow.string(),
         "logprobs": pyarrow.list_(_LOGPROB),
+        "score": pyarrow.float64(),
     }
 )
 # A result line without `energy`, and the request's place in the input.
@@ -42,6 +43,7 @@ SCHEMA = pyarrow.schema(
         "prompt": pyarrow.string(),
         "prompt_ids": pyarrow.list_(pyarrow.int32()),
         "sequences": pyarrow.list_(_SEQUENCE),
+        "seed": pyarrow.int64(),
         "usage": pyarrow.struct({"prompt_tokens": pyarrow.int64(), "completion_tokens": pyarrow.int64()}),
         "seconds": pyarrow.float64(),
         "error": pyarrow.string(),

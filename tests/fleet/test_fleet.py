@@ -127,11 +127,12 @@ def _assert_same(actual: list[Record], expected: list[Record]) -> None:
 
 
 def _without_logprobs(record: Record) -> tuple[Record, list[float]]:
-    """A result without the values of log probabilities, and those values."""
+    """A result without log probabilities and scores, and those values."""
     numbers: list[float] = []
     rest = json.loads(json.dumps(record))
     for token in (token for sequence in rest.get("sequences", ()) for token in sequence["logprobs"] or ()):
         numbers += [token.pop("logprob"), token.pop("processed_logprob"), *(pair.pop() for pair in token["top"])]
+    numbers += [sequence.pop("score") or 0.0 for sequence in rest.get("sequences", ())]
     return rest, numbers
 
 
@@ -217,7 +218,7 @@ def _from_parquet(table: pyarrow.Table) -> list[Record]:
             for token in sequence["logprobs"] or ():
                 token["top"] = [list(pair) for pair in token["top"]]
         records.append(
-            record | {key: row[key] for key in ("prompt", "prompt_ids", "sequences", "usage")} | {"energy": None}
+            record | {key: row[key] for key in ("prompt", "prompt_ids", "sequences", "seed", "usage")} | {"energy": None}
         )
     return records
 
