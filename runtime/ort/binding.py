@@ -7,9 +7,11 @@ from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
-import onnxruntime as ort
 
 from . import helper_graphs, providers
+
+# After providers, whose error says how to install it.
+import onnxruntime as ort  # isort: skip
 
 # [layer, key or value, row, head, position, size]
 _Shape = tuple[int, int, int, int, int, int]

@@ -7,7 +7,6 @@ import contextlib
 import functools
 import io
 import logging
-import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -24,9 +23,6 @@ from ..host import resources
 from . import devices
 from .signature import Declared
 
-# Recent wheels of ONNX Runtime give the machine an id in the user's cache and report its sessions to Microsoft, unless
-# told not to before they are imported. Whoever wants that sets the variable to 0.
-os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 try:
     import onnxruntime as ort
 except ImportError as error:

@@ -459,7 +459,7 @@ def until(condition: Callable[[], bool]) -> None:
 def test_killed_interrupted_and_resumed(tales_bundle: Path, tales_model: gpt2onnx.Model, tmp_path: Path) -> None:
     out, grid_file = tmp_path / "out", tmp_path / "grid.toml"
     grid_file.write_text(
-        "[options]\nmax_new_tokens = 25\n[[strategy]]\nname = 'beams'\nnum_beams = [2,3,4,5,6,7,8,9,10]\n"
+        "[options]\nmax_new_tokens = 60\n[[strategy]]\nname = 'beams'\nnum_beams = [2,3,4,5,6,7,8,9,10]\n"
     )
     command = [
         sys.executable, "-m", "gpt2onnx", "sweep", str(grid_file), "-m", str(tales_bundle), "--prompt", PROMPT,
