@@ -4,10 +4,10 @@ Knows neither text nor strategies.
 """
 
 import math
+import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Literal
-from weakref import WeakKeyDictionary
 
 import numpy as np
 import numpy.typing as npt
@@ -94,7 +94,9 @@ class Runner:
         self._inputs = list(inputs)
         offered = provider == devices.CPU and WIDE_GRAPH in bundle.manifest.files and self._ragged
         self._wide = WideGraph(bundle, self.threads, wide_after) if offered and wide_after is not None else None
-        self._passes: WeakKeyDictionary[KVCache, dict[tuple[object, ...], _Pass]] = WeakKeyDictionary()
+        # Of the cache that passed last. A weak dictionary would swallow a Ctrl-C that comes while it drops an entry.
+        self._passes: dict[tuple[object, ...], _Pass] = {}
+        self._bound_cache: weakref.ref[KVCache] | None = None
 
     def open_wide(self) -> None:
         """Opens the second graph now, if there is one and it isn't open.
@@ -265,13 +267,15 @@ class Runner:
         return _chosen(output, counts, logits)
 
     def _kept_pass(self, cache: KVCache, key: tuple[object, ...], longest: int, made: Callable[[], _Pass]) -> _Pass:
-        kept = self._passes.setdefault(cache, {})
+        if self._bound_cache is None or self._bound_cache() is not cache:
+            self._passes.clear()
+            self._bound_cache = weakref.ref(cache)
         key += (cache.storage.base,)
-        one = kept.get(key)
+        one = self._passes.get(key)
         if one is None:
             one = made()
             if longest <= _KEPT_TOKENS:
-                kept[key] = one
+                self._passes[key] = one
         return one
 
     def _bound(
