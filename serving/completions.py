@@ -1,6 +1,5 @@
 """Completions: turns a validated request body into options and token ids that the engine can run."""
 
-
 from gpt2onnx.errors import OptionError, PromptError
 
 from ..runtime.options import SAMPLING_OPTIONS, GenerationConfig

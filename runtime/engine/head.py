@@ -44,16 +44,6 @@ def usable(bundle: Bundle, screens: bool | None = None) -> bool:
     return parts and (not resources.sums_of_byte_products_overflow() if screens is None else screens)
 
 
-def bytes_read(bundle: Bundle, positions: int) -> int:
-    """Bytes of weights that the head reads in a pass of greedy search: once it screens, unless the positions are too many for that."""
-    config = bundle.config
-    block_size = screening.block_size(config.n_embd)
-    weights = config.vocab_size * config.n_embd
-    if not block_size or not screening.candidates(positions, 1, config.vocab_size):
-        return 4 * weights
-    return weights + 4 * weights // block_size
-
-
 class OutputHead:
     """A bundle's output head, on the CPU.
 

@@ -218,7 +218,9 @@ def _from_parquet(table: pyarrow.Table) -> list[Record]:
             for token in sequence["logprobs"] or ():
                 token["top"] = [list(pair) for pair in token["top"]]
         records.append(
-            record | {key: row[key] for key in ("prompt", "prompt_ids", "sequences", "seed", "usage")} | {"energy": None}
+            record
+            | {key: row[key] for key in ("prompt", "prompt_ids", "sequences", "seed", "usage")}
+            | {"energy": None}
         )
     return records
 

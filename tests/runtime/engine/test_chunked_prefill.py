@@ -15,8 +15,8 @@ import gpt2onnx
 from gpt2onnx.errors import OptionError
 from gpt2onnx.runtime.decoding.start import start
 from gpt2onnx.runtime.decoding.strategy import Strategy
-from gpt2onnx.runtime.generation import Generation
 from gpt2onnx.runtime.engine.scheduler import Scheduler
+from gpt2onnx.runtime.generation import Generation
 from gpt2onnx.runtime.options import GenerationConfig
 from gpt2onnx.runtime.requests import Request
 
