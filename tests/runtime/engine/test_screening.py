@@ -362,7 +362,7 @@ def test_candidates() -> None:
 
 
 @pytest.mark.parametrize(
-    ("options", "certain"),
+    ("options", "exact"),
     [
         ({}, 1),
         ({"do_sample": True, "top_k": 7}, 7),
@@ -372,8 +372,8 @@ def test_candidates() -> None:
         ({"num_beams": 2}, None),
     ],
 )
-def test_what_a_search_looks_at(options: dict[str, Any], certain: int | None) -> None:
-    assert start(np.array([1]), GenerationConfig(**options), 10).certain == certain
+def test_what_a_search_looks_at(options: dict[str, Any], exact: int | None) -> None:
+    assert start(np.array([1]), GenerationConfig(**options), 10).exact_top_k == exact
 
 
 @pytest.mark.parametrize(
@@ -399,7 +399,7 @@ def changed(bundle: Bundle, target: Path, name: str, change: Callable[[onnx.Grap
 @pytest.mark.parametrize("name", PARTS)
 def test_takes_no_weights_from_elsewhere(name: str, made: Bundle, tmp_path: Path) -> None:
     def elsewhere(graph: onnx.GraphProto) -> None:
-        tensor = next(each for each in fused.initializer if each.external_data)
+        tensor = next(each for each in graph.initializer if each.external_data)
         tensor.external_data[0].value = "../../secret"
 
     folder = changed(made, tmp_path / "bundle", name, elsewhere)
@@ -408,18 +408,18 @@ def test_takes_no_weights_from_elsewhere(name: str, made: Bundle, tmp_path: Path
 
 
 def rename_output(graph: onnx.GraphProto) -> None:
-    fused.node[-1].output[0] = fused.output[0].name = "other"
+    graph.node[-1].output[0] = graph.output[0].name = "other"
 
 
 def double_products(graph: onnx.GraphProto) -> None:
-    total = next(node for node in fused.node if node.op_type == "Add")
+    total = next(node for node in graph.node if node.op_type == "Add")
     total.input[1] = total.input[0]
 
 
 def store_more(graph: onnx.GraphProto) -> None:
-    part = next(each for each in fused.initializer if each.external_data)
-    fused.initializer.add().CopyFrom(part)
-    fused.initializer[-1].name = "more"
+    part = next(each for each in graph.initializer if each.external_data)
+    graph.initializer.add().CopyFrom(part)
+    graph.initializer[-1].name = "more"
 
 
 def test_head_of_another_network(made: Bundle, tmp_path: Path) -> None:
@@ -542,8 +542,8 @@ def test_other_bundles_are_whole(dtype: str, export: Export) -> None:
 
 
 def test_places_of_weights(made: Bundle) -> None:
-    fused = onnx.load(made.folder / HEAD_GRAPH, load_external_data=False).graph
-    entries = [{each.key: each.value for each in tensor.external_data} for tensor in fused.initializer]
+    graph = onnx.load(made.folder / HEAD_GRAPH, load_external_data=False).graph
+    entries = [{each.key: each.value for each in tensor.external_data} for tensor in graph.initializer]
     expected = [(each["location"], int(each["offset"]), int(each["length"])) for each in entries if each]
     assert len(expected) == 3
     assert sorted(external_data.places((made.folder / HEAD_GRAPH).read_bytes())) == sorted(expected)
