@@ -41,7 +41,7 @@ def lowest() -> str:
 def run(interpreter: str, *arguments: object) -> Any:
     """Runs a program that prints JSON."""
     command = [interpreter, "-W", "error", *map(str, arguments)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY / "tests")}
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment, timeout=600)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
