@@ -3,7 +3,7 @@
 import functools
 import json
 from collections.abc import Callable, Collection, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 from msgspec import inspect
@@ -13,8 +13,14 @@ from ..runtime.options import BY_NAME, OPTIONS
 
 _OFF = "none"  # switches an option off
 
+# Generic for type checkers, but not at run time in click before 8.2.
+if TYPE_CHECKING:
+    _ParamType = click.ParamType[Any]
+else:
+    _ParamType = click.ParamType
 
-class _Value(click.ParamType[Any]):
+
+class _Value(_ParamType):
     """A value of an option; "none" becomes None, in a tuple so that click doesn't take it for not given."""
 
     def __init__(self, option: Option) -> None:
