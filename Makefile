@@ -67,7 +67,7 @@ unit: $(VENV)/installed
 	$(BIN)/python $(PYTEST)
 
 # The lowest versions that pyproject.toml allows, and what can be tested with them.
-LOWEST_TESTS := batching bundle cli_errors faults forward_passes hub isolation jobs screening session streaming wide
+LOWEST_TESTS := batching bundle cli_errors faults forward_passes hub isolation jobs screening session streaming
 
 lowest: $(VENV)/installed $(LOWEST)/installed
 	GPT2ONNX_LOWEST=$(call bin,$(LOWEST))/python $(BIN)/python -m pytest tests/project/test_lowest.py

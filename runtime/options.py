@@ -210,7 +210,7 @@ class GenerationConfig(msgspec.Struct, frozen=True, kw_only=True):
 
     def replaced(self, **options: Any) -> "GenerationConfig":
         """These options with others in their place, without the rules of `merged`."""
-        return msgspec.structs.replace(self, **options)
+        return GenerationConfig(**msgspec.structs.asdict(self) | options)  # checks, which structs.replace may not
 
     def merged(self, given: Mapping[str, Any]) -> "GenerationConfig":
         """These options with given ones on top. None switches an option off; an option that isn't among them stays.
@@ -229,7 +229,7 @@ class GenerationConfig(msgspec.Struct, frozen=True, kw_only=True):
             BY_NAME[name].sampling for name, value in given.items() if value is not None
         ):
             values["do_sample"] = True
-        return msgspec.structs.replace(self, **values)
+        return self.replaced(**values)
 
     @classmethod
     def from_file_content(cls, content: Mapping[str, Any]) -> "GenerationConfig":
