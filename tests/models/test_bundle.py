@@ -26,10 +26,10 @@ import gpt2onnx
 from gpt2onnx.errors import BackendError, BundleError, CheckpointError
 from gpt2onnx.models import external_data
 from gpt2onnx.models.bundle import GRAPH, MANIFEST, RAGGED_GRAPH, TOKENIZER, WEIGHTS, Bundle, Manifest, describe_files
+from gpt2onnx.runtime.engine import loading
 
 ALL = os.environ.get("GPT2ONNX_FLIPS") == "all"
-FLIPS, SMALL = 1500, 10_000  # so many of a file's bytes, unless it has no more than this
-from gpt2onnx.runtime.engine import loading
+FLIPS, SMALL = 1500, 10_000  # bytes of a file that are flipped; all bytes of a file up to SMALL
 
 
 @pytest.fixture(scope="module")
