@@ -17,7 +17,7 @@ from gpt2onnx.errors import OptionError, PromptError
 from ..runtime.arrays import Logits, Tokens
 from ..runtime.decoding.filters import warp, warpers
 from ..runtime.decoding.processors import process, processors
-from ..runtime.decoding.sampling import new_seed
+from ..runtime.decoding.strategy import new_seed
 from ..runtime.decoding.torch_random import Candidates, Generator, softmax
 from ..runtime.decoding.torch_topk import largest
 from ..runtime.model import Model

@@ -179,7 +179,7 @@ class EnergyRun:
         """Repeats the run while it was too short, and writes its row.
 
         Args:
-            results: of the run, complete or as far as they came.
+            results: of the run; partial if it was interrupted.
             again: makes the whole run once more; None: it can't be repeated.
 
         Returns:
@@ -308,7 +308,7 @@ def _costs(energy: Energy, seconds: float, cpu_seconds: float, tokens: int) -> d
     }
 
 
-def _facts(model: "Model") -> dict[str, Any]:
+def _facts(model: Model) -> dict[str, Any]:
     manifest, runner = model.bundle.manifest, model.runner
     return {
         "model": manifest.source,

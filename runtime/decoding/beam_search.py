@@ -8,10 +8,9 @@ import numpy.typing as npt
 from ..arrays import Logits, Tokens
 from ..options import GenerationConfig
 from .extensions import Extensions
-from .filters import warp, warpers
-from .sampling import new_seed
-from .strategy import Continuation, Limits, Reader, Scores, Stop
-from .torch_random import Candidates, Generator, Indices, log_softmax
+from .filters import warp
+from .strategy import Continuation, Decoding, Stop
+from .torch_random import Candidates, Indices, log_softmax
 from .torch_topk import ascending, largest
 
 _NEVER = np.float32(-1e9)  # transformers' score for what must not be chosen
@@ -24,28 +23,14 @@ class _Hypothesis:
     finished: bool
 
 
-class BeamSearch:
-    """Beam search and beam sampling, as transformers' `GenerationMixin._beam_search` defines them.
-
-    Args:
-        prompt: int64 [length].
-        options: the generation options; num_beams at least 2.
-        context: positions of the network.
-        stop: a further reason to end a sequence.
-        extensions: the caller's functions.
-    """
+class BeamSearch(Decoding):
+    """Beam search and beam sampling, as transformers' `GenerationMixin._beam_search` defines them; num_beams is at least 2."""
 
     def __init__(
         self, prompt: Tokens, options: GenerationConfig, context: int, stop: Stop | None, extensions: Extensions
     ) -> None:
-        self.prompt = prompt
+        super().__init__(prompt, options, context, stop, extensions)
         self.rows = options.num_beams
-        self._options, self._extensions = options, extensions
-        self._limits = Limits(prompt, options, context, stop)
-        self._score = Scores(options, prompt, extensions)
-        self._warpers = warpers(options)
-        self.seed = new_seed(options)
-        self._generator = None if self.seed is None else Generator(self.seed)
         # Enough candidates that num_beams go on even if all better ones end.
         self._candidates = max(2, 1 + len(options.eos_token_ids)) * self.rows
         self._running = np.tile(prompt, (self.rows, 1))
@@ -57,7 +42,6 @@ class BeamSearch:
         self._stopped: set[bytes] = set()
         self._improvable = True
         self._done = False
-        self.reader: Reader | None = None
         self.exact_top_k: int | None = None
         self.positions = max(self._limits.max_length, len(prompt)) - 1
 

@@ -1,47 +1,29 @@
 """Greedy search and sampling."""
 
-import secrets
-
 import numpy as np
 
 from ..arrays import Logits, Tokens
 from ..options import GenerationConfig
 from .drafts import Drafts
 from .extensions import Extensions
-from .filters import warp, warpers
+from .filters import warp
 from .logprobs import token_logprobs
-from .strategy import Continuation, Limits, Reader, Scores, Stop
-from .torch_random import Generator
+from .strategy import Continuation, Decoding, Stop
 
 
-class Sampling:
-    """Greedy search and sampling, of one or several continuations that share a stream of random numbers.
-
-    Args:
-        prompt: int64 [length].
-        options: the generation options.
-        context: positions of the network.
-        stop: a further reason to end a sequence.
-        extensions: the caller's functions.
-    """
+class Sampling(Decoding):
+    """Greedy search and sampling, of one or several continuations that share a stream of random numbers."""
 
     def __init__(
         self, prompt: Tokens, options: GenerationConfig, context: int, stop: Stop | None, extensions: Extensions
     ) -> None:
-        self.prompt = prompt
-        self._options, self._extensions = options, extensions
-        self._limits = Limits(prompt, options, context, stop)
-        self._score = Scores(options, prompt, extensions)
-        self._warpers = warpers(options)
-        self.seed = new_seed(options)
-        self._generator = None if self.seed is None else Generator(self.seed)
+        super().__init__(prompt, options, context, stop, extensions)
         count = options.num_return_sequences
         self._buffer = np.zeros((count, max(self._limits.max_length, len(prompt))), np.int64)
         self._buffer[:, : len(prompt)] = prompt
         self._results = [Continuation(self._buffer[index, : len(prompt)]) for index in range(count)]
         self._active = list(range(count))
         self._drafts = Drafts(options.prompt_lookup)
-        self.reader: Reader | None = None
         self.exact_top_k = self._exact_top_k()
         self.positions = self._buffer.shape[1] - 1
 
@@ -118,10 +100,3 @@ class Sampling:
         if not options.do_sample:
             return 1
         return None if options.top_h is not None else options.top_k or None
-
-
-def new_seed(options: GenerationConfig) -> int | None:
-    """The options' seed, or a fresh one; None without sampling."""
-    if not options.do_sample:
-        return None
-    return secrets.randbits(32) if options.seed is None else options.seed

@@ -4,6 +4,7 @@ Knows neither text, cache nor ONNX Runtime. A strategy carries on one sequence a
 lengthens them and says which row of the last pass each row of the next one continues.
 """
 
+import secrets
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -13,8 +14,10 @@ import numpy as np
 from ..arrays import Logits, Tokens
 from ..options import GenerationConfig
 from .extensions import Extensions
+from .filters import warpers
 from .logprobs import TokenLogprobs
 from .processors import process, processors, renormalize
+from .torch_random import Generator
 
 # Whether a sequence ends with the tokens it has now, end tokens and lengths aside.
 Stop = Callable[[Tokens], bool]
@@ -145,3 +148,34 @@ class Scores:
         if not chain:
             return scores
         return np.stack([process(chain, sequence, row) for sequence, row in zip(tokens, scores, strict=True)])
+
+
+class Decoding:
+    """The common part of strategies: a prompt, its limits, processors, filters and random stream.
+
+    Args:
+        prompt: int64 [length].
+        options: the generation options.
+        context: positions of the network.
+        stop: a further reason to end a sequence.
+        extensions: the caller's functions.
+    """
+
+    def __init__(
+        self, prompt: Tokens, options: GenerationConfig, context: int, stop: Stop | None, extensions: Extensions
+    ) -> None:
+        self.prompt = prompt
+        self.reader: Reader | None = None
+        self._options, self._extensions = options, extensions
+        self._limits = Limits(prompt, options, context, stop)
+        self._score = Scores(options, prompt, extensions)
+        self._warpers = warpers(options)
+        self.seed = new_seed(options)
+        self._generator = None if self.seed is None else Generator(self.seed)
+
+
+def new_seed(options: GenerationConfig) -> int | None:
+    """The options' seed, or a fresh one; None without sampling."""
+    if not options.do_sample:
+        return None
+    return secrets.randbits(32) if options.seed is None else options.seed

@@ -30,7 +30,15 @@ class _Queue:
     open: bool = True
 
     def fill(self, count: int, tokens: int | None) -> bool:
-        """Takes from the source until `count` strategies, or prompts of `tokens` tokens, wait; whether it has none just now."""
+        """Takes strategies from the source until enough wait.
+
+        Args:
+            count: strategies that are enough.
+            tokens: prompt tokens that are enough; None for no limit.
+
+        Returns:
+            Whether the source is empty for now.
+        """
         self.waiting = [strategy for strategy in self.waiting if not strategy.done]  # some were cancelled
         while self.open and len(self.waiting) < count:
             if self.waiting and tokens is not None and sum(len(each.prompt) for each in self.waiting) >= tokens:
@@ -166,7 +174,7 @@ class Scheduler:
             return len(strategy.prompt) - shared[id(strategy)]
 
         def joins(strategy: Strategy) -> bool:
-            """Whether it has one sequence, and nothing of its prompt is computed for the others just now."""
+            """Whether it has one sequence and, beyond the cache, shares no prefix with the others."""
             others = (common_prefix(strategy.prompt, other.prompt) for other in together)
             alone = strategy.rows > 1 or strategy.reader is not None
             return not alone and all(each < shared[id(strategy)] + MIN_CHUNK for each in others)
