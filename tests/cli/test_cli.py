@@ -209,6 +209,20 @@ def test_logprobs(command_line: CommandLine, tales_bundle: Path) -> None:
         assert entry["top"][1][1] < entry["logprob"] < 0
 
 
+def test_none_switches_an_option_off(
+    command_line: CommandLine, tales_bundle: Path, tales_model: gpt2onnx.Model, tmp_path: Path
+) -> None:
+    """On the command line, and null in a request line: here the default of the 50 likeliest tokens."""
+    expected = tales_model.generate(PROMPT, seed=4, max_new_tokens=12, top_k=None).sequences[0].token_ids
+    assert expected != tales_model.generate(PROMPT, seed=4, max_new_tokens=12).sequences[0].token_ids
+    done = command_line("generate", PROMPT, "-m", tales_bundle, "--json", "--seed", 4, "--top-k", "none", *SHORT)
+    assert json.loads(done.out)["sequences"][0]["token_ids"] == expected
+    requests = tmp_path / "requests.jsonl"
+    requests.write_text(json.dumps({"prompt": PROMPT, "seed": 4, "max_new_tokens": 12, "top_k": None}))
+    done = command_line("generate", "-m", tales_bundle, "--input", requests)
+    assert json.loads(done.out)["sequences"][0]["token_ids"] == expected
+
+
 REQUESTS = [
     {"id": "a", "prompt": PROMPT, "max_new_tokens": 7},
     {"id": 2, "prompt_ids": [80, 300, 5], "max_new_tokens": 3, "do_sample": True, "seed": 11, "top_k": 10},

@@ -91,6 +91,17 @@ def test_cases_vary() -> None:
         assert len({case.name for case in case_list}) == len(case_list)
 
 
+@pytest.mark.parametrize("strategy", [{}, {"num_beams": 3}, {"num_return_sequences": 2}], ids=str)
+def test_the_seed_of_a_result_repeats_it(strategy: dict[str, Any], tales_model: gpt2onnx.Model) -> None:
+    first = tales_model.generate("The old king", do_sample=True, max_new_tokens=20, **strategy)
+    assert first.seed is not None
+    assert (
+        tales_model.generate("The old king", seed=first.seed, max_new_tokens=20, **strategy).sequences
+        == first.sequences
+    )
+    assert tales_model.generate("The old king", max_new_tokens=2).seed is None
+
+
 def test_min_new_tokens_replaces_min_length(tales_model: gpt2onnx.Model, tales_reference: Reference) -> None:
     """Also a larger one, and one that the bundle sets."""
     prompt, ends = [446, 306, 258], list(range(0, 8192, 3))
