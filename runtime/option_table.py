@@ -28,6 +28,7 @@ class Option:
         help: a sentence.
         sampling: whether it applies to sampling alone, so that giving it turns sampling on.
         example: how it is written on a command line, where that isn't plain.
+        holder: a structure with a `value` of that type.
     """
 
     name: str
@@ -37,6 +38,7 @@ class Option:
     help: str
     sampling: bool
     example: str
+    holder: Any
 
     def checked(self, value: Any) -> Any:
         """The value, converted to the option's type.
@@ -44,8 +46,9 @@ class Option:
         Raises:
             OptionError: it is of another type or out of range.
         """
+        # In a structure, whose type msgspec prepares once. It looks up other types by Python code, and would swallow a Ctrl-C there.
         try:
-            return msgspec.convert(value, self.type)
+            return msgspec.convert({"value": value}, self.holder).value
         except (msgspec.ValidationError, ValueError) as error:
             raise OptionError(f"{self.name} must be {self.wanted}, not {shown(value)}", self.name) from error
 
@@ -81,7 +84,9 @@ def table(options: type[msgspec.Struct]) -> tuple[Option, ...]:
         (meta,) = (each for each in hints[field.name].__metadata__ if each.description)
         off = field.default if meta.extra["off"] is None else meta.extra["off"]
         sampling, example = meta.extra["sampling"], meta.extra["example"]
-        rows.append(Option(field.name, hints[field.name], field.default, off, meta.description, sampling, example))
+        kind = hints[field.name]
+        holder = msgspec.defstruct(field.name, [("value", kind)])
+        rows.append(Option(field.name, kind, field.default, off, meta.description, sampling, example, holder))
     return tuple(rows)
 
 
