@@ -47,8 +47,7 @@ def command(
 
     folder = resolve(model)  # exports a source before loading is timed
     started = time.perf_counter()
-    # Screening is prepared in the run that doesn't count.
-    loaded = load(str(folder), device, threads, screen_after=min(8, new_tokens - 1))
+    loaded = load(str(folder), device, threads)
     seconds = time.perf_counter() - started
     with console.progress_bar(f"Timing {model}", "runs", quiet=quiet) as progress:
         result = benchmark(

@@ -56,6 +56,12 @@ from . import parity as parity_report
     help="A text to compare on as well (repeatable).",
 )
 @click.option(
+    "--twin/--no-twin",
+    default=None,
+    help="With fp32 or fp16: add the network in 8 bits, which drafts tokens for the full one to verify"
+    " (by default from 20 million weights on).",
+)
+@click.option(
     "--parity/--no-parity",
     default=None,
     help="Compare with PyTorch and put the report into the manifest"
@@ -75,6 +81,7 @@ def command(
     calibrate: bool | None,
     quality: bool | None,
     quality_texts: tuple[Path, ...],
+    twin: bool | None,
     parity: bool | None,
     revision: str | None,
     force: bool,
@@ -109,6 +116,7 @@ def command(
             calibrate=calibrate,
             quality=quality,
             quality_texts=quality_texts,
+            twin=twin,
             parity=parity,
             revision=revision,
             force=force,

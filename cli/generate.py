@@ -16,7 +16,7 @@ from ..runtime.model import BATCH_SIZE, Model
 from ..runtime.requests import Request, Result
 from . import console, energy_options, fleet_options
 from .generation_options import generation_options, token_ids
-from .model_options import device_options, load, model_option
+from .model_options import device_options, draft_options, drafts, load, model_option
 
 if TYPE_CHECKING:
     from ..experiments.energy.tracker import EnergyTracker
@@ -43,6 +43,7 @@ if TYPE_CHECKING:
 )
 @fleet_options.fleet_options
 @device_options
+@draft_options
 @click.option(
     "--stream/--no-stream", default=None, help="Print the text as it grows (default: wherever that is possible)."
 )
@@ -99,6 +100,8 @@ def command(
             raise click.UsageError("--engine ray goes with --input and --output")
         if energy_file is not None:
             raise click.UsageError("--energy is measured on one machine: not with --engine ray")
+        if drafts():
+            raise click.UsageError("--draft and --draft-model are for this machine: not with --engine ray")
         fleet_options.run(
             fleet, model, input_name, output_name, resume=resume, batch_size=batch_size, device=device, threads=threads,
             given=given, as_json=as_json, quiet=quiet,

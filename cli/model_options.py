@@ -19,6 +19,7 @@ model_option = click.option(
 
 
 _VERIFY = "gpt2onnx.verify"
+_DRAFTS = "gpt2onnx.drafts"
 
 
 def device_options(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -47,12 +48,41 @@ def device_options(command: Callable[..., Any]) -> Callable[..., Any]:
     )(command)
 
 
+def draft_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Adds --draft and --draft-model, which `load` heeds."""
+
+    def remember(ctx: click.Context, parameter: click.Parameter, value: str | None) -> None:
+        if value is not None:
+            ctx.meta.setdefault(_DRAFTS, {})[parameter.name] = value
+
+    command = click.option(
+        "--draft-model",
+        metavar="MODEL",
+        expose_value=False,
+        callback=remember,
+        help="A smaller model of the same vocabulary, which drafts tokens. The text stays the same.",
+    )(command)
+    return click.option(
+        "--draft",
+        type=click.Choice(["auto", "none", "lookup", "twin"]),
+        expose_value=False,
+        callback=remember,
+        help="Where drafts of the next tokens come from, which one forward pass verifies: the text so far (lookup), the bundle's"
+        " network in 8 bits (twin), or the twin where there is one and it pays (auto, the default). The text stays the same.",
+    )(command)
+
+
+def drafts() -> dict[str, Any]:
+    """What `draft_options` was given, as arguments of `gpt2onnx.load`."""
+    return dict(click.get_current_context().meta.get(_DRAFTS, {}))
+
+
 def load(model: str, device: str, threads: int | None, **others: Any) -> "Model":
     """Loads a model as `gpt2onnx.load` does; its packages are imported only now, after the options have been read."""
     from gpt2onnx.loading import load
 
     verify = bool(click.get_current_context().meta.get(_VERIFY))
-    return load(model, device=device, threads=threads, verify=verify, **others)
+    return load(model, device=device, threads=threads, verify=verify, **drafts(), **others)
 
 
 def bundle_folder(model: str) -> Path:

@@ -25,7 +25,7 @@ from ..models.shapes import weight_shapes
 try:
     from .checkpoint.checkpoint import Checkpoint
     from .graph import second_graph
-    from .graph.write import write_graphs
+    from .graph.write import write_graphs, write_twin
     from .quantize.layers import Layout, QuantizedLayers, Tensor, to_nearest
 except ImportError as error:
     raise MissingExtraError("Exporting a checkpoint", error.name or "onnx", "export") from error
@@ -42,6 +42,8 @@ _QUANTIZED = ("int8", "int4")
 _REFERENCE = "fp32"  # folder of the same weights in fp32 while a bundle is being made
 # Above this number of weights, calibration and checks take long and much memory, so they have to be asked for.
 _CHECKED_WEIGHTS = 200_000_000
+# From this number of weights on, a pass takes so long that drafting pays.
+_TWIN_WEIGHTS = 20_000_000
 
 _log = logging.getLogger(__name__)
 
@@ -60,6 +62,7 @@ def export(
     calibrate: bool | None = None,
     quality: bool | None = None,
     quality_texts: Sequence[str | os.PathLike[str]] = (),
+    twin: bool | None = None,
     parity: bool | None = False,
     revision: str | None = None,
     force: bool = False,
@@ -82,6 +85,8 @@ def export(
         quality: with "int8" or "int4", compare the predictions with those of fp32 on such texts, and put the figures
             into the manifest; by default for models of up to 200 million weights, where it takes seconds.
         quality_texts: text files (UTF-8) to compare on as well.
+        twin: with "fp32" or "fp16", add the network in 8 bits, which drafts tokens for the full one to verify; by default for
+            models of 20 million weights and more, where it pays. It takes a quarter of the fp32 weights' size.
         parity: compare the bundle with PyTorch and put the report into the manifest, whether it passed or
             not; None for models of up to 200 million weights where torch and transformers are installed.
         revision: branch, tag or commit of a Hugging Face id.
@@ -102,12 +107,16 @@ def export(
     given = {"calibrate": calibrate, "quality": quality, "quality_texts": quality_texts, "block_size": block_size}
     if dtype not in _QUANTIZED and (wrong := [name for name, value in given.items() if value]):
         raise OptionError(f"{wrong[0]} goes with dtype int8 or int4, not with {dtype}")
+    if twin and (dtype in _QUANTIZED or graph == "portable"):
+        raise OptionError(f"twin goes with dtype fp32 or fp16 and graph fused, not with {dtype} and {graph}")
     if quality_texts and quality is False:
         raise OptionError("quality_texts are for quality, which is switched off")
     texts = {Path(path).name: _read_text(Path(path)) for path in quality_texts}
     check_target(target, force=force)
     checkpoint = Checkpoint.open(os.fspath(source), revision)
     small = _count_weights(checkpoint) <= _CHECKED_WEIGHTS
+    drafted = dtype not in _QUANTIZED and graph == "fused"
+    drafted = drafted and (_count_weights(checkpoint) >= _TWIN_WEIGHTS if twin is None else twin)
     by_default = small and dtype in _QUANTIZED
     calibrated = by_default if calibrate is None else calibrate
     compared = bool(texts) or by_default if quality is None else quality
@@ -125,7 +134,7 @@ def export(
             block_size=block_size or default_block_size(checkpoint.config, dtype, pure=pure),
             files={},
         )
-        passes = _Passes(progress, checkpoint, 1 + (calibrated or compared) + calibrated)
+        passes = _Passes(progress, checkpoint, 1 + (calibrated or compared) + calibrated + drafted)
         reference = None
         if calibrated or compared:
             reference = _write_reference(checkpoint, manifest, folder / _REFERENCE, passes.next())
@@ -149,6 +158,10 @@ def export(
                 floats=floats,
                 per_tensor=layers.per_tensor,
             )
+            if drafted:
+                layout = partial(blocks, checkpoint.config, "int8", pure=False, block_size=None)
+                layers = _quantize(checkpoint, "int8", layout, None, passes.next())
+                write_twin(folder, checkpoint.config, layers.weights, tied=checkpoint.tied, floats=floats)
         manifest = replace(manifest, files=bundle.describe_files(folder, without=folder / _REFERENCE))
         if compared and reference:
             with _unless_missing(quality or bool(texts)):

@@ -22,7 +22,9 @@ def load(
     threads: int | None = None,
     verify: bool = False,
     wide_after: int | None = 512,
-    screen_after: int | None = 96,
+    draft: str = "auto",
+    draft_model: str | os.PathLike[str] | None = None,
+    draft_length: int | None = None,
 ) -> "Model":
     """Loads a model.
 
@@ -35,8 +37,10 @@ def load(
             small files' content.
         wide_after: in int8 and int4, tokens in prompts and batches after which these go through a second graph, which
             takes a moment and memory to open and rounds a little more: 0 opens it right away, None never.
-        screen_after: in fp32, forward passes of greedy search or sampling with top-k after which they compute only the
-            largest logits in full, which takes a moment to prepare and gives the same tokens: None never.
+        draft: where drafts of the next tokens come from, which one forward pass then verifies: "none"; "lookup", the text so
+            far; "twin", the bundle's network in 8 bits; "auto", the twin where there is one and it pays. Tokens are the same.
+        draft_model: a smaller model of the same vocabulary, which drafts in place of the twin.
+        draft_length: tokens of a draft by twin or draft model; by default as many as pay, which can be none.
 
     Raises:
         BundleError, CheckpointError: the model can't be found or used.
@@ -50,7 +54,15 @@ def load(
     folder = resolve(model)
     if verify:
         bundle.Bundle.open(folder).verify()
-    return Model(folder, device=device, threads=threads, wide_after=wide_after, screen_after=screen_after)
+    return Model(
+        folder,
+        device=device,
+        threads=threads,
+        wide_after=wide_after,
+        draft=draft,
+        draft_model=None if draft_model is None else resolve(draft_model),
+        draft_length=draft_length,
+    )
 
 
 def resolve(model: str | os.PathLike[str]) -> Path:

@@ -8,9 +8,8 @@ onnx/model.onnx_data    its weights, memory-mapped by ONNX Runtime
 onnx/ragged.onnx        the same network for our own runtime: rows bring their own numbers of tokens
 onnx/wide.onnx          in int8 and int4, from 512 wide on: the graph for prompts and batches
 onnx/wide_weights.onnx  makes its weights of the first graph's
-onnx/body.onnx          in fp32, where the output head is large: the graph without it
-onnx/head.onnx          the output head
-onnx/screening.onnx     an output head that computes only the largest logits in full
+onnx/twin.onnx          in fp32 and fp16: the network in 8 bits, which drafts tokens for the full one to verify
+onnx/twin.onnx_data     its weights
 """
 
 import hashlib
@@ -40,9 +39,8 @@ WEIGHTS = "onnx/model.onnx_data"
 RAGGED_GRAPH = "onnx/ragged.onnx"
 WIDE_GRAPH = "onnx/wide.onnx"
 WIDE_WEIGHTS = "onnx/wide_weights.onnx"
-BODY_GRAPH = "onnx/body.onnx"
-HEAD_GRAPH = "onnx/head.onnx"
-SCREENING_GRAPH = "onnx/screening.onnx"
+TWIN_GRAPH = "onnx/twin.onnx"
+TWIN_WEIGHTS = "onnx/twin.onnx_data"
 GRAPHS = ("fused", "portable")
 FORMAT_VERSION = 1
 
@@ -211,6 +209,11 @@ class Bundle:
             raise BundleError(f"{folder}: {error}") from error
         return cls(folder, manifest, config)
 
+    @property
+    def has_twin(self) -> bool:
+        """Whether a quantised twin drafts for it."""
+        return TWIN_GRAPH in self.manifest.files
+
     def verify(self) -> None:
         """Compares every file's sha256 with the manifest, and looks for files that it doesn't list.
 
@@ -275,7 +278,7 @@ def _check_hash(path: Path, record: FileRecord) -> None:
 
 def _check_weights(folder: Path, manifest: Manifest) -> None:
     """ONNX Runtime follows a graph's references to other files; before 1.24 wherever they lead."""
-    for graph in (GRAPH, RAGGED_GRAPH, WIDE_GRAPH, WIDE_WEIGHTS, BODY_GRAPH, HEAD_GRAPH, SCREENING_GRAPH):
+    for graph in (GRAPH, RAGGED_GRAPH, WIDE_GRAPH, WIDE_WEIGHTS, TWIN_GRAPH):
         if graph not in manifest.files:
             continue
         try:

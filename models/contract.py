@@ -19,19 +19,6 @@ What our own runtime runs on the CPU lets each row of a pass bring its own numbe
     logits_at                     int64   [logits]                  flat positions in [batch_size, longest]
     past_key_values.{i}.*, present.{i}.*                            as above, one memory for both
     logits                        float   [logits, 1, vocab_size]
-
-Where a bundle also has the network in two parts, its body gives `hidden_states` in place of `logits`, and its head makes the
-one of the other; a third graph is a head that screens, whose weights `estimates.*` are made at runtime (`runtime.screening`):
-
-    hidden_states                 float   [batch_size, kept_sequence_length, width]; where logits are screened, [positions, width]
-    balanced                      float   [positions, width]         what the estimates' rows are multiplied with
-    common                        float   [positions, 1]             added to the estimates at each position
-    candidates                    int64   [1]                        number of highest estimates that are computed again in full
-    highest                       float   [positions, candidates]    these estimates, in descending order
-    head.weight                   float   [vocab_size, width]        the head's rows, as they lie in the bundle's file
-    estimates.rows                uint8   [vocab_size, blocks, block_size]
-    estimates.scales              float   [vocab_size, blocks]
-    estimates.bias                float   [vocab_size]
 """
 
 INPUT_IDS = "input_ids"
@@ -43,13 +30,6 @@ COUNTS = "counts"
 LOGITS_AT = "logits_at"
 KEPT = "kept"  # the last hidden states whose logits are computed, inside the graph
 LOGITS = "logits"
-HIDDEN_STATES = "hidden_states"
-BALANCED = "balanced"
-COMMON = "common"
-CANDIDATES = "candidates"
-HIGHEST = "highest"
-HEAD = "head.weight"
-ESTIMATES = ("estimates.rows", "estimates.scales", "estimates.bias")
 
 
 def past_names(layer: int) -> tuple[str, str]:

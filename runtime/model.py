@@ -22,7 +22,8 @@ from .decoding.logprobs import PromptLogprobs
 from .decoding.start import start
 from .decoding.strategy import Stop, Strategy
 from .decoding.torch_random import log_softmax
-from .engine import head, second_graph
+from .engine import second_graph
+from .engine.drafting import Drafting
 from .engine.runner import Runner
 from .engine.scheduler import Scheduler
 from .generation import Generation
@@ -60,9 +61,10 @@ class Model:
         threads: of one operator; by default the cores that this process may use, fewer for very small models.
         wide_after: tokens in prompts and batches after which these go through the bundle's second graph, if it has one
             for this device; 0 opens it right away, None never.
-        screen_after: in fp32, passes of greedy search or sampling with top-k after which few logits are computed in
-            full; None never.
-        screens: whether they may do so; None: where the processor adds up products of bytes exactly.
+        draft: where drafts of the next tokens come from: "none"; "lookup", the text so far; "twin", the bundle's quantised
+            twin, from the first token on; or "auto", the twin where the bundle has one and it pays.
+        draft_model: folder of another bundle of the same vocabulary, which drafts in place of the twin.
+        draft_length: tokens of a draft by twin or draft model; None: as many as pay, which can be none.
 
     Raises:
         BundleError: the bundle can't be used.
@@ -77,23 +79,21 @@ class Model:
         device: str = "cpu",
         threads: int | None = None,
         wide_after: int | None = second_graph.WORTH,
-        screen_after: int | None = head.WORTH,
-        screens: bool | None = None,
+        draft: str = "auto",
+        draft_model: Path | None = None,
+        draft_length: int | None = None,
     ) -> None:
         self.bundle = Bundle.open(folder)
         self.config = self.bundle.config
         self.tokenizer = Tokenizer(folder / TOKENIZER)
         self.tokenizer.check(self.config.vocab_size)
         self.generation_config = GenerationConfig.from_file_content(read_json(folder / GENERATION_CONFIG))
-        self.runner = Runner(
-            self.bundle,
-            device=device,
-            threads=threads,
-            wide_after=wide_after,
-            screen_after=screen_after,
-            screens=screens,
-        )
-        self._scheduler = Scheduler(self.runner)
+        self._drafting = Drafting(draft, draft_model, draft_length)
+        if draft_model is not None:
+            self.tokenizer.check_same(Tokenizer(draft_model / TOKENIZER))
+        alone = not self._drafting.needs_network(self.bundle)
+        self.runner = Runner(self.bundle, device=device, threads=threads, wide_after=wide_after, alone=alone)
+        self._scheduler = Scheduler(self.runner, self._drafting.drafter(self.bundle, self.runner))
 
     @overload
     def generate(self, prompts: Prompt, **options: Unpack[GenerateOptions]) -> Result: ...  # type: ignore[overload-overlap]
@@ -296,7 +296,7 @@ class Model:
         if request.error is not None:
             raise request.error
         ids = self.prompt_ids(request.prompt)
-        options = request.options
+        options = self._drafting.options(request.options)
         self.check_options(options, len(ids))
         stop = self._stop(options.stop_strings, len(ids))
         strategy = start(ids, options, self.config.n_positions, stop, request.extensions)

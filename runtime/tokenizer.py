@@ -8,7 +8,7 @@ from pathlib import Path
 from tokenizers import Tokenizer as HuggingFaceTokenizer
 from tokenizers.decoders import ByteLevel, DecodeStream
 
-from gpt2onnx.errors import BundleError, CheckpointError
+from gpt2onnx.errors import BundleError, CheckpointError, OptionError
 
 from ..models.bundle import TOKENIZER_CONFIG
 from ..models.config import read_json
@@ -87,6 +87,11 @@ class Tokenizer:
                 f"{self._path} gives {shown(token)} the id {largest}, but the network's vocabulary ends at"
                 f" {vocab_size - 1}: export the bundle again"
             )
+
+    def check_same(self, other: "Tokenizer") -> None:
+        """Raises OptionError if another tokenizer has other tokens or numbers them in another way."""
+        if self._tokenizer.get_vocab() != other._tokenizer.get_vocab():
+            raise OptionError(f"{other._path.parent} can't draft: its vocabulary isn't that of {self._path.parent}")
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         """The ids of a text; special tokens written in it count as such.

@@ -8,7 +8,7 @@ from onnx import ModelProto
 
 from ...models import bundle
 from ...models.config import GPT2Config
-from . import ragged, screening, second_graph
+from . import ragged, second_graph
 from .fused import Weights, build
 from .input_rounding import PerTensor
 from .weights import WeightsFile
@@ -42,13 +42,22 @@ def write_graphs(
         model = build(config, weights, tied=tied, store=store, floats=floats)
     _write(folder, [bundle.GRAPH], [model])
     _write(folder, [bundle.RAGGED_GRAPH], [ragged.build(model, config)])
-    quantized = any(node.op_type == "MatMulNBits" for node in model.graph.node)
     if per_tensor:
         second, weights_graph = second_graph.build(model, per_tensor)
         _write(folder, [bundle.WIDE_GRAPH, bundle.WIDE_WEIGHTS], [ragged.build(second, config), weights_graph])
-    if floats is np.float32 and not quantized and screening.pays(config):
-        names = bundle.BODY_GRAPH, bundle.HEAD_GRAPH, bundle.SCREENING_GRAPH
-        _write(folder, names, screening.build(model, config))
+
+
+def write_twin(
+    folder: Path, config: GPT2Config, weights: Weights, *, tied: bool, floats: type[np.float32] | type[np.float16]
+) -> None:
+    """Writes the graph of the network's quantised twin, which works in caches of the network itself, with its weights.
+
+    Arguments and errors are those of `write_graphs`.
+    """
+    with (folder / bundle.TWIN_WEIGHTS).open("wb") as file:
+        store = WeightsFile(folder / bundle.TWIN_WEIGHTS, file)
+        model = build(config, weights, tied=tied, store=store, floats=floats)
+    _write(folder, [bundle.TWIN_GRAPH], [ragged.build(model, config)])
 
 
 def _write(folder: Path, names: Sequence[str], models: Sequence[ModelProto]) -> None:

@@ -56,14 +56,13 @@ _TIMES_NEAREST = 3.0
 _NOISE, _NOISE_OF_SCALES = 1e-4, 1e-3
 
 
-def check(folder: Path, checkpoint: Checkpoint, suite: str = "quick", *, screens: bool | None = None) -> dict[str, Any]:
+def check(folder: Path, checkpoint: Checkpoint, suite: str = "quick") -> dict[str, Any]:
     """Compares a bundle with its checkpoint run by PyTorch.
 
     Args:
         folder: the bundle.
         checkpoint: its source.
         suite: "quick" (seconds) or "full" (every strategy and processor, with seeds).
-        screens: whether the bundle's logits may be screened; None asks the processor.
 
     Returns:
         The report: the reference, the figures of each check, and `passed` for all of them.
@@ -74,7 +73,7 @@ def check(folder: Path, checkpoint: Checkpoint, suite: str = "quick", *, screens
         BundleError, BackendError: the bundle can't be used.
     """
     reference = Reference(checkpoint)
-    model = Model(folder, wide_after=None, screen_after=0, screens=screens)
+    model = Model(folder, wide_after=None, draft="none")
     manifest, runner = model.bundle.manifest, model.runner
     lossy, times = manifest.dtype in _LOSSY, _TIMES_ROUNDING[manifest.dtype]
     prompts = _prompts(model.config)

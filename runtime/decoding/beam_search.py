@@ -42,7 +42,6 @@ class BeamSearch(Decoding):
         self._stopped: set[bytes] = set()
         self._improvable = True
         self._done = False
-        self.exact_top_k: int | None = None
         self.positions = max(self._limits.max_length, len(prompt)) - 1
 
     @property
@@ -55,6 +54,9 @@ class BeamSearch(Decoding):
 
     def draft(self) -> Tokens:
         return self.prompt[:0]
+
+    def fork(self) -> None:
+        return None
 
     def advance(self, logits: Logits) -> list[int]:
         scores = self._score(list(self._running), log_softmax(logits))

@@ -39,11 +39,6 @@ class Extensions:
     prefix_allowed_tokens_fn: PrefixAllowedTokens | None = None
     index: int = 0
 
-    @property
-    def change_scores(self) -> bool:
-        """Whether some function sees or changes scores, so that all of them have to be exact."""
-        return bool(self.logits_processor or self.stopping_criteria or self.prefix_allowed_tokens_fn)
-
     def process(self, tokens: Tokens, scores: Logits) -> Logits:
         """What the processors return for tokens [rows, length] and scores [rows, vocab].
 

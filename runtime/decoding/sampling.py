@@ -1,14 +1,16 @@
 """Greedy search and sampling."""
 
+from copy import copy
+
 import numpy as np
 
 from ..arrays import Logits, Tokens
 from ..options import GenerationConfig
-from .drafts import Drafts
 from .extensions import Extensions
 from .filters import warp
 from .logprobs import token_logprobs
-from .strategy import Continuation, Decoding, Stop
+from .prompt_lookup import PromptLookup
+from .strategy import Continuation, Decoding, Scores, Stop
 
 
 class Sampling(Decoding):
@@ -23,8 +25,8 @@ class Sampling(Decoding):
         self._buffer[:, : len(prompt)] = prompt
         self._results = [Continuation(self._buffer[index, : len(prompt)]) for index in range(count)]
         self._active = list(range(count))
-        self._drafts = Drafts(options.prompt_lookup)
-        self.exact_top_k = self._exact_top_k()
+        self._lookup = PromptLookup(options.prompt_lookup)
+        self._logprobs = options.logprobs
         self.positions = self._buffer.shape[1] - 1
 
     @property
@@ -38,12 +40,30 @@ class Sampling(Decoding):
     def tokens(self, row: int) -> Tokens:
         return self._results[self._active[row]].tokens
 
+    @property
+    def _room(self) -> int:
+        """Tokens that may be drafted: the one after them is chosen from the logits that verify them."""
+        return self._limits.max_length - len(self._results[0].tokens) - 1
+
     def draft(self) -> Tokens:
         tokens = self._results[0].tokens
-        room = self._limits.max_length - len(tokens) - 1
-        if self._drafts.longest < 1 or room < 1 or self.rows != 1:
+        if self._lookup.longest < 1 or self._room < 1 or self.rows != 1:
             return tokens[:0]
-        return self._drafts.propose(tokens, room)
+        return self._lookup.propose(tokens, self._room)
+
+    def fork(self) -> "Sampling | None":
+        if len(self._results) > 1 or self._room < 1:
+            return None
+        forked = copy(self)
+        if self._extensions != Extensions():
+            forked._extensions = Extensions()
+            forked._score = Scores(self._options, self.prompt, forked._extensions)
+        forked._buffer = self._buffer.copy()
+        forked._results = [Continuation(forked._buffer[0, : len(self._results[0].tokens)])]
+        forked._active = self._active.copy()
+        forked._logprobs = None
+        forked._generator = None if self._generator is None else self._generator.fork()
+        return forked
 
     def advance(self, logits: Logits) -> list[int]:
         sequences = [self._results[index].tokens for index in self._active]
@@ -77,7 +97,7 @@ class Sampling(Decoding):
 
     def _extend(self, index: int, logits: Logits, scores: Logits) -> None:
         """Appends the next token to a continuation, given the network's logits and the scores, each [vocab]."""
-        result, logprobs = self._results[index], self._options.logprobs
+        result, logprobs = self._results[index], self._logprobs
         if self._generator is None:
             token = int(scores.argmax())
         else:
@@ -91,12 +111,3 @@ class Sampling(Decoding):
         self._buffer[index, length] = token
         result.tokens = self._buffer[index, : length + 1]
         result.finish_reason = self._limits.reason(result.tokens)
-
-    def _exact_top_k(self) -> int | None:
-        """How many of the largest logits it looks at; None for all."""
-        options = self._options
-        if self._score.need_all or options.logprobs is not None:
-            return None
-        if not options.do_sample:
-            return 1
-        return None if options.top_h is not None else options.top_k or None

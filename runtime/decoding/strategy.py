@@ -52,8 +52,6 @@ class Strategy(Protocol):
     """Most positions that a row comes to need in the cache."""
     reader: Reader | None
     """Takes the logits of the whole prompt; None: nobody wants them."""
-    exact_top_k: int | None
-    """It looks at the k largest logits only; None for all."""
 
     @property
     def rows(self) -> int:
@@ -68,7 +66,14 @@ class Strategy(Protocol):
         ...
 
     def draft(self) -> Tokens:
-        """Likely next tokens, to be verified in one forward pass; none if it can't use them."""
+        """Likely next tokens, taken from the text so far, to be verified in one forward pass; none if it has none."""
+        ...
+
+    def fork(self) -> "Strategy | None":
+        """A copy that a faster network may carry on to draft the next tokens; None if it can't use drafts now.
+
+        It draws the random numbers that this one will draw, and calls none of the caller's functions.
+        """
         ...
 
     def advance(self, logits: Logits) -> list[int]:
@@ -131,11 +136,6 @@ class Scores:
         self._extensions = extensions
         # Sampling renormalises behind its filters.
         self._renormalize = [renormalize()] if options.renormalize_logits and not options.do_sample else []
-
-    @property
-    def need_all(self) -> bool:
-        """Whether some processor looks at all logits."""
-        return bool(self._processors or self._renormalize or self._extensions.change_scores)
 
     def __call__(self, tokens: list[Tokens], logits: Logits) -> Logits:
         """Scores [rows, vocab] of logits [rows, vocab] after the rows' tokens, each int64 [length]."""

@@ -8,6 +8,7 @@ Source: ATen/native/Distributions.cpp, ATen/core/DistributionsHelper.h and CPUGe
 """
 
 import functools
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, cast
@@ -94,6 +95,12 @@ class Generator:
         words = np.random.MT19937()
         words.state = cast("Any", np.random.RandomState(seed % 2**32).get_state(legacy=False))
         self._generator = np.random.Generator(words)
+        # What forks have drawn ahead, in order.
+        self._ahead: deque[Words] = deque()
+
+    def fork(self) -> "Generator":
+        """A generator whose draws are those that come next here, at the same numbers of entries."""
+        return _Fork(self)
 
     def multinomial(self, candidates: Candidates, count: int = 1) -> Indices:
         """Draws entries without replacement.
@@ -122,7 +129,24 @@ class Generator:
 
     def _words(self, entries: int) -> Words:
         """Two 32-bit words for each entry, the first one in the upper half."""
+        return self._ahead.popleft() if self._ahead else self._draw(entries)
+
+    def _draw(self, entries: int) -> Words:
         return self._generator.integers(0, 2**64, size=entries, dtype=np.uint64)
+
+
+class _Fork(Generator):
+    """Draws ahead of another generator, which then need not draw again."""
+
+    def __init__(self, other: Generator) -> None:
+        self._other, self._place = other, 0
+
+    def _words(self, entries: int) -> Words:
+        ahead = self._other._ahead
+        if self._place == len(ahead):
+            ahead.append(self._other._draw(entries))
+        self._place += 1
+        return ahead[self._place - 1]
 
 
 def _race(probabilities: Logits, words: Words) -> Logits:

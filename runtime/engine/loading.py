@@ -4,16 +4,16 @@ import logging
 
 from gpt2onnx.errors import BackendError
 
-from ...models.bundle import BODY_GRAPH, GRAPH, RAGGED_GRAPH, Bundle
+from ...models.bundle import GRAPH, RAGGED_GRAPH, TWIN_GRAPH, TWIN_WEIGHTS, Bundle
 from ..host import resources
 from ..ort import devices, providers
-from . import head
 
 _log = logging.getLogger(__name__)
 # Bytes of weights that keep one core busy: with less for each, threads wait for one another.
 _WEIGHTS_PER_THREAD = 4_000_000
 # The first version of ONNX Runtime whose GroupQueryAttention has query_seqlens.
 _RAGGED_SINCE = (1, 32)
+_TWIN = frozenset({TWIN_GRAPH, TWIN_WEIGHTS})
 
 
 def threads(bundle: Bundle) -> int:
@@ -23,12 +23,20 @@ def threads(bundle: Bundle) -> int:
 
 
 def weight_bytes(bundle: Bundle) -> int:
-    """Bytes of the bundle's graphs and weights; loaded, they take at least as many."""
-    return sum(record.size for name, record in bundle.manifest.files.items() if name.startswith("onnx/"))
+    """Bytes of the bundle's graphs and weights without the twin; loaded, they take at least as many."""
+    return sum(
+        record.size for name, record in bundle.manifest.files.items() if name.startswith("onnx/") and name not in _TWIN
+    )
 
 
-def load(bundle: Bundle, device: str, threads: int, screens: bool | None) -> tuple[providers.Graph, str, str]:
+def load(bundle: Bundle, device: str, threads: int, *, alone: bool) -> tuple[providers.Graph, str, str]:
     """Loads a bundle's graph: on a device, or on the first of "auto"'s that runs it.
+
+    Args:
+        bundle: the bundle.
+        device: its name.
+        threads: of one operator.
+        alone: whether no other graph runs between its passes.
 
     Returns:
         The graph, the provider that it runs on, and its file in the bundle.
@@ -42,30 +50,35 @@ def load(bundle: Bundle, device: str, threads: int, screens: bool | None) -> tup
         try:
             if reason := devices.unsuited(provider, bundle.manifest):
                 raise BackendError(reason)
-            return _load_on(provider, bundle, threads, screens)
+            return _load_on(provider, bundle, threads, alone)
         except BackendError as error:
             _log.info("not on %s: %s", devices.device_name(provider), error)
     if reason := devices.unsuited(last, bundle.manifest):
         # Another export is no help where the device doesn't work at all.
         why = providers.why_not(last)
         raise devices.not_loaded(last, why) if why else BackendError(reason)
-    return _load_on(last, bundle, threads, screens)
+    return _load_on(last, bundle, threads, alone)
 
 
-def _load_on(provider: str, bundle: Bundle, threads: int, screens: bool | None) -> tuple[providers.Graph, str, str]:
+def _load_on(provider: str, bundle: Bundle, threads: int, alone: bool) -> tuple[providers.Graph, str, str]:
     if provider == devices.CPU and (short := resources.shortage(weight_bytes(bundle))):
         raise BackendError(f"{bundle.folder} needs at least {short}: free some, or export with fewer bits (--dtype)")
-    file = _file(provider, bundle, screens)
+    ragged = provider == devices.CPU and RAGGED_GRAPH in bundle.manifest.files and runs_ragged()
+    file = RAGGED_GRAPH if ragged else GRAPH
     path = bundle.folder / file
-    return providers.open_graph(path, provider, threads=threads, name=path, alone=file != BODY_GRAPH), provider, file
+    return providers.open_graph(path, provider, threads=threads, name=path, alone=alone), provider, file
 
 
-def _file(provider: str, bundle: Bundle, screens: bool | None) -> str:
-    if provider != devices.CPU:
-        return GRAPH
-    if head.usable(bundle, screens):
-        return BODY_GRAPH
-    return RAGGED_GRAPH if RAGGED_GRAPH in bundle.manifest.files and runs_ragged() else GRAPH
+def load_twin(bundle: Bundle, device: str, threads: int, *, alone: bool) -> tuple[providers.Graph, str, str]:
+    """Loads the graph of a bundle's twin; otherwise as `load`. The device can only be the CPU."""
+    assert device == "cpu"
+    path, size = bundle.folder / TWIN_GRAPH, bundle.manifest.files[TWIN_WEIGHTS].size
+    bundle.check_in_place()
+    if short := resources.shortage(2 * size):  # packed for the processor, weights are in memory once more
+        raise BackendError(f"{path} needs about {short}")
+    graph = providers.open_graph(path, devices.CPU, threads=threads, name=path, alone=alone)
+    bundle.check_in_place()  # again: all that was read is of one bundle
+    return graph, devices.CPU, TWIN_GRAPH
 
 
 def runs_ragged() -> bool:

@@ -10,6 +10,7 @@ from gpt2onnx.errors import OptionError
 
 from ..arrays import Logits, Tokens
 from ..decoding.strategy import Strategy
+from .draft_length import Acceptance
 from .kv_cache import Copy, KVCache
 
 _POSITIONS_STEP = 64  # the cache's positions are a multiple of this
@@ -27,16 +28,22 @@ class Network(Protocol):
         tokens: Tokens,
         counts: Tokens,
         logits: Literal["last", "all"] = "last",
-        exact_top_k: int | None = None,
     ) -> Logits: ...
 
 
 @dataclass(eq=False)
 class Running:
-    """A strategy under way, and the cache rows of its sequences, in their order; one row until its prompt is computed."""
+    """A strategy under way, and the cache rows of its sequences, in their order; one row until its prompt is computed.
+
+    Attributes:
+        strategy: the strategy.
+        rows: of the cache.
+        acceptance: how many tokens that were drafted for it are right; None before the first draft.
+    """
 
     strategy: Strategy
     rows: list[int]
+    acceptance: Acceptance | None = None
 
 
 class Rows:
@@ -94,6 +101,14 @@ class Rows:
         larger = self._network.new_cache(max(rows + spare, self.cache.rows), max(positions, self.cache.positions))
         larger.reserve(rows)
         return larger
+
+    def match(self, other: "Rows") -> None:
+        """Makes its cache as large as another one; drops its tokens where it was smaller."""
+        wanted = other.cache
+        if self.cache.rows < wanted.rows or self.cache.positions < wanted.positions:
+            self.cache = self._network.new_cache(wanted.rows, wanted.positions)
+            self.cache.reserve(wanted.rows)
+            self.held = [np.zeros(0, np.int64)] * wanted.rows
 
     def prefix(self, tokens: Tokens) -> tuple[int, int]:
         """The row that holds the longest prefix of the tokens, and the prefix' length."""

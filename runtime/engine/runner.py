@@ -15,11 +15,11 @@ import numpy.typing as npt
 from gpt2onnx.errors import BackendError, OptionError
 
 from ...models import contract
-from ...models.bundle import BODY_GRAPH, RAGGED_GRAPH, WIDE_GRAPH, Bundle
+from ...models.bundle import RAGGED_GRAPH, TWIN_GRAPH, WIDE_GRAPH, Bundle
 from ..arrays import Int64Array, Logits
 from ..host import resources
 from ..ort import binding, devices, providers, signature
-from . import head, loading
+from . import loading
 from .kv_cache import HostStorage, KVCache, check_memory
 from .second_graph import WORTH, WideGraph
 
@@ -46,16 +46,16 @@ class Runner:
         threads: of one operator; by default the cores that this process may use, fewer for very small models.
         wide_after: tokens in prompts and batches after which these go through the bundle's second graph, if it has one
             for this device; 0 opens it right away, None never.
-        screen_after: passes that need few exact logits after which the others are estimated, if the bundle has its
-            output head by itself; None never.
-        screens: whether logits may be estimated; None: where the processor adds up products of bytes exactly.
+        alone: whether no other network runs between its passes; otherwise its threads don't wait for the next one in a loop.
+        twin: load the bundle's quantised twin, on the CPU; it works in caches of the network itself.
 
     Attributes:
         device: what it runs on, as the argument would name it.
         threads: of one operator.
+        has_twin: whether the bundle has a twin for this device.
 
     Raises:
-        OptionError: `threads` is below 1, `wide_after` or `screen_after` below 0, or the device is unknown.
+        OptionError: `threads` is below 1, `wide_after` below 0, or the device is unknown.
         BundleError: a graph isn't the one that config.json describes.
         BackendError: the device doesn't load or doesn't run this bundle, or ONNX Runtime can't load the graph.
     """
@@ -67,33 +67,30 @@ class Runner:
         device: str = "cpu",
         threads: int | None = None,
         wide_after: int | None = WORTH,
-        screen_after: int | None = head.WORTH,
-        screens: bool | None = None,
+        alone: bool = True,
+        twin: bool = False,
     ) -> None:
-        for name, value, least in (
-            ("threads", threads, 1),
-            ("wide_after", wide_after, 0),
-            ("screen_after", screen_after, 0),
-        ):
+        for name, value, least in (("threads", threads, 1), ("wide_after", wide_after, 0)):
             if value is not None and value < least:
                 raise OptionError(f"{name} must be at least {least}, not {value}")
         self.config = bundle.config
         self.dtype = np.dtype(np.float16 if bundle.manifest.dtype == "fp16" else np.float32)
         self.threads = threads or loading.threads(bundle)
-        self._graph, provider, file = loading.load(bundle, device, self.threads, screens)
+        load = loading.load_twin if twin else loading.load
+        self._graph, provider, file = load(bundle, device, self.threads, alone=alone)
         self.device = devices.device_name(provider)
-        self._head = head.OutputHead(bundle, self.threads, screen_after) if file == BODY_GRAPH else None
-        self._ragged = file == RAGGED_GRAPH
+        self._ragged = file in (RAGGED_GRAPH, TWIN_GRAPH)
         self._in_place = bundle.manifest.graph != "portable"
         # The device's own memory, where the cache is kept in it.
         self._memory = devices.MEMORY.get(provider) if self._in_place else None
         self._storage = binding.device_storage(provider, self._memory, self.dtype) if self._memory else HostStorage
         inputs, outputs = providers.declared(self._graph, path := bundle.folder / file)
         floats = "tensor(float16)" if self.dtype == np.float16 else "tensor(float)"
-        signature.check(self.config, floats, inputs, outputs, path, body=self._head is not None)
+        signature.check(self.config, floats, inputs, outputs, path)
         self._inputs = list(inputs)
-        offered = provider == devices.CPU and WIDE_GRAPH in bundle.manifest.files and self._ragged
+        offered = WIDE_GRAPH in bundle.manifest.files and file == RAGGED_GRAPH
         self._wide = WideGraph(bundle, self.threads, wide_after) if offered and wide_after is not None else None
+        self.has_twin = bundle.has_twin and file == RAGGED_GRAPH
         # Of the cache that passed last. A weak dictionary would swallow a Ctrl-C that comes while it drops an entry.
         self._passes: dict[tuple[object, ...], _Pass] = {}
         self._bound_cache: weakref.ref[KVCache] | None = None
@@ -148,7 +145,6 @@ class Runner:
         tokens: Int64Array,
         counts: Int64Array | None = None,
         logits: Literal["last", "all"] = "last",
-        exact_top_k: int | None = None,
     ) -> Logits:
         """Computes the next tokens of cache rows.
 
@@ -158,7 +154,6 @@ class Runner:
             tokens: [rows, longest], right-padded.
             counts: [rows], valid tokens of each row; 0 leaves a row as it is; None: all are valid.
             logits: of each row's last valid token, or of all valid tokens.
-            exact_top_k: only the k largest logits of a position need be exact, others may be lower estimates; None for all.
 
         Returns:
             [positions, vocab], row by row. Overwritten by the next call.
@@ -175,8 +170,6 @@ class Runner:
             run = self._run_masked if self._in_place else self._run_copying
             parts = [run(cache, *part, logits) for part in _equal_parts(cache, rows, tokens, counts)]
             found = parts[0] if len(parts) == 1 else np.concatenate(parts)
-        if self._head is not None:
-            found = self._head.logits(found[:, None], exact_top_k)[:, 0]
         return _finite(found)
 
     def _run_ragged(self, cache: KVCache, rows: slice, tokens: Int64Array, counts: Int64Array, logits: str) -> Logits:
@@ -281,14 +274,11 @@ class Runner:
     def _bound(
         self, graph: providers.Graph, cache: KVCache, rows: slice, inputs: dict[str, Int64Array], shape: tuple[int, int]
     ) -> _Pass:
-        name, width = (contract.LOGITS, self.config.vocab_size)
-        if self._head is not None:
-            name, width = contract.HIDDEN_STATES, self.config.n_embd
-        output = np.zeros((*shape, width), np.float32)
+        output = np.zeros((*shape, self.config.vocab_size), np.float32)
         bound = binding.Binding(graph)
         for each, array in inputs.items():
             bound.bind_input(each, array)
-        bound.bind_output(name, output)
+        bound.bind_output(contract.LOGITS, output)
         cached = [rows.stop - rows.start, self.config.n_head, cache.positions, self.config.head_size]
         for layer in range(self.config.n_layer):
             names = zip(contract.past_names(layer), contract.present_names(layer), strict=True)

@@ -4,8 +4,10 @@ Knows neither text nor ONNX Runtime. Strategies begin as soon as there is room a
 job keeps its batch full. N new tokens cost one pass over the prompt and N - 1 passes over one token.
 """
 
+import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from typing import Literal
 
 import numpy as np
 
@@ -14,6 +16,7 @@ from gpt2onnx.errors import OptionError
 from ..arrays import Logits, Tokens
 from ..decoding.strategy import Strategy
 from .rows import Network, Rows, Running, common_prefix
+from .speculation import Drafter
 
 MIN_CHUNK = 16  # tokens of a prompt; a pass over fewer takes as long
 _FULL_PASS = 128  # tokens; prompts are padded to pass together up to this many, beyond which each token costs the same
@@ -60,10 +63,11 @@ class Scheduler:
 
     Args:
         network: the forward pass.
+        drafter: drafts tokens; None: only the strategies themselves do.
     """
 
-    def __init__(self, network: Network) -> None:
-        self._network = network
+    def __init__(self, network: Network, drafter: Drafter | None = None) -> None:
+        self._network, self._drafter = network, drafter
         self._rows = Rows(network)
         self._decoding: list[Running] = []
         # Whose prompt is only partly computed: at most one, between two steps.
@@ -85,7 +89,7 @@ class Scheduler:
             chunk: most prompt tokens computed between two decoding steps (chunked prefill); None for no limit.
         """
         # A run that is still open, such as a stream left for a while, keeps its rows; this one gets others.
-        scheduler = Scheduler(self._network) if self._busy else self
+        scheduler = Scheduler(self._network, self._drafter) if self._busy else self
         scheduler._busy = True
         try:
             yield from scheduler._run(_Queue(iter(strategies)), batch_size, chunk)
@@ -210,9 +214,8 @@ class Scheduler:
         tokens = np.zeros((len(new), counts.max()), np.int64)
         for row, each in zip(tokens, new, strict=True):
             row[: len(each)] = each
-        exact = None if reader else _exact_top_k(group)
         rows = slice(first, first + len(group))
-        logits = self._network.forward(self._rows.cache, rows, tokens, counts, "all" if reader else "last", exact)
+        logits = self._network.forward(self._rows.cache, rows, tokens, counts, "all" if reader else "last")
         if reader is not None:
             reader(logits)
         for running, count, last in zip(group, counts.tolist(), logits[-len(group) :], strict=True):
@@ -232,46 +235,64 @@ class Scheduler:
         self._decoding.append(running)
 
     def _step(self, decoding: list[Running]) -> None:
-        """Computes the last token of every sequence, and the draft of a single one; each strategy chooses the next."""
-        held = self._rows.held
-        draft = decoding[0].strategy.draft() if len(decoding) == 1 else np.zeros(0, np.int64)
+        """Computes the last token of every sequence, and drafts behind some; each strategy chooses the next ones."""
+        drafts = self._drafts(decoding)
         rows = 1 + max(row for running in decoding for row in running.rows)
-        tokens, counts = np.zeros((rows, 1 + len(draft)), np.int64), np.zeros(rows, np.int64)
-        for running in decoding:
+        longest = 1 + max(len(draft) for draft in drafts)
+        tokens, counts = np.zeros((rows, longest), np.int64), np.zeros(rows, np.int64)
+        sequences = {}
+        for running, draft in zip(decoding, drafts, strict=True):
             for index, row in enumerate(running.rows):
-                held[row] = running.strategy.tokens(index)
-                tokens[row, 0], counts[row] = held[row][-1], 1
-        exact = _exact_top_k(decoding)
-        if len(draft):
-            self._verify(decoding[0], draft, exact)
-            return
-        logits = self._network.forward(self._rows.cache, slice(0, rows), tokens, counts, "last", exact)
-        place = np.cumsum(counts) - 1  # of each row among those that take part
-        parents = [running.strategy.advance(_rows(logits, place[running.rows].tolist())) for running in decoding]
+                sequences[row] = running.strategy.tokens(index)
+                tokens[row, 0], tokens[row, 1 : 1 + len(draft)] = sequences[row][-1], draft
+                counts[row] = 1 + len(draft)
+        began = time.perf_counter()
+        which: Literal["last", "all"] = "last" if longest == 1 else "all"
+        logits = self._network.forward(self._rows.cache, slice(0, rows), tokens, counts, which)
+        seconds = time.perf_counter() - began
+        for row, sequence in sequences.items():  # only now: a row that an interrupt left uncomputed isn't held
+            self._rows.held[row] = sequence
+        place = np.cumsum(counts) - counts  # of each row's first logits
+        parents, right = [], []
+        for running, draft in zip(decoding, drafts, strict=True):
+            if len(draft):
+                (row,) = running.rows
+                right.append(self._accept(running, draft, logits[place[row] : place[row] + counts[row]]))
+                parents.append([0])
+            else:
+                right.append(0)
+                parents.append(running.strategy.advance(_rows(logits, place[running.rows].tolist())))
+        if self._drafter is not None:
+            self._drafter.learn(decoding, drafts, right, tokens.size, seconds)
         for running, sources in zip(decoding, parents, strict=True):
             if not running.strategy.done:
                 self._rows.rearrange(running, [running.rows[source] for source in sources])
 
-    def _verify(self, running: Running, draft: Tokens, exact_top_k: int | None) -> None:
-        """Computes a draft behind a sequence's last token, and keeps the tokens that the strategy chooses as well."""
+    def _drafts(self, decoding: list[Running]) -> list[Tokens]:
+        """For each strategy, the tokens that are computed behind its last one; none for most."""
+        if len(decoding) == 1 and len(draft := decoding[0].strategy.draft()):
+            return [draft]
+        if self._drafter is not None:
+            return self._drafter.propose(self._rows, decoding)
+        return [np.zeros(0, np.int64)] * len(decoding)
+
+    def _accept(self, running: Running, draft: Tokens, logits: Logits) -> int:
+        """Lets a strategy choose tokens as long as they are the drafted ones, and once more; returns how many were.
+
+        Args:
+            running: the strategy, of one sequence.
+            draft: int64 [length].
+            logits: [length + 1, vocab], after the sequence and after each drafted token.
+        """
         strategy, (row,) = running.strategy, running.rows
-        start = strategy.tokens(0)
-        tokens = np.append(start[-1:], draft)
-        counts = np.array([len(tokens)])
-        logits = self._network.forward(self._rows.cache, slice(row, row + 1), tokens[None], counts, "all", exact_top_k)
-        accepted = len(start)
-        for guess in [*draft.tolist(), None]:
-            strategy.advance(logits[accepted - len(start)][None])
+        before, right = strategy.tokens(0), 0
+        for guess, each in zip([*draft.tolist(), None], logits, strict=True):
+            strategy.advance(each[None])
             if strategy.done or strategy.tokens(0)[-1] != guess:
                 break
-            accepted += 1
-        self._rows.keep(row, np.append(start, draft)[:accepted])
-
-
-def _exact_top_k(group: list[Running]) -> int | None:
-    """How many of the largest logits some strategy looks at; None for all."""
-    counts = [running.strategy.exact_top_k for running in group]
-    return None if None in counts else max(count for count in counts if count is not None)
+            right += 1
+        self._rows.keep(row, np.append(before, draft)[: len(before) + right])
+        return right
 
 
 def _rows(logits: Logits, rows: list[int]) -> Logits:

@@ -21,12 +21,6 @@ def identity() -> bytes:
     return _model([("Identity", ["x"], "y", {})], [("x", np.float32, 1)], ("y", np.float32, 1))
 
 
-def products() -> bytes:
-    """A graph that multiplies rows with rows: float32 x [n, width], rows [m, width] -> products [n, m]."""
-    nodes = [("Gemm", ["x", "rows"], "products", {"transB": 1})]
-    return _model(nodes, [("x", np.float32, 2), ("rows", np.float32, 2)], ("products", np.float32, 2))
-
-
 def rearrangement(dtype: npt.DTypeLike) -> bytes:
     """A graph that chooses rows anew and lengthens each: data [a, old rows, b, c], rows [new rows], pads [8] -> moved."""
     nodes = [

@@ -15,7 +15,6 @@ from ...models.messages import shown
 Declared = tuple[str, Sequence[int | str | None]]
 _Wanted = tuple[str | None, tuple[int | None, ...]]
 
-_FLOATS = "tensor(float)"
 _IDS: _Wanted = ("tensor(int64)", (None, None))
 
 
@@ -25,8 +24,6 @@ def check(
     inputs: Mapping[str, Declared],
     outputs: Mapping[str, Declared],
     graph: object,
-    *,
-    body: bool = False,
 ) -> None:
     """Compares a graph with an architecture.
 
@@ -36,7 +33,6 @@ def check(
         inputs: of the graph, by name.
         outputs: of the graph, by name.
         graph: what errors name.
-        body: whether it is the network without its output head.
 
     Raises:
         BundleError: an input or output is missing, unknown, or of another type or shape.
@@ -54,41 +50,8 @@ def check(
     if contract.LOGITS_TO_KEEP in inputs:
         wanted[contract.LOGITS_TO_KEEP] = "tensor(int64)", (1,)
     _compare("input", inputs, wanted, graph)
-    name, width = (contract.HIDDEN_STATES, config.n_embd) if body else (contract.LOGITS, config.vocab_size)
-    wanted = {name: (None, (None, None, width))}
+    wanted = {contract.LOGITS: (None, (None, None, config.vocab_size))}
     wanted |= {name: cache for layer in layers for name in contract.present_names(layer)}
-    _compare("output", outputs, wanted, graph)
-
-
-def check_head(
-    config: GPT2Config, inputs: Mapping[str, Declared], outputs: Mapping[str, Declared], graph: object
-) -> None:
-    """Compares the graph of an output head with an architecture.
-
-    Args:
-        config: the architecture.
-        inputs: of the graph, by name.
-        outputs: of the graph, by name.
-        graph: what errors name.
-
-    Raises:
-        BundleError: an input or output is missing, unknown, or of another type or shape.
-    """
-    _compare("input", inputs, {contract.HIDDEN_STATES: (_FLOATS, (None, None, config.n_embd))}, graph)
-    _compare("output", outputs, {contract.LOGITS: (_FLOATS, (None, None, config.vocab_size))}, graph)
-
-
-def check_screening_head(
-    config: GPT2Config, inputs: Mapping[str, Declared], outputs: Mapping[str, Declared], graph: object
-) -> None:
-    """As `check_head`, of a head that screens."""
-    wanted: dict[str, _Wanted] = dict.fromkeys(
-        (contract.HIDDEN_STATES, contract.BALANCED), (_FLOATS, (None, config.n_embd))
-    )
-    wanted |= {contract.COMMON: (_FLOATS, (None, 1)), contract.CANDIDATES: ("tensor(int64)", (1,))}
-    wanted[contract.HEAD] = (_FLOATS, (config.vocab_size, config.n_embd))
-    _compare("input", inputs, wanted, graph)
-    wanted = {contract.LOGITS: (_FLOATS, (None, config.vocab_size)), contract.HIGHEST: (_FLOATS, (None, None))}
     _compare("output", outputs, wanted, graph)
 
 

@@ -23,12 +23,14 @@ CONTEXT = 40
 class HashingNetwork:
     """Logits from the row's tokens as they stand in the cache; counts forwarded tokens as (rows, tokens in each).
 
-    Where not all logits have to be certain, others may be wrong, though less than those.
+    Args:
+        repetitive: only the last two tokens count, so that the text repeats itself.
+        noise: is added to the logits, as by a network of lower precision; 0 for none.
     """
 
-    def __init__(self, repetitive: bool = False, estimates: bool = False) -> None:
+    def __init__(self, repetitive: bool = False, noise: float = 0) -> None:
         self.passes: list[tuple[int, int]] = []
-        self.repetitive, self.estimates = repetitive, estimates
+        self.repetitive, self.noise = repetitive, noise
 
     def new_cache(self, rows: int, positions: int) -> KVCache:
         cache = KVCache((1, 2, rows, 1, positions, 1), np.float64)
@@ -42,7 +44,6 @@ class HashingNetwork:
         tokens: np.ndarray,
         counts: np.ndarray,
         logits: str = "last",
-        exact_top_k: int | None = None,
     ) -> np.ndarray:
         assert tokens.shape == (rows.stop - rows.start, counts.max())
         self.passes.append(tokens.shape)
@@ -52,15 +53,13 @@ class HashingNetwork:
             held = cache.data[0, 0, row, 0, : begin + count, 0].astype(int).tolist()
             wanted = range(begin, begin + count)[-1 if logits == "last" else 0 :]
             found += [self.logits(held[: position + 1]) for position in wanted]
-        all_logits = np.array(found)
-        if self.estimates and exact_top_k is not None and exact_top_k < VOCABULARY:
-            least = np.sort(all_logits, axis=-1)[..., -exact_top_k, None]
-            all_logits = np.where(all_logits < least, least - 0.01 - np.abs(all_logits) % 1, all_logits)
-        return all_logits
+        return np.array(found)
 
     def logits(self, history: Sequence[int]) -> np.ndarray:
         seen = tuple(history[-2:]) if self.repetitive else tuple(history)
-        return np.random.default_rng([token + 100 for token in seen]).normal(0, 2, VOCABULARY).astype(np.float32)
+        random = np.random.default_rng([token + 100 for token in seen])
+        logits = random.normal(0, 2, VOCABULARY) + random.normal(0, self.noise, VOCABULARY)
+        return logits.astype(np.float32)
 
 
 def results(searches: Sequence[Strategy]) -> list[list[tuple[list[int], str | None]]]:

@@ -24,7 +24,7 @@ from gpt2onnx.runtime.requests import Request
 @settings(deadline=None, max_examples=120)
 @given(requests=st.lists(REQUESTS, min_size=1, max_size=8), batch_size=st.integers(1, 5))
 def test_batched_is_alone(requests: list[tuple[list[int], dict[str, Any]]], batch_size: int) -> None:
-    together = run(HashingNetwork(estimates=True), requests, batch_size)
+    together = run(HashingNetwork(), requests, batch_size)
     alone = [run(HashingNetwork(), [request], 1)[0] for request in requests]
     for index, (one, other) in enumerate(zip(together, alone, strict=True)):
         assert one == other, f"request {index}: {requests[index]}"
@@ -48,7 +48,7 @@ def test_used_cache_is_as_good_as_fresh(rounds: list[Any], batch_size: int) -> N
 )  # fmt: skip
 def test_speculated_is_plain(prompt: list[int], draft: int, length: int, end: int, sampling: dict[str, Any]) -> None:
     options = {"max_new_tokens": length, "eos_token_id": end} | sampling
-    plain, speculating = HashingNetwork(repetitive=True), HashingNetwork(repetitive=True, estimates=True)
+    plain, speculating = HashingNetwork(repetitive=True), HashingNetwork(repetitive=True)
     expected = run(plain, [(prompt, options)], 1)
     assert run(speculating, [(prompt, options | {"prompt_lookup": draft})], 1) == expected
     assert len(speculating.passes) <= len(plain.passes)

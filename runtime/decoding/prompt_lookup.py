@@ -12,7 +12,7 @@ _FIRST_DRAFT = 3  # a step over four tokens costs hardly more than one over one
 _CERTAIN = 2  # tokens that must match before what followed them is a draft, unless drafts have been right
 
 
-class Drafts:
+class PromptLookup:
     """Drafts of the next tokens, copied from earlier text, while they pay.
 
     A step over a few tokens costs hardly more than one over one, a step over many does. So drafts begin short, grow

@@ -3,13 +3,13 @@
 import numpy as np
 import pytest
 
-from gpt2onnx.runtime.decoding.drafts import Drafts
+from gpt2onnx.runtime.decoding.prompt_lookup import PromptLookup
 
 
 @pytest.mark.parametrize("longest", [1, 2, 5, 8, 32])
 def test_drafts_grow_on_repetition_and_shrink_without(longest: int) -> None:
     cycle = np.arange(100) % 7
-    drafts = Drafts(longest)
+    drafts = PromptLookup(longest)
     position, lengths = 20, []
     while position < 90:
         guesses = drafts.propose(cycle[:position], 90 - position)
@@ -27,7 +27,7 @@ def test_drafts_grow_on_repetition_and_shrink_without(longest: int) -> None:
 
 
 def test_one_matching_token_is_no_draft_unless_drafts_were_right() -> None:
-    drafts = Drafts(8)
+    drafts = PromptLookup(8)
     assert not len(drafts.propose(np.array([4, 5, 6, 4]), 8))
     repeated = np.array([1, 2, 3, 4, 5, 6, 1, 2])
     assert drafts.propose(repeated, 8).tolist() == [3, 4, 5]

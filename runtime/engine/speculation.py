@@ -1,0 +1,179 @@
+"""Speculative decoding: a faster network drafts the next tokens, one pass of the network itself verifies them.
+
+The strategy chooses every token from the network's own logits; a draft only says which positions are computed in one pass.
+Drafts come from a fork of the strategy, so sampling, penalties and filters are drafted with as well.
+
+The draft length is the one with the most expected tokens per second, by the times that passes take in this process and by
+the share of drafted tokens that were right; it is 0 where drafting doesn't pay.
+Source: Leviathan et al. 2023, "Fast Inference from Transformers via Speculative Decoding", section 3.
+"""
+
+import logging
+import time
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from gpt2onnx.errors import BackendError
+
+from ..arrays import Logits, Tokens
+from ..decoding.strategy import Strategy
+from .draft_length import Acceptance, PassTimes
+from .rows import Network, Rows, Running, common_prefix
+
+_log = logging.getLogger(__name__)
+# Tokens after which the drafting network is opened: opening it takes as long as it saves on this many.
+WORTH = 48
+LONGEST = 7
+# Length of a draft that measures: for one sequence, where a few more tokens cost hardly more, and for several.
+_TRIAL, _TRIAL_OF_SEVERAL = 4, 1
+# Steps without drafts where these don't pay, until the next trial; twice as many each time, up to the second number.
+_FIRST_REST, _LONGEST_REST = 64, 2048
+_NOTHING = np.zeros(0, np.int64)
+
+
+class Drafter:
+    """Drafts the next tokens of sequences by a faster network.
+
+    Args:
+        open_network: opens it.
+        shared: whether it works in the cache of the network itself, whose verifying pass overwrites what it leaves there;
+            otherwise in a cache of its own.
+        context: positions of the faster network.
+        length: tokens of a draft; None: as many as pay.
+        after: tokens after which it is opened; 0 opens it now.
+
+    Raises:
+        BackendError: it is to be opened now, and can't be.
+    """
+
+    def __init__(
+        self, open_network: Callable[[], Network], *, shared: bool, context: int, length: int | None, after: int
+    ) -> None:
+        self._open_network, self._shared, self._context = open_network, shared, context
+        self._length, self._left = length, after
+        self._network = open_network() if after == 0 else None
+        self._own: Rows | None = None
+        self._draft_times, self._verify_times = PassTimes(), PassTimes()
+        self._acceptance = Acceptance()
+        self._rest, self._resting = _FIRST_REST, 0
+
+    def propose(self, rows: Rows, decoding: Sequence[Running]) -> list[Tokens]:
+        """Drafts for the next pass, one for each running strategy; empty where none pays or none is possible."""
+        nothing = [_NOTHING] * len(decoding)
+        network = self._network or self._open(len(decoding))
+        if network is None:
+            return nothing
+        length = self._choose_length(decoding)
+        if length == 0:
+            return nothing
+        forks = {
+            running.rows[0]: fork
+            for running in sorted(decoding, key=lambda running: running.rows)
+            if (fork := running.strategy.fork()) and len(fork.tokens(0)) + length <= self._context
+        }
+        drafts = self._draft(network, rows, forks, length)
+        return [drafts.get(running.rows[0], _NOTHING) for running in decoding]
+
+    def learn(
+        self, decoding: Sequence[Running], drafts: Sequence[Tokens], right: Sequence[int], tokens: int, seconds: float
+    ) -> None:
+        """Takes note of a pass.
+
+        Args:
+            decoding: its strategies.
+            drafts: their drafts.
+            right: of each draft, how many tokens the strategy chose as well.
+            tokens: of the pass, padding included.
+            seconds: how long it took.
+        """
+        self._verify_times.note(tokens, seconds)
+        for running, draft, count in zip(decoding, drafts, right, strict=True):
+            if len(draft):
+                for acceptance in (self._acceptance, running.acceptance):
+                    if acceptance is not None:
+                        acceptance.note(len(draft), count)
+
+    def _open(self, decoding: int) -> Network | None:
+        """The network, once enough tokens have been decoded; None before that, and where it can't be opened."""
+        if self._left > 0:
+            self._left -= decoding
+            if self._left <= 0:
+                try:
+                    self._network = self._open_network()
+                except BackendError as error:
+                    _log.info("tokens aren't drafted: %s", error)
+        return self._network
+
+    def _choose_length(self, decoding: Sequence[Running]) -> int:
+        if self._length is not None:
+            return self._length
+        for running in decoding:
+            if running.acceptance is None:
+                running.acceptance = Acceptance(self._acceptance.share)
+                self._resting = 0
+        if self._resting:
+            self._resting -= 1
+            return 0 if self._resting else self._trial(decoding)
+        rows = sum(running.strategy.rows for running in decoding)
+        plain, draft = self._verify_times.expected(rows), self._draft_times.expected(rows)
+        if plain is None:
+            return 0
+        trial = self._trial(decoding)
+        if draft is None or self._verify_times.expected(rows * (1 + trial)) is None:
+            return trial
+        best, most, gained = 0, rows / plain, 0.0
+        for length in range(1, LONGEST + 1):
+            gained += sum(running.acceptance.share**length for running in decoding if running.acceptance)
+            verify = self._verify_times.expected(rows * (1 + length))
+            if verify is not None and (rows + gained) / (verify + length * draft) > most:
+                best, most = length, (rows + gained) / (verify + length * draft)
+        if best:
+            self._rest = _FIRST_REST
+        else:
+            self._resting, self._rest = self._rest, min(2 * self._rest, _LONGEST_REST)
+        return best
+
+    @staticmethod
+    def _trial(decoding: Sequence[Running]) -> int:
+        return _TRIAL if len(decoding) == 1 else _TRIAL_OF_SEVERAL
+
+    def _draft(self, network: Network, rows: Rows, forks: dict[int, Strategy], length: int) -> dict[int, Tokens]:
+        """Carries on forks, given by their rows in rising order, for up to `length` tokens."""
+        if not self._shared:
+            self._own = self._own or Rows(network)
+            self._own.match(rows)
+        held = self._own or rows
+        before = {row: fork.tokens(0) for row, fork in forks.items()}
+        starts = {row: common_prefix(held.held[row], tokens[:-1]) for row, tokens in before.items()}
+        for row, start in starts.items():
+            held.cache.trim(row, start)
+        drafts: dict[int, list[int]] = {row: [] for row in forks}
+        new = {row: tokens[starts[row] :] for row, tokens in before.items()}
+        while new and length:
+            began, length = time.perf_counter(), length - 1
+            size, logits = self._pass(network, held, new)
+            for row, row_logits in zip(list(new), logits, strict=True):
+                forks[row].advance(row_logits[None])
+                if forks[row].done:  # its last token needs no pass, so it is no draft
+                    del new[row]
+                else:
+                    new[row] = forks[row].tokens(0)[-1:]
+                    drafts[row].append(int(new[row][0]))
+            self._draft_times.note(size, time.perf_counter() - began)
+        found = {row: np.array(draft, np.int64) for row, draft in drafts.items()}
+        for row, tokens in before.items():
+            computed = np.append(tokens, found[row])[: held.cache.lengths[row]]
+            held.keep(row, computed[: starts[row]] if self._shared else computed)
+        return found
+
+    @staticmethod
+    def _pass(network: Network, held: Rows, new: dict[int, Tokens]) -> tuple[int, Logits]:
+        """Computes the next tokens of rows; returns the number of tokens, padding included, and the logits [rows, vocab]."""
+        counts = np.zeros(1 + max(new), np.int64)
+        for row, tokens in new.items():
+            counts[row] = len(tokens)
+        padded = np.zeros((len(counts), counts.max()), np.int64)
+        for row, tokens in new.items():
+            padded[row, : len(tokens)] = tokens
+        return padded.size, network.forward(held.cache, slice(0, len(counts)), padded, counts, "last")
