@@ -49,21 +49,21 @@ def table(report: dict[str, Any]) -> str:
     """The report for a person."""
     lines = [f"against {report['reference']}"]
     if weights := report.get("weights"):
-        lines.append(f"  weights          {_weights(weights)}   {_verdict(weights)}")
+        lines.append(f"  weights             {_weights(weights)}   {_verdict(weights)}")
     if rounded := report.get("rounded"):
         lines.append(
-            f"  in PyTorch       {rounded['positions']:4} positions   difference {rounded['difference']:.1e}"
+            f"  in PyTorch          {rounded['positions']:4} positions   difference {rounded['difference']:.1e}"
             f" (allowed {rounded['allowed']:.1e})   {_verdict(rounded)}"
         )
-    for name in (each for each in ("whole", "cached", "ragged", "wide") if each in report):
+    for name in (each for each in ("whole", "cached", "ragged", "interchange", "wide") if each in report):
         figures = report[name]
         lines.append(
-            f"  logits, {name:8} {figures['positions']:4} positions   difference {figures['difference']:.1e}"
+            f"  logits, {name:11} {figures['positions']:4} positions   difference {figures['difference']:.1e}"
             f" (allowed {figures['allowed']:.1e})   KL {figures['kl']:.1e}"
             f"   same top token {figures['top1_agreement']:.2%}   {_verdict(figures)}"
         )
     tokens = report["tokens"]
-    lines.append(f"  tokens           {tokens['cases']} cases, {tokens['equal']} equal   {_verdict(tokens)}")
+    lines.append(f"  tokens              {tokens['cases']} cases, {tokens['equal']} equal   {_verdict(tokens)}")
     lines += [f"  {note}" for note in tokens["notes"]]
     # Older reports have no such entry.
     lines += [f"  {count} cases left out: {reason}" for reason, count in tokens.get("left_out", {}).items()]

@@ -30,6 +30,8 @@ def command(bundle: Path, as_json: bool, quiet: bool) -> None:
     Tokenizer(bundle / TOKENIZER).check(opened.config.vocab_size, thorough=True)
     for each in (opened, opened.without(RAGGED_GRAPH)):  # the runtime's own graph, and the one for interchange
         Runner(each)
+    if opened.has_twin:
+        Runner(opened, twin=True)
     manifest = opened.manifest
     size = sum(record.size for record in manifest.files.values())
     if as_json:

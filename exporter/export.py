@@ -161,7 +161,7 @@ def export(
             if drafted:
                 layout = partial(blocks, checkpoint.config, "int8", pure=False, block_size=None)
                 layers = _quantize(checkpoint, "int8", layout, None, passes.next())
-                write_twin(folder, checkpoint.config, layers.weights, tied=checkpoint.tied, floats=floats)
+                write_twin(folder, checkpoint.config, layers.weights, tied=checkpoint.tied)
         manifest = replace(manifest, files=bundle.describe_files(folder, without=folder / _REFERENCE))
         if compared and reference:
             with _unless_missing(quality or bool(texts)):

@@ -47,16 +47,11 @@ def write_graphs(
         _write(folder, [bundle.WIDE_GRAPH, bundle.WIDE_WEIGHTS], [ragged.build(second, config), weights_graph])
 
 
-def write_twin(
-    folder: Path, config: GPT2Config, weights: Weights, *, tied: bool, floats: type[np.float32] | type[np.float16]
-) -> None:
-    """Writes the graph of the network's quantised twin, which works in caches of the network itself, with its weights.
-
-    Arguments and errors are those of `write_graphs`.
-    """
+def write_twin(folder: Path, config: GPT2Config, weights: Weights, *, tied: bool) -> None:
+    """Writes the graph of the network's quantised twin, with its weights; arguments are those of `write_graphs`."""
     with (folder / bundle.TWIN_WEIGHTS).open("wb") as file:
         store = WeightsFile(folder / bundle.TWIN_WEIGHTS, file)
-        model = build(config, weights, tied=tied, store=store, floats=floats)
+        model = build(config, weights, tied=tied, store=store)
     _write(folder, [bundle.TWIN_GRAPH], [ragged.build(model, config)])
 
 

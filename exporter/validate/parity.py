@@ -9,7 +9,7 @@ on the same network in PyTorch.
    norms may divide inputs by factors that matrices are multiplied by.
 2. Are its logits those of a network with exactly these weights? They may differ by as much as rounding activations in PyTorch,
    as the kernels of that precision do, changes them. The second graph is judged in the same way, with its own
-   weights and rounding.
+   weights and rounding, and so is the graph for interchange, which our runtime may not run.
 3. In fp32: does it generate the very tokens of `transformers.generate`?
 
 The loss of a precision against the checkpoint is reported besides. The report is plain data for the bundle's manifest.
@@ -25,7 +25,7 @@ import numpy as np
 
 from gpt2onnx.errors import Gpt2OnnxError
 
-from ...models.bundle import WIDE_GRAPH, Bundle
+from ...models.bundle import RAGGED_GRAPH, WIDE_GRAPH, Bundle
 from ...models.config import GPT2Config
 from ...models.shapes import weight_shapes
 from ...runtime.arrays import Tokens
@@ -74,9 +74,9 @@ def check(folder: Path, checkpoint: Checkpoint, suite: str = "quick") -> dict[st
     """
     reference = Reference(checkpoint)
     model = Model(folder, wide_after=None, draft="none")
-    manifest, runner = model.bundle.manifest, model.runner
+    bundle, manifest, runner = model.bundle, model.bundle.manifest, model.runner
     lossy, times = manifest.dtype in _LOSSY, _TIMES_ROUNDING[manifest.dtype]
-    prompts = _prompts(model.config)
+    prompts = _prompts(bundle.config)
     original = reference.logits(prompts)
     tokens = _check_tokens(model, reference, suite, judged=not lossy)
 
@@ -84,8 +84,8 @@ def check(folder: Path, checkpoint: Checkpoint, suite: str = "quick") -> dict[st
     roundings: dict[str, InputRounding] = {}
     expected = nearest = original
     if manifest.graph == "fused":
-        weights = BundleWeights(model.bundle)
-        roundings = _roundings(weights, model.config)
+        weights = BundleWeights(bundle)
+        roundings = _roundings(weights, bundle.config)
         report["weights"] = _check_weights(weights, checkpoint)
         if roundings:
             reference.take(lambda name: _rounded_to_nearest(weights, checkpoint, name))
@@ -101,9 +101,13 @@ def check(folder: Path, checkpoint: Checkpoint, suite: str = "quick") -> dict[st
         allowed = times * logits.largest_difference(reference.logits(prompts), expected)
     for way in (logits.whole, logits.cached, logits.ragged):
         report[way.__name__] = logits.judged(way(runner, prompts), expected, allowed, _NOISE)
+    if RAGGED_GRAPH in manifest.files:  # which the runtime has run; model.onnx is for other runtimes
+        del model, runner  # one network at a time
+        runner = Runner(bundle.without(RAGGED_GRAPH), wide_after=None)
+        report["interchange"] = logits.judged(logits.cached(runner, prompts), expected, allowed, _NOISE)
     long = [prompt for prompt in prompts if len(prompt) >= FEWEST]
     if WIDE_GRAPH in manifest.files and long:
-        report["wide"] = _check_second_graph(model.bundle, reference, long)
+        report["wide"] = _check_second_graph(bundle, reference, long)
     report["tokens"] = tokens
     report["passed"] = all(part["passed"] for part in report.values() if isinstance(part, dict) and "passed" in part)
     return report

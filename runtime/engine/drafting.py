@@ -70,7 +70,7 @@ class Drafting:
             return None
         return Drafter(
             lambda: Runner(bundle, threads=runner.threads, alone=False, twin=True),
-            shared=True,
+            shared=bundle.manifest.dtype == "fp32",
             context=bundle.config.n_positions,
             length=self.length,
             after=0 if self.source == "twin" else WORTH,

@@ -47,7 +47,7 @@ class Runner:
         wide_after: tokens in prompts and batches after which these go through the bundle's second graph, if it has one
             for this device; 0 opens it right away, None never.
         alone: whether no other network runs between its passes; otherwise its threads don't wait for the next one in a loop.
-        twin: load the bundle's quantised twin, on the CPU; it works in caches of the network itself.
+        twin: load the bundle's quantised twin, on the CPU; in fp32 it can work in caches of the network itself.
 
     Attributes:
         device: what it runs on, as the argument would name it.
@@ -74,7 +74,7 @@ class Runner:
             if value is not None and value < least:
                 raise OptionError(f"{name} must be at least {least}, not {value}")
         self.config = bundle.config
-        self.dtype = np.dtype(np.float16 if bundle.manifest.dtype == "fp16" else np.float32)
+        self.dtype = np.dtype(np.float16 if bundle.manifest.dtype == "fp16" and not twin else np.float32)
         self.threads = threads or loading.threads(bundle)
         load = loading.load_twin if twin else loading.load
         self._graph, provider, file = load(bundle, device, self.threads, alone=alone)

@@ -21,7 +21,7 @@ import gpt2onnx
 from gpt2onnx.exporter.checkpoint.checkpoint import Checkpoint
 from gpt2onnx.exporter.validate.cases import PROCESSORS, STRATEGIES, cases, why_left_out
 from gpt2onnx.exporter.validate.parity import check
-from gpt2onnx.models.bundle import GRAPH, WIDE_GRAPH, WIDE_WEIGHTS, Bundle, describe_files
+from gpt2onnx.models.bundle import GRAPH, RAGGED_GRAPH, WIDE_GRAPH, WIDE_WEIGHTS, Bundle, describe_files
 
 pytestmark = pytest.mark.usefixtures("wide_at_any_width")
 # Networks this small gain nothing by more, and lose much beside other work.
@@ -202,14 +202,15 @@ EVERY: list[Fault] = [no_stored_bias, swapped_layers, wrong_epsilon, no_used_bia
 
 
 @pytest.mark.parametrize(
-    ("precision", "fault"),
-    [(precision, fault) for precision in PRECISIONS if "calibrated" not in precision for fault in EVERY]
-    + [(precision, one_scale) for precision in ("int8", "int4", "int4 pure")]
-    + [(precision, transposed) for precision in ("fp32", "fp16")],
+    ("precision", "file", "fault"),
+    [(precision, GRAPH, fault) for precision in PRECISIONS if "calibrated" not in precision for fault in EVERY]
+    + [(precision, GRAPH, one_scale) for precision in ("int8", "int4", "int4 pure")]
+    + [(precision, GRAPH, transposed) for precision in ("fp32", "fp16")]
+    + [(precision, RAGGED_GRAPH, fault) for precision in ("fp32", "int8") for fault in EVERY],
 )
-def test_faults_are_found(precision: str, fault: Fault, export_as: ExportAs) -> None:
+def test_faults_are_found(precision: str, file: str, fault: Fault, export_as: ExportAs) -> None:
     bundle, source = export_as(precision)
-    report = check(with_fault(bundle, GRAPH, fault), Checkpoint.open(str(source)))
+    report = check(with_fault(bundle, file, fault), Checkpoint.open(str(source)))
     assert not report["passed"], json.dumps(report, indent=2)
 
 
