@@ -104,7 +104,9 @@ def seconds(
 def test_drafts_are_used_where_they_pay(clock: Clock, options: dict[str, Any]) -> None:
     """A pass that takes three times as long as a faster network's, and hardly longer with some tokens more."""
     plain = seconds(clock, lambda: TimedNetwork(clock, 15, 0.7), None, 1, options)
-    drafted = seconds(clock, lambda: TimedNetwork(clock, 15, 0.7), lambda: TimedNetwork(clock, 4, 0.7, 0.02), 1, options)
+    drafted = seconds(
+        clock, lambda: TimedNetwork(clock, 15, 0.7), lambda: TimedNetwork(clock, 4, 0.7, 0.02), 1, options
+    )
     assert drafted < plain / 1.7
 
 
@@ -167,7 +169,9 @@ def tokens(model: gpt2onnx.Model, options: dict[str, Any], batch_size: int) -> l
 
 
 @pytest.mark.parametrize("batch_size", [1, 3])
-@pytest.mark.parametrize("settings", [{"draft": "twin", "draft_length": 4}, {"draft_length": 3}, {"draft": "lookup"}], ids=str)
+@pytest.mark.parametrize(
+    "settings", [{"draft": "twin", "draft_length": 4}, {"draft_length": 3}, {"draft": "lookup"}], ids=str
+)
 def test_twin_drafts_the_same_tokens(
     drafted: Path, expected: list[list[list[int]]], settings: dict[str, Any], batch_size: int
 ) -> None:
