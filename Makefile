@@ -60,6 +60,7 @@ types: $(VENV)/installed
 	$(UV) pip install --quiet --no-deps --python $(VENV) --target build/site .
 	cd build/site && for system in linux darwin win32; do \
 		"$(abspath $(BIN))/mypy" --config-file ../../pyproject.toml --strict --platform $$system -p gpt2onnx || exit; done
+	cd build/site && PYTHONPATH=. "$(abspath $(BIN))/mypy" --config-file ../../pyproject.toml --strict ../../tests/project/typed_use.py
 	cd build/site && PYTHONPATH=. "$(abspath $(BIN))/lint-imports" --config ../../pyproject.toml --no-cache
 
 # Two files at a time: many tests wait, for servers, for signals, for their own processes.
@@ -67,7 +68,7 @@ unit: $(VENV)/installed
 	$(BIN)/python $(PYTEST)
 
 # The lowest versions that pyproject.toml allows, and what can be tested with them.
-LOWEST_TESTS := batching bundle cli_errors faults forward_passes hub isolation jobs screening session streaming
+LOWEST_TESTS := batching bundle cli_errors faults forward_passes hub isolation jobs session speculation streaming
 
 lowest: $(VENV)/installed $(LOWEST)/installed
 	GPT2ONNX_LOWEST=$(call bin,$(LOWEST))/python $(BIN)/python -m pytest tests/project/test_lowest.py

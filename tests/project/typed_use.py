@@ -1,0 +1,17 @@
+"""How users call the package, for mypy alone (`make types`): an ignored error that is none would be an error there."""
+
+from typing import assert_type
+
+import gpt2onnx
+from gpt2onnx import Result
+
+model = gpt2onnx.load("tales")
+assert_type(model.generate("Once upon a time", temperature=0.7, top_k=None), Result)
+assert_type(model.generate([1, 2, 3]), Result)
+assert_type(model.generate(["Once", "Then"], batch_size=2), list[Result])
+assert_type(model.generate([[1, 2], [3]]), list[Result])
+assert_type([piece for piece in model.stream("Once")], list[str])
+model.generate("Once", temprature=0.7)  # type: ignore[call-overload]
+model.generate("Once", top_k="many")  # type: ignore[call-overload]
+model.stream("Once", num_beam=2)  # type: ignore[call-arg]
+model.stream("Once", max_new_tokens=2.5)  # type: ignore[arg-type]
