@@ -18,8 +18,9 @@ import os
 import stat
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path, PurePosixPath
-from types import NoneType
 from typing import Any
+
+import msgspec
 
 from gpt2onnx.errors import BackendError, BundleError, CheckpointError
 
@@ -116,44 +117,20 @@ class Manifest:
                 " upgrade gpt2onnx"
             )
         raw.setdefault("sha256", "")  # the first bundles had none
-        if not _is_manifest(raw):
+        try:
+            manifest = msgspec.convert(raw, cls)
+            usable = manifest.dtype in DTYPES and manifest.graph in GRAPHS and manifest.block_size in (None, *BLOCK_SIZES)
+        except msgspec.ValidationError:
+            usable = False
+        if not usable or raw.keys() != {field.name for field in fields(cls)}:
             raise BundleError(f"{path} is not a manifest of gpt2onnx: export the bundle again")
-        digest = str(raw["sha256"])
+        digest = manifest.sha256
         if digest and hashlib.sha256(content.replace(digest.encode(), b"")).hexdigest() != digest:
             raise BundleError(f"{path} was changed after it was written: export the bundle again")
-        for name in raw["files"]:
+        for name in manifest.files:
             if not _stays_inside(name):
                 raise BundleError(f"{path} names a file outside the bundle: {shown(name)}")
-        files = {name: FileRecord(**record) for name, record in raw.pop("files").items()}
-        return cls(files=files, **raw)
-
-
-_TYPES: dict[str, tuple[type, ...]] = {
-    "block_size": (int, NoneType),
-    "files": (dict,),
-    "parity": (dict, NoneType),
-    "quality": (dict, NoneType),
-    "format_version": (int,),
-}
-
-
-def _is_manifest(raw: dict[str, Any]) -> bool:
-    """Whether it has a manifest's fields, all of them and of their types."""
-    names = {field.name for field in fields(Manifest)}
-    return (
-        raw.keys() == names
-        and all(isinstance(raw[name], _TYPES.get(name, str)) for name in names)
-        and raw["dtype"] in DTYPES
-        and raw["graph"] in GRAPHS
-        and raw["block_size"] in (None, *BLOCK_SIZES)
-        and all(
-            isinstance(record, dict)
-            and record.keys() == {"size", "sha256"}
-            and type(record["size"]) is int
-            and isinstance(record["sha256"], str)
-            for record in raw["files"].values()
-        )
-    )
+        return manifest
 
 
 def _stays_inside(name: str) -> bool:

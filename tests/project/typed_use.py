@@ -10,7 +10,7 @@ assert_type(model.generate("Once upon a time", temperature=0.7, top_k=None), Res
 assert_type(model.generate([1, 2, 3]), Result)
 assert_type(model.generate(["Once", "Then"], batch_size=2), list[Result])
 assert_type(model.generate([[1, 2], [3]]), list[Result])
-assert_type([piece for piece in model.stream("Once")], list[str])
+assert_type(list(model.stream("Once")), list[str])
 model.generate("Once", temprature=0.7)  # type: ignore[call-overload]
 model.generate("Once", top_k="many")  # type: ignore[call-overload]
 model.stream("Once", num_beam=2)  # type: ignore[call-arg]
