@@ -84,10 +84,8 @@ def _standard(work: Path) -> Iterator[Contender]:
     def ours(family: str, name: str, cold: bool = False) -> Contender:
         file, precision = "onnx/model.onnx_data", name.split()[0]
         model = f"gpt2onnx-{name.replace(' ', '-')}"
-        # fp32: after some passes the head is screened by 8-bit estimates, and few of its rows are read.
-        read = 0.77 if name == "fp32" else 1.0
         return contender(
-            f"gpt2onnx {name}", family, "gpt2onnx", OURS, model, precision=precision, file=file, cold=cold, read=read,
+            f"gpt2onnx {name}", family, "gpt2onnx", OURS, model, precision=precision, file=file, cold=cold,
         )  # fmt: skip
 
     def transformers(family: str, precision: str, read: float) -> Contender:

