@@ -14,6 +14,7 @@ from support.scheduling import CONTEXT, REQUESTS, HashingNetwork, run
 import gpt2onnx
 from gpt2onnx.errors import OptionError
 from gpt2onnx.runtime.engine.draft_length import Acceptance, PassTimes
+from gpt2onnx.runtime.engine.loading import runs_ragged
 from gpt2onnx.runtime.engine.scheduler import Scheduler
 from gpt2onnx.runtime.engine.speculation import Drafter
 
@@ -26,6 +27,9 @@ OPTIONS: list[dict[str, Any]] = [
     {"stop": [" the"], "logprobs": 2},
     {"do_sample": True, "seed": 5, "min_p": 0.05, "typical_p": 0.9, "bad_words_ids": [[11], [262, 13]]},
 ]
+
+
+twins = pytest.mark.skipif(not runs_ragged(), reason="twins run on ONNX Runtime from 1.32 on")
 
 
 def drafter(network: HashingNetwork, *, shared: bool = True, length: int | None = None, after: int = 0) -> Drafter:
@@ -168,6 +172,7 @@ def tokens(model: gpt2onnx.Model, options: dict[str, Any], batch_size: int) -> l
     return [result.sequences[0].token_ids for result in results]
 
 
+@twins
 @pytest.mark.parametrize("batch_size", [1, 3])
 @pytest.mark.parametrize(
     "settings", [{"draft": "twin", "draft_length": 4}, {"draft_length": 3}, {"draft": "lookup"}], ids=str
@@ -188,6 +193,7 @@ def test_draft_model_drafts_the_same_tokens(
         assert tokens(model, options, 3) == wanted, options
 
 
+@twins
 def test_streams_are_drafted_too(drafted: Path) -> None:
     plain, model = gpt2onnx.load(drafted, draft="none"), gpt2onnx.load(drafted, draft="twin", draft_length=5)
     for options in ({"stop": [" the"]}, {"do_sample": True, "seed": 4, "max_new_tokens": 30}):
