@@ -119,7 +119,9 @@ class Manifest:
         raw.setdefault("sha256", "")  # the first bundles had none
         try:
             manifest = msgspec.convert(raw, cls)
-            usable = manifest.dtype in DTYPES and manifest.graph in GRAPHS and manifest.block_size in (None, *BLOCK_SIZES)
+            usable = (
+                manifest.dtype in DTYPES and manifest.graph in GRAPHS and manifest.block_size in (None, *BLOCK_SIZES)
+            )
         except msgspec.ValidationError:
             usable = False
         if not usable or raw.keys() != {field.name for field in fields(cls)}:

@@ -5,11 +5,10 @@ lead to a tensor are entered; their numbers are those of https://github.com/onnx
 """
 
 from collections.abc import Iterator, Mapping
-from typing import NamedTuple
 
 _KEY, _VALUE = 1, 2  # StringStringEntryProto
 _EXTERNAL = 13  # TensorProto.external_data
-_LOCATION, _OFFSET, _LENGTH = "location", "offset", "length"
+_LOCATION = "location"
 _Fields = Mapping[int, str]
 # Of each message: the fields that hold a message through which a tensor can be reached.
 _WAYS: Mapping[str, _Fields] = {
@@ -25,14 +24,6 @@ _MOST_NESTED = 100  # protobuf's own limit
 _LONGEST_NUMBER = 70  # bits
 
 
-class Place(NamedTuple):
-    """A tensor's external data: the file, as the tensor gives it, the byte with which it begins, and how many there are."""
-
-    location: str
-    offset: int
-    length: int
-
-
 def locations(model: bytes) -> set[str]:
     """The locations of a model's external data, as its tensors give them: relative to the model's folder.
 
@@ -44,23 +35,6 @@ def locations(model: bytes) -> set[str]:
     """
     tensors = (_entries(model, begin, end) for begin, end in _tensors(model))
     return {value for entries in tensors for key, value in entries if key == _LOCATION}
-
-
-def places(model: bytes) -> list[Place]:
-    """Where tensors have their external data, in no order.
-
-    Args:
-        model: the content of a .onnx file.
-
-    Raises:
-        ValueError: it isn't a protobuf message, or an offset or a length isn't a number.
-    """
-    tensors = (dict(_entries(model, begin, end)) for begin, end in _tensors(model))
-    return [
-        Place(entries[_LOCATION], int(entries.get(_OFFSET, 0)), int(entries.get(_LENGTH, 0)))
-        for entries in tensors
-        if _LOCATION in entries
-    ]
 
 
 def _tensors(model: bytes) -> Iterator[tuple[int, int]]:

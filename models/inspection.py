@@ -59,11 +59,6 @@ def layers(config: GPT2Config) -> Layer:
     return network
 
 
-def components(config: GPT2Config) -> dict[str, int]:
-    """Parameters of each embedding, block, last norm and head; a tied head has 0. They add up to the network's."""
-    return {layer.name: layer.parameters for layer in layers(config).layers}
-
-
 def _path(name: str) -> list[str]:
     """`h.0.attn.c_attn.weight` is the weight of c_attn in attn in the block h.0."""
     first, *rest = name.split(".")
