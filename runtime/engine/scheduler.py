@@ -106,6 +106,8 @@ class Scheduler:
         """Drops cached prefixes."""
         if not self._busy:
             self._rows.reset()
+            if self._drafter is not None:
+                self._drafter.reset()
 
     def _run(self, queue: _Queue, batch_size: int, chunk: int | None) -> Iterator[Strategy | None]:
         while queue.open or queue.waiting or self._prefilling or self._decoding:

@@ -60,20 +60,21 @@ class Drafter:
 
     def propose(self, rows: Rows, decoding: Sequence[Running]) -> list[Tokens]:
         """Drafts for the next pass, one for each running strategy; empty where none pays or none is possible."""
-        nothing = [_NOTHING] * len(decoding)
-        network = self._network or self._open(len(decoding))
-        if network is None:
-            return nothing
-        length = self._choose_length(decoding)
-        if length == 0:
-            return nothing
+        single = [running for running in decoding if len(running.rows) == 1]
+        network = (self._network or self._open(len(single))) if single else None
+        length = self._choose_length(single, sum(len(running.rows) for running in decoding)) if network else 0
         forks = {
             running.rows[0]: fork
-            for running in sorted(decoding, key=lambda running: running.rows)
-            if (fork := running.strategy.fork()) and len(fork.tokens(0)) + length <= self._context
+            for running in sorted(single, key=lambda running: running.rows)
+            if length and (fork := running.strategy.fork()) and len(fork.tokens(0)) + length <= self._context
         }
-        drafts = self._draft(network, rows, forks, length)
+        drafts = self._draft(network, rows, forks, length) if network and forks else {}
         return [drafts.get(running.rows[0], _NOTHING) for running in decoding]
+
+    def reset(self) -> None:
+        """Drops cached prefixes."""
+        if self._own is not None:
+            self._own.reset()
 
     def learn(
         self, decoding: Sequence[Running], drafts: Sequence[Tokens], right: Sequence[int], tokens: int, seconds: float
@@ -94,10 +95,10 @@ class Drafter:
                     if acceptance is not None:
                         acceptance.note(len(draft), count)
 
-    def _open(self, decoding: int) -> Network | None:
+    def _open(self, tokens: int) -> Network | None:
         """The network, once enough tokens have been decoded; None before that, and where it can't be opened."""
         if self._left > 0:
-            self._left -= decoding
+            self._left -= tokens
             if self._left <= 0:
                 try:
                     self._network = self._open_network()
@@ -105,26 +106,26 @@ class Drafter:
                     _log.info("tokens aren't drafted: %s", error)
         return self._network
 
-    def _choose_length(self, decoding: Sequence[Running]) -> int:
+    def _choose_length(self, single: Sequence[Running], rows: int) -> int:
+        """The length of the next drafts, for strategies of one sequence among all rows of the pass."""
         if self._length is not None:
             return self._length
-        for running in decoding:
+        for running in single:
             if running.acceptance is None:
                 running.acceptance = Acceptance(self._acceptance.share)
                 self._resting = 0
+        trial = _TRIAL if rows == 1 else _TRIAL_OF_SEVERAL
         if self._resting:
             self._resting -= 1
-            return 0 if self._resting else self._trial(decoding)
-        rows = sum(running.strategy.rows for running in decoding)
+            return 0 if self._resting else trial
         plain, draft = self._verify_times.expected(rows), self._draft_times.expected(rows)
         if plain is None:
             return 0
-        trial = self._trial(decoding)
         if draft is None or self._verify_times.expected(rows * (1 + trial)) is None:
             return trial
         best, most, gained = 0, rows / plain, 0.0
         for length in range(1, LONGEST + 1):
-            gained += sum(running.acceptance.share**length for running in decoding if running.acceptance)
+            gained += sum(running.acceptance.share**length for running in single if running.acceptance)
             verify = self._verify_times.expected(rows * (1 + length))
             if verify is not None and (rows + gained) / (verify + length * draft) > most:
                 best, most = length, (rows + gained) / (verify + length * draft)
@@ -133,10 +134,6 @@ class Drafter:
         else:
             self._resting, self._rest = self._rest, min(2 * self._rest, _LONGEST_REST)
         return best
-
-    @staticmethod
-    def _trial(decoding: Sequence[Running]) -> int:
-        return _TRIAL if len(decoding) == 1 else _TRIAL_OF_SEVERAL
 
     def _draft(self, network: Network, rows: Rows, forks: dict[int, Strategy], length: int) -> dict[int, Tokens]:
         """Carries on forks, given by their rows in rising order, for up to `length` tokens."""
