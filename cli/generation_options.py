@@ -2,7 +2,7 @@
 
 import functools
 import json
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -69,8 +69,11 @@ def _option(option: Option) -> Callable[[Callable[..., Any]], Callable[..., Any]
     text = (
         option.help if not option.example or option.name == "stop" else f"{option.help[:-1]}, such as {option.example}."
     )
-    if isinstance(option.kinds[0], inspect.BoolType) and len(option.kinds) == 1:
+    kind, *others = option.kinds
+    if isinstance(kind, inspect.BoolType) and not others:
         return click.option(f"{name}/--no-{name[2:]}", default=None, help=text)
+    if isinstance(kind, inspect.LiteralType) and not others:
+        return click.option(name, type=click.Choice([str(value) for value in kind.values]), help=text)
     if option.name == "stop":
         return click.option(name, multiple=True, help=f"{text[:-1]}; may be given more than once.")
     return click.option(name, type=_Value(option), default=None, help=text)
@@ -90,7 +93,7 @@ def generation_options(names: Collection[str] = BY_NAME.keys()) -> Callable[[Cal
                     if value:
                         given[option.name] = None if value == (_OFF,) else list(value)
                 elif value is not None:
-                    given[option.name] = value[0] if isinstance(value, Sequence) else value
+                    given[option.name] = value[0] if isinstance(value, tuple) else value
             return command(given=given, **values)
 
         decorated: Callable[..., Any] = gather

@@ -57,9 +57,9 @@ class Sweep:
 
     def key(self, prompt: str, strategy: Strategy) -> str:
         """Hash of all that decides a run's results."""
-        files, runner = self.model.bundle.manifest.files, self.model.runner
+        runner = self.model.runner
         parts = (
-            sorted(record.sha256 for record in files.values()), runner.device, runner.threads,
+            self.model.bundle.sha256, runner.device, runner.threads,
             prompt, strategy.label, grid.to_json(strategy.options),
         )  # fmt: skip
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]

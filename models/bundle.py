@@ -193,6 +193,12 @@ class Bundle:
         """Whether a quantised twin drafts for it."""
         return TWIN_GRAPH in self.manifest.files
 
+    @property
+    def sha256(self) -> str:
+        """Hash over all files but the manifest, which also holds reports."""
+        hashes = sorted((name, record.sha256) for name, record in self.manifest.files.items())
+        return hashlib.sha256(json.dumps(hashes).encode()).hexdigest()
+
     def verify(self) -> None:
         """Compares every file's sha256 with the manifest, and looks for files that it doesn't list.
 

@@ -1,6 +1,7 @@
 """A request under way: its strategy, and its result so far."""
 
 import time
+from collections.abc import Sequence
 
 from .decoding.logprobs import PromptLogprobs, TokenLogprobs
 from .decoding.strategy import Continuation, Strategy
@@ -16,9 +17,9 @@ class Generation:
         strategy: how far it has come.
     """
 
-    def __init__(self, request: Request, strategy: Strategy, tokenizer: Tokenizer) -> None:
+    def __init__(self, request: Request, strategy: Strategy, tokenizer: Tokenizer, model: str) -> None:
         self.request, self.strategy = request, strategy
-        self._tokenizer = tokenizer
+        self._tokenizer, self._model = tokenizer, model
         self._started = time.perf_counter()
 
     @property
@@ -42,15 +43,26 @@ class Generation:
     def result(self) -> Result:
         """The result so far."""
         prompt, ids = self.request.prompt, self.strategy.prompt.tolist()
-        text = prompt if isinstance(prompt, str) else self._tokenizer.decode(ids)
+        text = prompt if isinstance(prompt, str) else self._decode(list(prompt))
         seconds = time.perf_counter() - self._started
         sequences = [self._sequence(continuation) for continuation in self.continuations()]
-        return Result(text, ids, sequences, seconds, seed=self.strategy.seed, prompt_logprobs=self.prompt_logprobs)
+        return Result(
+            text,
+            ids,
+            sequences,
+            seconds,
+            seed=self.strategy.seed,
+            request_hash=self.request.sha256(self._model),
+            prompt_logprobs=self.prompt_logprobs,
+        )
 
     def _sequence(self, continuation: Continuation) -> GeneratedSequence:
         options = self.request.options
         new = continuation.tokens[len(self.strategy.prompt) :].tolist()
-        text = self._tokenizer.decode(new)
+        text = self._decode(new)
         logprobs = None if options.logprobs is None else continuation.logprobs
         text = text[: find_stop(text, options.stop_strings)]
         return GeneratedSequence(text, new, continuation.finish_reason, logprobs, continuation.score)
+
+    def _decode(self, ids: Sequence[int]) -> str:
+        return self._tokenizer.decode(ids, skip_special_tokens=self.request.options.skip_special_tokens)

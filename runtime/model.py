@@ -87,6 +87,7 @@ class Model:
         self.config = self.bundle.config
         self.tokenizer = Tokenizer(folder / TOKENIZER)
         self.tokenizer.check(self.config.vocab_size)
+        self.sha256 = self.bundle.sha256
         self.generation_config = GenerationConfig.from_file_content(read_json(folder / GENERATION_CONFIG))
         self._drafting = Drafting(draft, draft_model, draft_length)
         if draft_model is not None:
@@ -173,7 +174,9 @@ class Model:
             )
         generation = self.begin(request)
         steps = self._scheduler.run([generation.strategy])
-        stream = Stream(generation, steps, self.tokenizer.stream(request.options.stop_strings))
+        options = request.options
+        text = self.tokenizer.stream(options.stop_strings, skip_special_tokens=options.skip_special_tokens)
+        stream = Stream(generation, steps, text)
         meter = METER.get()
         return stream if meter is None else meter.stream(self, stream)
 
@@ -295,15 +298,15 @@ class Model:
         """
         if request.error is not None:
             raise request.error
-        ids = self.prompt_ids(request.prompt)
         options = self._drafting.options(request.options)
+        ids = self.prompt_ids(request.prompt, options)
         self.check_options(options, len(ids))
         stop = self._stop(options.stop_strings, len(ids))
         strategy = start(ids, options, self.config.n_positions, stop, request.extensions)
         self.runner.check_memory(strategy.rows, strategy.positions, self._scheduler.reserved_bytes)
         if request.prompt_logprobs is not None:
             strategy.reader = PromptLogprobs(ids, request.prompt_logprobs)
-        return Generation(request, strategy, self.tokenizer)
+        return Generation(request, strategy, self.tokenizer, self.sha256)
 
     def check_options(self, options: GenerationConfig, prompt_length: int) -> None:
         """Raises OptionError if the options don't fit this model or this prompt length."""
@@ -325,16 +328,24 @@ class Model:
                     f"{name} holds {worst}, but the vocabulary ends at {self.config.vocab_size - 1}", name
                 )
 
-    def prompt_ids(self, prompt: Prompt) -> Tokens:
+    def prompt_ids(self, prompt: Prompt, options: GenerationConfig | None = None) -> Tokens:
         """The tokens of a prompt, int64 [length].
+
+        Args:
+            prompt: a text, or token ids.
+            options: may ask for `truncate`.
 
         Raises:
             PromptError: it is empty, too long, or not in the vocabulary.
+            OptionError: `truncate` leaves nothing of it.
         """
         context, vocabulary = self.config.n_positions, self.config.vocab_size
         if not isinstance(prompt, Sequence | np.ndarray):
             raise PromptError(f"a prompt is a text or a list of token ids, not {shown(prompt)}")
-        if len(prompt) > _MAX_LETTERS_PER_TOKEN * context:  # to encode megabytes takes seconds
+        most = _MAX_LETTERS_PER_TOKEN * context
+        if options is not None and options.truncate == "left":
+            prompt = prompt[-most:]
+        if len(prompt) > most:  # to encode megabytes takes seconds
             raise PromptError(
                 f"the prompt has {len(prompt):,} letters, the context window {context} tokens: shorten it",
                 too_long=True,
@@ -342,6 +353,8 @@ class Model:
         ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
         if not ids:
             raise PromptError("the prompt is empty: give at least one token")
+        if options is not None:
+            ids = ids[-options.kept_tokens(len(ids), context) :]
         for token in ids:
             if isinstance(token, bool) or not isinstance(token, int | np.integer) or not 0 <= token < vocabulary:
                 raise PromptError(f"{shown(token)} is no token id: they are whole numbers from 0 to {vocabulary - 1}")

@@ -160,6 +160,15 @@ class GenerationConfig(msgspec.Struct, frozen=True, kw_only=True):
         Count, about("Longest draft copied from earlier text and verified in one forward pass; 0 for none.")
     ] = 0
 
+    skip_special_tokens: Annotated[bool, about("Leave special tokens, such as the end token, out of texts.")] = True
+    truncate: Annotated[
+        Literal["none", "left"],
+        about(
+            "What becomes of a prompt that leaves no room for the new tokens: left drops its first tokens, none refuses a"
+            " prompt beyond the context window."
+        ),
+    ] = "none"
+
     def __post_init__(self) -> None:
         for option in OPTIONS:
             value = getattr(self, option.name)
@@ -203,6 +212,24 @@ class GenerationConfig(msgspec.Struct, frozen=True, kw_only=True):
         if self.max_length is not None:
             return self.max_length - prompt_length
         return DEFAULT_NEW_TOKENS
+
+    def kept_tokens(self, prompt_length: int, context: int) -> int:
+        """How many last tokens of a prompt stay, in a context window of this many: all, unless `truncate` drops some.
+
+        As transformers' text-generation pipeline has it with `handle_long_generation="hole"`.
+
+        Raises:
+            OptionError: the new tokens alone fill the window.
+        """
+        new = self.new_tokens(prompt_length)
+        if self.truncate == "none" or new < 1 or prompt_length + new <= context:
+            return prompt_length
+        if new >= context:
+            raise OptionError(
+                f"{new} new tokens leave no room for a prompt in the context window of {context}: lower max_new_tokens",
+                "truncate",
+            )
+        return context - new
 
     def to_dict(self) -> dict[str, Any]:
         """All options by name, as JSON holds them."""
@@ -321,6 +348,8 @@ class GenerationOptions(TypedDict, total=False):
     stop: str | Sequence[str] | None
     logprobs: int | None
     prompt_lookup: int | None
+    skip_special_tokens: bool | None
+    truncate: Literal["none", "left"] | None
 
 
 OPTIONS = table(GenerationConfig)

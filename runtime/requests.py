@@ -1,5 +1,7 @@
 """Requests to a model, and its results."""
 
+import hashlib
+import json
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
@@ -36,13 +38,23 @@ class Request:
     prompt_logprobs: int | None = None
     extensions: Extensions = field(default_factory=Extensions)
 
+    def sha256(self, model: str) -> str:
+        """Hash of all that decides the result: model, prompt and options. 16 digits: a job has millions of requests at most.
+
+        Args:
+            model: the bundle's own hash.
+        """
+        prompt = self.prompt if isinstance(self.prompt, str) else list(self.prompt)
+        content = json.dumps([model, prompt, self.options.to_dict()], default=int)  # NumPy's numbers
+        return hashlib.sha256(content.encode()).hexdigest()[:16]
+
 
 @dataclass(frozen=True)
 class GeneratedSequence:
     """One continuation.
 
     Attributes:
-        text: of the new tokens, without special tokens, cut before a stop string.
+        text: of the new tokens, as a rule without special tokens, cut before a stop string.
         token_ids: the new tokens, an end token included.
         finish_reason: "stop" (end token, stop string or criterion), "length", or "context" (the context window is full);
             None if decoding was interrupted.
@@ -96,10 +108,11 @@ class Result:
 
     Attributes:
         prompt: its text.
-        prompt_ids: its tokens.
+        prompt_ids: its tokens, without those that `truncate` has dropped.
         sequences: its continuations, best first if they are ranked.
         seconds: from joining the batch to the last token.
         seed: of its random draws; None without any.
+        request_hash: of model, prompt and options.
         energy: of the run, if it was measured; see `track_energy`.
         prompt_logprobs: of each token of the prompt but the first, if they were asked for.
     """
@@ -109,6 +122,7 @@ class Result:
     sequences: list[GeneratedSequence]
     seconds: float
     seed: int | None = None
+    request_hash: str = ""
     energy: Energy | None = None
     prompt_logprobs: list[TokenLogprobs] | None = None
 
@@ -132,6 +146,7 @@ class Result:
             "prompt_ids": self.prompt_ids,
             "sequences": [finite(asdict(sequence)) for sequence in self.sequences],
             "seed": self.seed,
+            "request_hash": self.request_hash,
             "usage": self.usage,
             "seconds": round(self.seconds, 6),
             "energy": None if self.energy is None else asdict(self.energy),

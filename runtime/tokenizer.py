@@ -140,9 +140,9 @@ class Tokenizer:
         text = str(self._tokenizer.decode(list(ids), skip_special_tokens=skip_special_tokens))
         return _clean_up(text) if self._cleans_up else text
 
-    def stream(self, stop: Sequence[str] = ()) -> "TextStream":
+    def stream(self, stop: Sequence[str] = (), *, skip_special_tokens: bool = True) -> "TextStream":
         """A growing text that ends before the first of the stop strings."""
-        return TextStream(self._tokenizer, stop, cleans_up=self._cleans_up)
+        return TextStream(self._tokenizer, stop, skip_special_tokens=skip_special_tokens, cleans_up=self._cleans_up)
 
 
 class TextStream:
@@ -151,10 +151,18 @@ class TextStream:
     It never breaks a character of several bytes, and never shows a stop string or a possible beginning of one.
     """
 
-    def __init__(self, tokenizer: HuggingFaceTokenizer, stop: Sequence[str], *, cleans_up: bool = False) -> None:
+    def __init__(
+        self,
+        tokenizer: HuggingFaceTokenizer,
+        stop: Sequence[str],
+        *,
+        skip_special_tokens: bool = True,
+        cleans_up: bool = False,
+    ) -> None:
         self._tokenizer = tokenizer
         self._cleans_up, self._unsettled = cleans_up, ""
-        self._stream = DecodeStream(skip_special_tokens=True)
+        self._skip_special_tokens = skip_special_tokens
+        self._stream = DecodeStream(skip_special_tokens=skip_special_tokens)
         self._stop = stop
         self._ids: list[int] = []
         self._decoded = ""  # of the tokens that make whole characters
@@ -169,7 +177,7 @@ class TextStream:
 
     def finish(self) -> str:
         """The rest of the text, once no more tokens come; an incomplete character becomes U+FFFD."""
-        text = self._tokenizer.decode(self._ids, skip_special_tokens=True)
+        text = self._tokenizer.decode(self._ids, skip_special_tokens=self._skip_special_tokens)
         if self._cleans_up:
             text = _clean_up(text)
         return self._show(text, find_stop(text, self._stop))

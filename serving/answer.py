@@ -20,6 +20,7 @@ class Answer:
         index: of the choice.
         stop: strings that end the text.
         ends: end tokens.
+        skip_special_tokens: whether special tokens have no text.
         logprobs: whether to return log probabilities.
         prompt: text to begin with (`echo`).
 
@@ -35,6 +36,7 @@ class Answer:
         stop: Sequence[str],
         ends: Sequence[int],
         *,
+        skip_special_tokens: bool,
         logprobs: bool,
         prompt: str = "",
     ) -> None:
@@ -42,15 +44,16 @@ class Answer:
         self.text = ""
         self.finish_reason: str | None = None
         self._tokenizer, self._ends = tokenizer, ends
-        self._stream = tokenizer.stream(stop)
+        self._skip_special_tokens = skip_special_tokens
+        self._stream = tokenizer.stream(stop, skip_special_tokens=skip_special_tokens)
         self._new = prompt
         self._entries: list[_Entry] | None = [] if logprobs else None
-        self._position = _Position(tokenizer)
+        self._position = _Position(tokenizer, skip_special_tokens=skip_special_tokens)
 
     def read_prompt(self, ids: Sequence[int], logprobs: Sequence[TokenLogprobs]) -> None:
         """Adds the prompt's tokens; `logprobs` has none for the first."""
         self._add(list(ids), [None, *logprobs])
-        self._position = _Position(self._tokenizer, len(self._new))
+        self._position = _Position(self._tokenizer, len(self._new), skip_special_tokens=self._skip_special_tokens)
 
     def push(self, piece: Piece) -> None:
         """Adds new tokens."""
@@ -126,13 +129,15 @@ class _Entry:
 class _Position:
     """Counts the characters of tokens. A character counts with the token that holds its last byte."""
 
-    def __init__(self, tokenizer: Tokenizer, start: int = 0) -> None:
+    def __init__(self, tokenizer: Tokenizer, start: int = 0, *, skip_special_tokens: bool) -> None:
         self._tokenizer, self.length = tokenizer, start
+        self._skip_special_tokens = skip_special_tokens
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
 
     def before(self, token: int) -> int:
         """Counts a token, and returns its start."""
         start = self.length
-        if self._tokenizer.decode([token]):  # special tokens have no text
+        # Special tokens may have no text.
+        if self._tokenizer.decode([token], skip_special_tokens=self._skip_special_tokens):
             self.length += len(self._decoder.decode(self._tokenizer.token_bytes(token)))
         return start

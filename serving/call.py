@@ -162,6 +162,7 @@ class Call:
             index,
             self._options.stop_strings,
             self._options.eos_token_ids,
+            skip_special_tokens=self._options.skip_special_tokens,
             logprobs=self.body.logprobs is not None,
             prompt=prompt.text if self.body.echo else "",
         )

@@ -90,8 +90,10 @@ def _prompt(service: Service, prompt: str | list[int], options: GenerationConfig
         if not ends:
             raise PromptError("the prompt is empty, and the model has no end-of-text token to begin with")
         given = ends[:1]
-    ids = model.prompt_ids(given).tolist()
-    return Prompt(prompt if isinstance(prompt, str) else model.tokenizer.decode(ids), ids)
+    ids = model.prompt_ids(given, options).tolist()
+    if isinstance(prompt, str) and options.truncate == "none":
+        return Prompt(prompt, ids)
+    return Prompt(model.tokenizer.decode(ids, skip_special_tokens=options.skip_special_tokens), ids)
 
 
 def _check_room(service: Service, rows: int, param: str, prompts: int) -> None:

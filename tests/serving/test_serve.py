@@ -78,6 +78,8 @@ STRATEGIES: list[tuple[dict[str, Any], dict[str, Any]]] = [
     ({"seed": 2, "extra_body": {"top_h": 0.7, "epsilon_cutoff": 0.01, "eta_cutoff": 0.01, "renormalize_logits": True}},
      {"do_sample": True, "seed": 2, "top_k": 0, "top_h": 0.7, "epsilon_cutoff": 0.01, "eta_cutoff": 0.01,
       "renormalize_logits": True}),
+    ({"temperature": 0, "extra_body": {"forced_eos_token_id": 8191, "skip_special_tokens": False}},
+     {"forced_eos_token_id": 8191, "skip_special_tokens": False}),
 ]  # fmt: skip
 
 
@@ -191,6 +193,43 @@ def test_best_of(client: openai.OpenAI, tales_model: gpt2onnx.Model) -> None:
     assert [choice.text for choice in completion.choices] == sorted(mean, key=mean.__getitem__, reverse=True)[:2]
     assert completion.usage is not None
     assert completion.usage.completion_tokens == 5 * 16
+
+
+def test_long_prompts_are_cut_on_demand(client: openai.OpenAI, tales_model: gpt2onnx.Model) -> None:
+    prompt = "The king went into the wood. " * 100
+    (expected,) = tales_model.generate(prompt, truncate="left", max_new_tokens=16).sequences
+    asked: dict[str, Any] = {"model": "tales", "prompt": prompt, "temperature": 0}
+    completion = client.completions.create(**asked, extra_body={"truncate": "left"})
+    assert completion.choices[0].text == expected.text
+    assert completion.usage is not None
+    assert completion.usage.prompt_tokens == 512 - 16
+    echoed = client.completions.create(**asked, echo=True, logprobs=0, extra_body={"truncate": "left"}).choices[0]
+    assert prompt.endswith(echoed.text.removesuffix(expected.text))
+    assert echoed.logprobs is not None
+    assert "".join(echoed.logprobs.tokens or ()) == echoed.text
+    with pytest.raises(openai.BadRequestError, match="context window"):
+        client.completions.create(**asked)
+
+
+def test_special_tokens_have_a_place_in_the_text(client: openai.OpenAI) -> None:
+    """Where they are kept; otherwise they have none."""
+    asked: dict[str, Any] = {
+        "model": "tales",
+        "prompt": [8191, 704],
+        "temperature": 0,
+        "max_tokens": 2,
+        "logprobs": 0,
+        "echo": True,
+    }
+    kept, skipped = (
+        client.completions.create(**asked, extra_body={"skip_special_tokens": skip}).choices[0]
+        for skip in (False, True)
+    )
+    assert kept.logprobs is not None
+    assert skipped.logprobs is not None
+    assert kept.text == "<|endoftext|>" + skipped.text
+    assert (kept.logprobs.text_offset or [])[:2] == [0, 13]
+    assert (skipped.logprobs.text_offset or [])[:2] == [0, 0]
 
 
 def test_greedy_copies(client: openai.OpenAI, tales_model: gpt2onnx.Model) -> None:
