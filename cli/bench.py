@@ -1,6 +1,5 @@
 """gpt2onnx bench"""
 
-import json
 import time
 from typing import TYPE_CHECKING, Any
 
@@ -70,7 +69,7 @@ def command(
     }
     facts |= describe()
     if as_json:
-        click.echo(json.dumps(facts | result.to_dict(), allow_nan=False))
+        console.print_json(facts | result.to_dict())
         return
     if not quiet:
         click.echo(_heading(facts, result))

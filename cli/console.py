@@ -1,5 +1,7 @@
 """What commands share of the terminal: verbosity options and progress on stderr."""
 
+import codecs
+import json
 import signal
 import sys
 import time
@@ -9,6 +11,7 @@ from typing import Any
 
 import click
 
+from ..runtime.jsontext import finite, to_line
 from .main import set_up_logging
 
 
@@ -29,15 +32,19 @@ def is_chatty(*, quiet: bool) -> bool:
     return not quiet and sys.stderr.isatty()
 
 
-def standard_input(hint: str) -> str:
-    """The text on standard input, without the newline that ends its last line: that belongs to the file.
+def print_json(record: Any, *, indent: int | None = None) -> None:
+    """Prints JSON on standard output, which stays JSON in an encoding that lacks some letters.
 
-    Raises:
-        click.UsageError: with the hint, where standard input is a terminal.
+    Args:
+        record: what JSON can hold; numbers that aren't finite become null.
+        indent: spaces of a level; None for one line.
     """
-    if sys.stdin.isatty():
-        raise click.UsageError(hint)
-    return sys.stdin.buffer.read().decode("utf-8", "replace").removesuffix("\n")
+    record = finite(record)
+    if indent is None:
+        text = to_line(record, ascii_only=codecs.lookup(sys.stdout.encoding).name != "utf-8")
+    else:
+        text = json.dumps(record, allow_nan=False, indent=indent)
+    click.echo(text)
 
 
 def interrupt_on_sigterm() -> None:

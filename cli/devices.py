@@ -1,6 +1,5 @@
 """gpt2onnx devices"""
 
-import json
 from typing import Any
 
 import click
@@ -47,7 +46,7 @@ def command(as_json: bool, quiet: bool) -> None:
         "memory": memory and {"available": memory.available, "reason": memory.reason},
     }
     if as_json:
-        click.echo(json.dumps(facts))
+        console.print_json(facts)
     else:
         _print(facts)
 

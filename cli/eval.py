@@ -1,21 +1,19 @@
 """gpt2onnx eval"""
 
-import json
-import sys
 from pathlib import Path
 from typing import Literal
 
 import click
 
-from gpt2onnx.errors import PromptError
-
 from . import console
 from .model_options import device_options, load, model_option
+from .prompt_options import encoding_option, file_text
 from .tables import table
 
 
 @click.command("eval")
 @click.argument("text_file", type=click.Path(path_type=Path, allow_dash=True))
+@encoding_option
 @model_option
 @click.option("--context", type=int, help="Tokens of a window (default: the model's positions).")
 @click.option("--stride", type=int, help="Tokens from one window's start to the next (default: the context).")
@@ -33,7 +31,7 @@ from .tables import table
 @click.option("--json", "as_json", is_flag=True, help="Print the figures as JSON.")
 @console.verbosity
 def command(
-    text_file: Path, model: str, context: int | None, stride: int | None, batch_size: int, split: float | None,
+    text_file: Path, encoding: str, model: str, context: int | None, stride: int | None, batch_size: int, split: float | None,
     keep_short: bool, drop_last: Literal["none", "train", "all"], device: str, threads: int | None, as_json: bool, quiet: bool,
 ) -> None:  # fmt: skip
     """Measure the loss (nats per token), perplexity and bits per byte of TEXT_FILE, or of standard input for `-`.
@@ -50,7 +48,7 @@ def command(
     """
     from ..experiments.evaluation import evaluate
 
-    text = _read(text_file)
+    text = file_text(text_file, encoding)
     loaded = load(model, device, threads, wide_after=0)
     with console.progress_bar(f"Evaluating {text_file.name}", "tokens", quiet=quiet) as progress:
         result = evaluate(
@@ -66,7 +64,7 @@ def command(
         )
     if as_json:
         origin = {"text_file": str(text_file), "model": model, "dtype": loaded.bundle.manifest.dtype}
-        click.echo(json.dumps(origin | result.to_dict(), allow_nan=False))
+        console.print_json(origin | result.to_dict())
         return
     if not quiet:
         click.echo(
@@ -82,17 +80,3 @@ def command(
         for name, loss in result.parts.items()
     ]  # fmt: skip
     click.echo(table(header, rows))
-
-
-def _read(path: Path) -> str:
-    try:
-        content = sys.stdin.buffer.read() if str(path) == "-" else path.read_bytes()
-    except OSError as error:
-        raise PromptError(f"can't read {path}: {error.strerror}") from error
-    try:
-        return content.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise PromptError(
-            f"{path} is not UTF-8 (byte {content[error.start]:#04x} at offset {error.start:,}):"
-            " convert it first, as with 'iconv -f latin1 -t utf-8'"
-        ) from error

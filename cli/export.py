@@ -1,6 +1,5 @@
 """gpt2onnx export"""
 
-import json
 import os
 from dataclasses import asdict
 from pathlib import Path
@@ -123,7 +122,7 @@ def command(
             progress=progress,
         )
     if as_json:
-        click.echo(json.dumps(asdict(made.manifest), indent=2))
+        console.print_json(asdict(made.manifest), indent=2)
     else:
         size = sum(record.size for record in made.manifest.files.values())
         click.echo(f"{bundle}: {source} in {dtype}, {size / 1e6:,.1f} MB")

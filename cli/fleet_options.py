@@ -1,10 +1,8 @@
 """`generate --engine ray`: options and run."""
 
 import functools
-import json
 import logging
 import os
-import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -13,6 +11,7 @@ from typing import Any
 import click
 
 from . import console
+from .job import Counts, JobOptions, report
 from .model_options import bundle_folder
 
 _ENGINES = ("local", "ray")
@@ -74,10 +73,12 @@ def fleet_options(command: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def run(
-    fleet: FleetOptions, model: str, input_name: str, output_name: str, *, resume: bool, batch_size: int, device: str,
-    threads: int | None, given: dict[str, Any], as_json: bool, quiet: bool,
+    fleet: FleetOptions, model: str, job: JobOptions, *, device: str, threads: int | None, given: dict[str, Any],
+    as_json: bool, quiet: bool,
 ) -> None:  # fmt: skip
     """Runs request files on a cluster."""
+    if job.output is None or job.input == "-":
+        raise click.UsageError("--engine ray goes with --input and --output, which are files or folders")
     from ..fleet.run import run
     from ..fleet.worker import Work
     from ..models.bundle import GENERATION_CONFIG
@@ -87,27 +88,24 @@ def run(
     console.interrupt_on_sigterm()
     folder = bundle_folder(model)
     options = GenerationConfig.from_file_content(read_json(folder / GENERATION_CONFIG)).merged(given)
-    started = time.perf_counter()
-    with console.line_progress(Path(input_name).name, quiet=quiet) as advance:
+    counts = Counts()
+    with console.line_progress(Path(job.input).name, quiet=quiet) as advance:
         summary = run(
             folder,
-            input_name,
-            output_name,
-            Work(options, batch_size, "parquet" if fleet.format == "parquet" else "jsonl", device, threads or 1),
+            job.input,
+            job.output,
+            Work(options, job.batch_size, "parquet" if fleet.format == "parquet" else "jsonl", device, threads or 1),
             address=fleet.address or os.environ.get("RAY_ADDRESS") or None,
             workers=fleet.workers,
             part_size=fleet.part_size,
-            resume=resume,
+            encoding=job.encoding,
+            resume=job.resume,
+            force=job.force,
             verbose=logging.getLogger().isEnabledFor(logging.INFO),
             progress=advance,
         )
-    seconds = time.perf_counter() - started
     if as_json:
-        click.echo(json.dumps(asdict(summary) | {"seconds": round(seconds, 3)}))
-    elif console.is_chatty(quiet=quiet):
-        kept = f", {summary.kept:,} were there" if summary.kept else ""
-        click.echo(
-            f"{summary.requests:,} requests ({summary.errors:,} with errors), {summary.tokens:,} tokens,"
-            f" {summary.parts:,} parts written{kept}, in {seconds:,.1f} s",
-            err=True,
-        )
+        console.print_json(asdict(summary) | {"seconds": round(counts.seconds, 3)})
+    counts.done, counts.failed, counts.tokens = summary.requests - summary.errors, summary.errors, summary.tokens
+    earlier = f"{summary.parts:,} parts written, {summary.kept:,} kept"
+    report(job, counts, earlier, quiet=quiet or as_json)

@@ -1,6 +1,5 @@
 """gpt2onnx inspect"""
 
-import json
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
@@ -52,7 +51,7 @@ def command(model: str, as_json: bool, quiet: bool) -> None:
             "memory": {dtype: asdict(each) for dtype, each in memories.items()},
             "bundle": None if bundle is None else {"folder": str(bundle.folder), **asdict(bundle.manifest)},
         }
-        click.echo(json.dumps(record))
+        console.print_json(record)
         return
     positions = config.n_positions
     rows = [

@@ -1,7 +1,6 @@
 """gpt2onnx next"""
 
 import functools
-import json
 import math
 import re
 from collections.abc import Callable
@@ -10,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ..runtime.options import SAMPLING_OPTIONS
-from . import console
+from . import console, prompt_options
 from .generation_options import generation_options, token_ids
 from .model_options import device_options, load, model_option
 from .tables import table
@@ -22,7 +21,7 @@ if TYPE_CHECKING:
 _NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?")
 
 
-class _SeveralTemperatures(click.Command):
+class _SeveralTemperatures(prompt_options.PromptCommand):
     """Lets `--temperature 0.1 1 5` stand for `--temperature 0.1 --temperature 1 --temperature 5`."""
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
@@ -45,6 +44,7 @@ class _SeveralTemperatures(click.Command):
 @click.argument("prompt", required=False)
 @model_option
 @click.option("--prompt-ids", type=token_ids, help="The prompt as token ids, such as 1,2,3.")
+@prompt_options.encoding_option
 @click.option(
     "--temperature",
     "temperatures",
@@ -72,7 +72,7 @@ class _SeveralTemperatures(click.Command):
 @click.option("--json", "as_json", is_flag=True, help="Print everything as JSON.")
 @console.verbosity
 def command(
-    prompt: str | None, model: str, prompt_ids: list[int] | None, temperatures: tuple[float, ...], top: int,
+    prompt: str | None, model: str, prompt_ids: list[int] | None, encoding: str, temperatures: tuple[float, ...], top: int,
     texts: tuple[str, ...], draws: int, seed: int | None, device: str, threads: int | None, as_json: bool, quiet: bool,
     given: dict[str, Any],
 ) -> None:  # fmt: skip
@@ -93,9 +93,9 @@ def command(
         raise click.UsageError("give a prompt or --prompt-ids, not both")
     if seed is not None and not draws:
         raise click.UsageError("--seed goes with --draws")
-    text_or_ids = prompt if prompt is not None else prompt_ids
+    text_or_ids = prompt_ids if prompt is None else prompt_options.argument(prompt, encoding)
     if text_or_ids is None:
-        text_or_ids = console.standard_input("give a prompt, --prompt-ids, or text on standard input")
+        text_or_ids = prompt_options.standard_input("give a prompt, --prompt-ids, or text on standard input", encoding)
     loaded = load(model, device, threads)
     followed = {text: token_of(loaded, text) for text in texts}
     with console.progress_bar("Drawing", "draws", quiet=quiet) as progress:
@@ -110,7 +110,7 @@ def command(
             "seed": seed,
             "temperatures": [_record(choice, loaded.tokenizer, top, followed) for choice in result.choices],
         }
-        click.echo(json.dumps(record, allow_nan=False))
+        console.print_json(record)
         return
     blocks = [_candidates(choice, loaded.tokenizer, top, list(followed.values())) for choice in result.choices]
     blocks += [_by_temperature(text, token, result.choices) for text, token in followed.items()]

@@ -1,6 +1,5 @@
 """gpt2onnx pack"""
 
-import json
 from pathlib import Path
 
 import click
@@ -32,7 +31,7 @@ def command(bundle: Path, archive: Path, force: bool, as_json: bool, quiet: bool
     content = {name: record.size for name, record in made.content.items()}
     if as_json:
         facts = {"archive": str(archive), "bundle": str(bundle), "bytes": made.size, "sha256": made.sha256}
-        click.echo(json.dumps(facts | {"content": content}))
+        console.print_json(facts | {"content": content})
     elif not quiet:
         click.echo(
             f"{archive}: {len(content)} files, {sum(content.values()) / 1e6:,.1f} MB"

@@ -39,7 +39,7 @@ def command(
 
     report = check(bundle, Checkpoint.open(source, revision), suite)
     if as_json:
-        click.echo(json.dumps(report, indent=2))
+        console.print_json(report, indent=2)
     elif not quiet:
         click.echo(table(report))
     ctx.exit(0 if report["passed"] else 1)

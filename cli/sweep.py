@@ -1,7 +1,6 @@
 """gpt2onnx sweep"""
 
 import importlib.util
-import json
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -96,7 +95,7 @@ def command(
         if records:
             sweep.write_files(records, folder)
     if as_json:
-        click.echo(json.dumps([sweep.summary(record) for record in records], ensure_ascii=False, indent=2))
+        console.print_json([sweep.summary(record) for record in records], indent=2)
         return
     click.echo(_tables([sweep.summary(record) for record in records]))
     if not quiet:

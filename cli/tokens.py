@@ -1,20 +1,19 @@
 """gpt2onnx tokens"""
 
-import json
-
 import click
 
-from . import console
+from . import console, prompt_options
 from .model_options import model_option
 from .tables import table
 
 
-@click.command("tokens")
+@click.command("tokens", cls=prompt_options.PromptCommand)
 @click.argument("text", required=False)
+@prompt_options.encoding_option
 @model_option
 @click.option("--json", "as_json", is_flag=True, help="Print the tokens as JSON.")
 @console.verbosity
-def command(text: str | None, model: str, as_json: bool, quiet: bool) -> None:
+def command(text: str | None, encoding: str, model: str, as_json: bool, quiet: bool) -> None:
     """Show the tokens of TEXT, or of standard input without TEXT: ids and pieces.
 
     A piece that isn't whole characters is shown as its bytes: b'\\xf0\\x9f'. "start" and "end" are the token's
@@ -31,7 +30,9 @@ def command(text: str | None, model: str, as_json: bool, quiet: bool) -> None:
     from ..runtime.tokenizer import Tokenizer
 
     if text is None:
-        text = console.standard_input("give a text, or one on standard input")
+        text = prompt_options.standard_input("give a text, or one on standard input", encoding)
+    else:
+        text = prompt_options.argument(text, encoding)
     tokenizer = Tokenizer(resolve(model) / TOKENIZER)
     encoded = tokenizer.encode_with_spans(text)
     if as_json:
@@ -46,7 +47,7 @@ def command(text: str | None, model: str, as_json: bool, quiet: bool) -> None:
             }
             for token, (start, end) in zip(encoded.ids, encoded.spans, strict=True)
         ]
-        click.echo(json.dumps({"text": text, "ids": encoded.ids, "tokens": tokens}))
+        console.print_json({"text": text, "ids": encoded.ids, "tokens": tokens})
         return
     rows = [
         [repr(tokenizer.piece(token)), tokenizer.entry(token) or "", str(token), str(start), str(end)]

@@ -1,6 +1,5 @@
 """gpt2onnx unpack"""
 
-import json
 from pathlib import Path
 
 import click
@@ -34,7 +33,7 @@ def command(archive: Path, bundle: Path, force: bool, as_json: bool, quiet: bool
     size = sum(record.size for record in manifest.files.values())
     if as_json:
         facts = {"bundle": str(bundle), "archive": str(archive), "files": len(manifest.files), "bytes": size}
-        click.echo(json.dumps(facts | {"source": manifest.source, "dtype": manifest.dtype}))
+        console.print_json(facts | {"source": manifest.source, "dtype": manifest.dtype})
     elif not quiet:
         click.echo(
             f"{bundle}: {manifest.source} in {manifest.dtype}, {len(manifest.files)} files, {size / 1e6:,.1f} MB"

@@ -1,6 +1,5 @@
 """gpt2onnx verify"""
 
-import json
 from pathlib import Path
 
 import click
@@ -37,7 +36,7 @@ def command(bundle: Path, as_json: bool, quiet: bool) -> None:
     if as_json:
         parity = None if manifest.parity is None else manifest.parity.get("passed")
         facts = {"bundle": str(bundle), "files": len(manifest.files), "bytes": size, "parity": parity, "ok": True}
-        click.echo(json.dumps(facts))
+        console.print_json(facts)
     elif not quiet:
         click.echo(f"{bundle}: {len(manifest.files)} files, {size / 1e6:,.1f} MB, as in the manifest; the graph loads")
         if manifest.parity is not None:

@@ -21,6 +21,7 @@ from ..models import bundle
 from ..models.bundle import Bundle, Manifest
 from ..models.precision import BLOCK_SIZES, DTYPES, blocks, default_block_size
 from ..models.shapes import weight_shapes
+from ..runtime.text_input import decode
 
 try:
     from .checkpoint.checkpoint import Checkpoint
@@ -195,10 +196,9 @@ def _check_options(dtype: str, graph: str, block_size: int | None, *, pure: bool
 
 def _read_text(path: Path) -> str:
     try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "it isn't UTF-8"
-        raise OptionError(f"can't read the text {path}: {reason}") from error
+        return decode(path.read_bytes(), str(path))
+    except OSError as error:
+        raise OptionError(f"can't read the text {path}: {error.strerror}") from error
 
 
 def _count_weights(checkpoint: Checkpoint) -> int:

@@ -1,6 +1,5 @@
 """Job: request files, and the record of them in the output folder, by which a job is resumed only as itself."""
 
-import io
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -12,6 +11,7 @@ from pyarrow import fs
 from gpt2onnx.errors import OutputError, PromptError
 
 from ..models.bundle import MANIFEST, sha256_of
+from ..runtime import text_input
 from .parts import Part, cut
 from .storage import Place, public, reading, unfinished_file, writing
 from .worker import Work
@@ -47,7 +47,16 @@ class Job:
 
     @classmethod
     def open(
-        cls, input_name: str, output_name: str, bundle: Path, work: Work, *, part_size: int | None, resume: bool
+        cls,
+        input_name: str,
+        output_name: str,
+        bundle: Path,
+        work: Work,
+        *,
+        part_size: int | None,
+        encoding: str,
+        resume: bool,
+        force: bool,
     ) -> "Job":
         """Looks up input and output. Changes nothing.
 
@@ -57,11 +66,14 @@ class Job:
             bundle: the model's folder.
             work: how requests are run.
             part_size: requests in a part; None: the resumed job's, or by the input's size.
-            resume: keep the parts that are done; otherwise earlier results are going to be replaced.
+            encoding: of input files without a byte order mark.
+            resume: keep the parts that are done.
+            force: earlier results are going to be replaced.
 
         Raises:
             PromptError: the input can't be read, or isn't there.
-            OutputError: the output can't be read, is a file, or holds other files or another job's results.
+            OutputError: the output can't be read, is a file, or holds other files, or results without leave to keep or
+                replace them.
         """
         with reading(input_name):
             source = Place.of(input_name)
@@ -76,6 +88,8 @@ class Job:
             record = _parse(output.read(RECORD))
         if record is None and not all(map(_is_hidden, present)):
             raise OutputError(f"{output.name} holds other files: choose another output")
+        if record is not None and not (resume or force):
+            raise OutputError(f"{output.name} holds the results of a job: --resume continues it, --force replaces it")
         held = (record or {}) if resume else {}
         by_size = min(_MAX_PART, max(_MIN_PART, sum(one.size for one in files) // _BYTES))
         content = {
@@ -85,28 +99,27 @@ class Job:
             "batch_size": work.batch_size,
             "part_size": part_size or held.get("part_size") or by_size,
             "format": work.format,
+            "encoding": encoding,
         }
         identity = json.loads(json.dumps(content))
         differing = [name.replace("_", " ") for name, value in identity.items() if held.get(name) != value]
         if resume and record is not None and differing:
             raise OutputError(
                 f"{output.name} holds results of another job, different in its {differing[0]}:"
-                " choose another output, or leave out --resume"
+                " choose another output, or give --force in place of --resume"
             )
         done = frozenset(part for one in present if (part := Part.named(one.base_name))) if held else frozenset()
         return cls(source, files, output, identity["part_size"], identity, done, held.get("parts") == len(done))
 
-    def missing(self) -> Iterator[tuple[Part, list[str]]]:
+    def missing(self) -> Iterator[tuple[Part, list[str | PromptError]]]:
         """Reads the parts that aren't done, in order, with their request lines.
-
-        Lines are those of Python's text files; bytes that aren't UTF-8 are replaced, as on one machine.
 
         Raises:
             PromptError: the input can't be read.
         """
         for number, one in enumerate(self.files):
             with reading(self.input.name), self.input.filesystem.open_input_stream(one.path) as stream:  # unpacks .gz
-                lines = io.TextIOWrapper(stream, encoding="utf-8", errors="replace")
+                lines = text_input.lines(stream, str(one.base_name), self.identity["encoding"])
                 yield from (
                     (part, texts) for part, texts in cut(lines, number, self.part_size) if part not in self.done
                 )

@@ -10,6 +10,8 @@ from typing import Any, Literal, NamedTuple
 import pyarrow
 from pyarrow import parquet
 
+from gpt2onnx.errors import PromptError
+
 from ..runtime import jobs
 from ..runtime.jsontext import to_line
 
@@ -44,6 +46,7 @@ SCHEMA = pyarrow.schema(
         "prompt_ids": pyarrow.list_(pyarrow.int32()),
         "sequences": pyarrow.list_(_SEQUENCE),
         "seed": pyarrow.int64(),
+        "request_hash": pyarrow.string(),
         "usage": pyarrow.struct({"prompt_tokens": pyarrow.int64(), "completion_tokens": pyarrow.int64()}),
         "seconds": pyarrow.float64(),
         "error": pyarrow.string(),
@@ -76,9 +79,9 @@ class Part(NamedTuple):
         return None if found is None else cls(int(found[1]), int(found[2]))
 
 
-def cut(lines: Iterable[str], file: int, size: int) -> Iterator[tuple[Part, list[str]]]:
-    """Cuts a file into parts of `size` request lines; empty lines are left out."""
-    requests = filter(str.strip, lines)
+def cut(lines: Iterable[str | PromptError], file: int, size: int) -> Iterator[tuple[Part, list[str | PromptError]]]:
+    """Cuts the lines of a file into parts of `size`."""
+    requests = iter(lines)
     first = 0
     while batch := list(islice(requests, size)):
         yield Part(file, first), batch

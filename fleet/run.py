@@ -13,6 +13,7 @@ from ray.exceptions import NodeDiedError, OutOfMemoryError, RayError, RayTaskErr
 from gpt2onnx.errors import BackendError, Gpt2OnnxError, OptionError
 
 from ..models.bundle import Bundle
+from ..runtime.text_input import UTF_8
 from .bundle_copy import SharedBundle
 from .cluster import check, joined
 from .job import Job
@@ -54,7 +55,9 @@ def run(
     address: str | None = None,
     workers: int | None = None,
     part_size: int | None = None,
+    encoding: str = UTF_8,
     resume: bool = False,
+    force: bool = False,
     verbose: bool = False,
     progress: Progress = lambda requests, tokens: None,
 ) -> Summary:
@@ -68,7 +71,9 @@ def run(
         address: host:port of the Ray cluster's head, or "auto"; None starts one on this machine.
         workers: parts at a time; None: as many as the cluster has cores (or GPUs) for.
         part_size: requests in a part; None: by the input's size.
+        encoding: of input files without a byte order mark.
         resume: keep the parts that are done.
+        force: replace the results of another job.
         verbose: let Ray log.
         progress: called after each part.
 
@@ -82,7 +87,9 @@ def run(
         raise OptionError(f"with --engine ray the device is cpu, or cuda for a GPU to each worker, not {work.device!r}")
     check(address)
     Bundle.open(bundle)
-    job = Job.open(input_name, output_name, bundle, work, part_size=part_size, resume=resume)
+    job = Job.open(
+        input_name, output_name, bundle, work, part_size=part_size, encoding=encoding, resume=resume, force=force
+    )
     summary = Summary(kept=len(job.done))
     if job.is_complete:
         return summary

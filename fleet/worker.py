@@ -5,6 +5,8 @@ from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
+from gpt2onnx.errors import PromptError
+
 from ..runtime import jobs
 from ..runtime.model import Model
 from ..runtime.options import GenerationConfig
@@ -41,7 +43,9 @@ class Outcome(NamedTuple):
     content: bytes | None
 
 
-def carry_out(bundle: SharedBundle, work: Work, part: Part, lines: list[str], output: Place | None) -> Outcome:
+def carry_out(
+    bundle: SharedBundle, work: Work, part: Part, lines: list[str | PromptError], output: Place | None
+) -> Outcome:
     """Runs the request lines of a part.
 
     Args:

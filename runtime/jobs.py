@@ -19,13 +19,13 @@ Record = dict[str, Any]
 
 
 def run(
-    model: Model, lines: Iterable[str], options: GenerationConfig, batch_size: int = BATCH_SIZE
+    model: Model, lines: Iterable[str | PromptError], options: GenerationConfig, batch_size: int = BATCH_SIZE
 ) -> Iterator[Record]:
     """Carries out request lines, up to `batch_size` at once.
 
     Args:
         model: generates.
-        lines: one JSON object each; read when there is room for them. Empty ones are skipped.
+        lines: one JSON object each, or why it can't be read; taken when there is room for them.
         options: hold unless a line says otherwise.
         batch_size: requests that are decoded together. In fp32 no result depends on it; kernels of lower precision round
             one row in another way than several, which may decide a near tie.
@@ -45,7 +45,7 @@ def run(
 
     def requests() -> Iterator[Request]:
         nonlocal count
-        for line in filter(str.strip, lines):
+        for line in lines:
             index, count = count, count + 1
             try:
                 request = parse(line, options)
@@ -65,14 +65,16 @@ def run(
         yield from ready()
 
 
-def parse(line: str, options: GenerationConfig) -> Request:
+def parse(line: str | PromptError, options: GenerationConfig) -> Request:
     """A request line.
 
     Raises:
-        PromptError: the line is no JSON object, or has not exactly one of prompt and prompt_ids.
+        PromptError: the line can't be read, is no JSON object, or has not exactly one of prompt and prompt_ids.
         OptionError: an option is unknown, out of range, or contradicts another.
     """
-    content = _load(line)
+    if isinstance(line, PromptError):
+        raise line
+    content = load(line)
     if not isinstance(content, dict):
         raise PromptError('the line is not a JSON object such as {"id": 1, "prompt": "Once upon a time"}')
     given: Mapping[str, Any] = {
@@ -87,13 +89,19 @@ def parse(line: str, options: GenerationConfig) -> Request:
     return Request(prompts[0], options.merged(given))
 
 
-def identity(line: str) -> Any:
-    """The id of a request or result line; None where it has none."""
-    content = _load(line)
+def identity(line: str | PromptError) -> Any:
+    """The id of a request line; None where it has none."""
+    content = None if isinstance(line, PromptError) else load(line)
     return content.get("id") if isinstance(content, dict) else None
 
 
-def _load(line: str) -> Any:
+def key(identity: Any, request_hash: str) -> str:
+    """What a result and its request have in common."""
+    return f"{request_hash} {json.dumps(identity, sort_keys=True)}"
+
+
+def load(line: str) -> Any:
+    """JSON of a line; None where it is none."""
     try:
         return json.loads(line, parse_constant=_no_number)
     except (ValueError, RecursionError):

@@ -5,18 +5,19 @@ import math
 from typing import Any
 
 
-def to_line(record: Any, *, compact: bool = False) -> str:
+def to_line(record: Any, *, compact: bool = False, ascii_only: bool = False) -> str:
     """JSON in one line.
 
     Args:
         record: what JSON can hold; see `finite`.
         compact: without a space anywhere.
+        ascii_only: write other letters as escapes.
 
     Raises:
         ValueError: a number in it isn't finite.
     """
     separators = (",", ":") if compact else None
-    text = json.dumps(record, ensure_ascii=False, allow_nan=False, separators=separators)
+    text = json.dumps(record, ensure_ascii=ascii_only, allow_nan=False, separators=separators)
     try:
         text.encode("utf-8")
     except UnicodeEncodeError:  # half of a surrogate pair, which only an escape can write

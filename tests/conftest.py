@@ -146,9 +146,10 @@ def wide_at_any_width(monkeypatch: pytest.MonkeyPatch) -> None:
 def command_line(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> CommandLine:
     """Runs the command line in this process: command_line("generate", "Once", stdin="")."""
 
-    def run(*arguments: object, stdin: str = "") -> Finished:
+    def run(*arguments: object, stdin: str | bytes = "") -> Finished:
         monkeypatch.setattr(sys, "argv", ["gpt2onnx", *map(str, arguments)])
-        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin.encode())))
+        content = stdin.encode() if isinstance(stdin, str) else stdin
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(content)))
         capfd.readouterr()
         with pytest.raises(SystemExit) as exit_:
             main()

@@ -63,7 +63,7 @@ def test_generate_json(command_line: CommandLine, tales_bundle: Path, tales_refe
     done = command_line("generate", PROMPT, "-m", tales_bundle, "--json", *SHORT)
     assert (done.code, done.err) == (0, "")
     record = json.loads(done.out)
-    assert list(record) == ["prompt", "prompt_ids", "sequences", "seed", "usage", "seconds", "energy"]
+    assert list(record) == ["prompt", "prompt_ids", "sequences", "seed", "request_hash", "usage", "seconds", "energy"]
     assert record["prompt"] == PROMPT
     (sequence,) = record["sequences"]
     assert list(sequence) == ["text", "token_ids", "finish_reason", "logprobs", "score"]
@@ -94,21 +94,27 @@ def test_beams(command_line: CommandLine, tales_bundle: Path, tales_reference: R
     assert_same_tokens(record["sequences"][0]["token_ids"], expected)
 
 
-def test_prompts_come_from_argument_ids_or_standard_input(
-    command_line: CommandLine, tales_bundle: Path, tales_model: gpt2onnx.Model
+def test_prompts_come_from_argument_ids_file_or_standard_input(
+    command_line: CommandLine, tales_bundle: Path, tales_model: gpt2onnx.Model, tmp_path: Path
 ) -> None:
     ids = tales_model.tokenizer.encode(PROMPT)
     common = ["-m", tales_bundle, "--json", *SHORT]
+    (tmp_path / "prompt.txt").write_text(f"{PROMPT}\n")
     records = [
         without_seconds(done.out)
         for done in (
             command_line("generate", PROMPT, *common),
-            command_line("generate", "--prompt-ids", ",".join(map(str, ids)), *common),
             command_line("generate", *common, stdin=PROMPT),
             command_line("generate", *common, stdin=f"{PROMPT}\n"),
+            command_line("generate", *common, "--file", tmp_path / "prompt.txt"),
+            command_line("generate", *common, "--file", "-", stdin=f"{PROMPT}\n"),
+            command_line("generate", "--prompt-ids", ",".join(map(str, ids)), *common),
         )
     ]
-    assert records == [records[0]] * 4
+    assert records[-1].pop("request_hash") != records[0]["request_hash"], "another request, with the same result"
+    assert records[:-1] == [records[0]] * 5
+    assert records[0].pop("request_hash")
+    assert records[-1] == records[0]
     assert records[0]["prompt_ids"] == ids
 
 
@@ -249,7 +255,7 @@ def test_a_file_of_requests(
     batch_size: int, requests: Path, command_line: CommandLine, tales_bundle: Path, tales_reference: Reference
 ) -> None:
     done = command_line("generate", "-m", tales_bundle, "--input", requests, "--batch-size", batch_size)
-    assert (done.code, done.err) == (0, "")
+    assert done.code == 0
     records = [json.loads(line) for line in done.out.splitlines()]
     assert [record["id"] for record in records] == [
         each.get("id") if isinstance(each, dict) else None for each in REQUESTS
@@ -259,7 +265,9 @@ def test_a_file_of_requests(
             assert list(record) == ["id", "error"]
             assert "\n" not in record["error"]
             continue
-        assert list(record) == ["id", "prompt", "prompt_ids", "sequences", "seed", "usage", "seconds", "energy"]
+        assert list(record) == [
+            "id", "prompt", "prompt_ids", "sequences", "seed", "request_hash", "usage", "seconds", "energy",
+        ]  # fmt: skip
         options = {name: value for name, value in request.items() if name not in ("id", "prompt", "prompt_ids", "seed")}
         if options.pop("temperature", None) == 0:  # greedy search, for which transformers has no temperature
             options["do_sample"] = False
@@ -277,53 +285,6 @@ def test_options_of_the_command_hold_for_every_line(
     requests.write_text('{"prompt": "x"}\n', "utf-8")
     done = command_line("generate", "-m", tales_bundle, "--input", requests, "--max-new-tokens", 2)
     assert json.loads(done.out)["usage"]["completion_tokens"] == 2
-
-
-def test_an_interrupted_job_goes_on_where_it_stopped(
-    requests: Path, command_line: CommandLine, tales_bundle: Path, tmp_path: Path
-) -> None:
-    output = tmp_path / "results.jsonl"
-    job = ["generate", "-m", tales_bundle, "--input", requests, "--output", output]
-    done = command_line(*job)
-    assert (done.code, done.out, done.err) == (0, "", "")
-    whole = output.read_text("utf-8")
-    lines = whole.splitlines(keepends=True)
-    for kept in (0, 3, len(lines)):
-        # The last line was being written when it happened.
-        output.write_text("".join(lines[:kept]) + "".join(lines[kept : kept + 1])[:20], "utf-8")
-        assert command_line(*job, "--resume").code == 0
-        resumed = output.read_text("utf-8").splitlines(keepends=True)
-        assert resumed[:kept] == lines[:kept], "finished lines are left as they are"
-        assert [without_seconds(line) for line in resumed] == [without_seconds(line) for line in lines]
-
-
-def test_only_results_are_overwritten(
-    requests: Path, command_line: CommandLine, tales_bundle: Path, tmp_path: Path
-) -> None:
-    output = tmp_path / "notes.txt"
-    output.write_text("buy milk\n", "utf-8")
-    job = ["generate", "-m", tales_bundle, "--input", requests, "--output", output]
-    done = command_line(*job)
-    assert done.code == 1
-    assert "doesn't hold results" in done.err
-    assert output.read_text("utf-8") == "buy milk\n"
-    output.write_text("", "utf-8")
-    assert command_line(*job).code == 0
-    first = output.read_text("utf-8")
-    assert command_line(*job).code == 0
-    assert len(output.read_text("utf-8").splitlines()) == len(first.splitlines()) > 0
-
-
-def test_resuming_refuses_the_results_of_other_requests(
-    requests: Path, command_line: CommandLine, tales_bundle: Path, tmp_path: Path
-) -> None:
-    output = tmp_path / "results.jsonl"
-    output.write_text('{"id": "b", "prompt": "…"}\n', "utf-8")
-    before = output.read_bytes()
-    done = command_line("generate", "-m", tales_bundle, "--input", requests, "--output", output, "--resume")
-    assert done.code == 1
-    assert "results of other requests" in done.err
-    assert output.read_bytes() == before
 
 
 def start(*arguments: object) -> subprocess.Popen[bytes]:

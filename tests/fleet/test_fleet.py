@@ -41,6 +41,7 @@ from gpt2onnx.fleet.bundle_copy import SharedBundle
 from gpt2onnx.fleet.parts import Part, cut, encode
 from gpt2onnx.fleet.run import ATTEMPTS, Summary, run
 from gpt2onnx.fleet.worker import Work, carry_out
+from gpt2onnx.runtime import text_input
 from gpt2onnx.runtime.options import GenerationConfig
 
 Record = dict[str, Any]
@@ -173,8 +174,8 @@ def _parent(process: int) -> int:
 def test_a_part_depends_on_nothing_but_its_lines(tales_int8_bundle: Path, requests: Path) -> None:
     """Not on the parts that the worker had before; in int8, too, where sums of other shapes round otherwise."""
     bundle = SharedBundle.share(tales_int8_bundle, elsewhere=False)
-    lines = requests.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
-    parts = [part for _, part in cut(lines, 0, PART)][:6]
+    with requests.open("rb") as file:
+        parts = [part for _, part in cut(text_input.lines(file, requests.name), 0, PART)][:6]
     orders = [list(range(6)), [5, 4, 3, 2, 1, 0], [2, 2, 5, 0, 3, 1, 4]]
     results = []
     for order in orders:
@@ -189,9 +190,9 @@ def test_a_part_depends_on_nothing_but_its_lines(tales_int8_bundle: Path, reques
 
 
 def test_parts_are_cut_by_requests() -> None:
-    lines = io.TextIOWrapper(io.BytesIO(b"a\n\nb\r\n  \nc\rd\n\xffe"), encoding="utf-8", errors="replace")
+    lines = text_input.lines(io.BytesIO(b"a\n\nb\r\n  \nc\rd\ne"), "requests")
     cuts = list(cut(lines, 3, 2))
-    assert cuts == [(Part(3, 0), ["a\n", "b\n"]), (Part(3, 2), ["c\n", "d\n"]), (Part(3, 4), ["\ufffde"])]
+    assert cuts == [(Part(3, 0), ["a", "b"]), (Part(3, 2), ["c", "d"]), (Part(3, 4), ["e"])]
     names = [part.name("jsonl") for part, _ in cuts]
     assert names == sorted(names)
     assert [Part.named(name) for name in names] == [part for part, _ in cuts]
@@ -219,7 +220,7 @@ def _from_parquet(table: pyarrow.Table) -> list[Record]:
                 token["top"] = [list(pair) for pair in token["top"]]
         records.append(
             record
-            | {key: row[key] for key in ("prompt", "prompt_ids", "sequences", "seed", "usage")}
+            | {key: row[key] for key in ("prompt", "prompt_ids", "sequences", "seed", "request_hash", "usage")}
             | {"energy": None}
         )
     return records

@@ -1,5 +1,6 @@
 """Request files: one result a line, in order, whatever the lines hold and however often the job is cut off."""
 
+import io
 import json
 import subprocess
 import sys
@@ -11,7 +12,7 @@ from typing import Any
 import pytest
 
 import gpt2onnx
-from gpt2onnx.runtime import jobs
+from gpt2onnx.runtime import jobs, text_input
 from gpt2onnx.runtime.jsontext import to_line
 
 GOOD = '{"id": "good", "prompt": "Once upon a time", "max_new_tokens": 2}'
@@ -48,7 +49,10 @@ BAD = {
 
 
 def run(model: gpt2onnx.Model, lines: list[str], batch_size: int = 3, **options: Any) -> list[dict[str, Any]]:
-    records = list(jobs.run(model, lines, model.generation_config.merged(options), batch_size))
+    file = io.BytesIO("\n".join(lines).encode())
+    records = list(
+        jobs.run(model, text_input.lines(file, "requests"), model.generation_config.merged(options), batch_size)
+    )
     for record in records:
         json.loads(to_line(record), parse_constant=pytest.fail)
         assert "\n" not in to_line(record)
