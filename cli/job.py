@@ -135,7 +135,7 @@ def run(
     try:
         with ExitStack() as stack:
             stack.enter_context(file)
-            lines = text_input.lines(file, source, job.encoding)
+            lines = text_input.lines(file, Path(source).name, job.encoding)
             results = None
             if job.output is not None:
                 results = stack.enter_context(closing(Results(Path(job.output), resume=job.resume)))

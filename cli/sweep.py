@@ -9,8 +9,10 @@ import click
 
 from gpt2onnx.errors import OutputError
 
+from ..runtime.text_input import UTF_8
 from . import console, energy_options
 from .model_options import device_options, load, model_option
+from .prompt_options import argument
 from .tables import table
 
 
@@ -78,6 +80,7 @@ def command(
     elif energy is None and not quiet:
         click.echo("energy isn't measured: it needs pip install 'gpt2onnx[energy]'", err=True)
     loaded = load(model, device, threads, wide_after=0)
+    prompts = tuple(argument(prompt, UTF_8) for prompt in prompts)
     tried = grid.load(grid_file, loaded.generation_config, {"seed": seed, "max_new_tokens": max_new_tokens})
     if not (prompts or tried.prompts):
         raise click.UsageError("give --prompt, at least once")

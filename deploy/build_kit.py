@@ -105,7 +105,9 @@ def build(
     python_module("gpt2onnx", "pack", bundle, kit / "bundle.tar.gz", "--quiet")
     requests, results = kit / "smoke.jsonl", kit / "smoke-results.jsonl"
     requests.write_text("".join(json.dumps(request) + "\n" for request in SMOKE))
-    python_module("gpt2onnx", "generate", "-m", bundle, "--input", requests, "--output", results, "--quiet")
+    python_module(
+        "gpt2onnx", "generate", "-m", bundle, "--input", requests, "--output", results, "--fail-on-error", "--quiet"
+    )
     for name in ("install.py", "gpt2onnx-job@.service"):
         shutil.copy(HERE / name, kit)
     shutil.copy(HERE / "kit.md", kit / "README.md")

@@ -95,7 +95,8 @@ def smoke_test(command, bundle):
     run(command, "verify", bundle, "--quiet")
     with tempfile.TemporaryDirectory() as folder:
         results = Path(folder) / "results.jsonl"
-        run(command, "generate", "-m", bundle, "--input", KIT / "smoke.jsonl", "--output", results, "--quiet")
+        job = ["--input", KIT / "smoke.jsonl", "--output", results, "--fail-on-error", "--quiet"]
+        run(command, "generate", "-m", bundle, *job)
         found, expected = tokens(results), tokens(KIT / "smoke-results.jsonl")
     if [len(each) for each in found] != [len(each) for each in expected]:
         fail("the test requests gave {} tokens instead of {}".format(found, expected))

@@ -238,6 +238,9 @@ def test_wrong_usage_is_said_at_once(command_line: CommandLine, tales_bundle: Pa
     other = tmp_path / "other"
     other.mkdir()
     (other / "letter.txt").write_text("mine")
+    held = tmp_path / "held"
+    held.mkdir()
+    (held / "_job.json").write_text("{}")
     job = ["generate", "-m", tales_bundle, "--engine", "ray"]
     for arguments, code, message in [
         (["generate", "--workers", 2], 2, "go with --engine ray"),
@@ -245,7 +248,10 @@ def test_wrong_usage_is_said_at_once(command_line: CommandLine, tales_bundle: Pa
         ([*job, "--input", file, "--output", tmp_path / "o", "--energy", tmp_path / "e"], 2, "one machine"),
         ([*job, "--input", tmp_path / "none", "--output", tmp_path / "o"], 1, "can't read"),
         ([*job, "--input", "nope://x/y", "--output", tmp_path / "o"], 1, "can't read nope://x/y"),
+        ([*job, "--input", "-", "--output", tmp_path / "o"], 2, "--input and --output, which are files"),
         ([*job, "--input", file, "--output", other], 1, "holds other files"),
+        ([*job, "--input", file, "--output", held], 1, "--resume continues it, --force replaces it"),
+        ([*job, "--input", file, "--output", held, "--resume"], 1, "different in its input"),
         ([*job, "--input", file, "--output", file], 1, "is a file"),
         ([*job, "--input", file, "--output", tmp_path / "o", "--device", "auto"], 1, "the device is cpu"),
         ([*job, "--input", file, "--output", tmp_path / "o", "--address", "ray://h:1"], 1, "ray job submit"),
@@ -263,12 +269,13 @@ def test_wrong_usage_is_said_at_once(command_line: CommandLine, tales_bundle: Pa
 def test_options_hold_on_a_cluster_of_its_own(
     command_line: CommandLine, tales_model: gpt2onnx.Model, tales_bundle: Path, tmp_path: Path
 ) -> None:
-    (tmp_path / "in.jsonl").write_text("".join(f'{{"id": {n}, "prompt": "Day {n} was"}}\n' for n in range(5)))
+    lines = "".join(f'{{"id": {n}, "prompt": "Zoë\'s day {n} was"}}\r\n' for n in range(5))
+    (tmp_path / "in.jsonl").write_bytes(lines.encode("latin-1"))
     out = tmp_path / "out"
     done = command_line(
         "generate", "-m", tales_bundle, "--input", tmp_path / "in.jsonl", "--output", out, "--engine", "ray",
         "--workers", 2, "--part-size", 2, "--format", "parquet", "--batch-size", 5, "--threads", 1, "--num-beams", 3,
-        "--max-new-tokens", 4, "--no-do-sample", "--json",
+        "--max-new-tokens", 4, "--no-do-sample", "--encoding", "latin-1", "--fail-on-error", "--json",
     )  # fmt: skip
     assert (done.code, done.err) == (0, "")
     summary = json.loads(done.out)
@@ -277,7 +284,7 @@ def test_options_hold_on_a_cluster_of_its_own(
     assert (job["part_size"], job["batch_size"], job["format"], job["parts"]) == (2, 5, "parquet", 3)
     table = pyarrow.concat_tables(parquet.read_table(part) for part in sorted(out.glob("part-*.parquet")))
     for index, row in enumerate(table.to_pylist()):
-        expected = tales_model.generate(f"Day {index} was", num_beams=3, max_new_tokens=4, do_sample=False)
+        expected = tales_model.generate(f"Zoë's day {index} was", num_beams=3, max_new_tokens=4, do_sample=False)
         assert row["sequences"][0]["token_ids"] == expected.sequences[0].token_ids
 
 
