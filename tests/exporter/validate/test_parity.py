@@ -90,7 +90,7 @@ def test_the_report_for_a_person() -> None:
     shown = table(report).splitlines()
     assert shown[0] == "against transformers 4.57.6, torch 2.13.0"
     assert shown[2:] == [
-        "  tokens           30 cases, 29 equal   FAILED",
+        "  tokens              30 cases, 29 equal   FAILED",
         "  a note",
         f"  2 cases left out: {NO_TOP_H}",
         f"  7 cases left out: {UNSORTED}",
