@@ -4,24 +4,23 @@ import functools
 import json
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnx
 import onnxruntime
 import pytest
 from support import peers
 from support.checkpoints import MakeCheckpoint
 from support.golden import assert_close
-from support.quantized import few_texts
+from support.quantized import compute_in_float32, few_texts
 from support.reference import Reference
 from support.tokens import assert_same_tokens
 
 import gpt2onnx
 from gpt2onnx.models import contract
-from gpt2onnx.models.bundle import GRAPH, TOKENIZER, WIDE_GRAPH, Bundle, describe_files
+from gpt2onnx.models.bundle import GRAPH, TOKENIZER, WIDE_GRAPH, Bundle
 from gpt2onnx.runtime.engine.runner import Runner
 from gpt2onnx.runtime.tokenizer import Tokenizer
 
@@ -150,21 +149,6 @@ def peer(request: pytest.FixtureRequest) -> str:
     return request.param
 
 
-def with_exact_inputs(folder: Path, target: Path) -> Path:
-    """A copy of a quantised bundle whose operators don't round what the weights are multiplied by."""
-    shutil.copytree(folder, target)
-    model, changed = onnx.load(target / GRAPH, load_external_data=False), 0
-    for node in model.graph.node:
-        for attribute in node.attribute:
-            if attribute.name == "accuracy_level":
-                attribute.i = 1  # float32
-                changed += 1
-    assert changed > 4
-    (target / GRAPH).write_bytes(model.SerializeToString())
-    replace(Bundle.open(folder).manifest, files=describe_files(target)).write(target)
-    return target
-
-
 @dataclass(frozen=True)
 class Answer:
     """What a peer gives: tokens of each prompt, and the logits that they were chosen by, float32 [tokens, vocabulary]."""
@@ -212,7 +196,9 @@ def test_logits_differ_by_what_kernels_round(peer: str, precision: str, bundle_o
     folder, exact = bundle_of(precision), UNROUNDED[precision]
     answer = Answer.ask(peer, folder, tmp_path / "logits")
     ours = answer.ours(folder)
-    unrounded = answer.ours(bundle_of(exact) if exact else with_exact_inputs(folder, tmp_path / "exact"))
+    if exact is None:
+        compute_in_float32(shutil.copytree(folder, tmp_path / "exact"))
+    unrounded = answer.ours(bundle_of(exact) if exact else tmp_path / "exact")
     rounding = differences(ours, unrounded).max()
     assert 0 < rounding < 0.1 * ours.std(), "a bound that says nothing"
     found = differences(answer.logits, ours)

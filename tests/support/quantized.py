@@ -9,36 +9,27 @@ import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import onnx
 import pytest
 from safetensors.numpy import load_file, save_file
 
-import gpt2onnx
 from gpt2onnx.exporter.checkpoint.checkpoint import Checkpoint
 from gpt2onnx.exporter.graph import ragged, second_graph
 from gpt2onnx.exporter.graph.input_rounding import InputRounding, PerTensor
 from gpt2onnx.exporter.graph.write import write_graphs
 from gpt2onnx.exporter.quantize import statistics
-from gpt2onnx.exporter.quantize.activations import Moments
 from gpt2onnx.exporter.quantize.layers import Tensor
-from gpt2onnx.exporter.quantize.sequential import SequentialCalibrator
-from gpt2onnx.exporter.validate import quality
 from gpt2onnx.exporter.validate.bundle_weights import BundleWeights
 from gpt2onnx.models import bundle
 from gpt2onnx.models.config import GPT2Config, read_json
-from gpt2onnx.models.precision import blocks
 from gpt2onnx.models.shapes import weight_shapes
 from gpt2onnx.models.tales import FOLDER
-from gpt2onnx.runtime.decoding.torch_random import log_softmax
 from gpt2onnx.runtime.engine.runner import Runner
 
-from .checkpoints import MakeCheckpoint
-from .golden import assert_close
-from .graphs import CONFIGS, logits_of_prompt, random_tokens
-from .network import Network, OnInput
+from .network import Network
 
 QUANTIZED = (
     "plain",
@@ -54,24 +45,6 @@ CALIBRATED: dict[str, dict[str, Any]] = {
     "int4": {"dtype": "int4"},
     "int4 pure": {"dtype": "int4", "pure": True},
 }
-PRECISIONS: dict[str, dict[str, Any]] = CALIBRATED | {
-    "int8 in blocks of 16": {"dtype": "int8", "block_size": 16, "calibrate": False},
-    "int4 in blocks of 256": {"dtype": "int4", "block_size": 256, "calibrate": False},
-}
-# Logits of some tens, summed over matrices of some hundred columns in float32.
-EXACT_TOLERANCE = 2e-4
-
-
-class Judged(Protocol):
-    """A network that rounds nothing: `Network`, or the same in PyTorch."""
-
-    def logits(self, tokens: np.ndarray, on_input: OnInput = ...) -> np.ndarray: ...
-
-    def matrices(self, tokens: np.ndarray) -> dict[str, tuple[np.ndarray, np.ndarray]]: ...
-
-
-# Makes one from a checkpoint's folder, with weights that take the place of the checkpoint's own, or without.
-Judge = Callable[[Path, Mapping[str, np.ndarray] | None], Judged]
 
 
 def in_numpy(checkpoint: Path, weights: Mapping[str, np.ndarray] | None = None) -> Network:
@@ -153,109 +126,6 @@ def shortened_tales(folder: Path, layers: int = 2) -> Path:
     return folder
 
 
-class JudgedBundles:
-    """Tests of quantised bundles by a judge; a subclass has one, and fixtures `source` and `fp32`, its bundle in fp32."""
-
-    judge: Judge
-
-    @pytest.fixture(scope="class")
-    @classmethod
-    def quantized(cls, source: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bundle.Bundle]:
-        """The source in each precision, calibrated and, as "int8 plain", not."""
-        folder = tmp_path_factory.mktemp("quantized")
-        return {
-            name + suffix: gpt2onnx.export(
-                source, folder / (name + suffix), calibrate=not suffix, quality=False, **CALIBRATED[name]
-            )
-            for name in CALIBRATED
-            for suffix in ("", " plain")
-        }
-
-    @pytest.mark.parametrize("precision", PRECISIONS)
-    @pytest.mark.parametrize("name", QUANTIZED)
-    def test_logits_are_those_of_the_stored_weights(
-        self, name: str, precision: str, make_checkpoint: MakeCheckpoint, tmp_path: Path
-    ) -> None:
-        """In a bundle that rounds no activations, so that its weights' layout is judged alone."""
-        checkpoint = make_checkpoint(**CONFIGS[name])
-        made = gpt2onnx.export(checkpoint, tmp_path / "bundle", **PRECISIONS[precision], quality=False)
-        tokens = random_tokens(made.config, 1)
-        expected = self.judge(checkpoint, weights_of(made)).logits(tokens)
-        compute_in_float32(made.folder)
-        opened = bundle.Bundle.open(made.folder)
-        assert_close(logits_of_prompt(opened, tokens), expected, EXACT_TOLERANCE, "whole")
-
-        session = Runner(opened, threads=1)
-        cache = session.new_cache(1, tokens.shape[1])
-        for index in range(tokens.shape[1]):
-            step = session.forward(cache, slice(0, 1), tokens[:, index : index + 1])
-            assert_close(step, expected[:, index], EXACT_TOLERANCE, f"step {index}")
-
-    @pytest.mark.parametrize("precision", CALIBRATED)
-    def test_rounded_activations_change_little(
-        self, precision: str, source: Path, quantized: dict[str, bundle.Bundle]
-    ) -> None:
-        opened = quantized[precision]
-        tokens, network = many_tokens(opened.config), self.judge(source, weights_of(opened))
-        assert_off_by_rounding(logits_of_prompt(opened, tokens), network, tokens, roundings_of(opened))
-
-    def test_layers_are_quantised_for_both_networks(self, source: Path, fp32: Path, tmp_path: Path) -> None:
-        """Their targets are the exact network's outputs, their inputs those behind the bundle's weights."""
-        checkpoint, reference = Checkpoint.open(str(source)), bundle.Bundle.open(fp32)
-        config, seen, tokens = checkpoint.config, dict[str, Moments](), fixed_texts(checkpoint.config, 3)
-
-        class Recorder(SequentialCalibrator):
-            def observe(self, name: str, inputs: np.ndarray, outputs: np.ndarray) -> Moments:
-                return seen.setdefault(name, super().observe(name, inputs, outputs))
-
-        collected = statistics.collect(reference, tokens, threads=1, gradients=False)
-        recorder = Recorder(
-            config,
-            checkpoint.tensor,
-            lambda name: blocks(config, "int8", name),
-            collected,
-            tied=checkpoint.tied,
-            per_tensor=False,
-        )
-        folder = shutil.copytree(fp32, tmp_path / "int8")
-        write_graphs(folder, config, recorder.run().weights, tied=checkpoint.tied)
-        replace_graph(folder)
-
-        exact = self.judge(source, None).matrices(tokens)
-        quantised = self.judge(source, weights_of(bundle.Bundle.open(folder))).matrices(tokens)
-        assert set(exact) == set(quantised) == set(seen)
-        for name, moments in seen.items():
-            x, y = quantised[name][0], exact[name][1]
-            limits = {"mean": x.std(), "covariance": x.var(), "target": y.std(), "cross": x.std() * y.std()}
-            expected = {
-                "mean": x.mean(0),
-                "covariance": np.cov(x.T, bias=True),
-                "target": y.mean(0),
-                "cross": (x - x.mean(0)).T @ (y - y.mean(0)) / len(x),
-            }
-            for figure, limit in limits.items():
-                assert_close(getattr(moments, figure), expected[figure], 3e-3 * limit, f"{name} {figure}")
-
-    def test_quality_is_that_of_the_stored_weights(
-        self, source: Path, fp32: Path, quantized: dict[str, bundle.Bundle]
-    ) -> None:
-        made = quantized["int4 plain"]
-        text = "Once upon a time there was a fox who wished to see the sea. " * 20
-        found = quality.on_text(made, bundle.Bundle.open(fp32), text, threads=1)
-
-        ids = gpt2onnx.load(fp32, threads=1).tokenizer.encode(text)
-        assert len(ids) < made.config.n_positions
-        networks = self.judge(source, None), self.judge(source, weights_of(made))
-        truth, candidate = (log_softmax(each.logits(np.array([ids]))[0, :-1].astype(np.float64)) for each in networks)
-        rows, following = np.arange(len(ids) - 1), ids[1:]
-        divergence = float((np.exp(truth) * (truth - candidate)).sum(-1).mean())
-        assert found.tokens == len(ids) - 1
-        assert found.reference_perplexity == pytest.approx(math.exp(-truth[rows, following].mean()), rel=1e-4)
-        # Activations are rounded, too: the figures are the bundle's, the judge's those of the weights alone.
-        assert found.perplexity == pytest.approx(math.exp(-candidate[rows, following].mean()), rel=0.02)
-        assert found.kl == pytest.approx(divergence, rel=0.2)
-
-
 def compute_in_float32(folder: Path) -> None:
     """Tells a bundle's graph not to round activations."""
     model = onnx.load(folder / bundle.GRAPH, load_external_data=False)
@@ -273,7 +143,7 @@ def many_tokens(config: GPT2Config) -> np.ndarray:
 
 
 def assert_off_by_rounding(
-    found: np.ndarray, network: Judged, tokens: np.ndarray, rounding: Callable[[str], InputRounding]
+    found: np.ndarray, network: Network, tokens: np.ndarray, rounding: Callable[[str], InputRounding]
 ) -> None:
     """Fails where logits are further off from a network's than those are where its matrices' inputs are rounded.
 

@@ -13,7 +13,7 @@ import numpy as np
 import onnx
 import pytest
 from support.commands import CommandLine
-from support.quantized import few_texts
+from support.quantized import few_texts, shortened_tales
 
 import gpt2onnx
 from gpt2onnx.errors import BackendError, BundleError, OptionError
@@ -36,12 +36,13 @@ PRECISIONS: dict[str, dict[str, Any]] = {
 
 @pytest.fixture(scope="module", params=PRECISIONS)
 def made(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
-    """The embedded model as if it were wide enough for a second graph."""
+    """Blocks of the embedded model as if they were wide enough for a second graph."""
+    folder = tmp_path_factory.mktemp("wide")
     # The graphs are looked at, not their quality: fewer texts are enough, and much faster.
     with few_texts(), pytest.MonkeyPatch.context() as patch:
         patch.setattr(exported_graph, "MIN_WIDTH", 0)
-        folder = tmp_path_factory.mktemp("wide") / "bundle"
-        return gpt2onnx.export("tales", folder, quality=False, **PRECISIONS[request.param])
+        source = shortened_tales(folder / "tales")
+        return gpt2onnx.export(source, folder / "bundle", quality=False, **PRECISIONS[request.param])
 
 
 def logits(session: Runner, tokens: np.ndarray, *parts: int) -> np.ndarray:
@@ -70,7 +71,7 @@ def test_weights_are_the_first_graphs_up_to_rounding(made: Bundle) -> None:
         share = 0.5 if stored.blocks(name).bits == 8 else 0.4
         assert np.abs(stored.tensor(name)).max(in_axis(name)).mean() > steps.mean() * 127 * share, name
         changed += 1
-    assert changed > 20  # of 25
+    assert changed > 6  # of 9
     assert "lm_head.weight" in steps_of
 
 

@@ -1,0 +1,297 @@
+"""Quantised bundles against the weights they hold, computed by a network that rounds nothing, and against fp32."""
+
+import math
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+from safetensors.numpy import load_file
+from support.checkpoints import MakeCheckpoint
+from support.commands import CommandLine
+from support.golden import assert_close
+from support.graphs import CONFIGS, logits_of_prompt, random_tokens
+from support.quantized import (
+    CALIBRATED,
+    QUANTIZED,
+    assert_off_by_rounding,
+    compute_in_float32,
+    few_texts,
+    fixed_texts,
+    in_numpy,
+    many_tokens,
+    replace_graph,
+    roundings_of,
+    shortened_tales,
+    weights_of,
+)
+
+import gpt2onnx
+from gpt2onnx.errors import OptionError
+from gpt2onnx.exporter.checkpoint.checkpoint import Checkpoint
+from gpt2onnx.exporter.graph.write import write_graphs
+from gpt2onnx.exporter.quantize import statistics
+from gpt2onnx.exporter.quantize.activations import Moments
+from gpt2onnx.exporter.quantize.sequential import SequentialCalibrator
+from gpt2onnx.exporter.validate import quality
+from gpt2onnx.models import bundle
+from gpt2onnx.models.bundle import Bundle
+from gpt2onnx.models.config import GPT2Config
+from gpt2onnx.models.precision import blocks, memory
+from gpt2onnx.runtime.decoding.torch_random import log_softmax
+from gpt2onnx.runtime.engine.runner import Runner
+
+pytestmark = pytest.mark.usefixtures("wide_at_any_width")
+PRECISIONS: dict[str, dict[str, Any]] = CALIBRATED | {
+    "int8 in blocks of 16": {"dtype": "int8", "block_size": 16, "calibrate": False},
+    "int4 in blocks of 256": {"dtype": "int4", "block_size": 256, "calibrate": False},
+}
+# Logits of some tens, summed over matrices of some hundred columns in float32.
+EXACT_TOLERANCE = 2e-4
+# KL divergence from fp32 of what is calibrated, as a share of that without: at most, and where it was measured.
+SHARES = {"int8": 0.75, "int4": 0.2, "int4 pure": 0.2}  # 0.57, 0.04, 0.07
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _few_texts() -> Iterator[None]:
+    """Bundles as they come by default are tested in tests/reference/test_quantize_live.py."""
+    with few_texts():
+        yield
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two blocks of the embedded model."""
+    return shortened_tales(tmp_path_factory.mktemp("short") / "tales")
+
+
+@pytest.fixture(scope="module")
+def fp32(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return gpt2onnx.export(source, tmp_path_factory.mktemp("short") / "fp32").folder
+
+
+@pytest.fixture(scope="module")
+def quantized(source: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Bundle]:
+    """The source in each precision, calibrated and, as "int8 plain", not."""
+    folder = tmp_path_factory.mktemp("quantized")
+    return {
+        name + suffix: gpt2onnx.export(
+            source, folder / (name + suffix), calibrate=not suffix, quality=False, **CALIBRATED[name]
+        )
+        for name in CALIBRATED
+        for suffix in ("", " plain")
+    }
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("name", QUANTIZED)
+def test_logits_are_those_of_the_stored_weights(
+    name: str, precision: str, make_checkpoint: MakeCheckpoint, tmp_path: Path
+) -> None:
+    """In a bundle that rounds no activations, so that its weights' layout is judged alone."""
+    checkpoint = make_checkpoint(**CONFIGS[name])
+    made = gpt2onnx.export(checkpoint, tmp_path / "bundle", **PRECISIONS[precision], quality=False)
+    tokens = random_tokens(made.config, 1)
+    expected = in_numpy(checkpoint, weights_of(made)).logits(tokens)
+    compute_in_float32(made.folder)
+    opened = Bundle.open(made.folder)
+    assert_close(logits_of_prompt(opened, tokens), expected, EXACT_TOLERANCE, "whole")
+
+    session = Runner(opened, threads=1)
+    cache = session.new_cache(1, tokens.shape[1])
+    for index in range(tokens.shape[1]):
+        step = session.forward(cache, slice(0, 1), tokens[:, index : index + 1])
+        assert_close(step, expected[:, index], EXACT_TOLERANCE, f"step {index}")
+
+
+@pytest.mark.parametrize("precision", CALIBRATED)
+def test_rounded_activations_change_little(precision: str, source: Path, quantized: dict[str, Bundle]) -> None:
+    opened = quantized[precision]
+    tokens, network = many_tokens(opened.config), in_numpy(source, weights_of(opened))
+    assert_off_by_rounding(logits_of_prompt(opened, tokens), network, tokens, roundings_of(opened))
+
+
+def test_layers_are_quantised_for_both_networks(source: Path, fp32: Path, tmp_path: Path) -> None:
+    """Their targets are the exact network's outputs, their inputs those behind the bundle's weights."""
+    checkpoint, reference = Checkpoint.open(str(source)), Bundle.open(fp32)
+    config, seen, tokens = checkpoint.config, dict[str, Moments](), fixed_texts(checkpoint.config, 3)
+
+    class Recorder(SequentialCalibrator):
+        def observe(self, name: str, inputs: np.ndarray, outputs: np.ndarray) -> Moments:
+            return seen.setdefault(name, super().observe(name, inputs, outputs))
+
+    collected = statistics.collect(reference, tokens, threads=1, gradients=False)
+    recorder = Recorder(
+        config,
+        checkpoint.tensor,
+        lambda name: blocks(config, "int8", name),
+        collected,
+        tied=checkpoint.tied,
+        per_tensor=False,
+    )
+    folder = shutil.copytree(fp32, tmp_path / "int8")
+    write_graphs(folder, config, recorder.run().weights, tied=checkpoint.tied)
+    replace_graph(folder)
+
+    exact = in_numpy(source).matrices(tokens)
+    quantised = in_numpy(source, weights_of(Bundle.open(folder))).matrices(tokens)
+    assert set(exact) == set(quantised) == set(seen)
+    for name, moments in seen.items():
+        x, y = quantised[name][0], exact[name][1]
+        limits = {"mean": x.std(), "covariance": x.var(), "target": y.std(), "cross": x.std() * y.std()}
+        expected = {
+            "mean": x.mean(0),
+            "covariance": np.cov(x.T, bias=True),
+            "target": y.mean(0),
+            "cross": (x - x.mean(0)).T @ (y - y.mean(0)) / len(x),
+        }
+        for figure, limit in limits.items():
+            assert_close(getattr(moments, figure), expected[figure], 3e-3 * limit, f"{name} {figure}")
+
+
+def test_quality_is_that_of_the_stored_weights(source: Path, fp32: Path, quantized: dict[str, Bundle]) -> None:
+    made = quantized["int4 plain"]
+    text = "Once upon a time there was a fox who wished to see the sea. " * 20
+    found = quality.on_text(made, Bundle.open(fp32), text, threads=1)
+
+    ids = gpt2onnx.load(fp32, threads=1).tokenizer.encode(text)
+    assert len(ids) < made.config.n_positions
+    networks = in_numpy(source), in_numpy(source, weights_of(made))
+    truth, candidate = (log_softmax(each.logits(np.array([ids]))[0, :-1].astype(np.float64)) for each in networks)
+    rows, following = np.arange(len(ids) - 1), ids[1:]
+    divergence = float((np.exp(truth) * (truth - candidate)).sum(-1).mean())
+    assert found.tokens == len(ids) - 1
+    assert found.reference_perplexity == pytest.approx(math.exp(-truth[rows, following].mean()), rel=1e-4)
+    # Activations are rounded, too: the figures are the bundle's, the judge's those of the weights alone.
+    assert found.perplexity == pytest.approx(math.exp(-candidate[rows, following].mean()), rel=0.02)
+    assert found.kl == pytest.approx(divergence, rel=0.2)
+
+
+@pytest.mark.parametrize("precision", CALIBRATED)
+def test_calibration_helps(precision: str, quantized: dict[str, Bundle], fp32: Path) -> None:
+    kl, plain = (
+        quality.on_own_samples(quantized[name], Bundle.open(fp32), tokens=256, seed=7, threads=1).kl
+        for name in (precision, f"{precision} plain")
+    )
+    assert kl < SHARES[precision] * plain, f"KL {kl:.5f}, without calibration {plain:.5f}"
+
+
+def test_samples_follow_the_network(fp32: Path) -> None:
+    """Their mean loss is the network's own entropy."""
+    opened = Bundle.open(fp32)
+    figures = quality.on_own_samples(opened, opened, tokens=1024, seed=3, threads=1)
+    session = Runner(opened, threads=1)
+    tokens = statistics.sample(session, 16, 65, seed=5)
+    losses = []
+    for row in tokens:
+        logits = session.forward(session.new_cache(1, 64), slice(0, 1), row[None, :-1], logits="all")
+        losses.append(-log_softmax(logits)[np.arange(64), row[1:]])
+    # Two samples of 1024 losses that scatter.
+    allowed = 4 * np.std(losses) * math.sqrt(2 / 1024)
+    assert abs(np.mean(losses) - math.log(figures.reference_perplexity)) < allowed < 0.5
+
+
+@pytest.mark.parametrize(("dtype", "most"), [("fp32", 500e6), ("int8", 140e6), ("int4", 100e6)])
+def test_size_of_gpt2(dtype: str, most: float) -> None:
+    """Weights in the data file (`memory` is compared with exports in test_inspect) and 1.4 MB of GPT-2's tokenizer."""
+    assert memory(GPT2Config(), dtype).weights + 1.4e6 + 0.5e6 < most
+
+
+def test_scales_beyond_float16_stay_float32(make_checkpoint: MakeCheckpoint, tmp_path: Path) -> None:
+    checkpoint = make_checkpoint(initializer_range=1e-5)
+    made = gpt2onnx.export(checkpoint, tmp_path / "bundle", dtype="int8", calibrate=False, quality=False)
+    original = load_file(checkpoint / "model.safetensors")["transformer.wte.weight"]
+    assert np.abs(weights_of(made)["wte.weight"] - original).max() < np.abs(original).max() / 200
+
+
+def test_weights_begin_where_they_can_be_mapped(tales_bundle: Path) -> None:
+    model = onnx.load(tales_bundle / bundle.GRAPH, load_external_data=False)
+    places = [
+        {each.key: each.value for each in tensor.external_data}
+        for tensor in model.graph.initializer
+        if tensor.external_data
+    ]
+    assert all(int(place["offset"]) % 64 == 0 for place in places)
+    large = [place for place in places if int(place["length"]) >= 1 << 20]
+    assert large
+    assert all(int(place["offset"]) % 4096 == 0 for place in large)
+
+
+def test_tied_embedding_is_stored_once(make_checkpoint: MakeCheckpoint, tmp_path: Path) -> None:
+    sizes = {}
+    for tied in (True, False):
+        checkpoint = make_checkpoint(vocab_size=4096, tie_word_embeddings=tied)
+        made = gpt2onnx.export(checkpoint, tmp_path / str(tied), dtype="int8", quality=False)
+        sizes[tied] = made.manifest.files[bundle.WEIGHTS].size
+    table = 4096 * 32
+    assert table < sizes[False] - sizes[True] < 1.5 * table
+
+
+def test_quality_in_the_manifest(source: Path, fp32: Path, tmp_path: Path) -> None:
+    texts = {"fox.txt": "Once upon a time there was a fox. " * 9, "sea.txt": "He wished to see the sea. " * 9}
+    for name, text in texts.items():
+        (tmp_path / name).write_text(text, encoding="utf-8")
+    paths = [tmp_path / name for name in texts]
+    made = gpt2onnx.export(source, tmp_path / "int8", dtype="int8", calibrate=False, quality_texts=paths)
+    figures = made.manifest.quality
+    assert figures is not None
+    assert figures["text"] == "own samples"
+    assert figures["tokens"] == 256
+    assert 0 < figures["kl"] < 0.0005
+    assert [each["text"] for each in figures["texts"]] == list(texts)
+    for each in figures["texts"]:
+        measured = quality.on_text(made, Bundle.open(fp32), texts[each["text"]], name=each["text"])
+        assert each["tokens"] == measured.tokens
+        assert each["perplexity"] == pytest.approx(measured.perplexity, rel=1e-4)
+        assert each["reference_perplexity"] == pytest.approx(measured.reference_perplexity, rel=1e-4)
+        assert each["kl"] == pytest.approx(measured.kl, rel=1e-2)
+    assert Bundle.open(fp32).manifest.quality is None
+    assert sorted(path.name for path in (tmp_path / "int8").iterdir() if path.is_dir()) == ["onnx"]
+
+
+def test_quality_texts_on_the_command_line(command_line: CommandLine, source: Path, tmp_path: Path) -> None:
+    text = tmp_path / "sea.txt"
+    text.write_text("He wished to see the sea. " * 9, encoding="utf-8")
+    options = ["--dtype", "int4", "--no-calibrate", "--no-parity", "--quality-text", text]
+    done = command_line("export", source, tmp_path / "int4", *options)
+    assert done.code == 0, done.err
+    assert "sea.txt: perplexity" in done.out
+    assert "own samples: perplexity" in done.out
+    done = command_line("export", source, tmp_path / "other", *options[:-1], tmp_path / "missing.txt")
+    assert done.code == 1
+    assert "missing.txt" in done.err
+
+
+def test_quality_of_equal_bundles_is_perfect(tales_bundle: Path) -> None:
+    opened = Bundle.open(tales_bundle)
+    figures = quality.on_own_samples(opened, opened, tokens=40, threads=1)
+    assert figures.kl == 0
+    assert figures.perplexity == figures.reference_perplexity
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"dtype": "int2"},
+        {"pure": True},
+        {"dtype": "int8", "pure": True},
+        {"block_size": 32},
+        {"dtype": "int4", "block_size": 24},
+        {"dtype": "int4", "block_size": 512},
+        {"quality": True},
+        {"calibrate": True},
+        {"dtype": "fp16", "calibrate": True},
+        {"quality_texts": ["missing.txt"]},
+        {"dtype": "int8", "quality_texts": ["missing.txt"]},
+        {"dtype": "int8", "quality_texts": [__file__], "quality": False},
+        {"graph": "other"},
+        {"graph": "portable", "dtype": "int8"},
+    ],
+)
+def test_options_that_contradict_each_other(options: dict[str, Any], tales_checkpoint: Path, tmp_path: Path) -> None:
+    with pytest.raises(OptionError):
+        gpt2onnx.export(tales_checkpoint, tmp_path / "bundle", **options)
+    assert not any(tmp_path.iterdir())
