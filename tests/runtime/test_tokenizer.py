@@ -1,21 +1,19 @@
 """GPT-2's tokenisation, and text that grows token by token."""
 
-import shutil
 from pathlib import Path
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
-from support.checkpoints import END_OF_TEXT, MakeCheckpoint
+from support.checkpoints import END_OF_TEXT
 from support.golden import Golden
 from support.tokenizer_files import GPT2_FILES, gpt2_in_transformers, odd_texts
 
 import gpt2onnx
-from gpt2onnx.errors import BundleError, CheckpointError
+from gpt2onnx.errors import BundleError
 from gpt2onnx.exporter.tokenizer.convert import write_tokenizer
 from gpt2onnx.runtime.tokenizer import Tokenizer, find_stop
 
-VOCAB, MERGES = GPT2_FILES / "encoder.json", GPT2_FILES / "vocab.bpe"
 GPT2 = {"model_type": "gpt2", "vocab_size": 50257}  # its config.json, as far as it matters here
 
 TEXTS = [
@@ -89,20 +87,7 @@ def test_embedded_tokenizer_loads_in_transformers_with_the_same_ids(
         assert tales_model.tokenizer.encode(sample) == ids, sample
 
 
-def test_checkpoint_with_the_original_two_files(make_checkpoint: MakeCheckpoint, tmp_path: Path) -> None:
-    folder = make_checkpoint(vocab_size=50257, n_embd=8, n_head=1, n_layer=1)
-    (folder / "tokenizer.json").unlink()
-    (folder / "vocab.json").write_bytes(VOCAB.read_bytes())
-    (folder / "merges.txt").write_bytes(MERGES.read_bytes())
-    gpt2onnx.export(folder, tmp_path / "bundle")
-    assert Tokenizer(tmp_path / "bundle" / "tokenizer.json").encode("hello, world!") == [31373, 11, 995, 0]
-
-
-def test_files_that_are_no_tokenizer(tmp_path: Path) -> None:
-    (tmp_path / "merges.txt").write_text("not three words\n", "utf-8")
-    shutil.copyfile(VOCAB, tmp_path / "vocab.json")
-    with pytest.raises(CheckpointError, match=r"merges\.txt"):
-        write_tokenizer(tmp_path, GPT2, tmp_path)
+def test_a_file_that_is_no_tokenizer(tmp_path: Path) -> None:
     (tmp_path / "tokenizer.json").write_text('{"model": 1}', "utf-8")
     with pytest.raises(BundleError, match=r"tokenizer\.json"):
         Tokenizer(tmp_path / "tokenizer.json")
@@ -137,12 +122,6 @@ def byte_ids(tokenizer: Tokenizer) -> list[list[int]]:
     return [[order.index(byte)] for byte in range(256)]
 
 
-@given(ids=st.lists(st.integers(0, 50256), max_size=30))
-@settings(max_examples=300, deadline=None)
-def test_pieces_of_any_tokens_make_their_text(ids: list[int], tokenizer: Tokenizer) -> None:
-    assert "".join(streamed(tokenizer, ids)) == tokenizer.decode(ids)
-
-
 @given(ids=st.lists(st.integers(0, 255), max_size=12))
 @settings(max_examples=500, deadline=None)
 def test_pieces_of_any_bytes_make_their_text(ids: list[int], tokenizer: Tokenizer) -> None:
@@ -171,38 +150,3 @@ def test_only_what_may_become_a_stop_string_is_held_back(tokenizer: Tokenizer) -
     ids = [tokenizer.encode(letter)[0] for letter in "abxabcz"]
     assert streamed(tokenizer, ids, ("abc",)) == ["", "", "abx", "", "", "", "", ""]
     assert streamed(tokenizer, ids, ("bcd", "q")) == ["a", "", "bx", "a", "", "", "bcz", ""]
-
-
-@given(seed=st.integers(0, 2**32 - 1))
-@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.too_slow])
-def test_streamed_text_is_the_generated_text(seed: int, byte_model: gpt2onnx.Model) -> None:
-    """Tokens are bytes here, so most of what is sampled breaks characters."""
-    options = {"max_new_tokens": 40, "do_sample": True, "temperature": 3.0, "seed": seed}
-    result = byte_model.generate([72, 105], **options)
-    stream = byte_model.stream([72, 105], **options)
-    assert "".join(stream) == result.text
-    assert stream.result.sequences == result.sequences
-
-
-@pytest.fixture(scope="module")
-def byte_model(make_checkpoint: MakeCheckpoint) -> gpt2onnx.Model:
-    return gpt2onnx.load(make_checkpoint(), threads=1)
-
-
-def test_generation_stops_at_a_stop_string_across_tokens(tales_model: gpt2onnx.Model) -> None:
-    prompt, length = "Once upon a time", 20
-    plain = tales_model.generate(prompt, max_new_tokens=length).sequences[0]
-    pieces = [tales_model.tokenizer.decode([token]) for token in plain.token_ids]
-    crossed = 0
-    for index in range(5, length - 1):
-        # From the middle of a token to the middle of the next one.
-        string = pieces[index][-2:] + pieces[index + 1][:2]
-        end = plain.text.find(string)
-        crossed += not any(string in piece for piece in pieces)
-        result = tales_model.generate(prompt, max_new_tokens=length, stop=[string]).sequences[0]
-        assert (result.text, result.finish_reason) == (plain.text[:end], "stop"), string
-        assert result.token_ids == plain.token_ids[: len(result.token_ids)]
-        assert string in tales_model.tokenizer.decode(result.token_ids)
-        assert string not in tales_model.tokenizer.decode(result.token_ids[:-1]), "stopped too late"
-        assert "".join(tales_model.stream(prompt, max_new_tokens=length, stop=[string])) == result.text
-    assert crossed > 12

@@ -6,8 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 from safetensors.numpy import save_file
 
+from gpt2onnx.errors import CheckpointError
 from gpt2onnx.exporter.checkpoint.checkpoint import Checkpoint
 from gpt2onnx.models.config import GPT2Config
 from gpt2onnx.models.shapes import weight_shapes
@@ -58,6 +60,15 @@ def assert_reads(opened: Checkpoint, state: State) -> None:
         assert found.flags.c_contiguous
         assert found.shape == shape == wanted.shape, name
         assert np.array_equal(found, wanted), f"{name}: largest difference {np.abs(found - wanted).max()}"
+
+
+def refused(source: Path) -> str:
+    """The message, one line, with which a checkpoint is refused."""
+    with pytest.raises(CheckpointError) as caught:
+        Checkpoint.open(str(source))
+    message = str(caught.value)
+    assert "\n" not in message
+    return message
 
 
 def book_state(width: int) -> State:

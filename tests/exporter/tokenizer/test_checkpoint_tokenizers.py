@@ -282,14 +282,6 @@ def test_bert_s_word_pieces(form: str, settings: dict[str, Any] | None, judge: J
     judge.assert_agrees(["pieces", settings], tmp_path)
 
 
-def test_special_tokens_surround_bert_s_texts(judge: Judge, tmp_path: Path) -> None:
-    write(tmp_path, config_json={"tokenizer_class": "BertTokenizer"}, vocab_txt="\n".join(dict.fromkeys(PIECES)))
-    tokenizer = Tokenizer(judge.assert_agrees(["pieces", None], tmp_path) / "tokenizer.json")
-    ids = tokenizer.encode("hello 今天")
-    assert [ids[0], ids[-1]] == [PIECES.index("[CLS]"), PIECES.index("[SEP]")]
-    assert tokenizer.decode(ids) == "hello 今 天"
-
-
 def test_cleaned_text_grows_into_the_same_text(judge: Judge, tmp_path: Path) -> None:
     """Token by token, whatever the next token does to spaces that were already there."""
     settings = {"clean_up_tokenization_spaces": True}
