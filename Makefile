@@ -7,7 +7,7 @@ PINS ?= tests/pins.txt
 bin = $(1)/$(if $(filter Windows_NT,$(OS)),Scripts,bin)
 BIN := $(call bin,$(VENV))
 UV = UV_SYSTEM_CERTS=1 $(BIN)/uv
-PYTEST := -m pytest -n 2 --dist loadfile
+PYTEST := -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 # Files of tests by their names, whatever folder they are in.
 tests = $(foreach name,$(1),$(wildcard tests/*/test_$(name).py tests/*/*/test_$(name).py))
 
@@ -68,7 +68,7 @@ unit: $(VENV)/installed
 	$(BIN)/python $(PYTEST)
 
 # The lowest versions that pyproject.toml allows, and what can be tested with them.
-LOWEST_TESTS := batching bundle cli_errors faults forward_passes hub isolation jobs session speculation streaming
+LOWEST_TESTS := batching bundle cli_errors faults hub isolation jobs session speculation streaming
 
 lowest: $(VENV)/installed $(LOWEST)/installed
 	GPT2ONNX_LOWEST=$(call bin,$(LOWEST))/python $(BIN)/python -m pytest tests/project/test_lowest.py

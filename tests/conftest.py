@@ -51,7 +51,11 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leaves out tests that can't run here, or have nothing to ask: counted as deselected, and said at the end."""
+    """Leaves out tests that can't run here, or have nothing to ask: counted as deselected, and said at the end.
+
+    The files whose few tests take long come first: begun last, they would leave one of two cores idle.
+    """
+    items.sort(key=lambda each: each.path.parent.name not in ("project", "fleet"))
     if golden.mode != "stored":
         asking = [
             each for each in items if "golden" in getattr(each, "fixturenames", ()) or "reference" in each.path.parts

@@ -83,6 +83,21 @@ def test_passes(length: int) -> None:
         assert network.passes == [(1, 5)] + [(rows, 1)] * (length - 1)
 
 
+@pytest.mark.parametrize(("prompt", "passes"), [(CONTEXT, 1), (CONTEXT - 2, 3)])
+def test_no_pass_after_the_context_is_full(prompt: int, passes: int) -> None:
+    network = HashingNetwork()
+    (((tokens, reason),),) = run(network, [([1] * prompt, {"max_new_tokens": 5})], 1)
+    assert (len(tokens), reason) == (CONTEXT + 1, "context")
+    assert network.passes == [(1, prompt)] + [(1, 1)] * (passes - 1)
+
+
+def test_no_pass_after_the_end_token() -> None:
+    network = LoopingNetwork()
+    (((tokens, reason),),) = run(network, [([1], {"max_new_tokens": 50, "eos_token_id": 5})], 1)
+    assert (tokens, reason) == ([1, 2, 3, 4, 5], "stop")
+    assert network.passes == [(1, 1)] * 4
+
+
 def test_batch_stays_full() -> None:
     """Rows that finish give their place to the next prompt at once."""
     lengths = [3, 9, 4, 5, 2, 7, 6]
