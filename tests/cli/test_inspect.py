@@ -227,11 +227,3 @@ def test_no_such_model(model: str, command_line: CommandLine, tmp_path: Path, mo
     done = command_line("inspect", model)
     assert (done.code, done.out, done.err.count("\n")) == (1, "", 1)
     assert model[:50] in done.err
-
-
-def test_a_damaged_bundle(command_line: CommandLine, tmp_path: Path) -> None:
-    bundle = gpt2onnx.export("tales", tmp_path / "bundle").folder
-    (bundle / GRAPH).unlink()
-    done = command_line("inspect", bundle)
-    assert (done.code, done.out, done.err.count("\n")) == (1, "", 1)
-    assert "model.onnx" in done.err

@@ -270,14 +270,6 @@ def test_bits_per_byte_counts_what_was_predicted(tales_model: gpt2onnx.Model) ->
         assert loss.bits_per_byte == pytest.approx(bits / len(text.encode()), rel=1e-12)
 
 
-def test_the_score_of_one_window_is_its_loss(tales_model: gpt2onnx.Model) -> None:
-    (loss,) = evaluate(tales_model, SHORT_TEXT).parts.values()
-    score = tales_model.score(SHORT_TEXT)
-    assert loss.windows == 1
-    assert abs(loss.loss + score.mean_logprob) < 1e-6
-    assert abs(loss.perplexity / score.perplexity - 1) < 1e-6
-
-
 def test_the_table_shows_what_json_holds(tmp_path: Path, command_line: CommandLine, tales_bundle: Path) -> None:
     (tmp_path / "story.txt").write_text(SHORT_TEXT, encoding="utf-8")
     command = ["eval", tmp_path / "story.txt", "-m", tales_bundle, "--context", 64, "--split", 0.5]

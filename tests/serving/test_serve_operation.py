@@ -6,12 +6,8 @@ import contextlib
 import hmac
 import json
 import logging
-import os
 import select
-import signal
 import socket
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -20,7 +16,7 @@ from typing import Any
 
 import httpx
 import pytest
-from support.commands import CommandLine, wait_until
+from support.commands import wait_until
 from support.serving import ControlledModel, Running, serving
 
 import gpt2onnx
@@ -346,81 +342,3 @@ def test_metrics(model: gpt2onnx.Model) -> None:
                     "first_token_seconds_count": 1, "request_seconds_count": 1, "token_gap_seconds_count": 6,
                     "batch_rows_sum": 6}  # fmt: skip
         assert {name: figures[f"gpt2onnx_{name}"] for name in expected} == expected
-
-
-def test_command_line(tales_bundle: Path, command_line: CommandLine) -> None:
-    environment = os.environ | {"PYTHONUNBUFFERED": "1"}
-    command = [sys.executable, "-m", "gpt2onnx", "serve", "-m", str(tales_bundle), "--port", "0", "--name", "stories"]
-    with subprocess.Popen(
-        [*command, "--energy"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
-    ) as process:
-        try:
-            assert process.stderr is not None
-            address = process.stderr.readline().rpartition(" ")[2].strip()
-            assert address.startswith("http://127.0.0.1:")
-            answer = httpx.post(f"{address}/v1/completions", json={"prompt": "Once", "model": "stories"}, timeout=30)
-            assert answer.status_code == 200
-            (joules,) = [line for line in httpx.get(f"{address}/metrics", timeout=30).text.splitlines()
-                         if line.startswith("gpt2onnx_joules_total")]  # fmt: skip
-            assert float(joules.split()[1]) > 0
-            taken = command_line("serve", "-m", tales_bundle, "--port", address.rpartition(":")[2])
-            assert taken.code == 1
-            assert "can't listen" in taken.err
-            assert taken.err.count("\n") == 1
-            process.send_signal(signal.SIGTERM)
-            assert process.wait(20) == 0
-            assert process.stdout is not None
-            assert process.stdout.read() == ""
-            assert process.stderr.read() == ""
-        finally:
-            process.kill()
-
-
-def test_wrong_command_lines(tales_bundle: Path, command_line: CommandLine, tmp_path: Path) -> None:
-    for arguments, code, message in (
-        (["--max-batch", "0"], 2, "max-batch"),
-        (["--port", "70000"], 2, "port"),
-        (["--host", "no such host"], 1, "can't listen"),
-        (["--api-key-file", str(tmp_path / "missing")], 1, "can't read"),
-    ):
-        result = command_line("serve", "-m", tales_bundle, *arguments)
-        assert (result.code, result.err.count("\n")) == (code, 1), result
-        assert message in result.err
-
-
-@pytest.mark.parametrize("package", ["fastapi", "uvicorn", "prometheus_client"])
-def test_missing_extra(package: str, command_line: CommandLine, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in [name for name in sys.modules if name.startswith("gpt2onnx.serving")]:
-        monkeypatch.delitem(sys.modules, name)
-    monkeypatch.setitem(sys.modules, package, None)
-    result = command_line("serve")
-    assert result.code == 1
-    assert "pip install 'gpt2onnx[serve]'" in result.err
-    assert result.err.count("\n") == 1
-
-
-def test_every_option_arrives(command_line: CommandLine, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    taken: dict[str, Any] = {}
-    monkeypatch.setattr("gpt2onnx.cli.serve.load", lambda *arguments, **more: taken.update(loaded=(*arguments, more)))
-    monkeypatch.setattr(
-        serving_server, "serve", lambda model, listener, settings, ready: taken.update(settings=settings)
-    )
-    assert command_line("serve", "--port", 0).code == 0
-    plain = serving_server.Settings(name="tales", admission=Admission(keys=[]))
-    assert taken == {"loaded": ("tales", "cpu", None, {"wide_after": 0}), "settings": plain}
-
-    keys = tmp_path / "keys"
-    keys.write_text("open sesame\n")
-    log = logging.getLogger("gpt2onnx.serving")
-    monkeypatch.setattr(log, "level", log.level)  # put back at the end
-    finished = command_line(
-        "serve", "-m", "some/model", "--port", 0, "--name", "mine", "--api-key-file", keys, "--max-batch", 3, "--max-queue", 5,
-        "--max-prompt-tokens", 7, "--max-tokens", 11, "--max-body", 13, "--timeout", 17, "--shutdown-timeout", 19,
-        "--log-prompts", "--device", "cuda", "--threads", 23,
-    )  # fmt: skip
-    assert finished.code == 0, finished.err
-    assert taken["loaded"] == ("some/model", "cuda", 23, {"wide_after": 0})
-    assert taken["settings"] == serving_server.Settings(
-        name="mine", max_batch=3, max_queue=5, limits=Limits(prompt_tokens=7, max_tokens=11, seconds=17),
-        admission=Admission(keys=[b"open sesame"], only_local=False, body_bytes=13), log_prompts=True, shutdown_seconds=19,
-    )  # fmt: skip

@@ -3,7 +3,6 @@
 import csv
 import dataclasses
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -25,8 +24,7 @@ from support.systems import posix
 from support.tokens import assert_same_tokens
 
 import gpt2onnx
-from gpt2onnx.errors import OptionError, OutputError
-from gpt2onnx.experiments.energy.csvlog import CsvLog
+from gpt2onnx.errors import OptionError
 from gpt2onnx.runtime.options import BY_NAME
 
 PROMPT = "Once upon a time"
@@ -131,21 +129,6 @@ def test_a_row_tells_everything_about_its_run(tales_model: gpt2onnx.Model, tmp_p
     assert beams["onnxruntime_version"][0].isdigit()
     assert "estimate" in beams["method"]
     assert (beams["country_iso_code"], beams["runs"], beams["reliable"]) == ("", "1", "False")
-
-
-def test_pandas_reads_it(tales_model: gpt2onnx.Model, tmp_path: Path) -> None:
-    import pandas
-
-    path = tmp_path / "emissions.csv"
-    with gpt2onnx.track_energy(path, seconds=0):
-        for width in (1, 2):
-            tales_model.generate(PROMPT, max_new_tokens=3, num_beams=width, do_sample=False)
-    table = pandas.read_csv(path)
-    assert table["num_beams"].tolist() == [1, 2]
-    assert table["reliable"].dtype == bool
-    assert (table["joules_per_token"] * table["completion_tokens"] * table["runs"]).tolist() == near(
-        (table["energy_consumed"] * JOULES_PER_KWH).tolist(), 1e-9
-    )
 
 
 def test_short_runs_are_repeated_until_they_can_be_relied_on(tales_model: gpt2onnx.Model) -> None:
@@ -367,21 +350,6 @@ def test_start_up_is_outside_the_measured_time(tales_bundle: Path) -> None:
     assert generating <= seconds <= duration < start_up / 4
 
 
-def test_a_run_without_energy_loads_nothing_of_it(tales_bundle: Path) -> None:
-    code = "import atexit\natexit.register(lambda: print(*(set(sys.modules) & {'codecarbon', 'pandas', 'psutil'})))\n"
-    status, out, _ = run(code + COMMAND_LINE, "generate", "Once", "-m", tales_bundle, "--max-new-tokens", 2)
-    assert (status, out.splitlines()[-1]) == (0, "")
-
-
-def test_the_extra_is_asked_for_before_anything_is_generated(tales_bundle: Path, tmp_path: Path) -> None:
-    arguments = ["generate", PROMPT, "-m", tales_bundle, "--energy", tmp_path / "e.csv"]
-    status, out, err = run(COMMAND_LINE, *arguments, without=("codecarbon",))
-    assert (status, out, err.count("\n")) == (1, "", 1)
-    assert "codecarbon" in err
-    assert "pip install 'gpt2onnx[energy]'" in err
-    assert not (tmp_path / "e.csv").exists()
-
-
 def test_what_cannot_work_is_said_before_anything_is_generated(
     command_line: CommandLine, tales_bundle: Path, tmp_path: Path
 ) -> None:
@@ -407,53 +375,6 @@ def test_what_cannot_work_is_said_before_anything_is_generated(
         pass
 
 
-APPEND = """
-import sys
-from pathlib import Path
-from gpt2onnx.experiments.energy.csvlog import CsvLog
-path, name, count = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3])
-for index in range(count):
-    CsvLog(path, ["writer", "index", "text"]).append({"writer": name, "index": index, "text": name * (1 + 997 * index % 9001)})
-"""
-
-
-def test_processes_that_append_at_once_tear_no_row(tmp_path: Path) -> None:
-    path, count = tmp_path / "log.csv", 60
-    writers = [subprocess.Popen([sys.executable, "-c", APPEND, path, name, str(count)]) for name in "abcd"]
-    assert [writer.wait(60) for writer in writers] == [0] * 4
-    with path.open(newline="") as file:
-        header, *rows = list(csv.reader(file))
-    assert header == ["writer", "index", "text"]
-    assert sorted((name, int(index)) for name, index, _ in rows) == [
-        (name, index) for name in "abcd" for index in range(count)
-    ]
-    assert [text for name, index, text in rows] == [name * (1 + 997 * int(index) % 9001) for name, index, _ in rows]
-    assert len(list(tmp_path.iterdir())) == 1, "a lock file was left"
-
-
-@posix
-def test_a_row_that_does_not_fit_on_the_disk_leaves_the_file_as_it_was(tmp_path: Path) -> None:
-    code = (
-        "import resource\nfrom pathlib import Path\nfrom gpt2onnx.experiments.energy.csvlog import CsvLog\n"
-        "log = CsvLog(Path(sys.argv[1]), ['a', 'b'])\nlog.append({'a': 1, 'b': None})\n"
-        "resource.setrlimit(resource.RLIMIT_FSIZE, (20, 20))\n"
-        "log.append({'a': 'x' * 100, 'b': 2})"
-    )
-    status, _, err = run(code, tmp_path / "log.csv")
-    assert status == 1
-    assert "OutputError: can't write" in err
-    assert (tmp_path / "log.csv").read_text() == "a,b\n1,\n"
-
-
-def test_rows_go_behind_an_unfinished_line(tmp_path: Path) -> None:
-    path = tmp_path / "log.csv"
-    path.write_bytes(b"a,b\r\n1,2")  # as an editor may have left it
-    CsvLog(path, ["a", "b"]).append({"a": 3, "b": [4, "x"]})
-    assert path.read_bytes() == b'a,b\r\n1,2\n3,"[4, ""x""]"\n'
-    with pytest.raises(OutputError, match="other columns"):
-        CsvLog(path, ["a", "c"])
-
-
 @posix
 def test_an_interrupted_job_keeps_its_row(tales_bundle: Path, tmp_path: Path) -> None:
     lines = [json.dumps({"id": index, "prompt": "One day", "max_new_tokens": 60}) for index in range(2000)]
@@ -472,20 +393,3 @@ def test_an_interrupted_job_keeps_its_row(tales_bundle: Path, tmp_path: Path) ->
     written = (tmp_path / "out.jsonl").read_text().splitlines()
     assert len(written) <= int(row["requests"]) < len(lines)
     assert int(row["completion_tokens"]) >= 60 * (len(written) - 1)
-
-
-@posix
-def test_the_file_is_not_locked_for_good(tmp_path: Path) -> None:
-    """A process that was killed leaves no lock behind."""
-    path = tmp_path / "log.csv"
-    code = (
-        "import fcntl, time\nfrom pathlib import Path\nfile = Path(sys.argv[1]).open('ab')\nfcntl.flock(file, fcntl.LOCK_EX)\n"
-        "print('locked', flush=True)\ntime.sleep(60)"
-    )
-    holder = subprocess.Popen([sys.executable, "-c", "import sys\n" + code, path], stdout=subprocess.PIPE)
-    assert holder.stdout is not None
-    assert holder.stdout.readline() == b"locked\n"
-    os.kill(holder.pid, signal.SIGKILL)
-    holder.communicate()
-    CsvLog(path, ["a"]).append({"a": 1})
-    assert path.read_text() == "a\n1\n"
