@@ -60,13 +60,13 @@ def start_export(checkpoint: Path, target: Path) -> subprocess.Popen[str]:
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=ONE_THREAD)
 
 
-def start_and_pause(checkpoint: Path, target: Path) -> tuple[subprocess.Popen[str], Path]:
-    """An export that has begun to write, and stands still; its workspace."""
+def start_and_pause(checkpoint: Path, target: Path) -> subprocess.Popen[str]:
+    """An export that has begun to write, and stands still."""
     process = start_export(checkpoint, target)
-    while not (begun := list(target.parent.glob("*/new/config.json"))):
+    while not list(target.parent.glob("*/new/config.json")):
         assert process.poll() is None, process.communicate()
     process.send_signal(signal.SIGSTOP)
-    return process, begun[0].parents[1]
+    return process
 
 
 # Failures
@@ -142,27 +142,13 @@ def test_progress_counts_every_byte_once(make_checkpoint: MakeCheckpoint, tmp_pa
 @pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGTERM])
 def test_stopped_by_a_signal(stop: signal.Signals, target: Path, checkpoints: list[Path]) -> None:
     before = content(target)
-    process, _ = start_and_pause(checkpoints[1], target)
+    process = start_and_pause(checkpoints[1], target)
     process.send_signal(stop)
     process.send_signal(signal.SIGCONT)
     _, message = process.communicate(timeout=60)
     assert process.returncode == 130
     assert message.strip() == "gpt2onnx: interrupted"
     assert content(target) == before
-    assert list(target.parent.iterdir()) == [target]
-
-
-@posix
-def test_the_next_export_clears_up_after_a_killed_one_and_not_after_a_running_one(
-    target: Path, checkpoints: list[Path]
-) -> None:
-    process, workspace = start_and_pause(checkpoints[1], target)
-    gpt2onnx.export(checkpoints[1], target, force=True)
-    assert workspace.is_dir()
-    process.kill()
-    process.communicate(timeout=60)
-    assert workspace.is_dir()
-    gpt2onnx.export(checkpoints[1], target, force=True)
     assert list(target.parent.iterdir()) == [target]
 
 

@@ -103,7 +103,7 @@ def check_result(result: Any) -> None:
     json.loads(to_line(result.to_dict()))
 
 
-@inputs(few=200)
+@inputs(few=100)
 @given(st.one_of(TEXTS, IDS), st.integers(1, 3))
 @example("\ud800", 1)
 @example([math.nan], 1)
@@ -123,7 +123,7 @@ def test_prompts_of_megabytes(prompt: str | list[int], model: gpt2onnx.Model) ->
         assert "shorten" in str(ends_well(action)) or "context" in str(ends_well(action))
 
 
-@inputs(few=400)
+@inputs(few=200)
 @given(GIVEN, st.integers(1, 4))
 @example({"top_k": 10**400}, 1)
 @example({"max_new_tokens": 10**18}, 1)
@@ -165,7 +165,7 @@ LINES = st.one_of(
 )  # fmt: skip
 
 
-@inputs(few=150)
+@inputs(few=75)
 @given(st.lists(LINES, max_size=4), st.integers(1, 3))
 @example(['{"prompt": "a", "max_new_tokens": 2, "id": {"a": ' + "[" * 500 + "]" * 500 + "}}"], 1)
 def test_request_lines(model: gpt2onnx.Model, lines: list[str], batch_size: int) -> None:
@@ -187,7 +187,7 @@ GENERATION_CONFIGS = st.dictionaries(
 ).map(lambda content: json.dumps(content).encode())
 
 
-@inputs(few=160)
+@inputs(few=80)
 @given(st.data())
 def test_bundles(bundle: Path, odd_bundle: Path, data: st.DataObject) -> None:
     """A file is damaged, and its manifest may have been written anew by whoever did it: a graph then reaches ONNX Runtime."""
@@ -235,7 +235,7 @@ ARGUMENTS = st.one_of(
 )  # fmt: skip
 
 
-@inputs(few=250)
+@inputs(few=125)
 @given(
     st.sampled_from(["generate", "generate", "generate", "verify", "tokens", "next", "inspect", "export"]),
     st.lists(ARGUMENTS, max_size=4),

@@ -140,13 +140,6 @@ def test_finish_reasons(pair: Pair) -> None:
     assert (stopped.finish_reason, stopped.token_ids) == ("stop", plain.token_ids[: first + 1])
 
 
-def test_top_k_50_is_the_default(pair: Pair) -> None:
-    model, _ = pair
-    for seed in range(3):
-        default = model.generate([5], seed=seed, max_new_tokens=20, temperature=3.0).sequences[0]
-        assert default == model.generate([5], seed=seed, max_new_tokens=20, temperature=3.0, top_k=50).sequences[0]
-
-
 def test_seed_counts_modulo_2_to_the_32(pair: Pair) -> None:
     model, reference = pair
     for seed in (0, 2**32 - 1, 2**32, 2**40 + 77):

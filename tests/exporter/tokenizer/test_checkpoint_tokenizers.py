@@ -12,12 +12,14 @@ from typing import Any
 
 import pytest
 import tokenizers
-from support.checkpoints import END_OF_TEXT, byte_tokenizer
+from support.checkpoints import END_OF_TEXT, MakeCheckpoint, byte_tokenizer
+from support.commands import CommandLine
 from support.golden import Golden
 from support.tokenizer_files import GPT2_FILES, TEXTS, differences, in_transformers, write
 from support.versions import skip_with_transformers_4
 from tokenizers import decoders, models, normalizers, pre_tokenizers
 
+import gpt2onnx
 from gpt2onnx.errors import CheckpointError, MissingExtraError
 from gpt2onnx.exporter.tokenizer.convert import write_tokenizer
 from gpt2onnx.runtime.tokenizer import Tokenizer
@@ -347,3 +349,30 @@ def test_a_broken_tokenizer_is_told_in_one_line(break_it: Callable[[Path], None]
     with pytest.raises(CheckpointError, match=word) as caught:
         write_tokenizer(byte_level, {"vocab_size": 200}, target)
     assert "\n" not in str(caught.value)
+
+
+def test_an_added_token_that_the_network_has_no_row_for_is_left_out(
+    make_checkpoint: MakeCheckpoint, tmp_path: Path, command_line: CommandLine, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Such as a padding token of a fine-tuned model; in transformers, a text with it ends in an index error."""
+    checkpoint = make_checkpoint()
+    tokenizer = tokenizers.Tokenizer.from_file(str(checkpoint / "tokenizer.json"))
+    tokenizer.add_special_tokens(["<pad>"])
+    tokenizer.save(str(checkpoint / "tokenizer.json"))
+    assert tokenizer.encode("<pad>").ids == [257]
+    done = command_line("export", checkpoint, tmp_path / "bundle", "--no-parity")
+    assert done.code == 0, done.err
+    assert "no rows for: <pad>" in caplog.text
+    assert command_line("verify", tmp_path / "bundle").code == 0
+    model = gpt2onnx.load(tmp_path / "bundle", threads=1)
+    assert model.tokenizer.decode(model.generate("<pad>", max_new_tokens=1).prompt_ids) == "<pad>"
+
+
+def test_tokens_before_every_text_need_a_row(make_checkpoint: MakeCheckpoint, tmp_path: Path) -> None:
+    checkpoint = make_checkpoint()
+    tokenizer = tokenizers.Tokenizer.from_file(str(checkpoint / "tokenizer.json"))
+    tokenizer.add_special_tokens(["<s>"])
+    tokenizer.post_processor = tokenizers.processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 257)])
+    tokenizer.save(str(checkpoint / "tokenizer.json"))
+    with pytest.raises(CheckpointError, match="no row"):
+        gpt2onnx.export(checkpoint, tmp_path / "bundle")

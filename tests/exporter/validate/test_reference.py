@@ -2,6 +2,7 @@
 
 import math
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -53,23 +54,14 @@ def test_logits_of_tales(length: int, way: str, tales_session: Runner, tales_ref
     assert_close(ort_logits(tales_session, ids, WAYS[way]), tales_reference.logits(ids), TOLERANCE)
 
 
-CHECKPOINTS = {
+# Of what a whole window may show; tests/exporter/graph/test_graph.py has every configuration and activation.
+CHECKPOINTS: dict[str, dict[str, Any]] = {
     "plain": {},
     "untied": {"tie_word_embeddings": False},
-    "one layer": {"n_layer": 1},
     "three layers, five heads": {"n_layer": 3, "n_head": 5, "n_embd": 40},
-    "one head": {"n_head": 1},
-    "heads of 5": {"n_embd": 20},
     "heads of 64": {"n_embd": 128, "n_head": 2, "initializer_range": 0.15},
-    "inner width": {"n_inner": 56},
-    "odd vocabulary": {"vocab_size": 331},
-    "small vocabulary": {"vocab_size": 61},
-    "epsilon": {"layer_norm_epsilon": 1e-2},
-    "unscaled attention": {"scale_attn_weights": False},
     "attention scaled by layer": {"scale_attn_by_inverse_layer_idx": True, "n_layer": 3},
-} | {
-    activation: {"activation_function": activation}
-    for activation in ("gelu", "gelu_fast", "gelu_pytorch_tanh", "relu", "silu", "swish", "tanh", "quick_gelu")
+    "quick_gelu": {"activation_function": "quick_gelu"},
 }
 
 
@@ -158,10 +150,3 @@ def test_int8_is_close_to_fp32(
     assert not (differs & (apart > 5)).any()
     small, large = ((bundle / WEIGHTS).stat().st_size for bundle in (tales_int8_bundle, tales_bundle))
     assert small < 0.3 * large
-
-
-def test_int8_generates(tales_int8_bundle: Path) -> None:
-    model = gpt2onnx.load(tales_int8_bundle, threads=1)
-    result = model.generate(PROMPTS[0], max_new_tokens=40, do_sample=True, seed=3)
-    assert len(result.sequences[0].token_ids) == 40 or result.sequences[0].finish_reason == "stop"
-    assert len(set(result.text.split())) > 10
