@@ -17,13 +17,12 @@ from typing import Any
 
 import onnx
 import pytest
-import tokenizers
 from support.checkpoints import MakeCheckpoint
 from support.commands import CommandLine
 from support.systems import posix
 
 import gpt2onnx
-from gpt2onnx.errors import BackendError, BundleError, CheckpointError
+from gpt2onnx.errors import BackendError, BundleError
 from gpt2onnx.models import external_data
 from gpt2onnx.models.bundle import GRAPH, MANIFEST, RAGGED_GRAPH, TOKENIZER, WEIGHTS, Bundle, Manifest, describe_files
 from gpt2onnx.runtime.engine import loading
@@ -379,30 +378,3 @@ def test_damaged_graphs_end_in_one_line(copy: Path) -> None:
             broken[generator.randrange(len(content))] = generator.randrange(256)
         with contextlib.suppress(ValueError):
             external_data.locations(bytes(broken))
-
-
-def test_an_added_token_that_the_network_has_no_row_for_is_left_out(
-    make_checkpoint: MakeCheckpoint, tmp_path: Path, command_line: CommandLine, caplog: pytest.LogCaptureFixture
-) -> None:
-    """Such as a padding token of a fine-tuned model; in transformers, a text with it ends in an index error."""
-    checkpoint = make_checkpoint()
-    tokenizer = tokenizers.Tokenizer.from_file(str(checkpoint / TOKENIZER))
-    tokenizer.add_special_tokens(["<pad>"])
-    tokenizer.save(str(checkpoint / TOKENIZER))
-    assert tokenizer.encode("<pad>").ids == [257]
-    done = command_line("export", checkpoint, tmp_path / "bundle", "--no-parity")
-    assert done.code == 0, done.err
-    assert "no rows for: <pad>" in caplog.text
-    assert command_line("verify", tmp_path / "bundle").code == 0
-    model = gpt2onnx.load(tmp_path / "bundle", threads=1)
-    assert model.tokenizer.decode(model.generate("<pad>", max_new_tokens=1).prompt_ids) == "<pad>"
-
-
-def test_tokens_before_every_text_need_a_row(make_checkpoint: MakeCheckpoint, tmp_path: Path) -> None:
-    checkpoint = make_checkpoint()
-    tokenizer = tokenizers.Tokenizer.from_file(str(checkpoint / TOKENIZER))
-    tokenizer.add_special_tokens(["<s>"])
-    tokenizer.post_processor = tokenizers.processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 257)])
-    tokenizer.save(str(checkpoint / TOKENIZER))
-    with pytest.raises(CheckpointError, match="no row"):
-        gpt2onnx.export(checkpoint, tmp_path / "bundle")
