@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 
 Logits = npt.NDArray[np.float32]
 
+# The others leave out scale_attn_by_inverse_layer_idx in transformers 4.
+_ATTENTION = "eager"
 # Adding some thousand products in another order changes their sum by about this share of its size.
 _FLOAT32_NOISE = 1e-6
 
@@ -36,7 +38,7 @@ class Reference:
     """A checkpoint in PyTorch, float32; read by transformers itself where it is in transformers' own layout.
 
     Attributes:
-        name: versions of transformers and torch, for the report.
+        name: versions of transformers and torch, and the implementation of attention, for the report.
         version: of transformers.
 
     Raises:
@@ -53,7 +55,7 @@ class Reference:
         transformers.utils.logging.set_verbosity_error()
         transformers.utils.logging.disable_progress_bar()
         self.version = transformers.__version__
-        self.name = f"transformers {self.version}, torch {torch.__version__}"
+        self.name = f"transformers {self.version} ({_ATTENTION} attention), torch {torch.__version__}"
         self._config, self._tied = checkpoint.config, checkpoint.tied
         try:
             self._model = _load(checkpoint)
@@ -150,8 +152,7 @@ def _load(checkpoint: Checkpoint) -> "GPT2LMHeadModel":
     from transformers import GPT2Config as Settings
     from transformers import GPT2LMHeadModel
 
-    # transformers 4's other attention implementations leave out scale_attn_by_inverse_layer_idx.
-    attention: dict[str, Any] = {"attn_implementation": "eager"}
+    attention: dict[str, Any] = {"attn_implementation": _ATTENTION}
     weights = [*checkpoint.folder.glob("model*.safetensors"), *checkpoint.folder.glob("pytorch_model*.bin")]
     if (checkpoint.folder / CONFIG).is_file() and weights and not Path(checkpoint.name).is_file():
         config = Settings.from_dict(dict(checkpoint.raw_config))

@@ -84,6 +84,17 @@ def test_fp32_bundle_of_tales_passes(tales_bundle: Path) -> None:
     assert report["tokens"]["equal"] == report["tokens"]["cases"] > 20
 
 
+def test_attention_is_scaled_by_the_layer_where_the_checkpoint_says_so(
+    make_checkpoint: MakeCheckpoint, tmp_path: Path, command_line: CommandLine
+) -> None:
+    """transformers 4 does so with eager attention only, which the report names."""
+    folder = make_checkpoint(n_layer=4, initializer_range=0.5, scale_attn_by_inverse_layer_idx=True)
+    gpt2onnx.export(folder, tmp_path / "bundle")
+    done = command_line("parity", tmp_path / "bundle", folder)
+    assert done.code == 0, done.out + done.err
+    assert done.out.startswith(f"against transformers {version('transformers')} (eager attention), torch ")
+
+
 def test_int8_bundle_of_tales_passes(tales_int8_bundle: Path) -> None:
     report = check(tales_int8_bundle, Checkpoint.open("tales"))
     assert report["passed"], json.dumps(report, indent=2)
