@@ -8,7 +8,7 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 
-from . import helper_graphs, providers
+from . import forks, helper_graphs, providers
 
 # After providers, whose error says how to install it.
 import onnxruntime as ort  # isort: skip
@@ -62,6 +62,7 @@ class Binding:
         Raises:
             BackendError: ONNX Runtime failed.
         """
+        forks.check(self._graph)
         try:
             self._graph.run_with_iobinding(self._io)
         except Exception as error:
@@ -113,6 +114,7 @@ class DeviceStorage:
         layers, parts, count, heads, positions, size = source._shape
         longer = self._shape[4] * size
         place = (self._device, 0, self._dtype)
+        forks.check(self._mover)
         io = self._mover.io_binding()
         io.bind_input("data", *place, [layers * parts, count, heads, positions * size], source.base)
         io.bind_cpu_input("rows", rows)

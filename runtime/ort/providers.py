@@ -20,7 +20,7 @@ from gpt2onnx.errors import BackendError, MissingExtraError
 
 from ...models.messages import one_line
 from ..host import resources
-from . import devices
+from . import devices, forks
 from .signature import Declared
 
 try:
@@ -126,6 +126,8 @@ def open_graph(
         _check_share(session, provider, name)
     if weights and not _copies_weights():
         _weights_in_use[session] = weights
+    if threads > 1 or elsewhere:
+        forks.watch(session)
     return session
 
 
@@ -171,6 +173,7 @@ def run(
     Raises:
         BackendError: ONNX Runtime failed.
     """
+    forks.check(session)
     try:
         return [np.asarray(each) for each in session.run(list(outputs), dict(inputs))]
     except Exception as error:
