@@ -34,6 +34,9 @@ from .model_options import device_options, draft_options, drafts, load, model_op
     help=r"""Replace \n, \r, \t, \', \", \\ and \xHH, a byte, in PROMPT and --stop.""",
 )
 @job.job_options
+@click.option(
+    "--tokenizer", type=click.Path(), help="Folder of a tokenizer, for a model without one or in place of its own."
+)
 @fleet_options.fleet_options
 @device_options
 @draft_options
@@ -53,6 +56,7 @@ from .model_options import device_options, draft_options, drafts, load, model_op
 @console.verbosity
 def command(
     prompt: str | None, model: str, prompt_ids: list[int] | None, prompt_file: Path | None, encoding: str, escape: bool,
+    tokenizer: str | None,
     requests: job.JobOptions | None, fleet: fleet_options.FleetOptions | None, device: str, threads: int | None, stream: bool | None,
     echo: bool | None, as_json: bool, energy_file: Path | None, country: str | None, energy_seconds: float | None, quiet: bool,
     given: dict[str, Any],
@@ -89,6 +93,10 @@ def command(
                 raise click.UsageError("--energy is measured on one machine: not with --engine ray")
             if drafts():
                 raise click.UsageError("--draft and --draft-model are for this machine: not with --engine ray")
+            if tokenizer is not None:
+                raise click.UsageError(
+                    "--tokenizer isn't sent to workers: export the model together with its tokenizer"
+                )
             fleet_options.run(
                 fleet, model, requests, device=device, threads=threads, given=given, as_json=as_json, quiet=quiet
             )
@@ -117,7 +125,8 @@ def command(
             settings = energy_options.settings(country, energy_seconds)
             tracker = stack.enter_context(track_energy(energy_file, **settings))
         # A job's results don't depend on those before, which a resumed one hasn't computed.
-        loaded = load(model, device, threads, **({} if requests is None else {"wide_after": 0}))
+        others: dict[str, Any] = {} if requests is None else {"wide_after": 0}
+        loaded = load(model, device, threads, tokenizer=tokenizer, **others)
         if requests is not None:
             job.run(loaded, requests, loaded.options(given), tracker, quiet=quiet)
             return
@@ -164,7 +173,12 @@ def _complete(model: Model, request: Request) -> Result:
 
 
 def _print_text(model: Model, request: Request, stream: bool | None, echo: bool) -> Result:
-    """Prints the continuation as it grows or, where that is impossible or not wanted, at once."""
+    """Prints the continuation as it grows or, where that is impossible or not wanted, at once; tokens that have no text as ids."""
+    if model.tokenizer.missing:
+        result = _complete(model, request)
+        before = result.prompt_ids if echo else []
+        click.echo("\n---\n".join(",".join(map(str, before + one.token_ids)) for one in result.sequences))
+        return result
     if stream or (stream is None and _can_stream(request)):
         pieces = model.open_stream(request)
         if echo:

@@ -123,9 +123,13 @@ def export(
     compared = bool(texts) or by_default if quality is None else quality
     with replacing(target, lambda: check_target(target, force=force)) as folder:
         write_configuration(checkpoint, folder, half=dtype == "fp16")
-        write_tokenizer(
-            checkpoint.folder, {**checkpoint.raw_config, "vocab_size": checkpoint.config.vocab_size}, folder
-        )
+        settings = {**checkpoint.raw_config, "vocab_size": checkpoint.config.vocab_size}
+        if not write_tokenizer(checkpoint.folder, settings, folder):
+            _log.warning(
+                "%s has no tokenizer, so the bundle takes and gives token ids; for text put tokenizer.json there, vocab.json with"
+                " merges.txt, vocab.txt or nanoGPT's meta.pkl, or give --tokenizer FOLDER later",
+                checkpoint.folder,
+            )
         manifest = Manifest(
             gpt2onnx=version("gpt2onnx"),
             source=checkpoint.name,

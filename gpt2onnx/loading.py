@@ -4,9 +4,10 @@ import hashlib
 import os
 import re
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
-from gpt2onnx.errors import BundleError, OutputError
+from gpt2onnx.errors import BundleError, CheckpointError, OutputError
 
 from .models import bundle, tales, user_cache
 from .models.config import GPT2Config, read_json
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
 def load(
     model: str | os.PathLike[str] = "tales",
     *,
+    tokenizer: str | os.PathLike[str] | None = None,
     device: str = "cpu",
     threads: int | None = None,
     verify: bool = False,
@@ -31,6 +33,7 @@ def load(
     Args:
         model: a bundle folder; or any source that `export` takes, which is then exported once, in fp32,
             into the user's cache (the folder that GPT2ONNX_CACHE names, or else the platform's).
+        tokenizer: folder of a tokenizer in any form that `export` takes, for a bundle without one, or in its place.
         device: "cpu", "cuda", the name of another execution provider, or "auto": CUDA where it works, else the CPU.
         threads: of one operator; by default as many as this process may use, fewer for very small models.
         verify: compare every byte of the bundle with its manifest first; otherwise only the files' sizes, and the
@@ -54,15 +57,18 @@ def load(
     folder = resolve(model)
     if verify:
         bundle.Bundle.open(folder).verify()
-    return Model(
-        folder,
-        device=device,
-        threads=threads,
-        wide_after=wide_after,
-        draft=draft,
-        draft_model=None if draft_model is None else resolve(draft_model),
-        draft_length=draft_length,
-    )
+    with TemporaryDirectory() as converted:
+        own = None if tokenizer is None else _convert_tokenizer(Path(tokenizer), folder, Path(converted))
+        return Model(
+            folder,
+            tokenizer=own,
+            device=device,
+            threads=threads,
+            wide_after=wide_after,
+            draft=draft,
+            draft_model=None if draft_model is None else resolve(draft_model),
+            draft_length=draft_length,
+        )
 
 
 def resolve(model: str | os.PathLike[str]) -> Path:
@@ -83,6 +89,18 @@ def resolve(model: str | os.PathLike[str]) -> Path:
         except OutputError:
             if not bundle.is_bundle(target):  # otherwise another process has just made the same
                 raise
+    return target
+
+
+def _convert_tokenizer(source: Path, model: Path, target: Path) -> Path:
+    """The folder `target`, with the tokenizer of the folder `source` as an export of it would have it."""
+    from .exporter.tokenizer.convert import write_tokenizer
+
+    vocab_size = bundle.Bundle.open(model).config.vocab_size
+    if not source.is_dir() or not write_tokenizer(source, {"vocab_size": vocab_size}, target):
+        raise CheckpointError(
+            f"{source} has no tokenizer: name a folder with tokenizer.json, or vocab.json and merges.txt"
+        )
     return target
 
 

@@ -45,7 +45,7 @@ TWIN_WEIGHTS = "onnx/twin.onnx_data"
 GRAPHS = ("fused", "portable")
 FORMAT_VERSION = 1
 
-_REQUIRED = (CONFIG, GENERATION_CONFIG, TOKENIZER, GRAPH)
+_REQUIRED = (CONFIG, GENERATION_CONFIG, GRAPH)
 # Files up to this size are hashed whenever a bundle is opened, which takes less than a millisecond in all.
 _SMALL = 2**18
 
@@ -173,8 +173,9 @@ class Bundle:
         for name in _REQUIRED:
             if name not in manifest.files:
                 raise BundleError(f"{folder / MANIFEST} doesn't list {name}: export the bundle again")
-        if TOKENIZER_CONFIG not in manifest.files and os.path.lexists(folder / TOKENIZER_CONFIG):
-            raise _not_listed(folder / TOKENIZER_CONFIG)
+        for name in (TOKENIZER, TOKENIZER_CONFIG):
+            if name not in manifest.files and os.path.lexists(folder / name):
+                raise _not_listed(folder / name)
         for name, record in manifest.files.items():
             path, size = _place(folder, root, name)
             if size != record.size:

@@ -42,8 +42,8 @@ _DEFAULT_TOKENS: Mapping[str, Mapping[str, Any]] = {
 }
 
 
-def write_tokenizer(checkpoint: Path, config: Mapping[str, Any], target: Path) -> None:
-    """Writes tokenizer.json and its companions into the folder `target`.
+def write_tokenizer(checkpoint: Path, config: Mapping[str, Any], target: Path) -> bool:
+    """Writes tokenizer.json and its companions into the folder `target`, if the checkpoint has a tokenizer.
 
     Args:
         checkpoint: folder with tokenizer.json; with vocab.json and merges.txt; with BERT's vocab.txt; with a
@@ -51,8 +51,11 @@ def write_tokenizer(checkpoint: Path, config: Mapping[str, Any], target: Path) -
         config: the checkpoint's config.json, with vocab_size.
         target: an existing folder.
 
+    Returns:
+        Whether it has one.
+
     Raises:
-        CheckpointError: there is no tokenizer, it can't be read, or it has more tokens than the network.
+        CheckpointError: it can't be read, is incomplete, or has more tokens than the network.
         MissingExtraError: it is a sentencepiece model, which only transformers can convert.
     """
     files = _TokenizerFiles.read(checkpoint, config)
@@ -74,11 +77,10 @@ def write_tokenizer(checkpoint: Path, config: Mapping[str, Any], target: Path) -
     elif config["vocab_size"] in GPT2_VOCABULARIES:
         tokenizer = files.from_nothing()
         _log.warning("%s has no tokenizer: GPT-2's own is taken, which has the same vocabulary", checkpoint)
+    elif halves := [name for pair in _BYTE_LEVEL_FILES for name in pair if (checkpoint / name).is_file()]:
+        raise CheckpointError(f"{checkpoint} has {halves[0]} alone: a tokenizer is vocab.json with merges.txt")
     else:
-        raise CheckpointError(
-            f"{checkpoint} has no tokenizer, and a vocabulary of {config['vocab_size']} isn't GPT-2's:"
-            f" put {TOKENIZER} there, vocab.json with merges.txt, vocab.txt, or nanoGPT's {CHARACTERS}"
-        )
+        return False
     largest = max(tokenizer.get_vocab(with_added_tokens=False).values(), default=-1)
     if largest >= config["vocab_size"]:
         raise CheckpointError(
@@ -96,6 +98,7 @@ def write_tokenizer(checkpoint: Path, config: Mapping[str, Any], target: Path) -
     if not (target / _SETTINGS).exists():
         minimal = {"tokenizer_class": files.class_name, **_DEFAULT_TOKENS.get(files.class_name, {})}
         (target / _SETTINGS).write_text(json.dumps(minimal, indent=2) + "\n", encoding="utf-8", newline="\n")
+    return True
 
 
 def _compact(content: dict[str, Any]) -> str:

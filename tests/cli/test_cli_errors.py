@@ -70,7 +70,6 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     "no weights": (lambda folder: (folder / "model.safetensors").unlink(), "weights"),
     "truncated weights": (lambda folder: truncate(folder / "model.safetensors"), "model.safetensors"),
     "empty weights": (lambda folder: (folder / "model.safetensors").write_bytes(b""), "model.safetensors"),
-    "no tokenizer": (lambda folder: (folder / "tokenizer.json").unlink(), "tokenizer"),
     "truncated tokenizer": (lambda folder: truncate(folder / "tokenizer.json"), "tokenizer.json"),
     "generation config is no JSON": (
         lambda folder: (folder / "generation_config.json").write_text("?"),
@@ -193,7 +192,6 @@ def test_export_options_that_contradict(
 @pytest.mark.parametrize(
     ("arguments", "hint"),
     [
-        ([""], "the prompt is empty"),
         (["tale " * 600], "context window 512"),
         (["--prompt-ids", ",".join(["1"] * 513)], "513 tokens"),
         (["--prompt-ids", "1,8192"], "8192"),
@@ -288,9 +286,13 @@ def test_wrong_usage(arguments: list[object], hint: str, place: Path, command_li
     assert snapshot(place) == before
 
 
-def test_nothing_on_standard_input(command_line: CommandLine, tales_bundle: Path) -> None:
-    assert_one_line(command_line("generate", "-m", tales_bundle, stdin=""), 1, "the prompt is empty")
-    assert_one_line(command_line("generate", "-m", tales_bundle, "--json", stdin="\n"), 1, "the prompt is empty")
+def test_no_prompt_and_no_token_to_begin_with(
+    command_line: CommandLine, make_checkpoint: MakeCheckpoint, tmp_path: Path
+) -> None:
+    gpt2onnx.export(make_checkpoint(bos_token_id=None, eos_token_id=5), tmp_path / "bundle")
+    for stdin in ("", "\n"):
+        done = command_line("generate", "-m", tmp_path / "bundle", stdin=stdin)
+        assert_one_line(done, 1, "names no bos_token_id to begin with: give at least one token")
 
 
 DAMAGED_BUNDLES: dict[str, tuple[Callable[[Path], object], str]] = {

@@ -331,7 +331,7 @@ def spoil(name: str, content: str) -> Callable[[Path], None]:
 @pytest.mark.parametrize(
     ("break_it", "word"),
     [
-        (lambda folder: (folder / "merges.txt").unlink(), "no tokenizer"),
+        (lambda folder: (folder / "merges.txt").unlink(), "vocab.json alone"),
         (spoil("merges.txt", "one two three\n"), "merges.txt"),
         (spoil("vocab.json", "{"), "vocab.json"),
         (spoil("tokenizer_config.json", "[]"), "tokenizer_config.json"),
