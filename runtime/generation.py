@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from .decoding.logprobs import PromptLogprobs, TokenLogprobs
 from .decoding.strategy import Continuation, Strategy
 from .requests import GeneratedSequence, Request, Result
-from .tokenizer import Tokenizer, find_stop
+from .tokenizer import Tokenizer
 
 
 class Generation:
@@ -15,10 +15,13 @@ class Generation:
     Attributes:
         request: the request.
         strategy: how far it has come.
+        stop: what ends its text.
     """
 
     def __init__(self, request: Request, strategy: Strategy, tokenizer: Tokenizer, model: str) -> None:
         self.request, self.strategy = request, strategy
+        options, ids = request.options, strategy.prompt.tolist()
+        self.stop = tokenizer.stop_strings(options.stop_strings, ids, skip_special_tokens=options.skip_special_tokens)
         self._tokenizer, self._model = tokenizer, model
         self._started = time.perf_counter()
 
@@ -57,12 +60,11 @@ class Generation:
         )
 
     def _sequence(self, continuation: Continuation) -> GeneratedSequence:
-        options = self.request.options
         new = continuation.tokens[len(self.strategy.prompt) :].tolist()
         text = self._decode(new)
-        logprobs = None if options.logprobs is None else continuation.logprobs
-        text = text[: find_stop(text, options.stop_strings)]
-        return GeneratedSequence(text, new, continuation.finish_reason, logprobs, continuation.score)
+        logprobs = None if self.request.options.logprobs is None else continuation.logprobs
+        end = self.stop.find(text)
+        return GeneratedSequence(text[:end], new, continuation.finish_reason, logprobs, continuation.score)
 
     def _decode(self, ids: Sequence[int]) -> str:
         return self._tokenizer.decode(ids, skip_special_tokens=self.request.options.skip_special_tokens)

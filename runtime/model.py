@@ -20,7 +20,7 @@ from .arrays import Tokens
 from .decoding.extensions import Extensions, LogitsProcessor, PrefixAllowedTokens, StoppingCriterion
 from .decoding.logprobs import PromptLogprobs
 from .decoding.start import start
-from .decoding.strategy import Stop, Strategy
+from .decoding.strategy import Strategy
 from .decoding.torch_random import log_softmax
 from .engine import second_graph
 from .engine.drafting import Drafting
@@ -28,9 +28,9 @@ from .engine.runner import Runner
 from .engine.scheduler import Scheduler
 from .generation import Generation
 from .options import GenerationConfig, GenerationOptions
-from .requests import Outcome, Prompt, Request, Result, Score
+from .requests import Outcome, Prompt, Request, Result, Score, split_seeds
 from .stream import Stream
-from .tokenizer import Tokenizer, find_stop
+from .tokenizer import Tokenizer
 
 BATCH_SIZE = 8
 _MAX_LETTERS_PER_TOKEN = 1000  # GPT-2's longest token has 128
@@ -57,6 +57,7 @@ class Model:
 
     Args:
         folder: the bundle.
+        tokenizer: folder of a tokenizer.json that takes the place of the bundle's.
         device: "cpu", "cuda", the name of another execution provider, or "auto": CUDA where it works, else the CPU.
         threads: of one operator; by default the cores that this process may use, fewer for very small models.
         wide_after: tokens in prompts and batches after which these go through the bundle's second graph, if it has one
@@ -76,6 +77,7 @@ class Model:
         self,
         folder: Path,
         *,
+        tokenizer: Path | None = None,
         device: str = "cpu",
         threads: int | None = None,
         wide_after: int | None = second_graph.WORTH,
@@ -85,10 +87,12 @@ class Model:
     ) -> None:
         self.bundle = Bundle.open(folder)
         self.config = self.bundle.config
-        self.tokenizer = Tokenizer(folder / TOKENIZER)
+        self.tokenizer = Tokenizer((tokenizer or folder) / TOKENIZER)
         self.tokenizer.check(self.config.vocab_size)
         self.sha256 = self.bundle.sha256
-        self.generation_config = GenerationConfig.from_file_content(read_json(folder / GENERATION_CONFIG))
+        generation_config = read_json(folder / GENERATION_CONFIG)
+        self.generation_config = GenerationConfig.from_file_content(generation_config)
+        self._bos_token_id = generation_config.get("bos_token_id")
         self._drafting = Drafting(draft, draft_model, draft_length)
         if draft_model is not None:
             self.tokenizer.check_same(Tokenizer(draft_model / TOKENIZER))
@@ -111,6 +115,7 @@ class Model:
                 option without `do_sample` turns sampling on. Besides:
                 generation_config: options in place of the bundle's own.
                 logits_processor, stopping_criteria, prefix_allowed_tokens_fn: see `runtime.decoding.extensions`.
+                seed: one for all prompts, with which equal prompts give equal continuations; or a list with one for each.
                 batch_size: prompts that are decoded together, 8 by default. In fp32 no result depends on it; kernels of lower
                 precision round one row in another way than several, which may decide a near tie.
 
@@ -118,16 +123,18 @@ class Model:
             The result of the prompt, or the list of results of the list, in its order.
 
         Raises:
-            PromptError: a prompt is empty, too long, or not in the vocabulary.
+            PromptError: a prompt is too long, or not in the vocabulary.
             OptionError: an option is out of range, or options contradict each other.
             BackendError: ONNX Runtime failed.
         """
         given = dict(options)
         batch_size = cast("int", given.pop("batch_size", BATCH_SIZE))
+        single = isinstance(prompts, str) or (len(prompts) > 0 and isinstance(prompts[0], int | np.integer))
+        listed = [cast("Prompt", prompts)] if single else cast("Sequence[Prompt]", prompts)
+        seeds = split_seeds(given, len(listed))
         config, extensions = self._split(given)
-        if isinstance(prompts, str) or (len(prompts) > 0 and isinstance(prompts[0], int | np.integer)):
-            return self.answer([cast("Prompt", prompts)], config, extensions=extensions)[0]
-        return self.answer(cast("Sequence[Prompt]", prompts), config, batch_size, extensions)
+        results = self.answer(listed, config, batch_size, extensions, seeds)
+        return results[0] if single else results
 
     def answer(
         self,
@@ -135,13 +142,15 @@ class Model:
         options: GenerationConfig,
         batch_size: int = BATCH_SIZE,
         extensions: Extensions = Extensions(),  # noqa: B008  # frozen
+        seeds: Sequence[int] | None = None,
     ) -> list[Result]:
-        """Continues prompts, all with the same options; otherwise as `generate`."""
+        """Continues prompts, all with the same options, or each with its own seed; otherwise as `generate`."""
 
         def run(options: GenerationConfig) -> list[Result]:
+            each = [options] * len(prompts) if seeds is None else [options.replaced(seed=seed) for seed in seeds]
             requests = [
-                Request(prompt, options, id=index, extensions=replace(extensions, index=index))
-                for index, prompt in enumerate(prompts)
+                Request(prompt, own, id=index, extensions=replace(extensions, index=index))
+                for index, (prompt, own) in enumerate(zip(prompts, each, strict=True))
             ]
             results: dict[int, Result] = {}
             for request, outcome in self.complete(requests, batch_size):
@@ -165,7 +174,7 @@ class Model:
         """The same for a request.
 
         Raises:
-            PromptError: the prompt is empty, too long, or not in the vocabulary.
+            PromptError: the prompt is too long, or not in the vocabulary.
             OptionError: the options ask for beams, for several sequences, or don't fit the prompt.
         """
         if request.options.num_beams > 1 or request.options.num_return_sequences > 1:
@@ -174,8 +183,7 @@ class Model:
             )
         generation = self.begin(request)
         steps = self._scheduler.run([generation.strategy])
-        options = request.options
-        text = self.tokenizer.stream(options.stop_strings, skip_special_tokens=options.skip_special_tokens)
+        text = self.tokenizer.stream(generation.stop, skip_special_tokens=request.options.skip_special_tokens)
         stream = Stream(generation, steps, text)
         meter = METER.get()
         return stream if meter is None else meter.stream(self, stream)
@@ -265,11 +273,11 @@ class Model:
                 vocabulary's.
             BackendError: ONNX Runtime failed.
         """
-        ids = scored = self.prompt_ids(text)
+        ids = scored = self._ids(text)
         if prompt is not None:
             ids = np.concatenate([self.prompt_ids(prompt), scored])
-        elif len(ids) < 2:
-            raise PromptError("a text of one token has nothing to score: at least two are needed")
+        if len(ids) < 2 or not len(scored):
+            raise PromptError("there is nothing to score: a text needs two tokens, behind a prompt one")
         context = self.config.n_positions
         # The last token is only predicted: it needs no position of its own.
         if len(ids) > context + 1:
@@ -293,7 +301,7 @@ class Model:
         """Checks a request and begins to carry it out.
 
         Raises:
-            PromptError: the prompt is empty, too long, or not in the vocabulary.
+            PromptError: the prompt is too long, or not in the vocabulary.
             OptionError: the options don't fit this model or this prompt length, or there isn't the memory.
         """
         if request.error is not None:
@@ -301,7 +309,7 @@ class Model:
         options = self._drafting.options(request.options)
         ids = self.prompt_ids(request.prompt, options)
         self.check_options(options, len(ids))
-        stop = self._stop(options.stop_strings, len(ids))
+        stop = self.tokenizer.stop(options.stop_strings, ids.tolist())
         strategy = start(ids, options, self.config.n_positions, stop, request.extensions)
         self.runner.check_memory(strategy.rows, strategy.positions, self._scheduler.reserved_bytes)
         if request.prompt_logprobs is not None:
@@ -329,16 +337,26 @@ class Model:
                 )
 
     def prompt_ids(self, prompt: Prompt, options: GenerationConfig | None = None) -> Tokens:
-        """The tokens of a prompt, int64 [length].
+        """The tokens of a prompt, int64 [length]; of an empty one the BOS token, as in transformers.
 
         Args:
             prompt: a text, or token ids.
             options: may ask for `truncate`.
 
         Raises:
-            PromptError: it is empty, too long, or not in the vocabulary.
+            PromptError: it is too long or not in the vocabulary, or it is empty and the model has no BOS token.
             OptionError: `truncate` leaves nothing of it.
         """
+        ids = self._ids(prompt, options)
+        if len(ids):
+            return ids
+        if self._bos_token_id is None:
+            reason = "the model's generation_config.json names no bos_token_id to begin with"
+            raise PromptError(f"the prompt is empty, and {reason}: give at least one token")
+        return self._ids([self._bos_token_id])
+
+    def _ids(self, prompt: Prompt, options: GenerationConfig | None = None) -> Tokens:
+        """The tokens of a text, int64 [length], which may have none."""
         context, vocabulary = self.config.n_positions, self.config.vocab_size
         if not isinstance(prompt, Sequence | np.ndarray):
             raise PromptError(f"a prompt is a text or a list of token ids, not {shown(prompt)}")
@@ -351,9 +369,7 @@ class Model:
                 too_long=True,
             )
         ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
-        if not ids:
-            raise PromptError("the prompt is empty: give at least one token")
-        if options is not None:
+        if ids and options is not None:
             ids = ids[-options.kept_tokens(len(ids), context) :]
         for token in ids:
             if isinstance(token, bool) or not isinstance(token, int | np.integer) or not 0 <= token < vocabulary:
@@ -363,20 +379,6 @@ class Model:
                 f"the prompt has {len(ids)} tokens, the context window {context}: shorten the prompt", too_long=True
             )
         return np.array(ids, np.int64)
-
-    def _stop(self, strings: Sequence[str], prompt_length: int) -> Stop | None:
-        if not strings:
-            return None
-        # A token is at least one byte, so no stop string can begin further back.
-        reach = max(len(string.encode("utf-8", "replace")) for string in strings)
-
-        def stop(tokens: Tokens) -> bool:
-            tail = tokens[max(prompt_length, len(tokens) - reach) :].tolist()
-            # A special token may be the stop string, or stand in the middle of one.
-            texts = (self.tokenizer.decode(tail, skip_special_tokens=skip) for skip in (True, False))
-            return any(find_stop(text, strings) is not None for text in texts)
-
-        return stop
 
 
 class Meter(Protocol):

@@ -37,12 +37,11 @@ Factor = Annotated[float, Meta(gt=0, le=LARGEST)]
 Text = Annotated[str, Meta(min_length=1)]
 
 # Generation options of transformers that change tokens and aren't implemented, with the value that changes none.
-_NOT_SUPPORTED = {
+NOT_SUPPORTED = {
     "diversity_penalty": 0.0,
     "dola_layers": None,
     "force_words_ids": None,
     "guidance_scale": 1.0,
-    "max_time": None,
     "num_beam_groups": 1,
     "penalty_alpha": 0.0,
     "remove_invalid_values": False,
@@ -68,6 +67,10 @@ class GenerationConfig(msgspec.Struct, frozen=True, kw_only=True):
     min_length: Annotated[
         Count, about("No end token before this many tokens, prompt included; min_new_tokens replaces it.")
     ] = 0
+    max_time: Annotated[
+        Annotated[float, Meta(ge=0, le=LARGEST)] | None,
+        about("Seconds, from the start of the prompt's computation, after which the token under way is the last."),
+    ] = None
     do_sample: Annotated[bool, about("Draw the next token instead of taking the likeliest.")] = False
     temperature: Annotated[
         Annotated[float, Meta(ge=0, le=LARGEST)],
@@ -144,7 +147,12 @@ class GenerationConfig(msgspec.Struct, frozen=True, kw_only=True):
     ] = False
     num_return_sequences: Annotated[Rows, about("Continuations of each prompt.")] = 1
     seed: Annotated[
-        Count | None, about("Seed of the random draws, modulo 2**32; a fresh one by default.", sampling=True)
+        Count | None,
+        about(
+            "Seed of the random draws, modulo 2**32; a fresh one by default. With the same seed equal prompts give equal"
+            " continuations.",
+            sampling=True,
+        ),
     ] = None
     eos_token_id: Annotated[
         TokenIdOrNone | Sequence[TokenIdOrNone] | None, about("Token or tokens that end a sequence.", example="1,2")
@@ -268,7 +276,7 @@ class GenerationConfig(msgspec.Struct, frozen=True, kw_only=True):
         Raises:
             OptionError: a value is out of range.
         """
-        for name, neutral in _NOT_SUPPORTED.items():
+        for name, neutral in NOT_SUPPORTED.items():
             if content.get(name) not in (None, neutral):
                 _log.warning("generation_config.json asks for %s, which gpt2onnx doesn't apply", name)
         values = {name: value for name, value in content.items() if name in BY_NAME and value is not None}
@@ -307,8 +315,6 @@ class GenerationConfig(msgspec.Struct, frozen=True, kw_only=True):
         for name, ids in forced.items():
             if ids and set(ids) <= set(self.suppress_tokens or ()):
                 raise OptionError(f"{name} {shown(list(ids))} is among suppress_tokens: leave one of them out", name)
-        if self.logprobs is not None and self.num_beams > 1:
-            raise OptionError("logprobs are of single sequences: not with num_beams above 1", "logprobs")
 
 
 class GenerationOptions(TypedDict, total=False):
@@ -318,6 +324,7 @@ class GenerationOptions(TypedDict, total=False):
     min_new_tokens: int | None
     max_length: int | None
     min_length: int | None
+    max_time: float | None
     do_sample: bool | None
     temperature: float | None
     top_h: float | None
@@ -343,7 +350,7 @@ class GenerationOptions(TypedDict, total=False):
     length_penalty: float | None
     early_stopping: bool | Literal["never"] | None
     num_return_sequences: int | None
-    seed: int | None
+    seed: int | Sequence[int] | None
     eos_token_id: int | Sequence[int] | None
     stop: str | Sequence[str] | None
     logprobs: int | None

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from gpt2onnx.errors import Gpt2OnnxError
+from gpt2onnx.errors import Gpt2OnnxError, OptionError
 
 from .decoding.extensions import Extensions
 from .decoding.logprobs import TokenLogprobs
@@ -56,8 +56,8 @@ class GeneratedSequence:
     Attributes:
         text: of the new tokens, as a rule without special tokens, cut before a stop string.
         token_ids: the new tokens, an end token included.
-        finish_reason: "stop" (end token, stop string or criterion), "length", or "context" (the context window is full);
-            None if decoding was interrupted.
+        finish_reason: "stop" (end token, stop string or criterion), "length", "context" (the context window is full)
+            or "time" (max_time); None if decoding was interrupted.
         logprobs: of each new token, if they were asked for.
         score: of a beam: its log probability divided by its length to the power of length_penalty.
     """
@@ -154,6 +154,21 @@ class Result:
 
 
 Outcome = Result | Gpt2OnnxError
+
+
+def split_seeds(given: dict[str, Any], prompts: int) -> Sequence[int] | None:
+    """Takes a list of seeds out of given options, which keep the first one; None where `seed` is no list.
+
+    Raises:
+        OptionError: there isn't one for each prompt.
+    """
+    seeds = given.get("seed")
+    if not isinstance(seeds, Sequence) or isinstance(seeds, str):
+        return None
+    if len(seeds) != prompts:
+        raise OptionError(f"seed has {len(seeds)} entries, but there are {prompts} prompts", "seed")
+    given["seed"] = seeds[0] if seeds else None
+    return seeds
 
 
 @dataclass(frozen=True)

@@ -1,18 +1,22 @@
 """Text to token ids and back, and text that grows token by token. Knows no model."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+import numpy.typing as npt
 from tokenizers import Tokenizer as HuggingFaceTokenizer
 from tokenizers.decoders import ByteLevel, DecodeStream
+from tokenizers.models import BPE
 
-from gpt2onnx.errors import BundleError, CheckpointError, OptionError
+from gpt2onnx.errors import BundleError, CheckpointError, OptionError, PromptError
 
 from ..models.bundle import TOKENIZER_CONFIG
 from ..models.config import read_json
 from ..models.messages import shown
+from .stop_strings import StopStrings
 
 # Replacements of transformers' `clean_up_tokenization`, in its order.
 _CLEAN_UP = (
@@ -55,13 +59,19 @@ class Encoded:
 class Tokenizer:
     """A bundle's tokenizer.json, with the setting for spaces in decoded text of tokenizer_config.json beside it.
 
+    A bundle may have none: then tokens have no text, and text has no tokens.
+
+    Attributes:
+        missing: whether the bundle has none.
+
     Raises:
         BundleError: a file can't be read.
     """
 
     def __init__(self, path: Path) -> None:
+        self.missing = not path.exists()
         try:
-            self._tokenizer = HuggingFaceTokenizer.from_file(str(path))
+            self._tokenizer = HuggingFaceTokenizer(BPE()) if self.missing else HuggingFaceTokenizer.from_file(str(path))
         except Exception as error:
             raise BundleError(f"{path} can't be read: {error}") from error
         self._path = path
@@ -99,13 +109,18 @@ class Tokenizer:
         Args:
             text: any.
             add_special_tokens: with those that the tokenizer puts around a text.
+
+        Raises:
+            PromptError: there is no tokenizer.
         """
+        self._require()
         # Half of a surrogate pair can't be written in UTF-8; transformers' tokenizers refuse it, too.
         clean = text.encode("utf-8", "replace").decode("utf-8")
         return list(self._tokenizer.encode(clean, add_special_tokens=add_special_tokens).ids)
 
     def encode_with_spans(self, text: str) -> Encoded:
         """As `encode`, and where in the text each token stands."""
+        self._require()
         encoding = self._tokenizer.encode(text.encode("utf-8", "replace").decode("utf-8"))
         return Encoded(list(encoding.ids), list(encoding.offsets))
 
@@ -140,9 +155,59 @@ class Tokenizer:
         text = str(self._tokenizer.decode(list(ids), skip_special_tokens=skip_special_tokens))
         return _clean_up(text) if self._cleans_up else text
 
-    def stream(self, stop: Sequence[str] = (), *, skip_special_tokens: bool = True) -> "TextStream":
+    def stream(
+        self,
+        stop: StopStrings = StopStrings(),  # noqa: B008  # never changes
+        *,
+        skip_special_tokens: bool = True,
+    ) -> "TextStream":
         """A growing text that ends before the first of the stop strings."""
         return TextStream(self._tokenizer, stop, skip_special_tokens=skip_special_tokens, cleans_up=self._cleans_up)
+
+    def stop_strings(
+        self, strings: Sequence[str], prompt: Sequence[int], *, skip_special_tokens: bool = True
+    ) -> StopStrings:
+        """Strings that end the text behind a prompt.
+
+        Raises:
+            PromptError: there are some, but no tokenizer.
+        """
+        if not strings:
+            return StopStrings()
+        self._require()
+        return StopStrings(strings, self.decode(prompt, skip_special_tokens=skip_special_tokens))
+
+    def stop(self, strings: Sequence[str], prompt: Sequence[int]) -> Callable[[npt.NDArray[np.int64]], bool] | None:
+        """Whether a prompt with its new tokens, int64 [length], has come to a stop string; None where there are none.
+
+        Raises:
+            PromptError: there are some, but no tokenizer.
+        """
+        if not strings:
+            return None
+        # A special token may be the stop string, or stand in the middle of one.
+        ways = (True, False)
+        near = [self.stop_strings(strings, prompt, skip_special_tokens=skip) for skip in ways]
+        far = [StopStrings(strings)] * len(ways)
+        # A token is at least one byte, so no stop string can begin further back.
+        reach = max(len(string.encode("utf-8", "replace")) for string in strings)
+
+        def stops(tokens: npt.NDArray[np.int64]) -> bool:
+            new = tokens[len(prompt) :]
+            tail = new[-reach:].tolist()
+            texts = [self.decode(tail, skip_special_tokens=skip) for skip in ways]
+            # The prompt stands right before the tail only while that is all.
+            each = near if len(tail) == len(new) else far
+            return any(stop.find(text) is not None for stop, text in zip(each, texts, strict=True))
+
+        return stops
+
+    def _require(self) -> None:
+        if self.missing:
+            raise PromptError(
+                "the model has no tokenizer: give token ids and no stop strings, or a tokenizer"
+                " (--tokenizer FOLDER, in Python load(..., tokenizer=...))"
+            )
 
 
 class TextStream:
@@ -154,7 +219,7 @@ class TextStream:
     def __init__(
         self,
         tokenizer: HuggingFaceTokenizer,
-        stop: Sequence[str],
+        stop: StopStrings,
         *,
         skip_special_tokens: bool = True,
         cleans_up: bool = False,
@@ -172,15 +237,15 @@ class TextStream:
         """Takes one more token, and returns the text that can be shown now and wasn't before."""
         self._ids.append(token)
         self._decoded += self._settled(self._stream.step(self._tokenizer, token) or "")
-        end = find_stop(self._decoded, self._stop)
-        return self._show(self._decoded, len(self._decoded) - self._possible_stop() if end is None else end)
+        end = self._stop.find(self._decoded)
+        return self._show(self._decoded, len(self._decoded) - self._stop.begun(self._decoded) if end is None else end)
 
     def finish(self) -> str:
         """The rest of the text, once no more tokens come; an incomplete character becomes U+FFFD."""
         text = self._tokenizer.decode(self._ids, skip_special_tokens=self._skip_special_tokens)
         if self._cleans_up:
             text = _clean_up(text)
-        return self._show(text, find_stop(text, self._stop))
+        return self._show(text, self._stop.find(text))
 
     def _settled(self, new: str) -> str:
         """The part of the text so far that no later token changes."""
@@ -196,14 +261,6 @@ class TextStream:
         new = text[self._shown : end]
         self._shown += len(new)
         return new
-
-    def _possible_stop(self) -> int:
-        """Length of the longest end of the text that a stop string begins with."""
-        longest = max((len(stop) for stop in self._stop), default=1) - 1
-        for length in range(min(longest, len(self._decoded)), 0, -1):
-            if any(stop.startswith(self._decoded[-length:]) for stop in self._stop):
-                return length
-        return 0
 
 
 def _cleans_up(path: Path, tokenizer: HuggingFaceTokenizer) -> bool:
@@ -224,9 +281,3 @@ def _clean_up(text: str) -> str:
     for spaced, joined in _CLEAN_UP:
         text = text.replace(spaced, joined)
     return text
-
-
-def find_stop(text: str, stop: Sequence[str]) -> int | None:
-    """Where the first stop string begins in a text; None where there is none."""
-    found = [position for string in stop if (position := text.find(string)) >= 0]
-    return min(found, default=None)

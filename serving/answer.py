@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..runtime.decoding.logprobs import TokenLogprobs
+from ..runtime.stop_strings import StopStrings
 from ..runtime.tokenizer import Tokenizer
 from .engine import Piece
 
@@ -18,7 +19,7 @@ class Answer:
     Args:
         tokenizer: decodes tokens.
         index: of the choice.
-        stop: strings that end the text.
+        stop: what ends the text.
         ends: end tokens.
         skip_special_tokens: whether special tokens have no text.
         logprobs: whether to return log probabilities.
@@ -33,7 +34,7 @@ class Answer:
         self,
         tokenizer: Tokenizer,
         index: int,
-        stop: Sequence[str],
+        stop: StopStrings,
         ends: Sequence[int],
         *,
         skip_special_tokens: bool,

@@ -12,6 +12,7 @@ from gpt2onnx.errors import OptionError
 
 from ..runtime.options import GenerationConfig
 from ..runtime.requests import Request
+from ..runtime.stop_strings import StopStrings
 from .answer import Answer, Record
 from .engine import Job, Piece, UnavailableError
 from .protocol import CompletionRequest
@@ -160,7 +161,7 @@ class Call:
         return Answer(
             self._service.model.tokenizer,
             index,
-            self._options.stop_strings,
+            StopStrings(self._options.stop_strings, prompt.text),
             self._options.eos_token_ids,
             skip_special_tokens=self._options.skip_special_tokens,
             logprobs=self.body.logprobs is not None,

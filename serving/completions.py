@@ -82,15 +82,9 @@ def _prompts(body: CompletionRequest) -> list[str | list[int]]:
 
 
 def _prompt(service: Service, prompt: str | list[int], options: GenerationConfig) -> Prompt:
-    """A prompt as text and token ids; the end-of-text token for an empty one."""
+    """A prompt as text and token ids."""
     model = service.model
-    given: str | list[int] = prompt
-    if not prompt:
-        ends = [token for token in (*options.eos_token_ids, *model.generation_config.eos_token_ids) if token >= 0]
-        if not ends:
-            raise PromptError("the prompt is empty, and the model has no end-of-text token to begin with")
-        given = ends[:1]
-    ids = model.prompt_ids(given, options).tolist()
+    ids = model.prompt_ids(prompt, options).tolist()
     if isinstance(prompt, str) and options.truncate == "none":
         return Prompt(prompt, ids)
     return Prompt(model.tokenizer.decode(ids, skip_special_tokens=options.skip_special_tokens), ids)

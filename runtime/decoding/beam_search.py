@@ -1,6 +1,6 @@
 """Beam search and beam sampling."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -9,6 +9,7 @@ from ..arrays import Logits, Tokens
 from ..options import GenerationConfig
 from .extensions import Extensions
 from .filters import warp
+from .logprobs import TokenLogprobs, scored_token
 from .strategy import Continuation, Decoding, Stop
 from .torch_random import Candidates, Indices, log_softmax
 from .torch_topk import ascending, largest
@@ -21,6 +22,7 @@ class _Hypothesis:
     score: np.float32
     tokens: Tokens
     finished: bool
+    logprobs: list[TokenLogprobs] = field(default_factory=list)
 
 
 class BeamSearch(Decoding):
@@ -37,6 +39,8 @@ class BeamSearch(Decoding):
         # All rows are still the same: only the first may be continued.
         self._scores = np.full(self.rows, _NEVER, np.float32)
         self._scores[0] = 0
+        # Of each row's new tokens, if they were asked for.
+        self._logprobs: list[list[TokenLogprobs]] = [[] for _ in range(self.rows)]
         self._best = [_Hypothesis(_NEVER, prompt, finished=False)] * self.rows
         # Sequences that a criterion of the caller's ended.
         self._stopped: set[bytes] = set()
@@ -63,6 +67,7 @@ class BeamSearch(Decoding):
         chosen, log_probs = self._choose(scores)
         beams, tokens = np.divmod(chosen, logits.shape[-1])
         sequences = np.concatenate([self._running[beams], tokens[:, None]], axis=1)
+        logprobs = self._longer_logprobs(beams, tokens, logits, scores)
         ended = np.array([self._limits.reason(sequence) is not None for sequence in sequences])
         if self._extensions.stopping_criteria:
             stopped = self._extensions.stops(sequences, scores[beams])
@@ -72,8 +77,9 @@ class BeamSearch(Decoding):
         # Those that ended don't go on; what goes on is chosen after they were told apart.
         running_scores = np.where(ended, log_probs + _NEVER, log_probs)
         going_on = largest(running_scores, self.rows)
-        self._update_best(log_probs, sequences, ended)
+        self._update_best(log_probs, sequences, ended, logprobs)
         self._running = sequences[going_on]
+        self._logprobs = [logprobs[candidate] for candidate in going_on.tolist()]
         self._scores = running_scores[going_on]
         self._update_done(all_ended=bool(ended.all()))
         return [int(beam) for beam in beams[going_on]]
@@ -83,7 +89,7 @@ class BeamSearch(Decoding):
 
     def continuations(self) -> list[Continuation]:
         best = self._best[: self._options.num_return_sequences]
-        return [Continuation(one.tokens, self._reason(one), score=float(one.score)) for one in best]
+        return [Continuation(one.tokens, self._reason(one), one.logprobs, float(one.score)) for one in best]
 
     def _reason(self, one: _Hypothesis) -> str | None:
         if not one.finished:
@@ -104,7 +110,27 @@ class BeamSearch(Decoding):
             chosen = drawn[ascending(-flat[drawn])]
         return chosen, flat[chosen]
 
-    def _update_best(self, log_probs: Logits, sequences: Tokens, ended: npt.NDArray[np.bool_]) -> None:
+    def _longer_logprobs(
+        self, beams: Indices, tokens: Tokens, logits: Logits, scores: Logits
+    ) -> list[list[TokenLogprobs]]:
+        """Those of each candidate; none if they weren't asked for."""
+        count = self._options.logprobs
+        if count is None:
+            return [[] for _ in beams]
+        if self._warpers:
+            scores = np.stack([warp(self._warpers, row).dense() for row in scores])
+        return [
+            [*self._logprobs[beam], scored_token(token, logits[beam], float(scores[beam, token]), count)]
+            for beam, token in zip(beams.tolist(), tokens.tolist(), strict=True)
+        ]
+
+    def _update_best(
+        self,
+        log_probs: Logits,
+        sequences: Tokens,
+        ended: npt.NDArray[np.bool_],
+        logprobs: list[list[TokenLogprobs]],
+    ) -> None:
         """Lets candidates that ended among the first num_beams replace worse hypotheses."""
         new_tokens = len(sequences[0]) - len(self.prompt)
         scores = log_probs / _power(new_tokens, self._options.length_penalty)
@@ -114,7 +140,8 @@ class BeamSearch(Decoding):
             scores = scores + np.multiply(excluded, _NEVER)
 
         def hypothesis(candidate: int) -> _Hypothesis:
-            return _Hypothesis(scores[candidate], sequences[candidate], finished=bool(eligible[candidate]))
+            finished = bool(eligible[candidate])
+            return _Hypothesis(scores[candidate], sequences[candidate], finished, logprobs[candidate])
 
         ranking = largest(np.append(np.array([one.score for one in self._best]), scores), self.rows).tolist()
         self._best = [self._best[rank] if rank < self.rows else hypothesis(rank - self.rows) for rank in ranking]

@@ -17,7 +17,8 @@ class TokenLogprobs:
     Attributes:
         token_id: the token.
         logprob: its log probability as the network gave it.
-        processed_logprob: the same after all processors and filters, from which the token was chosen.
+        processed_logprob: the same after all processors and filters, from which the token was chosen; of a beam, as
+            it is added up to the beam's score, which isn't normalised again.
         top: the likeliest tokens as the network gave them, with their log probabilities, best first.
     """
 
@@ -36,11 +37,16 @@ def token_logprobs(token: int, logits: Logits, scores: Logits, count: int) -> To
         scores: the logits after processors and filters, float32 [vocab].
         count: of `top`.
     """
-    raw = log_softmax(logits)
-    best = largest(logits, count) if count else np.zeros(0, np.int64)
     with np.errstate(invalid="ignore"):  # where no token was possible at all
         processed = log_softmax(scores)
-    return TokenLogprobs(token, float(raw[token]), float(processed[token]), [(int(i), float(raw[i])) for i in best])
+    return scored_token(token, logits, float(processed[token]), count)
+
+
+def scored_token(token: int, logits: Logits, processed_logprob: float, count: int) -> TokenLogprobs:
+    """As `token_logprobs`, where the processed log probability is known."""
+    raw = log_softmax(logits)
+    best = largest(logits, count) if count else np.zeros(0, np.int64)
+    return TokenLogprobs(token, float(raw[token]), processed_logprob, [(int(i), float(raw[i])) for i in best])
 
 
 class PromptLogprobs:

@@ -5,6 +5,7 @@ lengthens them and says which row of the last pass each row of the next one cont
 """
 
 import secrets
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -31,7 +32,8 @@ class Continuation:
 
     Attributes:
         tokens: prompt and new tokens, int64 [length].
-        finish_reason: "stop" (end token, stop string or criterion), "length" or "context"; None while it goes on.
+        finish_reason: "stop" (end token, stop string or criterion), "length", "context" or "time"; None while it
+            goes on.
         logprobs: of each new token, if they were asked for.
         score: of a beam: its log probability divided by its length to the power of length_penalty.
     """
@@ -94,11 +96,11 @@ class Strategy(Protocol):
 
 
 class Limits:
-    """When a sequence ends: an end token, a stop string, its length, or the context window.
+    """When a sequence ends: an end token, a stop string, its length, the context window, or the time.
 
     Args:
         prompt: int64 [length].
-        options: end tokens and lengths.
+        options: end tokens, lengths and time, which begins now.
         context: positions of the network.
         stop: a further reason to end a sequence.
 
@@ -113,12 +115,15 @@ class Limits:
         self._full_reason = "length" if wanted <= context + 1 else "context"
         self._ends = frozenset(options.eos_token_ids)
         self._stop = stop
+        self._deadline = None if options.max_time is None else time.monotonic() + options.max_time
 
     def reason(self, tokens: Tokens) -> str | None:
         """The finish reason of a sequence; None: it goes on."""
         if int(tokens[-1]) in self._ends or (self._stop is not None and self._stop(tokens)):
             return "stop"
-        return self._full_reason if len(tokens) >= self.max_length else None
+        if len(tokens) >= self.max_length:
+            return self._full_reason
+        return "time" if self._deadline is not None and time.monotonic() > self._deadline else None
 
 
 class Scores:

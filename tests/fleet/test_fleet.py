@@ -57,7 +57,7 @@ def requests(tmp_path_factory: pytest.TempPathFactory) -> Path:
     words = ["king", "tailor", "old woman", "brook", "cat"]
     strategies: list[Record] = [
         {}, {"num_beams": 3}, {"do_sample": True, "seed": 7}, {"do_sample": True, "top_p": 0.8, "seed": 1}, {"logprobs": 2},
-        {"max_new_tokens": 3}, {"stop": ["the"]}, {"temperature": -1}, {"prompt": None, "prompt_ids": [5, 262, 99]},
+        {"max_new_tokens": 3}, {"stop": ["the"]}, {"temperature": -1}, {"temperature": 0.8, "seed": 2}, {"prompt": None, "prompt_ids": [5, 262, 99]},
     ]  # fmt: skip
     lines = []
     for index in range(130):

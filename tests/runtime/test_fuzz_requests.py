@@ -98,7 +98,7 @@ def check_result(result: Any) -> None:
     for sequence in result.sequences:
         assert len(result.prompt_ids) + len(sequence.token_ids) <= CONTEXT + 1
         assert all(0 <= token < VOCABULARY for token in sequence.token_ids)
-        assert sequence.finish_reason in ("stop", "length", "context")
+        assert sequence.finish_reason in ("stop", "length", "context", "time")
         sequence.text.encode("utf-8")
     json.loads(to_line(result.to_dict()))
 

@@ -273,6 +273,50 @@ def test_logprobs(pair: Pair, golden: Golden) -> None:
         np.testing.assert_allclose([value for _, value in one.top], values, atol=2e-4)
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"num_beams": 4, "num_return_sequences": 4, "length_penalty": 0.5, "eos_token_id": list(range(40))},
+        {"num_beams": 3, "num_return_sequences": 2, "repetition_penalty": 1.3, "no_repeat_ngram_size": 2},
+        {"num_beams": 3, "num_return_sequences": 3, "do_sample": True, "top_k": 5, "temperature": 0.7, "seed": 1},
+    ],
+    ids=["plain", "processed", "sampled"],
+)
+def test_logprobs_of_beams(pair: Pair, golden: Golden, options: dict[str, Any]) -> None:
+    model, reference = pair
+    if reference.leaves_out(options):
+        return
+    prompt = [4, 5, 6]
+    result = model.generate(prompt, max_new_tokens=10, logprobs=2, **options)
+
+    def transition_scores() -> list[list[float]]:
+        import torch
+
+        theirs = {name: value for name, value in options.items() if name != "seed"}
+        torch.manual_seed(options.get("seed", 0))
+        with torch.no_grad():
+            made = reference.model.generate(
+                torch.tensor([prompt]), attention_mask=torch.ones(1, 3), max_new_tokens=10, pad_token_id=0,
+                return_dict_in_generate=True, output_scores=True, **theirs,
+            )  # fmt: skip
+        indices = made.beam_indices
+        scores = reference.model.compute_transition_scores(made.sequences, made.scores, indices)
+        return [row[: (index >= 0).sum()].tolist() for row, index in zip(scores, indices, strict=True)]
+
+    expected = golden.answer(["transition scores", reference.name, options], transition_scores)
+    for sequence, scores in zip(result.sequences, expected, strict=True):
+        assert sequence.logprobs is not None
+        assert [one.token_id for one in sequence.logprobs] == sequence.token_ids
+        assert [one.processed_logprob for one in sequence.logprobs] == pytest.approx(scores, abs=2e-4)
+        assert sum(scores) / len(scores) ** options.get("length_penalty", 1.0) == pytest.approx(
+            sequence.score, abs=1e-3
+        )
+        # The network's own, as those of any other text.
+        own = model.score(sequence.token_ids, prompt=prompt).logprobs
+        assert [one.logprob for one in sequence.logprobs] == pytest.approx(own, abs=2e-4)
+        assert all(len(one.top) == 2 and one.top[0][1] >= one.logprob for one in sequence.logprobs)
+
+
 def test_special_tokens_stop_as_in_transformers(
     make_checkpoint: MakeCheckpoint, reference_of: type[Reference], tmp_path: Path
 ) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from support.commands import CommandLine
 
 import gpt2onnx
 from gpt2onnx.runtime import jobs, text_input
@@ -21,8 +22,6 @@ BAD = {
     "a list": '["Once upon a time"]',
     "a number": "5",
     "no prompt": '{"id": 1}',
-    "empty prompt": '{"prompt": ""}',
-    "empty ids": '{"prompt_ids": []}',
     "both": '{"prompt": "a", "prompt_ids": [1]}',
     "prompt of a wrong type": '{"prompt": 5}',
     "ids of a wrong type": '{"prompt_ids": "abc"}',
@@ -72,7 +71,7 @@ def test_bad_line_stops_nothing(tales_model: gpt2onnx.Model, name: str) -> None:
 def test_order_and_ids(tales_model: gpt2onnx.Model) -> None:
     ids: list[Any] = ["a", 1, None, {"x": [1]}, "a", True, 2.5, "\ud800"]
     lines = [
-        json.dumps({"id": name, "prompt": "The cat" if index % 3 else "", "max_new_tokens": 1 + 5 * (index % 2)})
+        json.dumps({"id": name, "prompt": "The cat" if index % 3 else 7, "max_new_tokens": 1 + 5 * (index % 2)})
         for index, name in enumerate(ids)
     ]
     lines[3:3] = ["", "   "]  # passed over
@@ -101,6 +100,51 @@ def test_options_of_a_line(tales_model: gpt2onnx.Model) -> None:
         assert sequence == alone, request
         assert record["prompt_ids"] == expected.prompt_ids
         assert record["usage"] == expected.usage
+
+
+@pytest.mark.parametrize(
+    ("command", "line", "sampled"),
+    [
+        ({}, {"temperature": 0.8}, True),
+        ({}, {"seed": 3}, True),
+        ({}, {"top_k": 5, "num_beams": 2}, True),
+        ({"min_p": 0.1}, {}, True),
+        ({"seed": 3}, {"num_beams": 2}, True),
+        ({"do_sample": False}, {"top_p": 0.8}, True),
+        ({"temperature": 0}, {"top_p": 0.8}, True),
+        ({"temperature": 0.8}, {"do_sample": False}, False),
+        ({"temperature": 0.8}, {"temperature": 0}, False),
+        ({"temperature": 0.8, "do_sample": False}, {}, False),
+        ({}, {"temperature": 0.8, "seed": 3, "do_sample": False}, False),
+        ({}, {"top_k": None}, False),
+        ({}, {"num_beams": 2, "repetition_penalty": 1.2}, False),
+    ],
+)
+def test_a_sampling_option_turns_sampling_on_unless_do_sample_is_false(
+    tales_model: gpt2onnx.Model, command: dict[str, Any], line: dict[str, Any], sampled: bool
+) -> None:
+    (record,) = run(tales_model, [json.dumps({"prompt": "Once", "max_new_tokens": 6} | line)], **command)
+    assert (record["seed"] is not None) == sampled
+    # As if it had been asked for in so many words.
+    options = {"temperature": 1.0} | command | line
+    options |= {"do_sample": sampled, "seed": record["seed"], "temperature": options["temperature"] or 1.0}
+    expected = tales_model.generate("Once", max_new_tokens=6, **options)
+    assert record["sequences"] == expected.to_dict()["sequences"]
+
+
+def test_a_sampling_option_of_the_command_turns_sampling_on_for_every_line(
+    tmp_path: Path, command_line: CommandLine, tales_bundle: Path, tales_model: gpt2onnx.Model
+) -> None:
+    requests = tmp_path / "requests.jsonl"
+    requests.write_text('{"prompt": "x"}\n{"prompt": "x", "do_sample": false}\n', "utf-8")
+    done = command_line(
+        "generate", "-m", tales_bundle, "--input", requests, "--temperature", 1.5, "--seed", 5, "--max-new-tokens", 9
+    )
+    found = [json.loads(line)["sequences"][0]["token_ids"] for line in done.out.splitlines()]
+    sampling: list[dict[str, Any]] = [{"do_sample": True, "temperature": 1.5, "seed": 5}, {"do_sample": False}]
+    expected = [tales_model.generate("x", max_new_tokens=9, **each).sequences[0].token_ids for each in sampling]
+    assert found == expected
+    assert found[0] != found[1]
 
 
 def test_lines_are_read_as_there_is_room(tales_model: gpt2onnx.Model) -> None:

@@ -1,19 +1,29 @@
 """Generation options: defaults, merging, generation_config.json, and what is refused."""
 
 import json
+import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, get_type_hints
 
 import pytest
 from support.checkpoints import MakeCheckpoint
 from support.golden import Golden
+from support.paths import README
 from support.reference import Reference
 from support.tokens import assert_same_tokens
 from support.versions import skip_with_transformers_4
 
 import gpt2onnx
 from gpt2onnx.errors import CheckpointError, OptionError
-from gpt2onnx.runtime.options import BY_NAME, OPTIONS, SAMPLING_OPTIONS, GenerationConfig, GenerationOptions
+from gpt2onnx.runtime.options import (
+    BY_NAME,
+    NOT_SUPPORTED,
+    OPTIONS,
+    SAMPLING_OPTIONS,
+    GenerationConfig,
+    GenerationOptions,
+)
 
 PROMPT = [40, 41, 42]
 
@@ -44,6 +54,8 @@ def test_defaults_are_those_of_transformers(golden: Golden) -> None:
         {"max_new_tokens": 2.0},
         {"max_new_tokens": True},
         {"max_length": -1},
+        {"max_time": -1.0},
+        {"max_time": float("inf")},
         {"min_length": -1},
         {"num_beams": 0},
         {"num_beams": 10**9},
@@ -116,7 +128,6 @@ def test_defaults_are_those_of_transformers(golden: Golden) -> None:
         {"prompt_lookup": 3, "num_beams": 2},
         {"forced_bos_token_id": 5, "suppress_tokens": [4, 5]},
         {"forced_eos_token_id": [4, 5], "suppress_tokens": [5, 4, 6]},
-        {"logprobs": 1, "num_beams": 2},
         {"top_k": -(10**5000)},
     ],
 )
@@ -265,8 +276,25 @@ def test_names_and_types_for_type_checkers_are_those_of_the_table() -> None:
     for (name, hint), option in zip(get_type_hints(GenerationOptions).items(), OPTIONS, strict=True):
         assert name == option.name
         # Without the ranges, and with None, which switches any option off.
-        assert hint == get_type_hints(GenerationConfig)[name] | None, name
+        # `Model.generate` takes a seed for each prompt.
+        lists = Sequence[int] if name == "seed" else None
+        assert hint == get_type_hints(GenerationConfig)[name] | lists | None, name
         assert option.help.endswith("."), name
+
+
+def test_every_option_of_transformers_is_here_or_among_the_differences(golden: Golden) -> None:
+    def transformers() -> list[str]:
+        from transformers import GenerationConfig as Theirs
+
+        return sorted(vars(Theirs()).keys() - {"_from_model_config", "transformers_version"})
+
+    page = (README.parent / "docs" / "differences.md").read_text("utf-8")
+    rows = re.findall(r"^\| (`[^|]*) \|", page.partition("## Options that mean")[0], re.MULTILINE)
+    left_out = {name for row in rows for name in re.findall(r"`(\w+)`", row)}
+    assert not left_out & BY_NAME.keys()
+    assert set(golden.answer("names of options", transformers)) <= BY_NAME.keys() | left_out
+    # The page and the warnings about checkpoints know of the same ones.
+    assert NOT_SUPPORTED.keys() <= left_out
 
 
 def test_what_a_checkpoint_asks_for_and_cannot_have_is_logged(caplog: pytest.LogCaptureFixture) -> None:

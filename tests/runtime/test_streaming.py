@@ -1,13 +1,14 @@
 """Text that grows token by token, and stop strings."""
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from support.reference import Reference
 
 import gpt2onnx
 from gpt2onnx.errors import OptionError
 from gpt2onnx.runtime.requests import Request
-from gpt2onnx.runtime.tokenizer import find_stop
+from gpt2onnx.runtime.stop_strings import StopStrings
 
 PROMPT = "Once upon a time"
 OPTIONS = [{}, {"do_sample": True, "seed": 1, "temperature": 1.4}, {"do_sample": True, "seed": 2, "top_k": 0, "prompt_lookup": 4}]  # fmt: skip
@@ -24,13 +25,27 @@ def test_streamed_is_whole(tales_model: gpt2onnx.Model, options: dict) -> None:
 
 
 @settings(deadline=None, max_examples=200)
-@given(tokens=st.lists(st.integers(0, 8191), max_size=30), stop=st.lists(st.text(min_size=1, max_size=3), max_size=3))
-def test_any_tokens_streamed_are_their_text(tales_model: gpt2onnx.Model, tokens: list[int], stop: list[str]) -> None:
+@given(
+    tokens=st.lists(st.integers(0, 8191), max_size=30),
+    stop=st.lists(st.text(min_size=1, max_size=3), max_size=3),
+    prompt=st.text(max_size=4),
+)
+@example([72], ["ab"], "a")
+def test_any_tokens_streamed_are_their_text(
+    tales_model: gpt2onnx.Model, tokens: list[int], stop: list[str], prompt: str
+) -> None:
     tokenizer = tales_model.tokenizer
-    stream = tokenizer.stream(stop)
+    stream = tokenizer.stream(StopStrings(stop, prompt))
     text = "".join([stream.push(token) for token in tokens] + [stream.finish()])
     whole = tokenizer.decode(tokens)
-    assert text == whole[: find_stop(whole, stop)]
+    # All places of a stop string that ends behind the prompt.
+    places = [
+        place - len(prompt)
+        for string in stop
+        for place in range(len(prompt + whole))
+        if (prompt + whole).startswith(string, place) and place + len(string) > len(prompt)
+    ]
+    assert text == whole[: max(0, min(places, default=len(whole)))]
 
 
 @settings(deadline=None, max_examples=12)
@@ -56,6 +71,31 @@ def test_stop_string_never_shows(tales_model: gpt2onnx.Model, begin: int, length
 
 def test_stop_string_in_the_prompt_does_not_count(tales_model: gpt2onnx.Model) -> None:
     assert tales_model.generate(PROMPT, max_new_tokens=3, stop=["upon"]).sequences[0].finish_reason == "length"
+
+
+@pytest.mark.parametrize("options", [{}, {"num_beams": 3}, {"prompt_lookup": 3}], ids=str)
+def test_stop_string_that_begins_in_the_prompt_stops_as_in_transformers(
+    tales_model: gpt2onnx.Model, tales_reference: Reference, options: dict
+) -> None:
+    plain = tales_model.generate(PROMPT, max_new_tokens=12, **options).text
+    ids = tales_model.prompt_ids(PROMPT).tolist()
+    theirs = {name: value for name, value in options.items() if name != "prompt_lookup"}
+    for before, after in ((1, 1), (4, 9), (len(PROMPT), 20), (0, 9)):
+        stop = PROMPT[len(PROMPT) - before :] + plain[:after]
+        (expected,) = tales_reference.tokens(ids, max_new_tokens=12, stop_strings=[stop], **theirs)
+        sequence = tales_model.generate(PROMPT, max_new_tokens=12, stop=stop, **options).sequences[0]
+        assert sequence.token_ids == expected, stop
+        if "num_beams" not in options:  # a beam that goes on may be better than one that stopped
+            assert len(expected) < 12
+            assert (sequence.text, sequence.finish_reason) == ("", "stop")
+            assert list(tales_model.stream(PROMPT, max_new_tokens=12, stop=stop, **options)) == []
+
+
+def test_text_that_only_begins_like_a_stop_string_is_shown(tales_model: gpt2onnx.Model) -> None:
+    plain = tales_model.generate(PROMPT, max_new_tokens=12).text
+    stream = tales_model.stream(PROMPT, max_new_tokens=12, stop=[PROMPT[-4:] + plain[:9] + "#"])
+    assert "".join(stream) == stream.result.text == plain
+    assert stream.result.sequences[0].finish_reason == "length"
 
 
 def test_left_early(tales_model: gpt2onnx.Model) -> None:

@@ -12,7 +12,8 @@ from support.tokenizer_files import GPT2_FILES, gpt2_in_transformers, odd_texts
 import gpt2onnx
 from gpt2onnx.errors import BundleError
 from gpt2onnx.exporter.tokenizer.convert import write_tokenizer
-from gpt2onnx.runtime.tokenizer import Tokenizer, find_stop
+from gpt2onnx.runtime.stop_strings import StopStrings
+from gpt2onnx.runtime.tokenizer import Tokenizer
 
 GPT2 = {"model_type": "gpt2", "vocab_size": 50257}  # its config.json, as far as it matters here
 
@@ -44,7 +45,7 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
 
 def streamed(tokenizer: Tokenizer, ids: list[int], stop: tuple[str, ...] = ()) -> list[str]:
     """The pieces that tokens give one after another, the rest at the end last."""
-    stream = tokenizer.stream(stop)
+    stream = tokenizer.stream(StopStrings(stop))
     return [*(stream.push(token) for token in ids), stream.finish()]
 
 
@@ -135,10 +136,11 @@ def test_nothing_of_a_stop_string_is_shown(data: st.DataObject, sample: str, tok
     ids = tokenizer.encode(sample)
     # Decoding ends with the first token that completes a stop string.
     texts = [tokenizer.decode(ids[: count + 1]) for count in range(len(ids))]
-    count = next((index + 1 for index, part in enumerate(texts) if find_stop(part, stop) is not None), len(ids))
-    final = texts[count - 1][: find_stop(texts[count - 1], stop)] if ids else ""
+    count = next((index + 1 for index, part in enumerate(texts) if any(string in part for string in stop)), len(ids))
+    places = [text.find(string) for text in texts[count - 1 : count] for string in stop if string in text]
+    final = texts[count - 1][: min(places, default=None)] if ids else ""
 
-    stream, shown = tokenizer.stream(stop), ""
+    stream, shown = tokenizer.stream(StopStrings(stop)), ""
     for token in ids[:count]:
         shown += stream.push(token)
         assert final.startswith(shown), "text was shown that had to be taken back"

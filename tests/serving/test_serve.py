@@ -167,6 +167,21 @@ def test_scoring_without_a_token(server: Running, tales_model: gpt2onnx.Model, t
     assert server.text(text, max_tokens=0) == ""
 
 
+def test_logprobs_of_beams(server: Running, tales_model: gpt2onnx.Model) -> None:
+    body = server.complete("Once", logprobs=1, n=2, num_beams=3, max_tokens=6).json()
+    sequences = tales_model.generate("Once", num_beams=3, num_return_sequences=2, max_new_tokens=6).sequences
+    for choice, sequence in zip(body["choices"], sequences, strict=True):
+        assert choice["text"] == sequence.text
+        own = tales_model.score(sequence.token_ids, prompt="Once").logprobs
+        assert choice["logprobs"]["token_logprobs"] == pytest.approx(own, abs=2e-4)
+
+
+def test_a_stop_string_may_begin_in_the_prompt(server: Running) -> None:
+    whole = server.choice("Once upon", temperature=0, max_tokens=12)["text"]
+    cut = server.choice("Once upon", temperature=0, max_tokens=12, stop="upon" + whole[:7])
+    assert (cut["text"], cut["finish_reason"]) == ("", "stop")
+
+
 def test_logprobs_end_where_the_text_does(server: Running, tales_model: gpt2onnx.Model) -> None:
     whole = server.choice(temperature=0, max_tokens=30, logprobs=0)
     for stop in (whole["text"][9:14], whole["text"][20:23]):
@@ -283,7 +298,6 @@ WRONG: list[tuple[dict[str, Any], str, str | None]] = [
     ({"n": 3, "best_of": 2}, "best_of", "best_of"),
     ({"best_of": 2, "stream": True}, "best_of", "best_of"),
     ({"stream_options": {"include_usage": True}}, "stream", "stream_options"),
-    ({"logprobs": 1, "num_beams": 2}, "logprobs", "logprobs"),
     ({"bad_words_ids": [[9999]]}, "bad_words_ids", "bad_words_ids"),
     ({"logit_bias": {"5": 1}}, "bad_words_ids", "logit_bias"),
     ({"presence_penalty": 0.5}, "Not supported", "presence_penalty"),
