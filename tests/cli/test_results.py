@@ -158,7 +158,7 @@ def test_errors_are_tried_again(job: Job) -> None:
     assert f"1 done, 0 failed; {len(whole) - 1} kept, 1 computed anew; " in done.err
     assert job.lines[1:] == whole[1:]
     assert json.loads(job.lines[0])["sequences"] == json.loads(whole[0])["sequences"]
-    bad = ["{broken", '{"id": 8, "prompt_ids": ["a", [1], 2.5]}', '{"prompt": 5}', '{"id": 9, "prompt": ""}']
+    bad = ["{broken", '{"id": 8, "prompt_ids": ["a", [1], 2.5]}', '{"prompt": 5}', '{"id": 9, "prompt_ids": [-1]}']
     broken = [*REQUESTS[:3], *bad, *REQUESTS[3:]]
     assert job.run(broken, "--resume").code == 0
     before, written = job.output.read_bytes(), job.output.stat().st_ino
