@@ -165,11 +165,13 @@ class Runner:
         if counts is None:
             counts = np.full(len(tokens), tokens.shape[1], np.int64)
         if self._ragged:
-            found = self._run_ragged(cache, rows, tokens, counts, logits)
+            run, parts = self._run_ragged, _fitting_parts(cache, rows, tokens, counts)
         else:
-            run = self._run_masked if self._in_place else self._run_copying
-            parts = [run(cache, *part, logits) for part in _equal_parts(cache, rows, tokens, counts)]
-            found = parts[0] if len(parts) == 1 else np.concatenate(parts)
+            run, parts = self._run_masked, _equal_parts(cache, rows, tokens, counts)
+            run = run if self._in_place else self._run_copying
+        found = run(cache, *next(parts), logits)
+        for part in parts:
+            found = np.concatenate([found, run(cache, *part, logits)])
         return _finite(found)
 
     def _run_ragged(self, cache: KVCache, rows: slice, tokens: Int64Array, counts: Int64Array, logits: str) -> Logits:
@@ -288,9 +290,25 @@ class Runner:
         return _Pass(bound, inputs, output)
 
 
-def _equal_parts(
-    cache: KVCache, rows: slice, tokens: Int64Array, counts: Int64Array
-) -> Iterator[tuple[slice, Int64Array, Int64Array]]:
+_Part = tuple[slice, Int64Array, Int64Array]  # rows, tokens and counts of a pass
+
+
+def _fitting_parts(cache: KVCache, rows: slice, tokens: Int64Array, counts: Int64Array) -> Iterator[_Part]:
+    """Cuts a pass into those that GroupQueryAttention takes: also a row's padding has to fit into the cache behind its past."""
+    past, first = cache.lengths[rows], 0
+    if past.max() + tokens.shape[1] <= cache.positions:
+        yield rows, tokens, counts
+        return
+    while first < len(counts):
+        last = first + 1
+        while last < len(counts) and past[first : last + 1].max() + counts[first : last + 1].max() <= cache.positions:
+            last += 1
+        if (some := counts[first:last]).any():
+            yield slice(rows.start + first, rows.start + last), tokens[first:last, : some.max()], some
+        first = last
+
+
+def _equal_parts(cache: KVCache, rows: slice, tokens: Int64Array, counts: Int64Array) -> Iterator[_Part]:
     """Cuts a pass into those that the interchange graph can make: one token a row, no past, or one row."""
     past, first, stop = cache.lengths[rows], 0, len(counts)
     while first < stop:

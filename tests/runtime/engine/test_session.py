@@ -82,6 +82,26 @@ def test_buffers_of_long_prompts_are_not_kept(tales_model: gpt2onnx.Model) -> No
 
 
 @pytest.mark.parametrize("left_out", [(), (RAGGED_GRAPH,)], ids=["ragged", "interchange"])
+def test_rows_whose_padding_does_not_fit_into_the_cache(tales_bundle: Path, left_out: tuple[str, ...]) -> None:
+    """GroupQueryAttention takes no row whose past and padded tokens are longer than the cache."""
+    loaded = Runner(Bundle.open(tales_bundle).without(*left_out), threads=1)
+    tokens, past, counts = np.arange(5 * 64).reshape(5, 64), np.array([60, 0, 62, 5, 30]), np.array([3, 40, 0, 2, 34])
+    cache = loaded.new_cache(5, 64)
+    for row, length in enumerate(past):
+        if length:
+            loaded.forward(cache, slice(row, row + 1), tokens[row : row + 1, :length])
+    new = np.zeros((5, 40), np.int64)
+    for row in range(5):
+        new[row, : counts[row]] = tokens[row, past[row] : past[row] + counts[row]]
+    found = loaded.forward(cache, slice(0, 5), new, counts)
+    for logits, row in zip(found, (0, 1, 3, 4), strict=True):
+        end = past[row] + counts[row]
+        alone = loaded.forward(loaded.new_cache(1, 64), slice(0, 1), tokens[row : row + 1, :end])[0]
+        np.testing.assert_allclose(logits, alone, atol=1e-4)
+    assert cache.lengths.tolist() == [63, 40, 62, 7, 64]
+
+
+@pytest.mark.parametrize("left_out", [(), (RAGGED_GRAPH,)], ids=["ragged", "interchange"])
 def test_padding_is_computed_from_nothing_left_in_memory(tales_bundle: Path, left_out: tuple[str, ...]) -> None:
     """Up to 1.26, ONNX Runtime's attention reads memory that nobody has written, if a prompt's padding is masked."""
     loaded = Runner(Bundle.open(tales_bundle).without(*left_out), threads=1)
