@@ -28,6 +28,7 @@ try:
     from .graph import second_graph
     from .graph.write import write_graphs, write_twin
     from .quantize.layers import Layout, QuantizedLayers, Tensor, to_nearest
+    from .quantize.transforms import Smoothing, centre, range_by_weights, range_on
 except ImportError as error:
     raise MissingExtraError("Exporting a checkpoint", error.name or "onnx", "export") from error
 
@@ -165,7 +166,7 @@ def export(
             )
             if drafted:
                 layout = partial(blocks, checkpoint.config, "int8", pure=False, block_size=None)
-                layers = _quantize(checkpoint, "int8", layout, None, passes.next())
+                layers = _quantize(checkpoint, "int8", layout, None, passes.next(), shares_cache=True)
                 write_twin(folder, checkpoint.config, layers.weights, tied=checkpoint.tied)
         manifest = replace(manifest, files=bundle.describe_files(folder, without=folder / _REFERENCE))
         if compared and reference:
@@ -228,19 +229,31 @@ def _collect(reference: Bundle, checkpoint: Checkpoint, dtype: str, progress: Sh
 
 
 def _quantize(
-    checkpoint: Checkpoint, dtype: str, layout: Layout, statistics: "Statistics | None", progress: Share
+    checkpoint: Checkpoint,
+    dtype: str,
+    layout: Layout,
+    statistics: "Statistics | None",
+    progress: Share,
+    *,
+    shares_cache: bool = False,
 ) -> QuantizedLayers:
-    """Quantises the layers: transformed and calibrated with statistics, to nearest without."""
-    if statistics is None:
-        return to_nearest(_counted(checkpoint, checkpoint.tensor, progress), layout)
-    from .quantize.sequential import SequentialCalibrator
-    from .quantize.transforms import centre, smooth
+    """Quantises the layers: calibrated with statistics, to nearest without.
 
-    config, second = checkpoint.config, checkpoint.config.n_embd >= second_graph.MIN_WIDTH
-    tensor, inputs = centre(config, checkpoint.tensor, statistics.inputs)
-    if second and dtype == "int8":  # 4 bits can't afford the rougher weights that smooth inputs make
-        tensor = smooth(config, tensor, inputs)
-    tensor = _counted(checkpoint, tensor, progress)
+    A network that shares the key-value cache of the one in fp32 needs the same values, so those are not smoothed.
+    """
+    config, tensor = checkpoint.config, checkpoint.tensor
+    if statistics is None:
+        if dtype in _QUANTIZED:
+            ranges = partial(range_by_weights, config, tensor, values=not shares_cache)
+            tensor = Smoothing(config, tensor, layout, ranges).tensor
+        return to_nearest(_counted(checkpoint, tensor, progress), layout)
+    from .quantize.sequential import SequentialCalibrator
+
+    second = config.n_embd >= second_graph.MIN_WIDTH
+    tensor, inputs = centre(config, tensor, statistics.inputs)
+    smoothing = Smoothing(config, tensor, layout, partial(range_on, inputs))
+    statistics = replace(statistics, gradients=smoothing.gradients(statistics.gradients))
+    tensor = _counted(checkpoint, smoothing.tensor, progress)
     return SequentialCalibrator(config, tensor, layout, statistics, tied=checkpoint.tied, per_tensor=second).run()
 
 

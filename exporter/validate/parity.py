@@ -5,8 +5,9 @@ on the same network in PyTorch.
 
 1. Are the bundle's weights those of the checkpoint? They are equal, or the nearest in float16. Of quantised ones no block is off
    by more than rounding can be, and all together change the logits little more than rounding every weight to nearest does.
-   For calibrated weights only the latter holds: each weight makes up for the errors of others, biases for the rest, and
-   norms may divide inputs by factors that matrices are multiplied by.
+   Quantised ones are compared after smoothing, whose factors follow from the checkpoint alone; that smoothing leaves the
+   network as it is, the logits show. For calibrated weights only the logits count: each weight makes up for the errors of
+   others, biases for the rest, and factors follow from activations.
 2. Are its logits those of a network with exactly these weights? They may differ by as much as rounding activations in PyTorch,
    as the kernels of that precision do, changes them. The second graph is judged in the same way, with its own
    weights and rounding, and so is the graph for interchange, which our runtime may not run.
@@ -17,6 +18,7 @@ The loss of a precision against the checkpoint is reported besides. The report i
 
 import math
 from collections import Counter
+from functools import partial
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
@@ -37,6 +39,8 @@ from ...runtime.requests import Request
 from ..checkpoint.checkpoint import Checkpoint
 from ..graph.blocks import in_axis
 from ..graph.input_rounding import InputRounding
+from ..quantize.layers import Tensor
+from ..quantize.transforms import Smoothing, range_by_weights
 from . import logits
 from .bundle_weights import BundleWeights, Matrix, rounded_to_nearest, worst_error
 from .cases import MIN_POSITIONS, MIN_VOCAB_SIZE, Case, Suite, cases, why_left_out
@@ -48,6 +52,7 @@ _LOSSY = ("fp16", "int8", "int4")
 _FEW_WEIGHTS = 30_000_000
 _MOST_STEPS = 0.55  # rounding to nearest is off by half a step at most; rounding the scales adds a little
 _HALF_A_STEP = 0.501  # with scales that aren't rounded
+_FACTOR_ROUNDING = 1e-5  # share of a weight; processors differ in the last digits of smoothing's factors
 # Only kind and size of rounding errors are known, so a sound bundle can differ by some times as much. float16 also rounds
 # the sums between layers.
 _TIMES_ROUNDING = {"fp32": 3.0, "fp16": 5.0, "int8": 2.0, "int4": 2.0}
@@ -86,9 +91,10 @@ def check(folder: Path, checkpoint: Checkpoint, suite: str = "quick") -> dict[st
     if manifest.graph == "fused":
         weights = BundleWeights(bundle)
         roundings = _roundings(weights, bundle.config)
-        report["weights"] = _check_weights(weights, checkpoint)
+        wanted = _smoothed(weights, checkpoint)
+        report["weights"] = _check_weights(weights, wanted, checkpoint)
         if roundings:
-            reference.take(lambda name: _rounded_to_nearest(weights, checkpoint, name))
+            reference.take(lambda name: _rounded_to_nearest(weights, wanted, name))
             nearest = reference.logits(prompts)
         if lossy:
             reference.take(weights.tensor)
@@ -120,22 +126,31 @@ def _prompts(config: GPT2Config) -> list[Tokens]:
     return [random.integers(config.vocab_size, size=length) for length in lengths]
 
 
-def _check_weights(weights: BundleWeights, checkpoint: Checkpoint) -> dict[str, Any]:
-    """Compares the bundle's weights with the checkpoint's."""
+def _smoothed(weights: BundleWeights, checkpoint: Checkpoint) -> Tensor:
+    """Gives the weights that an export without calibration rounds: the checkpoint's, where nothing is quantised."""
+    config, tensor = checkpoint.config, checkpoint.tensor
+    ranges = partial(range_by_weights, config, tensor)
+    return Smoothing(config, tensor, lambda layer: weights.blocks(f"{layer}.weight"), ranges).tensor
+
+
+def _check_weights(weights: BundleWeights, wanted: Tensor, checkpoint: Checkpoint) -> dict[str, Any]:
+    """Compares the bundle's weights with those that it was made of."""
     unequal, steps = list[str](), dict[str, float]()
     shapes = weight_shapes(checkpoint.config, tied=checkpoint.tied)
+    tolerance = _FACTOR_ROUNDING if any(map(weights.blocks, shapes)) else 0
     for name in shapes:
-        found, wanted, blocks = weights.tensor(name), checkpoint.tensor(name), weights.blocks(name)
+        found, expected, blocks = weights.tensor(name), wanted(name), weights.blocks(name)
         if blocks is not None:
-            steps[name] = worst_error(found, wanted, blocks, axis=in_axis(name))
-        elif not np.array_equal(found, wanted.astype(np.float16) if weights.is_half(name) else wanted):
+            steps[name] = worst_error(found, expected, blocks, axis=in_axis(name))
+            continue
+        stored = expected.astype(np.float16) if weights.is_half(name) else expected
+        if not np.allclose(found, stored, rtol=tolerance, atol=0):
             unequal.append(name)
     # Calibration changes norms first: their biases take the inputs' mean off, their weights smooth inputs.
     quantized, calibrated = len(steps), bool(steps) and any(map(_is_norm, unequal))
     if calibrated:
-        if any(_is_norm(name) and name.endswith(".weight") for name in unequal):
-            # A matrix that is multiplied by smoothing's factors can't be compared weight by weight.
-            steps = {name: most for name, most in steps.items() if not name.startswith("h.")}
+        # A matrix that is multiplied by other factors can't be compared weight by weight.
+        steps = {name: most for name, most in steps.items() if not name.startswith("h.")}
         unequal = [name for name in unequal if not (_is_norm(name) or name.endswith(".bias"))]
     furthest = max(steps, key=steps.__getitem__, default=None)
     most = steps[furthest] if furthest else 0.0
@@ -161,9 +176,9 @@ def _roundings(weights: BundleWeights, config: GPT2Config) -> dict[str, InputRou
     return {name: rounding for name, rounding in roundings.items() if rounding}
 
 
-def _rounded_to_nearest(weights: BundleWeights, checkpoint: Checkpoint, name: str) -> Matrix:
-    """The checkpoint's weight, rounded to nearest in the bundle's layout where it is quantised."""
-    blocks, weight = weights.blocks(name), checkpoint.tensor(name)
+def _rounded_to_nearest(weights: BundleWeights, wanted: Tensor, name: str) -> Matrix:
+    """A wanted weight, rounded to nearest in the bundle's layout where it is quantised."""
+    blocks, weight = weights.blocks(name), wanted(name)
     return weight if blocks is None else rounded_to_nearest(weight, blocks, axis=in_axis(name))
 
 

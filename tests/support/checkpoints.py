@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 import tokenizers
-from safetensors.numpy import save_file
+from safetensors.numpy import load_file, save_file
 from tokenizers import decoders, models, pre_tokenizers
 
 from gpt2onnx.models.config import GPT2Config
@@ -69,6 +70,30 @@ def random_checkpoint(parent: Path, settings: dict[str, Any], seed: int = 0) -> 
     ends = {name: config[name] for name in ("bos_token_id", "eos_token_id") if config[name] is not None}
     (folder / "generation_config.json").write_text(json.dumps({"_from_model_config": True} | ends))
     byte_tokenizer(architecture.vocab_size).save(str(folder / "tokenizer.json"))
+    return folder
+
+
+def scale_channels(source: Path, folder: Path, factor: float) -> Path:
+    """Writes a checkpoint that computes what another one computes, with some channels larger than in that.
+
+    Three channels behind each norm of a block, and three of each attention's values, are scaled; the weights behind are divided.
+    """
+    shutil.copytree(source, folder, ignore=shutil.ignore_patterns("*.py", "training"))
+    weights = {name: array.astype(np.float32) for name, array in load_file(source / "model.safetensors").items()}
+    config = GPT2Config.from_file(source / "config.json")
+    random = np.random.RandomState(0)
+    for layer in range(config.n_layer):
+        block = f"transformer.h.{layer}"
+        for norm, behind in (("ln_1", "attn.c_attn"), ("ln_2", "mlp.c_fc")):
+            channels = random.choice(config.n_embd, 3, replace=False)
+            weights[f"{block}.{norm}.weight"][channels] *= factor
+            weights[f"{block}.{norm}.bias"][channels] *= factor
+            weights[f"{block}.{behind}.weight"][channels] /= factor
+        channels = random.choice(config.n_embd, 3, replace=False)
+        weights[f"{block}.attn.c_attn.weight"][:, 2 * config.n_embd + channels] *= factor
+        weights[f"{block}.attn.c_attn.bias"][2 * config.n_embd + channels] *= factor
+        weights[f"{block}.attn.c_proj.weight"][channels] /= factor
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
     return folder
 
 

@@ -10,28 +10,22 @@ import pytest
 from onnx import TensorProto, helper
 from support.checkpoints import MakeCheckpoint
 from support.golden import assert_close
-from support.graphs import expected_logits, logits_of_prompt, random_tokens
+from support.graphs import expected_logits, random_tokens
 from support.quantized import (
     add_second_graph,
     assert_second_graph_rounds_as_said,
     few_texts,
-    fixed_texts,
     in_numpy,
     many_tokens,
-    rebuild,
     shortened_tales,
 )
 from support.reference import Reference
 
 import gpt2onnx
-from gpt2onnx.exporter.checkpoint.checkpoint import Checkpoint
 from gpt2onnx.exporter.graph import second_graph
 from gpt2onnx.exporter.graph.input_rounding import Blockwise, PerTensor
-from gpt2onnx.exporter.quantize.activations import InputStats
-from gpt2onnx.exporter.quantize.layers import Tensor
 from gpt2onnx.exporter.quantize.per_tensor import choose
-from gpt2onnx.exporter.quantize.statistics import collect, number_of_texts
-from gpt2onnx.exporter.quantize.transforms import smooth
+from gpt2onnx.exporter.quantize.statistics import number_of_texts
 from gpt2onnx.exporter.validate.bundle_weights import BundleWeights
 from gpt2onnx.models import bundle
 from gpt2onnx.models.bundle import Bundle
@@ -100,48 +94,6 @@ def test_outliers_decide_about_the_operator() -> None:
     channels[:, :3] *= 200
     assert choose(channels, weight, BLOCK) == Blockwise(BLOCK)
     assert choose(np.zeros_like(usual), weight, BLOCK) == Blockwise(BLOCK)
-
-
-def divided(inputs: InputStats, checkpoint: Checkpoint, tensor: Tensor, layer: str) -> InputStats:
-    """A matrix' inputs divided by what smoothing multiplied it by, channel by channel."""
-    name = f"{layer}.weight"
-    factors = tensor(name)[:, 0] / checkpoint.tensor(name)[:, 0]
-    return InputStats(inputs.mean / factors, inputs.sample / factors)
-
-
-def test_smoothed_network_is_the_same_network(
-    make_checkpoint: MakeCheckpoint, reference_of: type[Reference], tmp_path: Path
-) -> None:
-    source = make_checkpoint()
-    made = gpt2onnx.export(source, tmp_path / "fp32")
-    tokens = fixed_texts(made.config, 32)
-    inputs = collect(made, tokens, threads=1, gradients=False).inputs
-    checkpoint = Checkpoint.open(str(source))
-    tensor = smooth(checkpoint.config, checkpoint.tensor, inputs)
-    after = {name: divided(each, checkpoint, tensor, name) for name, each in inputs.items()}
-    rebuild(made.folder, checkpoint, tensor)
-
-    opened = Bundle.open(made.folder)
-    expected = expected_logits(reference_of(source), checkpoint.config)[:1]
-    found = logits_of_prompt(opened, random_tokens(checkpoint.config, 1))
-    assert_close(found, expected, 1e-5 * np.nanmax(np.abs(expected)), "smoothed")
-
-    again = collect(opened, tokens, threads=1, gradients=False).inputs
-    for name, found_inputs in again.items():
-        spread = after[name].sample.std(0)
-        np.testing.assert_allclose(found_inputs.sample.std(0), spread, rtol=0.02, err_msg=name)
-        np.testing.assert_allclose(found_inputs.mean, after[name].mean, atol=0.02 * spread.max(), err_msg=name)
-
-
-def test_smoothing_evens_channels_out(make_checkpoint: MakeCheckpoint, tmp_path: Path) -> None:
-    checkpoint = Checkpoint.open(str(make_checkpoint()))
-    random = np.random.default_rng(0)
-    sample = random.standard_normal((64, 32)).astype(np.float32)
-    sample[:, 5] *= 100
-    inputs = {"h.1.mlp.c_fc": InputStats(sample.mean(0), sample)}
-    tensor = smooth(checkpoint.config, checkpoint.tensor, inputs)
-    largest = np.abs(divided(inputs["h.1.mlp.c_fc"], checkpoint, tensor, "h.1.mlp.c_fc").sample).max(0)
-    assert largest.max() / np.median(largest) < 15
 
 
 @pytest.fixture(scope="module")
