@@ -3,7 +3,6 @@
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -11,7 +10,7 @@ from support.checkpoints import MakeCheckpoint, scale_channels
 from support.golden import assert_close
 from support.graphs import logits_of_prompt, random_tokens
 from support.quantized import (
-    PRECISIONS,
+    CALIBRATED,
     few_texts,
     fixed_texts,
     in_numpy,
@@ -32,12 +31,6 @@ from gpt2onnx.models.bundle import Bundle
 from gpt2onnx.models.precision import Blocks
 from gpt2onnx.runtime.engine.kv_cache import HostStorage
 from gpt2onnx.runtime.engine.runner import Runner
-
-PRECISIONS: dict[str, dict[str, Any]] = {
-    "int8": {"dtype": "int8"},
-    "int4": {"dtype": "int4"},
-    "int4 pure": {"dtype": "int4", "pure": True},
-}
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -140,12 +133,12 @@ def test_ranges_without_data_are_those_of_normal_numbers(make_checkpoint: MakeCh
 
 
 @pytest.mark.parametrize("calibrate", [True, False])
-@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("precision", CALIBRATED)
 def test_quantised_weights_are_those_of_the_network_without_scales(
     precision: str, calibrate: bool, source: Path, tmp_path: Path
 ) -> None:
     """To the last bit for a power of two, by which float32 multiplies exactly."""
-    options = PRECISIONS[precision] | {"calibrate": calibrate, "quality": False}
+    options = CALIBRATED[precision] | {"calibrate": calibrate, "quality": False}
     scaled = scale_channels(source, tmp_path / "source", 32)
     original, changed = (Checkpoint.open(str(each)).tensor("h.1.ln_2.weight") for each in (source, scaled))
     assert (original != changed).sum() == 3
@@ -156,12 +149,12 @@ def test_quantised_weights_are_those_of_the_network_without_scales(
 
 
 @pytest.mark.parametrize("calibrate", [True, False])
-@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("precision", CALIBRATED)
 def test_scaled_channels_cost_nothing(precision: str, calibrate: bool, source: Path, tmp_path: Path) -> None:
     kl: list[float] = []
     for number, each in enumerate((source, scale_channels(source, tmp_path / "source", 30))):
         fp32 = gpt2onnx.export(each, tmp_path / f"fp32 {number}")
-        options = PRECISIONS[precision] | {"calibrate": calibrate, "quality": False}
+        options = CALIBRATED[precision] | {"calibrate": calibrate, "quality": False}
         made = gpt2onnx.export(each, tmp_path / f"bundle {number}", **options)
         kl.append(quality.on_own_samples(made, fp32, tokens=256, seed=7, threads=1).kl)
     assert kl[1] < 1.3 * kl[0], f"KL {kl[1]:.5f}, without scales {kl[0]:.5f}"
