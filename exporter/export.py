@@ -241,7 +241,8 @@ def _quantize(
 
     A network that shares the key-value cache of the one in fp32 needs the same values, so those are not smoothed.
     """
-    config, tensor = checkpoint.config, checkpoint.tensor
+    config = checkpoint.config
+    tensor: Tensor = checkpoint.tensor
     if statistics is None:
         if dtype in _QUANTIZED:
             ranges = partial(range_by_weights, config, tensor, values=not shares_cache)

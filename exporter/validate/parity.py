@@ -146,8 +146,9 @@ def _check_weights(weights: BundleWeights, wanted: Tensor, checkpoint: Checkpoin
         stored = expected.astype(np.float16) if weights.is_half(name) else expected
         if not np.allclose(found, stored, rtol=tolerance, atol=0):
             unequal.append(name)
-    # Calibration changes norms first: their biases take the inputs' mean off, their weights smooth inputs.
-    quantized, calibrated = len(steps), bool(steps) and any(map(_is_norm, unequal))
+    # Calibration changes all norms: their biases take the inputs' mean off, their weights are smoothed for the sample.
+    quantized, norms = len(steps), sum(map(_is_norm, shapes))
+    calibrated = bool(steps) and sum(map(_is_norm, unequal)) > norms / 2
     if calibrated:
         # A matrix that is multiplied by other factors can't be compared weight by weight.
         steps = {name: most for name, most in steps.items() if not name.startswith("h.")}

@@ -148,6 +148,16 @@ def one_scale(folder: Path, graph: ModelProto) -> None:
     change_stored(folder, graph, "h.1.mlp.c_fc.scales", change)
 
 
+def one_norm_weight(folder: Path, graph: ModelProto) -> None:
+    """As if smoothing had divided by another factor than it multiplied by."""
+
+    def change(weights: np.ndarray) -> np.ndarray:
+        weights[5] *= 2
+        return weights
+
+    change_stored(folder, graph, "h.1.ln_2.weight", change)
+
+
 def no_stored_bias(folder: Path, graph: ModelProto) -> None:
     change_stored(folder, graph, "h.1.mlp.c_fc.bias", np.zeros_like)
 
@@ -216,6 +226,7 @@ EVERY: list[Fault] = [no_stored_bias, swapped_layers, wrong_epsilon, no_used_bia
     ("precision", "file", "fault"),
     [(precision, GRAPH, fault) for precision in PRECISIONS if "calibrated" not in precision for fault in EVERY]
     + [(precision, GRAPH, one_scale) for precision in ("int8", "int4", "int4 pure")]
+    + [(precision, GRAPH, one_norm_weight) for precision in ("fp32", "int8", "int4", "int4 pure")]
     + [(precision, GRAPH, transposed) for precision in ("fp32", "fp16")]
     + [(precision, RAGGED_GRAPH, fault) for precision in ("fp32", "int8") for fault in EVERY],
 )
