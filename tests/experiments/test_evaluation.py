@@ -300,7 +300,7 @@ def test_the_table_shows_what_json_holds(tmp_path: Path, command_line: CommandLi
         (b"Once upon a time", ["--batch-size", 0], "batch_size"),
         (b"Once upon a time", ["--split", 1], "split"),
         (b"Once upon a time", ["--split", "nan"], "split"),
-        (b"Zo\xeb was here", [], "0xeb at offset 2"),
+        (b"Zo\xeb was here", [], "byte 0xeb is not UTF-8"),
     ],
 )
 def test_what_cannot_be_evaluated(

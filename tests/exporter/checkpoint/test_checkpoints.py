@@ -336,10 +336,3 @@ def test_nanogpt_s_padded_vocabulary_stays(tmp_path: Path) -> None:
     assert opened.config.vocab_size == 50304
     assert opened.raw_config["eos_token_id"] == 50256
     assert not opened.config.n_embd % opened.config.n_head
-
-
-def test_weights_without_their_tokenizer_say_what_is_missing(tmp_path: Path) -> None:
-    shutil.copy(FILES / "nanogpt.pt", tmp_path)
-    with pytest.raises(CheckpointError, match=r"tokenizer\.json"):
-        gpt2onnx.export(tmp_path / "nanogpt.pt", tmp_path / "bundle")
-    assert not (tmp_path / "bundle").exists()
