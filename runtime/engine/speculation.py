@@ -29,6 +29,9 @@ LONGEST = 7
 _TRIAL, _TRIAL_OF_SEVERAL = 4, 1
 # Steps without drafts where these don't pay, until the next trial; twice as many each time, up to the second number.
 _FIRST_REST, _LONGEST_REST = 64, 2048
+# Times are noisy: drafts have to promise this many times the tokens a second. Of so many steps with drafts, one goes without, so
+# that the time of such a step stays known.
+_LEAST_GAIN, _STEPS_PER_PLAIN = 1.05, 64
 _NOTHING = np.zeros(0, np.int64)
 
 
@@ -56,7 +59,7 @@ class Drafter:
         self._own: Rows | None = None
         self._draft_times, self._verify_times = PassTimes(), PassTimes()
         self._acceptance = Acceptance()
-        self._rest, self._resting = _FIRST_REST, 0
+        self._rest, self._resting, self._drafted = _FIRST_REST, 0, 0
 
     def propose(self, rows: Rows, decoding: Sequence[Running]) -> list[Tokens]:
         """Drafts for the next pass, one for each running strategy; empty where none pays or none is possible."""
@@ -123,17 +126,17 @@ class Drafter:
             return 0
         if draft is None or self._verify_times.expected(rows * (1 + trial)) is None:
             return trial
-        best, most, gained = 0, rows / plain, 0.0
+        best, most, gained = 0, _LEAST_GAIN * rows / plain, 0.0
         for length in range(1, LONGEST + 1):
             gained += sum(running.acceptance.share**length for running in single if running.acceptance)
             verify = self._verify_times.expected(rows * (1 + length))
             if verify is not None and (rows + gained) / (verify + length * draft) > most:
                 best, most = length, (rows + gained) / (verify + length * draft)
-        if best:
-            self._rest = _FIRST_REST
-        else:
+        if not best:
             self._resting, self._rest = self._rest, min(2 * self._rest, _LONGEST_REST)
-        return best
+            return 0
+        self._rest, self._drafted = _FIRST_REST, self._drafted + 1
+        return best if self._drafted % _STEPS_PER_PLAIN else 0
 
     def _draft(self, network: Network, rows: Rows, forks: dict[int, Strategy], length: int) -> dict[int, Tokens]:
         """Carries on forks, given by their rows in rising order, for up to `length` tokens."""
