@@ -31,7 +31,8 @@ def command(
 
     Prompts are random tokens, all of one length. Decoding is greedy, without an end token, in the loop that all
     commands use. "of the bandwidth" is the share of the read bandwidth, measured between the runs, that reading
-    the weights once a step takes: a faster implementation could at most use the rest.
+    the weights once a token takes: without drafts a faster implementation could at most use the rest. Drafts let one
+    reading serve several tokens, so that a bundle with a twin may come to more than all of it.
 
     \b
     Examples:
