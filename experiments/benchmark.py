@@ -84,8 +84,8 @@ class Bandwidth:
         bytes_per_second: read from memory by as many threads as the model has; the best measured between the runs.
         weights: bytes of weights that each step reads.
         cache: bytes of keys and values that a step reads, on average.
-        weights_share: share of the bandwidth that reading the weights takes at the median speed, once a token. Above 1 with drafts, or if they fit
-            into the processor's caches.
+        weights_share: share of the bandwidth that reading the weights once a token takes at the median speed. Above 1 with
+            drafts, or if they fit into the processor's caches.
     """
 
     bytes_per_second: float
