@@ -41,6 +41,10 @@ class _Commands(click.Group):
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         if cmd_name not in COMMANDS:
+            from difflib import get_close_matches  # only now: it takes milliseconds
+
+            if close := get_close_matches(cmd_name, COMMANDS, 1):
+                ctx.fail(f"there is no command {cmd_name!r}: did you mean {close[0]!r}?")
             return None
         module = importlib.import_module(f".{cmd_name}", __package__)
         command: click.Command = module.command

@@ -246,6 +246,7 @@ def test_values_that_cannot_be_used(
     ("arguments", "hint"),
     [
         (["frobnicate"], "frobnicate"),
+        (["generat", "x"], "did you mean 'generate'?"),
         (["--nonsense"], "--nonsense"),
         (["generate", "x", "--nonsense"], "--nonsense"),
         (["generate", "x", "y"], "y"),
