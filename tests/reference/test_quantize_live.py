@@ -14,7 +14,6 @@ from gpt2onnx.models.bundle import Bundle
 LIMITS = {"int8": 0.001, "int4": 0.0045, "int4 pure": 0.022}
 
 
-@pytest.mark.usefixtures("wide_at_any_width")
 @pytest.mark.parametrize("precision", CALIBRATED)
 def test_promised_quality(precision: str, tales_bundle: Path, tmp_path: Path) -> None:
     """On texts that the fp32 model samples, others than those that it calibrates with."""
