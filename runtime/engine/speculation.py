@@ -29,8 +29,8 @@ LONGEST = 7
 _TRIAL, _TRIAL_OF_SEVERAL = 4, 1
 # Steps without drafts where these don't pay, until the next trial; twice as many each time, up to the second number.
 _FIRST_REST, _LONGEST_REST = 64, 2048
-# Times are noisy: drafts have to promise this many times the tokens a second. Of so many steps with drafts, one goes without, so
-# that the time of such a step stays known.
+# Times are noisy, so drafts have to promise 5 % more tokens a second. One step in 64 goes without drafts: the time of such a
+# step has to stay known.
 _LEAST_GAIN, _STEPS_PER_PLAIN = 1.05, 64
 _NOTHING = np.zeros(0, np.int64)
 

@@ -125,7 +125,7 @@ def test_a_sampling_option_turns_sampling_on_unless_do_sample_is_false(
 ) -> None:
     (record,) = run(tales_model, [json.dumps({"prompt": "Once", "max_new_tokens": 6} | line)], **command)
     assert (record["seed"] is not None) == sampled
-    # As if it had been asked for in so many words.
+    # As if the line itself had asked for it.
     options = {"temperature": 1.0} | command | line
     options |= {"do_sample": sampled, "seed": record["seed"], "temperature": options["temperature"] or 1.0}
     expected = tales_model.generate("Once", max_new_tokens=6, **options)
