@@ -9,10 +9,14 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.checkpoints import MakeCheckpoint
+from support.paths import REPOSITORY
 from support.scheduling import CONTEXT, REQUESTS, HashingNetwork, run
 
 import gpt2onnx
 from gpt2onnx.errors import OptionError
+from gpt2onnx.models.bundle import Bundle
+from gpt2onnx.runtime.engine import speculation
 from gpt2onnx.runtime.engine.draft_length import Acceptance, PassTimes
 from gpt2onnx.runtime.engine.loading import runs_ragged
 from gpt2onnx.runtime.engine.scheduler import Scheduler
@@ -211,3 +215,20 @@ def test_what_cannot_draft_is_refused(drafted: Path, tales_bundle: Path, tales_i
         gpt2onnx.load(drafted, draft_length=0)
     with pytest.raises(OptionError, match="twin goes with dtype fp32 or fp16"):
         gpt2onnx.export("tales", drafted.parent / "none", dtype="int8", twin=True)
+
+
+def test_numbers_are_those_of_the_documents() -> None:
+    text = " ".join((REPOSITORY / "docs" / "export.md").read_text().split())
+    assert f"It is opened after {speculation.WORTH} tokens" in text
+    assert f"Drafts have 0 to {speculation.LONGEST} tokens" in text
+
+
+@pytest.mark.parametrize(
+    ("vocab_size", "twin", "has_twin"), [(80_000, None, True), (80_000, False, False), (70_000, None, False)]
+)
+def test_bundles_of_20_million_weights_have_a_twin(
+    vocab_size: int, twin: bool | None, has_twin: bool, make_checkpoint: MakeCheckpoint, tmp_path: Path
+) -> None:
+    checkpoint = make_checkpoint(vocab_size=vocab_size, n_embd=256, n_head=4, n_layer=1)
+    gpt2onnx.export(checkpoint, tmp_path / "bundle", twin=twin)
+    assert Bundle.open(tmp_path / "bundle").has_twin == has_twin
