@@ -2,7 +2,7 @@
 
 import codecs
 import json
-import signal
+import math
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -27,6 +27,16 @@ def verbosity(command: Callable[..., Any]) -> Callable[..., Any]:
     )
 
 
+class FiniteRange(click.FloatRange):
+    """A number in a range; unlike click's, neither NaN nor infinity."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        number = super().convert(value, param, ctx)
+        if not math.isfinite(number):
+            self.fail(f"{value} is not a finite number", param, ctx)
+        return number
+
+
 def is_chatty(*, quiet: bool) -> bool:
     """Whether a person is there to read progress and summaries."""
     return not quiet and sys.stderr.isatty()
@@ -45,11 +55,6 @@ def print_json(record: Any, *, indent: int | None = None) -> None:
     else:
         text = json.dumps(record, allow_nan=False, indent=indent)
     click.echo(text)
-
-
-def interrupt_on_sigterm() -> None:
-    """Lets a polite kill remove what is unfinished, as Ctrl-C does."""
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
 
 
 @contextmanager

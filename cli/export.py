@@ -103,7 +103,6 @@ def command(
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     from ..exporter.export import export
 
-    console.interrupt_on_sigterm()
     with console.progress_bar(f"Exporting {source}", quiet=quiet) as progress:
         made = export(
             source,

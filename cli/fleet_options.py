@@ -85,7 +85,6 @@ def run(
     from ..models.config import read_json
     from ..runtime.options import GenerationConfig
 
-    console.interrupt_on_sigterm()
     folder = bundle_folder(model)
     options = GenerationConfig.from_file_content(read_json(folder / GENERATION_CONFIG)).merged(given)
     counts = Counts()

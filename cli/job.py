@@ -17,7 +17,7 @@ from ..runtime import jobs, text_input
 from ..runtime.model import BATCH_SIZE, Model
 from ..runtime.options import GenerationConfig
 from . import console
-from .results import Results
+from .results import Results, holds_results
 
 if TYPE_CHECKING:
     from ..experiments.energy.tracker import EnergyTracker
@@ -98,13 +98,9 @@ def check_output(job: JobOptions) -> None:
         return
     if job.input != "-" and Path(job.input).exists() and path.samefile(job.input):
         raise OutputError(f"{path} is the input, too: choose another output")
-    with path.open("rb") as file:
-        first = file.readline(1 << 20)
-    if not first.strip():
-        return
-    if not first.startswith((b'{"id": ', b'{"error": ')):
+    if not holds_results(path):
         raise OutputError(f"{path} exists and doesn't hold results: choose another output")
-    if not (job.resume or job.force):
+    if path.stat().st_size and not (job.resume or job.force):
         raise OutputError(f"{path} exists: --resume continues it, --force replaces it")
 
 

@@ -8,7 +8,9 @@ import importlib
 import io
 import logging
 import os
+import signal
 import sys
+from pathlib import Path
 
 import click
 
@@ -70,6 +72,8 @@ def main() -> None:
     """Runs the command line and exits."""
     # Most of what a start imports stays: looking through it again and again takes a twelfth of the time to the first token.
     gc.set_threshold(100_000)
+    # A polite kill lets a command remove what is unfinished, as Ctrl-C does.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         _prepare_streams()
         result = commands.main(prog_name="gpt2onnx", standalone_mode=False)
@@ -88,6 +92,11 @@ def main() -> None:
         _fail(str(error), 1)
     except (KeyboardInterrupt, click.Abort):
         _fail("interrupted", 130)
+    except ImportError as error:
+        cause = _root(error)
+        if isinstance(cause, KeyboardInterrupt):
+            _fail("interrupted", 130)
+        _fail(f"a package can't be loaded, though it is installed; is there enough memory? {cause}", 1)
     except BrokenPipeError:
         # Whoever read the output has left.
         _drop_output()
@@ -96,8 +105,25 @@ def main() -> None:
         _fail(f"there is not enough memory: {error}".removesuffix(": "), 1)
     except OSError as error:
         _drop_output()
+        if not _working_folder_exists():
+            _fail("the folder that this was started in has been deleted: change to another", 1)
         place = "standard output" if error.filename is None else error.filename
         _fail(f"can't read or write {place}: {error.strerror or error}", 1)
+
+
+def _root(error: BaseException) -> BaseException:
+    """The error that all others came from."""
+    while (earlier := error.__cause__ or error.__context__) is not None:
+        error = earlier
+    return error
+
+
+def _working_folder_exists() -> bool:
+    try:
+        Path.cwd()
+    except OSError:
+        return False
+    return True
 
 
 def _prepare_streams() -> None:

@@ -25,7 +25,6 @@ def command(bundle: Path, archive: Path, force: bool, as_json: bool, quiet: bool
     """
     from ..exporter.files.archive import pack
 
-    console.interrupt_on_sigterm()
     with console.progress_bar(f"Packing {bundle}", quiet=quiet) as progress:
         made = pack(bundle, archive, force=force, progress=progress)
     content = {name: record.size for name, record in made.content.items()}

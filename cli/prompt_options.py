@@ -10,9 +10,7 @@ from typing import Any
 
 import click
 
-from gpt2onnx.errors import PromptError
-
-from ..runtime.text_input import UTF_8, decode, undecoded
+from ..runtime.text_input import UTF_8, decode, read, undecoded
 
 _STANDARD_INPUT = Path("-")
 _ESCAPE = re.compile(rb"\\(?:x([0-9A-Fa-f]{2})|([nrt'\"\\]))")
@@ -85,15 +83,11 @@ def file_text(path: Path, encoding: str) -> str:
     """The text of a file, or of standard input for `-`.
 
     Raises:
-        PromptError: it can't be read, or is of another encoding.
+        PromptError: it can't be read, is too large, or is of another encoding.
     """
     if path == _STANDARD_INPUT:
-        return decode(sys.stdin.buffer.read(), "standard input", encoding)
-    try:
-        content = path.read_bytes()
-    except OSError as error:
-        raise PromptError(f"can't read {path}: {error.strerror}") from error
-    return decode(content, str(path), encoding)
+        return read(sys.stdin.buffer, "standard input", encoding)
+    return read(path, str(path), encoding)
 
 
 def unescape(text: str) -> str:

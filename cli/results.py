@@ -2,18 +2,33 @@
 
 import os
 import shutil
+import sys
 from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import IO
 
-from gpt2onnx.errors import PromptError
+from gpt2onnx.errors import OutputError, PromptError
 
+from ..models.limits import MIB
 from ..runtime import jobs
+from ..runtime.host import locks
 from ..runtime.jsontext import to_line
+
+_MOST_READ = 64 * MIB  # bytes of a result that are looked at to tell it from other files
 
 # The key of a request line's result; None: the request can't be carried out.
 Key = Callable[[str | PromptError], str | None]
+
+
+def holds_results(path: Path) -> bool:
+    """Whether a file is empty or holds results, whole ones or the beginning of one."""
+    with path.open("rb") as file:
+        first = file.readline(_MOST_READ)
+    record = jobs.load(first.decode("utf-8", "replace"))
+    if isinstance(record, dict):
+        return "sequences" in record or record.keys() == {"id", "error"}
+    return not first or (first.startswith(b'{"id": ') and not first.endswith(b"\n"))
 
 
 class Results:
@@ -30,6 +45,7 @@ class Results:
         kept: earlier results that are among the results.
 
     Raises:
+        OutputError: another job writes to the file.
         OSError: the file can't be read or written.
     """
 
@@ -44,7 +60,14 @@ class Results:
         self._end = 0  # of those that stay where they are
         self._earlier: IO[bytes] | None = None
         self._output: IO[bytes] | None = None  # None while each result stays where it is
-        if resume and self._path.is_file():
+        there = self._path.is_file()
+        self._lock = self._path.open("ab")
+        if self._path.is_file() and not (
+            locks.try_lock(self._lock) and os.path.samestat(self._path.stat(), os.fstat(self._lock.fileno()))
+        ):
+            self._lock.close()
+            raise OutputError(f"another job writes to {path}: wait for it, or choose another output")
+        if resume and there:
             if self._beside.exists():
                 self._join()
             self._earlier = self._path.open("rb")
@@ -55,7 +78,7 @@ class Results:
 
     def close(self) -> None:
         """Closes the files as they are."""
-        for file in (self._earlier, self._output):
+        for file in (self._earlier, self._lock, self._output):  # the last may fail, on a full disk
             if file is not None:
                 file.close()
 
@@ -88,7 +111,8 @@ class Results:
         self._output.flush()
         if self._beside.exists():
             os.fsync(self._output.fileno())
-            self.close()  # Windows renames no open file
+            if sys.platform == "win32":  # renames no open file
+                self.close()
             self._beside.replace(self._path)
 
     def _keep(self) -> None:

@@ -29,14 +29,14 @@ from .model_options import device_options, load, model_option
 @click.option("--max-body", type=click.IntRange(1), default=2**20, show_default=True, help="Largest request, in bytes.")
 @click.option(
     "--timeout",
-    type=click.FloatRange(0, min_open=True),
+    type=console.FiniteRange(0, min_open=True),
     default=600.0,
     show_default=True,
     help="Seconds that a request may take.",
 )
 @click.option(
     "--shutdown-timeout",
-    type=click.FloatRange(0),
+    type=console.FiniteRange(0),
     default=30.0,
     show_default=True,
     help="Seconds for running requests to finish after SIGTERM or Ctrl-C.",

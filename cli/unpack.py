@@ -4,6 +4,7 @@ from pathlib import Path
 
 import click
 
+from ..models import limits
 from . import console
 
 
@@ -11,9 +12,16 @@ from . import console
 @click.argument("archive", type=click.Path(path_type=Path))
 @click.argument("bundle", metavar="DIR", type=click.Path(path_type=Path))
 @click.option("--force", is_flag=True, help="Replace an existing bundle, if the folder holds no other file.")
+@click.option(
+    "--max-size",
+    type=console.FiniteRange(0),
+    default=limits.ARCHIVE_CONTENT / 1e9,
+    show_default=True,
+    help="Most gigabytes that are unpacked.",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print facts about the bundle as JSON.")
 @console.verbosity
-def command(archive: Path, bundle: Path, force: bool, as_json: bool, quiet: bool) -> None:
+def command(archive: Path, bundle: Path, force: bool, max_size: float, as_json: bool, quiet: bool) -> None:
     """Unpack ARCHIVE, made by 'gpt2onnx pack', to the folder DIR.
 
     Every file is compared with the manifest's hash before the folder appears. Nothing else is taken
@@ -26,9 +34,8 @@ def command(archive: Path, bundle: Path, force: bool, as_json: bool, quiet: bool
     """
     from ..exporter.files.archive import unpack
 
-    console.interrupt_on_sigterm()
     with console.progress_bar(f"Unpacking {archive}", quiet=quiet) as progress:
-        made = unpack(archive, bundle, force=force, progress=progress)
+        made = unpack(archive, bundle, force=force, max_size=int(max_size * 1e9), progress=progress)
     manifest = made.manifest
     size = sum(record.size for record in manifest.files.values())
     if as_json:

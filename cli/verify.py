@@ -26,7 +26,10 @@ def command(bundle: Path, as_json: bool, quiet: bool) -> None:
 
     opened = Bundle.open(bundle)
     opened.verify()
-    Tokenizer(bundle / TOKENIZER).check(opened.config.vocab_size, thorough=True)
+    tokenizer = Tokenizer(bundle / TOKENIZER)
+    tokenizer.check(opened.config.vocab_size, thorough=True)
+    if not tokenizer.reads_any_text:
+        click.echo("warning: the tokenizer has no token for unknown words: a text with one is an error", err=True)
     for each in (opened, opened.without(RAGGED_GRAPH)):  # the runtime's own graph, and the one for interchange
         Runner(each)
     if opened.has_twin:

@@ -24,7 +24,7 @@ from typing import Any
 from gpt2onnx.errors import OptionError, PromptError
 
 from ..runtime.options import BY_NAME, SAMPLING_OPTIONS, GenerationConfig
-from ..runtime.text_input import decode
+from ..runtime.text_input import read
 
 MOST_RUNS = 1000
 _REFUSED = ("logprobs",)  # a sweep doesn't keep them
@@ -72,11 +72,10 @@ def load(path: Path | None, base: GenerationConfig, overrides: Mapping[str, Any]
     """
     name = "the built-in grid" if path is None else str(path)
     try:
-        text = built_in() if path is None else decode(path.read_bytes(), name)
-        content = tomllib.loads(text)
-    except OSError as error:
-        raise OptionError(f"can't read {path}: {error.strerror}") from error
-    except (tomllib.TOMLDecodeError, PromptError) as error:
+        content = tomllib.loads(built_in() if path is None else read(path, name))
+    except PromptError as error:
+        raise OptionError(str(error)) from error
+    except tomllib.TOMLDecodeError as error:
         raise OptionError(f"{name} is not TOML: {error}") from error
     try:
         return _grid(content, base, {key: value for key, value in (overrides or {}).items() if value is not None})

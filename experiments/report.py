@@ -134,7 +134,7 @@ def _is_disturbed(row: Record | None) -> bool:
 def _engine() -> Any:
     try:
         import jinja2
-    except ImportError as error:
+    except ModuleNotFoundError as error:
         raise MissingExtraError("The report of a sweep", "jinja2", "sweep") from error
     engine = jinja2.Environment(
         autoescape=True,

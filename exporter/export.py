@@ -19,9 +19,9 @@ from gpt2onnx.errors import CheckpointError, MissingExtraError, OptionError
 
 from ..models import bundle
 from ..models.bundle import Bundle, Manifest
-from ..models.precision import BLOCK_SIZES, DTYPES, blocks, default_block_size
+from ..models.precision import BLOCK_SIZES, DTYPES, QUANTIZED, blocks, default_block_size
 from ..models.shapes import weight_shapes
-from ..runtime.text_input import decode
+from ..runtime import text_input
 
 try:
     from .checkpoint.checkpoint import Checkpoint
@@ -29,7 +29,7 @@ try:
     from .graph.write import write_graphs, write_twin
     from .quantize.layers import Layout, QuantizedLayers, Tensor, to_nearest
     from .quantize.transforms import Smoothing, centre, range_by_weights, range_on
-except ImportError as error:
+except ModuleNotFoundError as error:
     raise MissingExtraError("Exporting a checkpoint", error.name or "onnx", "export") from error
 
 from .bundle_config import write_configuration
@@ -40,7 +40,6 @@ from .tokenizer.convert import write_tokenizer
 if TYPE_CHECKING:
     from .quantize.statistics import Statistics
 
-_QUANTIZED = ("int8", "int4")
 _REFERENCE = "fp32"  # folder of the same weights in fp32 while a bundle is being made
 # Above this number of weights, calibration and checks take long and much memory, so they have to be asked for.
 _CHECKED_WEIGHTS = 200_000_000
@@ -101,25 +100,26 @@ def export(
     Raises:
         CheckpointError: the source can't be found or read, or isn't a GPT-2 that can be exported.
         OptionError: options are out of range or contradict each other.
+        PromptError: a quality text can't be read.
         OutputError: the target exists or can't be written.
         MissingExtraError: the packages of the extra `export` aren't installed, or those that `parity` needs.
     """
     target = Path(target)
     _check_options(dtype, graph, block_size, pure=pure)
     given = {"calibrate": calibrate, "quality": quality, "quality_texts": quality_texts, "block_size": block_size}
-    if dtype not in _QUANTIZED and (wrong := [name for name, value in given.items() if value]):
+    if dtype not in QUANTIZED and (wrong := [name for name, value in given.items() if value]):
         raise OptionError(f"{wrong[0]} goes with dtype int8 or int4, not with {dtype}")
-    if twin and (dtype in _QUANTIZED or graph == "portable"):
+    if twin and (dtype in QUANTIZED or graph == "portable"):
         raise OptionError(f"twin goes with dtype fp32 or fp16 and graph fused, not with {dtype} and {graph}")
     if quality_texts and quality is False:
         raise OptionError("quality_texts are for quality, which is switched off")
-    texts = {Path(path).name: _read_text(Path(path)) for path in quality_texts}
+    texts = {Path(path).name: text_input.read(Path(path), f"the text {path}") for path in quality_texts}
     check_target(target, force=force)
     checkpoint = Checkpoint.open(os.fspath(source), revision)
     small = _count_weights(checkpoint) <= _CHECKED_WEIGHTS
-    drafted = dtype not in _QUANTIZED and graph == "fused"
+    drafted = dtype not in QUANTIZED and graph == "fused"
     drafted = drafted and (_count_weights(checkpoint) >= _TWIN_WEIGHTS if twin is None else twin)
-    by_default = small and dtype in _QUANTIZED
+    by_default = small and dtype in QUANTIZED
     calibrated = by_default if calibrate is None else calibrate
     compared = bool(texts) or by_default if quality is None else quality
     with replacing(target, lambda: check_target(target, force=force)) as folder:
@@ -199,13 +199,6 @@ def _check_options(dtype: str, graph: str, block_size: int | None, *, pure: bool
         raise OptionError(f"block_size must be one of {', '.join(map(str, BLOCK_SIZES))}, not {block_size}")
 
 
-def _read_text(path: Path) -> str:
-    try:
-        return decode(path.read_bytes(), str(path))
-    except OSError as error:
-        raise OptionError(f"can't read the text {path}: {error.strerror}") from error
-
-
 def _count_weights(checkpoint: Checkpoint) -> int:
     shapes = weight_shapes(checkpoint.config, tied=checkpoint.tied)
     return sum(math.prod(shape) for shape in shapes.values())
@@ -244,7 +237,7 @@ def _quantize(
     config = checkpoint.config
     tensor: Tensor = checkpoint.tensor
     if statistics is None:
-        if dtype in _QUANTIZED:
+        if dtype in QUANTIZED:
             ranges = partial(range_by_weights, config, tensor, values=not shares_cache)
             tensor = Smoothing(config, tensor, layout, ranges).tensor
         return to_nearest(_counted(checkpoint, tensor, progress), layout)

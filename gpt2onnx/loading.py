@@ -84,6 +84,7 @@ def resolve(model: str | os.PathLike[str]) -> Path:
         # Only now: the exporter's imports are needless, and may be missing, where the export is there.
         from .exporter.export import export
 
+        user_cache.made()
         try:
             export(source, target, force=True)
         except OutputError:

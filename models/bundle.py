@@ -24,10 +24,10 @@ import msgspec
 
 from gpt2onnx.errors import BackendError, BundleError, CheckpointError
 
-from . import external_data
+from . import external_data, limits
 from .config import GPT2Config, json_object, read_small
 from .messages import shown
-from .precision import BLOCK_SIZES, DTYPES
+from .precision import BLOCK_SIZES, DTYPES, QUANTIZED
 
 MANIFEST = "gpt2onnx.json"
 CONFIG = "config.json"
@@ -250,6 +250,8 @@ def _place(folder: Path, root: str, name: str) -> tuple[Path, int]:
         raise BundleError(f"{path} is a link that leads out of the bundle: put the file itself there")
     if not stat.S_ISREG(facts.st_mode):
         raise BundleError(f"{path} is not a plain file: export the bundle again")
+    if not os.access(real, os.R_OK):  # ONNX Runtime says less
+        raise BundleError(f"{path} can't be read: you lack the permission")
     return path, facts.st_size
 
 
@@ -263,16 +265,24 @@ def _check_hash(path: Path, record: FileRecord) -> None:
 
 
 def _check_weights(folder: Path, manifest: Manifest) -> None:
-    """ONNX Runtime follows a graph's references to other files; before 1.24 wherever they lead."""
+    """ONNX Runtime follows a graph's references to other files, before 1.24 wherever they lead, and runs any program in it."""
     for graph in (GRAPH, RAGGED_GRAPH, WIDE_GRAPH, WIDE_WEIGHTS, TWIN_GRAPH):
         if graph not in manifest.files:
             continue
+        if manifest.files[graph].size > limits.GRAPH:
+            raise BundleError(f"{folder / graph} has more than {limits.GRAPH:,} bytes: export the bundle again")
         try:
-            places = external_data.locations((folder / graph).read_bytes())
+            content = (folder / graph).read_bytes()
+            places, program = external_data.locations(content), external_data.program(content)
         except OSError as error:
             raise BundleError(f"can't read {folder / graph}: {error.strerror}") from error
         except ValueError as error:
             raise BundleError(f"{folder / graph} is not an ONNX graph ({error}): export the bundle again") from error
+        if program:
+            raise BundleError(f"{folder / graph} has {program}, which no exported graph has: export the bundle again")
+        # Of the operators, only this one computes with quantised weights.
+        if graph == GRAPH and (b"MatMulNBits" in content) != (manifest.dtype in QUANTIZED):
+            raise BundleError(f"{folder / graph} isn't a graph in {manifest.dtype}: export the bundle again")
         for place in places:
             if not _stays_inside(place) or (PurePosixPath(graph).parent / place).as_posix() not in manifest.files:
                 raise BundleError(

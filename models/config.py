@@ -8,12 +8,11 @@ from typing import Any
 
 from gpt2onnx.errors import CheckpointError
 
+from . import limits
 from .messages import shown
 
 # No real network comes near these; a number without end would only be found out after memory has run out.
 _MOST, _MOST_LAYERS = 2**31 - 1, 10_000
-# A file's content takes up to some twenty times its size in memory.
-_MOST_JSON = 16 * 2**20
 _DEEPEST_JSON = 100
 
 # Names of transformers' ACT2FN. It also has prelu and xielu, which bring weights of their own.
@@ -113,7 +112,7 @@ class GPT2Config:
         return cls.from_dict(read_json(path))
 
 
-def read_json(path: Path, most: int = _MOST_JSON) -> dict[str, Any]:
+def read_json(path: Path, most: int = limits.JSON) -> dict[str, Any]:
     """The object in a JSON file.
 
     Args:
@@ -126,7 +125,7 @@ def read_json(path: Path, most: int = _MOST_JSON) -> dict[str, Any]:
     return json_object(read_small(path, most), path)
 
 
-def read_small(path: Path, most: int = _MOST_JSON) -> bytes:
+def read_small(path: Path, most: int = limits.JSON) -> bytes:
     """The bytes of a JSON file of limited size; raises CheckpointError as `read_json` does."""
     try:
         with path.open("rb") as file:

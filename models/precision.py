@@ -11,6 +11,7 @@ from .config import GPT2Config
 from .shapes import weight_shapes
 
 DTYPES = ("fp32", "fp16", "int8", "int4")
+QUANTIZED = ("int8", "int4")
 BLOCK_SIZES = (16, 32, 64, 128, 256)
 # 4-bit values need a scale for every few weights; 8 bits lose next to nothing in long blocks.
 _BLOCK_SIZE = {8: 128, 4: 32}

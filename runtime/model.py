@@ -13,6 +13,7 @@ import numpy as np
 
 from gpt2onnx.errors import Gpt2OnnxError, OptionError, PromptError
 
+from ..models import limits
 from ..models.bundle import GENERATION_CONFIG, TOKENIZER, Bundle
 from ..models.config import read_json
 from ..models.messages import shown
@@ -33,7 +34,6 @@ from .stream import Stream
 from .tokenizer import Tokenizer
 
 BATCH_SIZE = 8
-_MAX_LETTERS_PER_TOKEN = 1000  # GPT-2's longest token has 128
 _MAX_SCORED = 128  # positions whose logits [positions, vocab] are in memory at once
 
 
@@ -360,7 +360,7 @@ class Model:
         context, vocabulary = self.config.n_positions, self.config.vocab_size
         if not isinstance(prompt, Sequence | np.ndarray):
             raise PromptError(f"a prompt is a text or a list of token ids, not {shown(prompt)}")
-        most = _MAX_LETTERS_PER_TOKEN * context
+        most = limits.LETTERS_PER_TOKEN * context
         if options is not None and options.truncate == "left":
             prompt = prompt[-most:]
         if len(prompt) > most:  # to encode megabytes takes seconds

@@ -6,10 +6,13 @@ A byte order mark says the encoding, and goes before the one that the caller nam
 import codecs
 import io
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import nullcontext, suppress
+from pathlib import Path
 from typing import IO
 
 from gpt2onnx.errors import PromptError
+
+from ..models import limits
 
 UTF_8 = "utf-8"
 # UTF-32's mark begins with that of UTF-16.
@@ -21,6 +24,27 @@ _MARKS = (
     (codecs.BOM_UTF16_BE, "utf-16"),
 )
 _LONGEST_MARK = 4
+
+
+def read(file: Path | IO[bytes], source: str, encoding: str = UTF_8) -> str:
+    """The text of a file.
+
+    Args:
+        file: path or open file.
+        source: name of the file, for errors.
+        encoding: of content without a byte order mark.
+
+    Raises:
+        PromptError: it can't be read, is larger than `limits.TEXT`, or is of another encoding.
+    """
+    try:
+        with file.open("rb") if isinstance(file, Path) else nullcontext(file) as opened:
+            content = opened.read(limits.TEXT + 1)
+    except OSError as error:
+        raise PromptError(f"can't read {source}: {error.strerror}") from error
+    if len(content) > limits.TEXT:
+        raise PromptError(f"{source} has more than {limits.TEXT:,} bytes, too many for a text: is it another file?")
+    return decode(content, source, encoding)
 
 
 def decode(content: bytes, source: str, encoding: str = UTF_8) -> str:
@@ -52,14 +76,19 @@ def lines(stream: IO[bytes], source: str, encoding: str = UTF_8) -> Iterator[str
         encoding: of a stream without a byte order mark.
 
     Yields:
-        A line; or, if it is of another encoding, the error that says so.
+        A line; or the error that says why it can't be read: it is of another encoding, or so long that nothing behind it
+        is read, either.
     """
     buffered = stream if isinstance(stream, io.BufferedReader) else io.BufferedReader(stream)  # type: ignore[type-var]
     codec = _codec(buffered.peek(_LONGEST_MARK), encoding)
     text = io.TextIOWrapper(buffered, codec, errors="surrogateescape")
     number = 0
     try:
-        for number, line in enumerate(text, 1):
+        while line := text.readline(limits.LINE):
+            number += 1
+            if len(line) == limits.LINE:
+                yield PromptError(f"{source}, line {number}: longer than {limits.LINE:,} letters; the rest is not read")
+                return
             # Files that were joined bring their marks along.
             if line := line.lstrip("\ufeff").strip():
                 yield _checked(line, source, number, codec)

@@ -16,6 +16,7 @@ from gpt2onnx.errors import BundleError, CheckpointError, OptionError, PromptErr
 from ..models.bundle import TOKENIZER_CONFIG
 from ..models.config import read_json
 from ..models.messages import shown
+from .host import native
 from .stop_strings import StopStrings
 
 # Replacements of transformers' `clean_up_tokenization`, in its order.
@@ -63,18 +64,21 @@ class Tokenizer:
 
     Attributes:
         missing: whether the bundle has none.
+        reads_any_text: whether it has a token for letters that its vocabulary lacks; otherwise a text with one is an error.
 
     Raises:
-        BundleError: a file can't be read.
+        BundleError: a file can't be read, or the tokenizer can't read a single letter.
     """
 
     def __init__(self, path: Path) -> None:
         self.missing = not path.exists()
-        try:
-            self._tokenizer = HuggingFaceTokenizer(BPE()) if self.missing else HuggingFaceTokenizer.from_file(str(path))
-        except Exception as error:
-            raise BundleError(f"{path} can't be read: {error}") from error
         self._path = path
+        with native.raising(lambda reason: BundleError(f"{path} can't be read: {reason}")):
+            self._tokenizer = HuggingFaceTokenizer(BPE()) if self.missing else HuggingFaceTokenizer.from_file(str(path))
+        # A regular expression of the author's own can take forever on some texts, which the library ends by a panic.
+        parts = (self._tokenizer.normalizer, self._tokenizer.pre_tokenizer)
+        self._may_panic = any(part is not None and b'"Regex"' in part.__getstate__() for part in parts)
+        self.reads_any_text = self._tries_unknown_letter()
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
         self._cleans_up = _cleans_up(path.with_name(TOKENIZER_CONFIG), self._tokenizer)
@@ -111,17 +115,20 @@ class Tokenizer:
             add_special_tokens: with those that the tokenizer puts around a text.
 
         Raises:
-            PromptError: there is no tokenizer.
+            PromptError: there is no tokenizer, or it can't read the text.
         """
         self._require()
         # Half of a surrogate pair can't be written in UTF-8; transformers' tokenizers refuse it, too.
         clean = text.encode("utf-8", "replace").decode("utf-8")
-        return list(self._tokenizer.encode(clean, add_special_tokens=add_special_tokens).ids)
+        with native.raising(self._unreadable, silently=self._may_panic):
+            return list(self._tokenizer.encode(clean, add_special_tokens=add_special_tokens).ids)
 
     def encode_with_spans(self, text: str) -> Encoded:
         """As `encode`, and where in the text each token stands."""
         self._require()
-        encoding = self._tokenizer.encode(text.encode("utf-8", "replace").decode("utf-8"))
+        clean = text.encode("utf-8", "replace").decode("utf-8")
+        with native.raising(self._unreadable, silently=self._may_panic):
+            encoding = self._tokenizer.encode(clean)
         return Encoded(list(encoding.ids), list(encoding.offsets))
 
     def entry(self, token: int) -> str | None:
@@ -202,12 +209,29 @@ class Tokenizer:
 
         return stops
 
+    def _unreadable(self, reason: str) -> PromptError:
+        return PromptError(f"{self._path} can't read the text: {reason}")
+
+    def _tries_unknown_letter(self) -> bool:
+        try:
+            with native.raising(_UnreadableError):
+                self._tokenizer.encode("a \ue000")
+        except _UnreadableError as error:
+            if native.is_panic(error.__cause__):
+                raise BundleError(f"{self._path} can't read any text: {error}") from error
+            return False
+        return True
+
     def _require(self) -> None:
         if self.missing:
             raise PromptError(
                 "the model has no tokenizer: give token ids and no stop strings, or a tokenizer"
                 " (--tokenizer FOLDER, in Python load(..., tokenizer=...))"
             )
+
+
+class _UnreadableError(Exception):
+    """A tokenizer can't read a text."""
 
 
 class TextStream:

@@ -3,6 +3,8 @@
 import asyncio
 import contextlib
 import gc
+import logging
+import os
 import socket
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -17,6 +19,7 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from gpt2onnx.errors import OptionError
 
+from ..models import limits
 from ..runtime.model import Model
 from .app import make_app
 from .engine import Engine
@@ -24,6 +27,7 @@ from .guard import Admission
 from .metrics import Metrics
 from .service import Limits, Service
 
+_log = logging.getLogger(__name__)
 _KEEP_ALIVE_SECONDS = 30  # between two requests of a connection
 _BACKLOG = 2048  # uvicorn's default
 # Python's default, 5 ms, lets the event loop's thread hold the engine's up for longer than a step takes.
@@ -91,9 +95,16 @@ def read_keys(path: Path) -> list[bytes]:
         OptionError: the file can't be read, or holds no key.
     """
     try:
-        keys = [line.strip() for line in path.read_bytes().splitlines() if line.strip()]
+        with path.open("rb") as file:
+            content = file.read(limits.KEY_FILE + 1)
+            readable = sys.platform != "win32" and os.fstat(file.fileno()).st_mode & 0o077
     except OSError as error:
         raise OptionError(f"can't read {path}: {error.strerror}") from error
+    if len(content) > limits.KEY_FILE:
+        raise OptionError(f"{path} has more than {limits.KEY_FILE:,} bytes: is it another file?")
+    if readable:
+        _log.warning("other users can read %s, which holds API keys: chmod 600 %s", path, path)
+    keys = [line.strip() for line in content.splitlines() if line.strip()]
     if not keys:
         raise OptionError(f"{path} holds no API key: write one a line into it")
     return keys

@@ -105,7 +105,7 @@ class PowerMeter:
             import codecarbon
             from codecarbon.input import DataSource
             from codecarbon.output_methods.emissions_data import EmissionsData
-        except ImportError as error:
+        except ModuleNotFoundError as error:
             raise MissingExtraError("Measuring energy", "codecarbon", "energy") from error
         # Its import sets a level of its own.
         logging.getLogger("codecarbon").setLevel(logging.CRITICAL)

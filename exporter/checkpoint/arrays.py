@@ -11,8 +11,9 @@ from safetensors import SafetensorError, safe_open
 
 from gpt2onnx.errors import CheckpointError
 
+from ...models import limits
+
 FLOATS = ("float32", "float16", "bfloat16", "float64")
-_MOST_HEADER = 16 * 2**20  # bytes, some 100 for each tensor
 _SAFETENSORS_TYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
 
@@ -144,9 +145,9 @@ def open_safetensors(path: Path) -> dict[str, StoredArray]:
     arrays: dict[str, StoredArray] = {}
     try:
         with path.open("rb") as start:
-            if int.from_bytes(start.read(8), "little") > _MOST_HEADER:
+            if int.from_bytes(start.read(8), "little") > limits.TENSOR_HEADER:
                 raise CheckpointError(
-                    f"{path} is no safetensors file: its header would have more than {_MOST_HEADER:,} bytes"
+                    f"{path} is no safetensors file: its header would have more than {limits.TENSOR_HEADER:,} bytes"
                 )
         with safe_open(path, framework="np") as file:
             for name in file.keys():  # noqa: SIM118  # a method, not a dictionary's

@@ -26,7 +26,7 @@ try:
     from .hub import find
     from .layouts import arrange
     from .weight import Weight
-except ImportError as error:
+except ModuleNotFoundError as error:
     raise MissingExtraError("Exporting a checkpoint", error.name or "safetensors", "export") from error
 
 # Causal masks, which GPT-2 once saved as buffers.

@@ -95,7 +95,7 @@ def _fetch(repository: str, revision: str | None, patterns: list[str]) -> Path:
             RevisionNotFoundError,
         )
         from huggingface_hub.utils.tqdm import tqdm
-    except ImportError as error:
+    except ModuleNotFoundError as error:
         raise MissingExtraError(
             f"Fetching {repository!r} from the Hugging Face hub", "huggingface_hub", "export"
         ) from error

@@ -16,10 +16,11 @@ from typing import Any
 
 from gpt2onnx.errors import CheckpointError
 
+from ...models import limits
 from ...models.messages import one_line, shown
 from . import unpickle
 from .arrays import StoredArray, StridedArray, extent, item_size
-from .unpickle import MOST_BYTES, Call, PickleError, Record, RecordType, UnsupportedPickleError
+from .unpickle import Call, PickleError, Record, RecordType, UnsupportedPickleError
 
 _ZIP_START = b"PK\x03\x04"
 _ZIP_HEADER = 30  # bytes of a member's local header, without its name
@@ -70,11 +71,11 @@ class _Tensor:
 
 
 class _File(BufferedReader):
-    """A file of which neither zipfile nor pickletools reads more than MOST_BYTES at once, be it a list of members or a text."""
+    """A file of which neither zipfile nor pickletools reads more than limits.PICKLE at once, be it a list of members or a text."""
 
     def read(self, size: int | None = -1, /) -> bytes:
-        if size is not None and size > MOST_BYTES:
-            raise UnsupportedPickleError(f"a part of it beside the tensors has more than {MOST_BYTES:,} bytes")
+        if size is not None and size > limits.PICKLE:
+            raise UnsupportedPickleError(f"a part of it beside the tensors has more than {limits.PICKLE:,} bytes")
         return super().read(size)
 
     def readline(self, size: int | None = -1, /) -> bytes:
@@ -149,8 +150,8 @@ def _read_zip(path: Path, file: _File) -> tuple[Any, _Spans]:
                 raise CheckpointError(f"{path} was compressed after it was saved: save it again with torch.save")
             begin = _data_offset(path, file, member)
             spans[name.removeprefix(f"{root}data/")] = begin, begin + member.file_size
-        if members[f"{root}data.pkl"].file_size > MOST_BYTES:
-            raise UnsupportedPickleError(f"its pickle has more than {MOST_BYTES:,} bytes")
+        if members[f"{root}data.pkl"].file_size > limits.PICKLE:
+            raise UnsupportedPickleError(f"its pickle has more than {limits.PICKLE:,} bytes")
         return _Pickles(path).load(BytesIO(archive.read(f"{root}data.pkl"))), spans
 
 

@@ -10,11 +10,11 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import IO, Any
 
-# An instruction, a copied item and 64 bytes of text are a step each, so that time and memory are bounded to seconds and
-# some hundred megabytes. A large model with its optimizer takes a tenth of them.
-_MOST_STEPS = 1_000_000
+from ...models import limits
+
+# An instruction, a copied item and these bytes of text are a step each, so that time and memory are bounded to seconds and
+# some hundred megabytes. A large model with its optimizer takes a tenth of the steps.
 _BYTES_PER_STEP = 64
-MOST_BYTES = 16 * 2**20  # of a pickle that is read as a whole
 # Hashing nested tuples, or comparing numbers made to collide, could take forever.
 _LARGEST_KEY = 2**60
 
@@ -82,12 +82,12 @@ class _Machine:
         self.find, self.refer = find, refer
         self.stack: list[Any] = []
         self.memo: dict[int, Any] = {}
-        self.steps_left = _MOST_STEPS
+        self.steps_left = limits.PICKLE_STEPS
 
     def spend(self, steps: int) -> None:
         self.steps_left -= steps
         if self.steps_left < 0:
-            raise UnsupportedPickleError(f"it takes more than {_MOST_STEPS:,} steps")
+            raise UnsupportedPickleError(f"it takes more than {limits.PICKLE_STEPS:,} steps")
 
     def step(self, name: str, argument: Any) -> None:
         """Carries out one instruction."""

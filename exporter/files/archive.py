@@ -14,8 +14,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO
 
-from gpt2onnx.errors import BundleError, OutputError
+from gpt2onnx.errors import BundleError, OptionError, OutputError
 
+from ...models import limits
 from ...models.bundle import MANIFEST, Bundle, FileRecord, Manifest, sha256_of
 from .atomic import replacing, replacing_file
 from .target import check_target
@@ -23,7 +24,6 @@ from .target import check_target
 Progress = Callable[[int, int], None]
 
 _COMPRESSION_LEVEL = 6
-_LARGEST_MANIFEST = 1 << 20  # bytes; it has some kilobytes
 _CHUNK = 1 << 20  # bytes
 
 
@@ -126,6 +126,7 @@ def unpack(
     target: str | os.PathLike[str],
     *,
     force: bool = False,
+    max_size: int = limits.ARCHIVE_CONTENT,
     progress: Progress | None = None,
 ) -> Bundle:
     """Unpacks an archive that `pack` made.
@@ -136,6 +137,7 @@ def unpack(
         archive: the file to read.
         target: the bundle's folder; it appears whole or not at all.
         force: replace an existing bundle.
+        max_size: most bytes that the bundle may have.
         progress: called with the bytes unpacked and the bytes in all.
 
     Returns:
@@ -143,6 +145,7 @@ def unpack(
 
     Raises:
         BundleError: the archive is missing, damaged, or holds anything but a bundle.
+        OptionError: the bundle has more than `max_size` bytes.
         OutputError: the target exists or can't be written.
     """
     archive, target = Path(archive), Path(target)
@@ -154,7 +157,7 @@ def unpack(
         raise BundleError(f"can't read {archive}: {error.strerror}") from error
     with file, replacing(target, lambda: check_target(target, force=force)) as folder:
         try:
-            _extract(_Content(file), folder, progress)
+            _extract(_Content(file), folder, max_size, progress)
             made = Bundle.open(folder)  # here, since another run may replace the target at once
             made.verify()
         except tarfile.TarError as error:
@@ -174,7 +177,7 @@ class _Content:
 
     def __init__(self, file: IO[bytes]) -> None:
         self._file, self._done = gzip.GzipFile(fileobj=file), 0
-        self.limit = _tar_size([_LARGEST_MANIFEST])
+        self.limit = _tar_size([limits.ARCHIVE_MANIFEST])
 
     def read(self, size: int) -> bytes:
         try:
@@ -187,7 +190,7 @@ class _Content:
         return data
 
 
-def _extract(content: _Content, folder: Path, progress: Progress | None) -> None:
+def _extract(content: _Content, folder: Path, max_size: int, progress: Progress | None) -> None:
     """Writes all files to an empty folder."""
     with tarfile.open(fileobj=content, mode="r|") as tar:  # type: ignore[call-overload]
         first = tar.next()
@@ -197,6 +200,10 @@ def _extract(content: _Content, folder: Path, progress: Progress | None) -> None
         awaited = dict(Manifest.read(folder).files)
         sizes = [record.size for record in awaited.values()]
         done, total, free = 0, sum(sizes), shutil.disk_usage(folder).free
+        if total > max_size:
+            raise OptionError(
+                f"{total:,} bytes would be unpacked, above the limit of {max_size:,}: raise it if you trust the source"
+            )
         if total > free:
             raise OutputError(
                 f"unpacking takes {total:,} bytes and {free:,} are free: make room, or choose another place"

@@ -36,7 +36,7 @@ def write_portable_graph(checkpoint: Checkpoint, folder: Path) -> None:
     """
     try:
         from optimum.exporters.onnx import onnx_export_from_model  # pyright: ignore[reportMissingImports]
-    except ImportError as error:
+    except ModuleNotFoundError as error:
         raise MissingExtraError("The portable graph", error.name or "optimum-onnx", "optimum") from error
     model = _in_pytorch(checkpoint)
     (folder / bundle.GRAPH).parent.mkdir()

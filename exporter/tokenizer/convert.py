@@ -14,18 +14,20 @@ from typing import Any
 
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
-from gpt2onnx.errors import CheckpointError, MissingExtraError
+from gpt2onnx.errors import BundleError, CheckpointError, MissingExtraError
 
+from ...models import limits
 from ...models.bundle import TOKENIZER
 from ...models.config import read_json
 from ...models.messages import one_line, shown
+from ...runtime.host import native
+from ...runtime.tokenizer import Tokenizer as RuntimeTokenizer
 from .known import CHARACTERS, END_OF_TEXT, GPT2_VOCABULARIES, characters, gpt2
 
 _SETTINGS = "tokenizer_config.json"
 _COMPANIONS = (_SETTINGS, "special_tokens_map.json", "added_tokens.json")
 _BYTE_LEVEL_FILES = (("vocab.json", "merges.txt"), ("encoder.json", "vocab.bpe"))
 _WORD_PIECE_FILE = "vocab.txt"
-_MOST_JSON = 64 * 2**20  # bytes of a tokenizer.json; the largest vocabularies take 35 million
 _log = logging.getLogger(__name__)
 
 # Special tokens of a tokenizer whose files name no others, in transformers' order.
@@ -98,6 +100,11 @@ def write_tokenizer(checkpoint: Path, config: Mapping[str, Any], target: Path) -
     if not (target / _SETTINGS).exists():
         minimal = {"tokenizer_class": files.class_name, **_DEFAULT_TOKENS.get(files.class_name, {})}
         (target / _SETTINGS).write_text(json.dumps(minimal, indent=2) + "\n", encoding="utf-8", newline="\n")
+    try:
+        if not RuntimeTokenizer(target / TOKENIZER).reads_any_text:
+            _log.warning("%s: the tokenizer has no token for unknown words: a text with one is an error", checkpoint)
+    except BundleError as error:
+        raise CheckpointError(str(error).replace(str(target), str(checkpoint))) from error
     return True
 
 
@@ -134,13 +141,11 @@ def _byte_level_bpe(vocab: Path, merges: Path, *, add_prefix_space: bool) -> Tok
         CheckpointError: a file can't be read, or the two don't fit together.
     """
     ids = read_json(vocab)
-    try:
+    with native.raising(lambda reason: CheckpointError(f"{vocab} and {merges.name} don't make a tokenizer: {reason}")):
         lines = merges.read_text(encoding="utf-8").split("\n")
         merged = (line.split(" ") for line in lines if line and not line.startswith("#version"))
         pairs = [(left, right) for left, right in merged]
         tokenizer = Tokenizer(models.BPE(vocab=ids, merges=pairs))
-    except Exception as error:  # tokenizers raises no narrower type
-        raise CheckpointError(f"{vocab} and {merges.name} don't make a tokenizer: {error}") from error
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=add_prefix_space)
     tokenizer.decoder = decoders.ByteLevel()
     return tokenizer
@@ -199,12 +204,10 @@ class _TokenizerFiles:
     def from_tokenizer_json(self, target: Path) -> Tokenizer:
         """Takes tokenizer.json as it is, without white space, unless the settings change it."""
         path = self.folder / TOKENIZER
-        content = read_json(path, _MOST_JSON)
-        try:
+        content = read_json(path, limits.TOKENIZER_JSON)
+        with native.raising(lambda reason: CheckpointError(f"{path} can't be read: {reason}")):
             as_it_is = Tokenizer.from_str(json.dumps(content))
             tokenizer = Tokenizer.from_str(json.dumps(self._with_settings(content)))
-        except Exception as error:  # tokenizers raises no narrower type
-            raise CheckpointError(f"{path} can't be read: {error}") from error
         self._add_tokens(tokenizer)
         if tokenizer.to_str() == as_it_is.to_str():
             (target / TOKENIZER).write_text(_compact(content), encoding="utf-8")
@@ -230,11 +233,9 @@ class _TokenizerFiles:
     def from_word_pieces(self) -> Tokenizer:
         """BERT's tokenizer, which Chinese GPT-2 models use."""
         path = self.folder / _WORD_PIECE_FILE
-        try:
+        with native.raising(lambda reason: CheckpointError(f"{path} doesn't make a tokenizer: {reason}")):
             pieces = models.WordPiece.read_file(str(path))
             tokenizer = Tokenizer(models.WordPiece(pieces, unk_token=_text(self.special["unk_token"])))
-        except Exception as error:  # tokenizers raises no narrower type
-            raise CheckpointError(f"{path} doesn't make a tokenizer: {error}") from error
         tokenizer.normalizer = normalizers.BertNormalizer(
             clean_text=True,
             handle_chinese_chars=self.settings.get("tokenize_chinese_chars", True),

@@ -50,7 +50,7 @@ class Reference:
         try:
             import torch
             import transformers
-        except ImportError as error:
+        except ModuleNotFoundError as error:
             raise MissingExtraError("Checking parity with PyTorch", error.name or "torch", "optimum") from error
         transformers.utils.logging.set_verbosity_error()
         transformers.utils.logging.disable_progress_bar()

@@ -32,6 +32,25 @@ def lock(file: IO[bytes]) -> None:
         fcntl.flock(file, fcntl.LOCK_EX)
 
 
+def try_lock(file: IO[bytes]) -> bool:
+    """Takes the file unless another process holds it, or the file system has no locks; says whether no other holds it."""
+    try:
+        if sys.platform == "win32":
+            import msvcrt
+
+            position = file.tell()
+            file.seek(_BEYOND)
+            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+            file.seek(position)
+        else:
+            import fcntl
+
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        return error.errno not in (errno.EACCES, errno.EAGAIN, errno.EDEADLK)
+    return True
+
+
 def unlock(file: IO[bytes]) -> None:
     """Lets others have the file."""
     if sys.platform == "win32":

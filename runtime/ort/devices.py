@@ -3,10 +3,8 @@
 Knows no ONNX Runtime: which providers there are is told, so that all of it can be tested on any machine.
 """
 
-import os
 import re
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 
 from gpt2onnx.errors import BackendError, OptionError
 
@@ -125,32 +123,6 @@ def conflict(installed: Sequence[str] | None = None) -> str | None:
         f"{' and '.join(installed)} are installed over each other, and what was unpacked last is what runs:"
         f" pip uninstall {' '.join(installed)}, then install one of them"
     )
-
-
-@contextmanager
-def captured_stderr() -> Iterator[Callable[[], str]]:
-    """Keeps what native code writes to standard error, which has no other way out; gives the function that tells it."""
-    import tempfile  # slow to import, and rarely needed
-
-    with tempfile.TemporaryFile() as file:
-
-        def written() -> str:
-            return content
-
-        content = ""
-        try:
-            saved = os.dup(2)
-        except OSError:  # closed
-            yield written
-            return
-        os.dup2(file.fileno(), 2)
-        try:
-            yield written
-        finally:
-            os.dup2(saved, 2)
-            os.close(saved)
-            file.seek(0)
-            content = file.read().decode("utf-8", "replace")
 
 
 def said(log: str) -> str:

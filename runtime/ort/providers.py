@@ -20,12 +20,13 @@ from gpt2onnx.errors import BackendError, MissingExtraError
 
 from ...models.messages import one_line
 from ..host import resources
+from ..host.native import captured_stderr
 from . import devices, forks
 from .signature import Declared
 
 try:
     import onnxruntime as ort
-except ImportError as error:
+except ModuleNotFoundError as error:
     raise MissingExtraError("Generating", "onnxruntime", "cpu") from error
 
 VERSION = str(ort.__version__)
@@ -139,7 +140,7 @@ def why_not(provider: str) -> str | None:
     """
     from . import helper_graphs
 
-    with devices.captured_stderr() as log:
+    with captured_stderr() as log:
         try:
             _preload(provider)
             session = ort.InferenceSession(helper_graphs.identity(), providers=[provider], enable_fallback=False)

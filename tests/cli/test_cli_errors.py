@@ -326,6 +326,78 @@ def test_damaged_bundles(damage: str, place: Path, command_line: CommandLine, ma
     assert snapshot(place) == before
 
 
+@linux
+@pytest.mark.parametrize(
+    ("arguments", "hint"),
+    [
+        (["generate", "-m", "BUNDLE", "--file", "/dev/zero"], "too many for a text"),
+        (["eval", "-m", "BUNDLE", "/dev/zero"], "too many for a text"),
+        (["serve", "-m", "BUNDLE", "--api-key-file", "/dev/zero"], "is it another file?"),
+        (["sweep", "/dev/zero", "-m", "BUNDLE", "--out", "sweep"], "too many for a text"),
+    ],
+)
+def test_files_without_end(
+    arguments: list[str], hint: str, place: Path, command_line: CommandLine, tales_bundle: Path
+) -> None:
+    done = command_line(*(str(tales_bundle) if word == "BUNDLE" else word for word in arguments))
+    assert_one_line(done, 1, hint)
+
+
+@linux
+def test_requests_without_end(command_line: CommandLine, tales_bundle: Path) -> None:
+    done = command_line("generate", "-m", tales_bundle, "--input", "/dev/zero")
+    assert (done.code, list(json.loads(done.out))) == (0, ["id", "error"])
+    assert "longer than" in json.loads(done.out)["error"]
+
+
+@posix
+def test_a_working_folder_that_was_deleted(place: Path, command_line: CommandLine) -> None:
+    place.rmdir()
+    assert_one_line(command_line("verify", "bundle"), 1, "bundle")
+    assert_one_line(command_line("export", "tales", "bundle"), 1, "has been deleted")
+
+
+@linux
+@pytest.mark.parametrize("most", [50, 150])
+def test_packages_that_do_not_fit_into_memory(most: int, tales_bundle: Path) -> None:
+    command = f"ulimit -v {most}000; exec {sys.executable} -m gpt2onnx verify {tales_bundle}"
+    done = subprocess.run(["sh", "-c", command], capture_output=True, text=True, timeout=120, check=False)
+    assert_one_line(Finished(done.returncode, done.stdout, done.stderr), 1, "enough memory")
+    assert "pip install" not in done.stderr
+
+
+@posix
+@pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGTERM])
+def test_stopped_while_packages_are_imported(stop: signal.Signals, tmp_path: Path) -> None:
+    """Imports turn an interrupt into errors of their own."""
+    (tmp_path / "onnx.py").write_text(
+        f"import os\ntry:\n    os.kill(os.getpid(), {stop.value})\n    while True: pass\n"
+        "except KeyboardInterrupt as error:\n    raise ImportError('a part is missing') from error\n"
+    )
+    command = [sys.executable, "-m", "gpt2onnx", "export", "tales", str(tmp_path / "bundle")]
+    done = subprocess.run(
+        command,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env=os.environ | {"PYTHONPATH": str(tmp_path)},
+        check=False,
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "gpt2onnx: interrupted\n")
+
+
+@posix
+def test_a_cache_that_others_can_write_to(place: Path, command_line: CommandLine) -> None:
+    cache = place.parent / "cache"
+    cache.mkdir()
+    cache.chmod(0o777)
+    assert_one_line(command_line("generate", "x", "-m", "tales"), 1, "other users can write to the cache")
+    assert list(cache.iterdir()) == []
+    cache.rmdir()
+    assert command_line("generate", "x", "-m", "tales", "--max-new-tokens", 1).code == 0
+    assert cache.stat().st_mode & 0o777 == 0o700
+
+
 def test_names_do_not_steer_the_terminal(
     place: Path, command_line: CommandLine, make_checkpoint: MakeCheckpoint
 ) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support.commands import CommandLine, Finished
+from support.commands import CommandLine, Finished, wait_until
 from support.systems import posix
 
 import gpt2onnx
@@ -75,15 +75,61 @@ def test_results_are_replaced_only_by_force(job: Job) -> None:
 
 
 @pytest.mark.parametrize("option", [[], ["--resume"], ["--force"]])
-def test_other_files_are_never_touched(option: list[str], job: Job) -> None:
-    job.output.write_text("buy milk\n")
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"buy milk\n", b"\nbuy milk\n", b"\0\xff" * 50_000, b'{"id": 1, "prompt": "mine"}\n', b'{"id": 1, "prompt": "mine"}',
+        b'{"id": 1, "error": "no", "prompt": "mine"}\n', b"[]\n", b'{"sequence": []}\n',
+    ],
+)  # fmt: skip
+def test_other_files_are_never_touched(content: bytes, option: list[str], job: Job) -> None:
+    job.output.write_bytes(content)
     done = job.run(REQUESTS, *option)
     assert done.code == 1
     assert "doesn't hold results" in done.err
-    assert job.output.read_text() == "buy milk\n"
+    assert job.output.read_bytes() == content
+
+
+@pytest.mark.parametrize("option", [[], ["--resume"], ["--force"]])
+def test_an_empty_file_is_taken(option: list[str], job: Job) -> None:
     job.output.write_text("")
     assert job.run(REQUESTS[:1], *option).code == 0
     assert job.ids == [0]
+
+
+@posix
+@pytest.mark.parametrize("option", ["--resume", "--force"])
+def test_a_second_job_on_the_same_output_is_refused(option: str, job: Job, tmp_path: Path) -> None:
+    job.output.unlink()
+    source = tmp_path / "pipe"
+    os.mkfifo(source)
+    command = [
+        sys.executable,
+        "-m",
+        "gpt2onnx",
+        "generate",
+        "-m",
+        job.bundle,
+        "--max-new-tokens",
+        "6",
+        "--batch-size",
+        "1",
+        "--input",
+        source,
+    ]
+    first = subprocess.Popen([*command, "--output", job.output], stderr=subprocess.PIPE, text=True)
+    with source.open("w") as requests:
+        requests.write(json.dumps(REQUESTS[0]) + "\n")
+        requests.flush()
+        wait_until(lambda: job.output.exists() and bool(job.lines), 60)
+        second = job.run(REQUESTS, option)
+        assert second.code == 1
+        assert "another job writes to" in second.err
+        requests.write(json.dumps(REQUESTS[1]) + "\n")
+    _, summary = first.communicate(timeout=60)
+    assert summary.startswith("2 done, 0 failed")
+    assert job.ids == [0, 1]
+    assert job.run(REQUESTS, "--resume").code == 0
 
 
 def test_half_a_line_is_written_again(job: Job) -> None:

@@ -279,7 +279,7 @@ def test_killed_job_goes_on_without_loss_or_repetition(
         kept = lines_of(results)
         assert kept[: len(whole)] == whole, "a result was changed or lost"
         whole = [line for line in kept if line.endswith(b"\n")]
-    ended = {signal.SIGKILL: {-9}, signal.SIGTERM: {-15}, signal.SIGINT: {130, -2}}[number]
+    ended = {signal.SIGKILL: {-9}, signal.SIGTERM: {130, -15}, signal.SIGINT: {130, -2}}[number]
     assert set(codes) <= ended, codes
     (tmp_path / "job.jsonl").write_text(content)
     assert run(*service).returncode == 0

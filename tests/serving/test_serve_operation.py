@@ -8,6 +8,7 @@ import json
 import logging
 import select
 import socket
+import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -61,10 +62,17 @@ def post(**fields: Any) -> bytes:
     return HEAD + f"content-length: {len(body)}\r\n\r\n".encode() + body
 
 
-def test_keys(model: gpt2onnx.Model, tmp_path: Path) -> None:
+def test_keys(model: gpt2onnx.Model, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     file = tmp_path / "keys"
     file.write_text("first-key\n\n second-key \n")
+    file.chmod(0o644)
+    with caplog.at_level(logging.WARNING):
+        assert serving_server.read_keys(file) == [b"first-key", b"second-key"]
+    assert ("other users can read" in caplog.text) == (sys.platform != "win32")
+    caplog.clear()
+    file.chmod(0o600)
     keys = serving_server.read_keys(file)
+    assert caplog.text == ""
     with serving(model, admission=Admission(keys=keys, only_local=False)) as server:
         for header, status in (
             ({}, 401), ({"authorization": "Bearer wrong"}, 401), ({"authorization": "Bearer"}, 401),

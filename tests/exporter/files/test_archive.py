@@ -23,7 +23,7 @@ from support.isolated import COMMAND_LINE, EXPORT_ONLY, REFERENCES, run
 from support.systems import linux
 
 import gpt2onnx
-from gpt2onnx.errors import BundleError, OutputError
+from gpt2onnx.errors import BundleError, OptionError, OutputError
 from gpt2onnx.exporter.files.archive import pack, unpack
 from gpt2onnx.models.bundle import MANIFEST, Bundle
 
@@ -57,6 +57,16 @@ def assert_refused(archive: Path, place: Path, match: str | None = None) -> str:
     assert str(archive) in str(error.value)
     assert ".gpt2onnx-" not in str(error.value), "names a folder that is gone"
     return str(error.value)
+
+
+def test_a_limit_on_what_is_unpacked(bundle: Path, archive: Path, tmp_path: Path, command_line: CommandLine) -> None:
+    size = sum(path.stat().st_size for path in bundle.rglob("*") if path.is_file() and path.name != MANIFEST)
+    with pytest.raises(OptionError, match=f"{size:,} bytes would be unpacked"):
+        unpack(archive, tmp_path / "unpacked", max_size=size - 1)
+    done = command_line("unpack", archive, tmp_path / "unpacked", "--max-size", (size - 1) / 1e9)
+    assert (done.code, done.err.count("\n")) == (1, 1)
+    assert not list(tmp_path.iterdir())
+    assert unpack(archive, tmp_path / "unpacked", max_size=size).folder.is_dir()
 
 
 # What is packed

@@ -30,7 +30,7 @@ from support.quantized import (
 )
 
 import gpt2onnx
-from gpt2onnx.errors import OptionError
+from gpt2onnx.errors import OptionError, PromptError
 from gpt2onnx.exporter.checkpoint.checkpoint import Checkpoint
 from gpt2onnx.exporter.graph.write import write_graphs
 from gpt2onnx.exporter.quantize import statistics
@@ -272,6 +272,12 @@ def test_quality_of_equal_bundles_is_perfect(tales_bundle: Path) -> None:
     assert figures.perplexity == figures.reference_perplexity
 
 
+def test_quality_text_that_is_missing(tales_checkpoint: Path, tmp_path: Path) -> None:
+    with pytest.raises(PromptError, match="can't read the text missing"):
+        gpt2onnx.export(tales_checkpoint, tmp_path / "bundle", dtype="int8", quality_texts=["missing.txt"])
+    assert not any(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize(
     "options",
     [
@@ -284,8 +290,7 @@ def test_quality_of_equal_bundles_is_perfect(tales_bundle: Path) -> None:
         {"quality": True},
         {"calibrate": True},
         {"dtype": "fp16", "calibrate": True},
-        {"quality_texts": ["missing.txt"]},
-        {"dtype": "int8", "quality_texts": ["missing.txt"]},
+        {"quality_texts": [__file__]},
         {"dtype": "int8", "quality_texts": [__file__], "quality": False},
         {"graph": "other"},
         {"graph": "portable", "dtype": "int8"},

@@ -1,0 +1,20 @@
+"""How much is read or made of what comes from outside. docs/reliability.md lists these limits."""
+
+MIB = 2**20
+
+# Bytes of files. JSON takes up to some twenty times its size in memory; the largest vocabularies have 35 million.
+JSON = 16 * MIB
+TOKENIZER_JSON = 64 * MIB
+GRAPH = 64 * MIB  # without its weights
+KEY_FILE = MIB
+PICKLE = 16 * MIB
+TENSOR_HEADER = 16 * MIB  # some 100 bytes for each tensor
+ARCHIVE_MANIFEST = MIB
+ARCHIVE_CONTENT = 10_000_000_000  # unless --max-size allows more
+# Bytes of a text, a line of which is a request.
+TEXT = 256 * MIB
+LINE = 16 * MIB
+# Steps of a pickle: objects, and 64 bytes of text each.
+PICKLE_STEPS = 1_000_000
+# Tokens of a prompt are counted only if it has no more letters than this for each position; GPT-2's longest token has 128.
+LETTERS_PER_TOKEN = 1000
