@@ -67,6 +67,11 @@ from . import parity as parity_report
     " (by default up to 200 million weights, if PyTorch is installed).",
 )
 @click.option("--revision", help="Branch, tag or commit of a Hugging Face id.")
+@click.option(
+    "--n-head",
+    type=click.IntRange(1),
+    help="Attention heads, for weights without a configuration (by default of 64 each).",
+)
 @click.option("--force", is_flag=True, help="Replace an existing bundle.")
 @click.option("--json", "as_json", is_flag=True, help="Print the manifest as JSON.")
 @console.verbosity
@@ -83,6 +88,7 @@ def command(
     twin: bool | None,
     parity: bool | None,
     revision: str | None,
+    n_head: int | None,
     force: bool,
     as_json: bool,
     quiet: bool,
@@ -117,6 +123,7 @@ def command(
             twin=twin,
             parity=parity,
             revision=revision,
+            n_head=n_head,
             force=force,
             progress=progress,
         )

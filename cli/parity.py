@@ -36,8 +36,10 @@ def command(
     """
     from ..exporter.checkpoint.checkpoint import Checkpoint
     from ..exporter.validate.parity import check
+    from ..models.bundle import Bundle
 
-    report = check(bundle, Checkpoint.open(source, revision), suite)
+    n_head = Bundle.open(bundle).config.n_head  # for a source that doesn't tell
+    report = check(bundle, Checkpoint.open(source, revision, n_head), suite)
     if as_json:
         console.print_json(report, indent=2)
     elif not quiet:

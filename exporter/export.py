@@ -66,6 +66,7 @@ def export(
     twin: bool | None = None,
     parity: bool | None = False,
     revision: str | None = None,
+    n_head: int | None = None,
     force: bool = False,
     progress: Progress | None = None,
 ) -> Bundle:
@@ -91,6 +92,7 @@ def export(
         parity: compare the bundle with PyTorch and put the report into the manifest, whether it passed or
             not; None for models of up to 200 million weights where torch and transformers are installed.
         revision: branch, tag or commit of a Hugging Face id.
+        n_head: number of attention heads, for weights without a configuration; by default one for each 64 of the width.
         force: replace an existing bundle.
         progress: called with the bytes done and the bytes in all, of the weights in float32 times the passes over them.
 
@@ -115,7 +117,7 @@ def export(
         raise OptionError("quality_texts are for quality, which is switched off")
     texts = {Path(path).name: text_input.read(Path(path), f"the text {path}") for path in quality_texts}
     check_target(target, force=force)
-    checkpoint = Checkpoint.open(os.fspath(source), revision)
+    checkpoint = Checkpoint.open(os.fspath(source), revision, n_head)
     small = _count_weights(checkpoint) <= _CHECKED_WEIGHTS
     drafted = dtype not in QUANTIZED and graph == "fused"
     drafted = drafted and (_count_weights(checkpoint) >= _TWIN_WEIGHTS if twin is None else twin)
@@ -125,7 +127,9 @@ def export(
     with replacing(target, lambda: check_target(target, force=force)) as folder:
         write_configuration(checkpoint, folder, half=dtype == "fp16")
         settings = {**checkpoint.raw_config, "vocab_size": checkpoint.config.vocab_size}
-        if not write_tokenizer(checkpoint.folder, settings, folder):
+        with checkpoint.tokenizer_folder() as place:
+            has_tokenizer = write_tokenizer(place, settings, folder)
+        if not has_tokenizer:
             _log.warning(
                 "%s has no tokenizer, so the bundle takes and gives token ids; for text put tokenizer.json there, vocab.json with"
                 " merges.txt, vocab.txt or nanoGPT's meta.pkl, or give --tokenizer FOLDER later",

@@ -1,10 +1,12 @@
 """Where an ONNX graph takes its weights from, and whether it can run without end, read off the file without the onnx package.
 
-A protobuf message is a row of fields: a key (number and kind of the field), then its value. Only the fields that
-lead to a tensor are entered; their numbers are those of https://github.com/onnx/onnx/blob/main/onnx/onnx.proto.
+Only the fields that lead to a tensor or a program are entered; their numbers are those of
+https://github.com/onnx/onnx/blob/main/onnx/onnx.proto.
 """
 
 from collections.abc import Iterator, Mapping
+
+from . import protobuf
 
 _KEY, _VALUE = 1, 2  # StringStringEntryProto
 _EXTERNAL = 13  # TensorProto.external_data
@@ -26,7 +28,6 @@ _PROGRAMS: Mapping[str, _Fields] = {
     "Attribute": {6: "loops or branches", 11: "loops or branches"},
 }
 _MOST_NESTED = 100  # protobuf's own limit
-_LONGEST_NUMBER = 70  # bits
 
 
 def locations(model: bytes) -> set[str]:
@@ -54,11 +55,12 @@ def program(model: bytes) -> str | None:
     pending = [("Model", 0, len(model))]
     while pending:
         kind, begin, end = pending.pop()
-        for number, first, last in _fields(model, begin, end):
+        for number, place in protobuf.fields(model, begin, end):
             if found := _PROGRAMS.get(kind, {}).get(number):
                 return found
-            if (inner := _WAYS[kind].get(number)) in ("Graph", "Node", "Attribute"):
-                pending.append((inner, first, last))
+            inner = _WAYS[kind].get(number)
+            if isinstance(place, slice) and inner in ("Graph", "Node", "Attribute"):
+                pending.append((inner, place.start, place.stop))
     return None
 
 
@@ -73,55 +75,25 @@ def _tensors(model: bytes) -> Iterator[tuple[int, int]]:
             yield begin, end
             continue
         ways = _WAYS[kind]
-        for number, first, last in _fields(model, begin, end):
+        for number, place in protobuf.fields(model, begin, end):
             # Most nodes have no tensor to look for.
-            if number in ways and model.find(_LOCATION.encode(), first, last) >= 0:
-                pending.append((ways[number], first, last, depth + 1))
+            if (
+                number in ways
+                and isinstance(place, slice)
+                and model.find(_LOCATION.encode(), place.start, place.stop) >= 0
+            ):
+                pending.append((ways[number], place.start, place.stop, depth + 1))
 
 
 def _entries(model: bytes, begin: int, end: int) -> list[tuple[str, str]]:
     """Keys and values of the external data of the tensor that lies between two offsets."""
     entries = list[tuple[str, str]]()
-    for number, first, last in _fields(model, begin, end):
-        if number == _EXTERNAL:
-            pair = {part: _text(model[start:stop]) for part, start, stop in _fields(model, first, last)}
+    for number, place in protobuf.fields(model, begin, end):
+        if number == _EXTERNAL and isinstance(place, slice):
+            pair = {part: _text(values[-1]) for part, values in protobuf.messages(model[place]).items()}
             entries.append((pair.get(_KEY, ""), pair.get(_VALUE, "")))
     return entries
 
 
 def _text(content: bytes) -> str:
     return content.decode("utf-8", "surrogateescape")
-
-
-def _fields(model: bytes, begin: int, end: int) -> Iterator[tuple[int, int, int]]:
-    """The fields with a length in the message between two offsets: number, begin and end of each."""
-    while begin < end:
-        key, begin = _varint(model, begin, end)
-        match key & 7:
-            case 0:
-                _, begin = _varint(model, begin, end)
-            case 1:
-                begin += 8
-            case 2:
-                size, begin = _varint(model, begin, end)
-                if size <= end - begin:
-                    yield key >> 3, begin, begin + size
-                begin += size
-            case 5:
-                begin += 4
-            case kind:
-                raise ValueError(f"fields of kind {kind} are unknown")
-        if begin > end:
-            raise ValueError("it ends inside a field")
-
-
-def _varint(model: bytes, begin: int, end: int) -> tuple[int, int]:
-    """A number in groups of 7 bits, lowest first, and where the next field begins."""
-    number = shift = 0
-    while begin < end and shift < _LONGEST_NUMBER:
-        byte = model[begin]
-        number |= (byte & 127) << shift
-        begin, shift = begin + 1, shift + 7
-        if byte < 128:
-            return number, begin
-    raise ValueError("it ends inside a number")

@@ -7,9 +7,11 @@ Weights are named as in transformers' GPT2LMHeadModel, without its `transformer.
 import hashlib
 import logging
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -53,22 +55,29 @@ class Checkpoint:
     raw_config: Mapping[str, Any]
     tied: bool
     _weights: Mapping[str, Weight]
+    _tokenizer_files: Mapping[str, str]
 
     @classmethod
-    def open(cls, source: str, revision: str | None = None) -> "Checkpoint":
+    def open(cls, source: str, revision: str | None = None, n_head: int | None = None) -> "Checkpoint":
         """Finds a source and reads its configuration and tensor names, but no weights yet.
 
         Args:
             source: the embedded name `tales`, a checkpoint folder, one checkpoint file, or a Hugging Face id.
             revision: branch, tag or commit of a Hugging Face id.
+            n_head: number of attention heads, for a source that doesn't tell.
 
         Raises:
-            CheckpointError: it can't be found or read, or isn't a GPT-2 that can be exported.
+            CheckpointError: it can't be found or read, has another number of heads, or isn't a GPT-2 that can be exported.
             MissingExtraError: a Hugging Face id was given, and huggingface_hub isn't installed.
         """
         path = find(source, revision)
         folder = path.parent if path.is_file() else path
         given = read_json(folder / CONFIG) if (folder / CONFIG).is_file() else None
+        if n_head is not None:
+            told = next((given[name] for name in ("n_head", "num_attention_heads") if given and name in given), n_head)
+            if told != n_head:
+                raise CheckpointError(f"{folder / CONFIG} says n_head {told}, not {n_head}")
+            given = (given or {}) | {"n_head": n_head}
         if given is not None and "model_type" in given:
             GPT2Config.from_dict(given)  # names another architecture before a missing tensor does
         saved = open_weights(path)
@@ -86,7 +95,18 @@ class Checkpoint:
         if unused:
             some = ", ".join(sorted(unused)[:3]) + (" …" if len(unused) > 3 else "")
             _log.warning("%s: %d tensors are no part of a GPT-2 and are left out: %s", source, len(unused), some)
-        return cls(source, folder, config, raw_config, tied, weights)
+        return cls(source, folder, config, raw_config, tied, weights, saved.tokenizer_files)
+
+    @contextmanager
+    def tokenizer_folder(self) -> Iterator[Path]:
+        """The folder of the tokenizer's files: its own, or one made of what the weights' file holds."""
+        if not self._tokenizer_files:
+            yield self.folder
+            return
+        with TemporaryDirectory() as folder:
+            for name, content in self._tokenizer_files.items():
+                (Path(folder) / name).write_text(content, encoding="utf-8")
+            yield Path(folder)
 
     def tensor(self, name: str) -> npt.NDArray[np.float32]:
         """One weight in float32, in the shape of GPT2LMHeadModel; matrices are [in, out].

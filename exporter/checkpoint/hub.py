@@ -11,6 +11,7 @@ from ...models import tales
 from ...models.bundle import CONFIG
 from ...models.messages import one_line
 from .formats import SUFFIXES
+from .tensorflow_file import INDEX
 
 # Files to fetch: the small ones, then the weights in one format.
 _SMALL = ["*.json", "merges.txt", "vocab.txt", "*.model"]
@@ -39,6 +40,8 @@ def find(source: str, revision: str | None) -> Path:
         if path.suffix not in SUFFIXES:
             raise CheckpointError(f"{source} is not a checkpoint folder, nor a {', '.join(SUFFIXES)} file")
         return path
+    if os.path.isfile(index := f"{source}{INDEX}"):  # noqa: PTH113  # a TensorFlow checkpoint goes by its files' common name
+        return Path(index)
     if not _may_be_an_id(source):
         raise CheckpointError(f"no checkpoint folder or file at {source!r}")
     return _download(source, revision)

@@ -11,7 +11,7 @@ from gpt2onnx.errors import CheckpointError
 
 from ..formats import SavedWeights
 from ..weight import Weight
-from . import book, hugging_face, nanogpt
+from . import book, hugging_face, llama_cpp, nanogpt, openai
 from .tensors import Tensors
 
 
@@ -48,7 +48,7 @@ class Layout(Protocol):
 
 
 # The first that recognises a checkpoint reads it.
-LAYOUTS: tuple[Layout, ...] = (book, nanogpt, hugging_face)
+LAYOUTS: tuple[Layout, ...] = (book, openai, llama_cpp, nanogpt, hugging_face)
 
 # Wrappers put a prefix before every name: torch.compile `_orig_mod.`, DistributedDataParallel `module.`, others the name of
 # the attribute that holds the network. GPT2LMHeadModel puts `transformer.` before every name but its head's.

@@ -1,9 +1,7 @@
-"""Hugging Face's GPT2LMHeadModel, with its config.json."""
+"""Hugging Face's GPT2LMHeadModel, with its config.json or as a bare state dict."""
 
 from collections.abc import Mapping
 from typing import Any
-
-from gpt2onnx.errors import CheckpointError
 
 from ..weight import Weight
 from .tensors import Tensors
@@ -11,6 +9,7 @@ from .tensors import Tensors
 NAME = "Hugging Face's"
 EMBEDDING = "wte.weight"
 _POSITIONS = {"n_positions", "max_position_embeddings"}
+_LAYERS = {"n_layer", "num_hidden_layers", "n_layers"}
 
 
 def recognises(tensors: Tensors) -> bool:
@@ -19,9 +18,19 @@ def recognises(tensors: Tensors) -> bool:
 
 
 def arrange(tensors: Tensors, config: Mapping[str, Any] | None) -> tuple[dict[str, Any], dict[str, Weight]]:
-    """Takes the weights as they are."""
-    if config is None:
-        raise CheckpointError(f"{tensors.path} has no config.json beside it: put the checkpoint's own there")
+    """Takes the weights as they are; without a config.json, their shapes tell the architecture."""
+    weights = {name: Weight((array,)) for name, array in tensors.arrays.items()}
+    if config is None or not config.keys() & _LAYERS:
+        (vocabulary, width), inner = tensors.matrix_shape(EMBEDDING), tensors.matrix_shape("h.0.mlp.c_fc.weight")[1]
+        architecture = {
+            "vocab_size": vocabulary,
+            "n_positions": tensors.matrix_shape("wpe.weight")[0],
+            "n_embd": width,
+            "n_layer": tensors.count_blocks("h."),
+            "n_inner": None if inner == 4 * width else inner,
+            "activation_function": "gelu_new",
+        }
+        return tensors.config(architecture, None, config), weights
     # The first GPT-2s' config.json called it n_ctx; later ones have both.
     older = {"n_positions": config["n_ctx"]} if "n_ctx" in config and not config.keys() & _POSITIONS else {}
-    return dict(config) | older, {name: Weight((array,)) for name, array in tensors.arrays.items()}
+    return dict(config) | older, weights

@@ -1,5 +1,6 @@
 """Tensors of a checkpoint by their names in its own scheme, and an architecture derived from their shapes."""
 
+import logging
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -10,8 +11,9 @@ from gpt2onnx.errors import CheckpointError
 
 from ..arrays import StoredArray
 
-# GPT-2's four sizes by their width; all have heads of 64.
-_HEADS_OF_WIDTH = {768: 12, 1024: 16, 1280: 20, 1600: 25}
+_log = logging.getLogger(__name__)
+_HEAD_SIZE = 64  # of GPT-2's four sizes
+_WIDTHS = (768, 1024, 1280, 1600)
 _GPT2_VOCABULARY, _GPT2_END = 50257, 50256
 # Other names in a configuration: the book's, nanoGPT's, and transformers' general ones.
 _OTHER_NAMES = {
@@ -74,7 +76,14 @@ class Tensors:
         """
         width = architecture["n_embd"]
         end = _GPT2_END if architecture["vocab_size"] >= _GPT2_VOCABULARY else None
-        heads = _HEADS_OF_WIDTH.get(width) if n_head is None else n_head
+        heads = n_head
+        if heads is None and width % _HEAD_SIZE == 0:
+            heads = width // _HEAD_SIZE
+            if width not in _WIDTHS and "n_head" not in (given or {}):
+                _log.warning(
+                    "%s doesn't tell the number of attention heads: %d are taken, of %d each, as in GPT-2; give --n-head if"
+                    " it was trained with others", self.path, heads, _HEAD_SIZE
+                )  # fmt: skip
         config = {
             "model_type": "gpt2",
             "architectures": ["GPT2LMHeadModel"],
@@ -88,6 +97,6 @@ class Tensors:
         if "n_head" not in config:
             raise CheckpointError(
                 f"{self.path}: the number of attention heads can't be read off the weights (width {width}):"
-                ' put a config.json with {"n_head": …} beside it'
+                ' give --n-head, or put a config.json with {"n_head": …} beside it'
             )
         return config

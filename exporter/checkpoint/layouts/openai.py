@@ -1,0 +1,55 @@
+"""OpenAI's own GPT-2, whose TensorFlow checkpoints gpt-2-simple and other fine-tuning scripts write, too.
+
+https://github.com/openai/gpt-2/blob/master/src/model.py
+"""
+
+import re
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+from gpt2onnx.errors import CheckpointError
+
+from ..tensorflow_file import TensorFlowArray
+from ..weight import Weight
+from .tensors import Tensors
+
+NAME = "OpenAI's"
+EMBEDDING = "model/wte"
+
+# Of a weight; what follows such a name belongs to the optimizer.
+_NAME = re.compile(
+    r"model/(wte|wpe|(?:(h)(\d{1,4})/)?(ln_1|ln_2|ln_f|attn/c_attn|attn/c_proj|mlp/c_fc|mlp/c_proj)/([gwb]))"
+)
+_KINDS = {"g": "weight", "w": "weight", "b": "bias"}
+
+
+def recognises(tensors: Tensors) -> bool:
+    """Whether it has the token embedding's name."""
+    return EMBEDDING in tensors.arrays
+
+
+def arrange(tensors: Tensors, config: Mapping[str, Any] | None) -> tuple[dict[str, Any], dict[str, Weight]]:
+    """Renames the weights, and takes the first axis, of length 1, off the matrices; hparams.json tells the heads."""
+    arrays = {}
+    for name, array in tensors.arrays.items():
+        if not (match := _NAME.fullmatch(name)):
+            continue
+        if match[5] == "w" and isinstance(array, TensorFlowArray):
+            if len(array.shape) != 3 or array.shape[0] != 1:
+                raise CheckpointError(f"{array.path}: tensor {name} has shape {list(array.shape)}, not [1, in, out]")
+            array = replace(array, shape=array.shape[1:])
+        place = "" if match[3] is None else f"h.{int(match[3])}."
+        ours = f"{match[1]}.weight" if match[5] is None else f"{place}{match[4].replace('/', '.')}.{_KINDS[match[5]]}"
+        arrays[ours] = array
+    named = Tensors(tensors.path, arrays, tensors.settings)
+    (vocabulary, width), hparams = named.matrix_shape("wte.weight"), tensors.settings.get("hparams", {})
+    architecture = {
+        "vocab_size": vocabulary,
+        "n_positions": named.matrix_shape("wpe.weight")[0],
+        "n_embd": width,
+        "n_layer": named.count_blocks("h."),
+        "activation_function": "gelu_new",
+    }
+    weights = {name: Weight((array,)) for name, array in arrays.items()}
+    return named.config(architecture, hparams.get("n_head"), config), weights
