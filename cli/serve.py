@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import click
@@ -14,11 +15,42 @@ from .model_options import device_options, load, model_option
 @model_option
 @click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on.")
 @click.option("--port", type=click.IntRange(0, 65535), default=8000, show_default=True, help="0 for any free one.")
-@click.option("--name", help="The model's name for clients (default: the bundle's or source's own).")
+@click.option(
+    "--served-model-name",
+    "--name",
+    "name",
+    metavar="NAME...",
+    help="Names of the model for clients, several after one another (default: the bundle's or source's own).",
+)
+@click.argument("more_names", metavar="", nargs=-1)
+@click.option(
+    "--chat-template",
+    metavar="FILE|NAME",
+    help="Template of chats, in place of the model's own; turns joins turns by the end token.",
+)
 @click.option(
     "--api-key-file",
     type=click.Path(path_type=Path),
     help="Clients have to send a key from this file, which holds one a line.",
+)
+@click.option(
+    "--uds", type=click.Path(path_type=Path), help="Listen on this Unix socket in place of --host and --port."
+)
+@click.option("--root-path", default="", help="Path under which a proxy hands requests on.")
+@click.option("--ssl-certfile", type=click.Path(path_type=Path, exists=True), help="Certificate for TLS, in PEM.")
+@click.option(
+    "--ssl-keyfile",
+    type=click.Path(path_type=Path, exists=True),
+    help="Its private key, if it is in a file of its own.",
+)
+@click.option(
+    "--cors-origin",
+    "cors_origins",
+    multiple=True,
+    help="Web pages that may use the server: their origin, or * (repeatable).",
+)
+@click.option(
+    "--allowed-host", "hosts", multiple=True, help="Host name that clients may call without a key (repeatable)."
 )
 @click.option("--max-batch", type=click.IntRange(1), default=16, show_default=True, help="Most sequences in the batch.")
 @click.option("--max-queue", type=click.IntRange(1), default=128, show_default=True, help="Most prompts in the queue.")
@@ -46,7 +78,9 @@ from .model_options import device_options, load, model_option
 @device_options
 @console.verbosity
 def command(
-    host: str, port: int, name: str | None, api_key_file: Path | None, max_batch: int, max_queue: int,
+    host: str, port: int, name: str | None, more_names: tuple[str, ...], chat_template: str | None, uds: Path | None,
+    root_path: str, ssl_certfile: Path | None, ssl_keyfile: Path | None, cors_origins: tuple[str, ...], hosts: tuple[str, ...],
+    api_key_file: Path | None, max_batch: int, max_queue: int,
     max_prompt_tokens: int | None, max_tokens: int | None, max_body: int, timeout: float, shutdown_timeout: float,
     energy: bool, log_prompts: bool, model: str, device: str, threads: int | None, quiet: bool,
 ) -> None:  # fmt: skip
@@ -61,34 +95,47 @@ def command(
       gpt2onnx serve -m tales --port 8080 --max-batch 32 --api-key-file key.txt
       curl localhost:8000/v1/completions -H 'Content-Type: application/json' -d '{"prompt": "Once upon a time"}'
     """
+    if more_names and name is None:
+        raise click.UsageError(f"unexpected argument {more_names[0]!r}: the model is named by -m")
+    if ssl_keyfile is not None and ssl_certfile is None:
+        raise click.UsageError("--ssl-keyfile goes with --ssl-certfile")
     from ..serving import server
+    from ..serving.chat_template import ChatTemplate
     from ..serving.guard import Admission, is_loopback
     from ..serving.service import Limits
 
     keys = [] if api_key_file is None else server.read_keys(api_key_file)
     settings = server.Settings(
-        name=name or Path(model).name,
+        names=[name, *more_names] if name else [Path(model).name],
+        cors_origins=cors_origins,
+        root_path=root_path,
+        certificate=ssl_certfile,
+        private_key=ssl_keyfile,
         max_batch=max_batch,
         max_queue=max_queue,
         limits=Limits(prompt_tokens=max_prompt_tokens, max_tokens=max_tokens, seconds=timeout),
-        admission=Admission(keys=keys, only_local=not keys and is_loopback(host), body_bytes=max_body),
+        admission=Admission(
+            keys=keys, only_local=not keys and is_loopback(host) and uds is None, hosts=hosts, body_bytes=max_body
+        ),
         joules=_joules() if energy else None,
         log_prompts=log_prompts,
         shutdown_seconds=shutdown_timeout,
     )
     # Before the model is loaded, which takes longer than to find that the port is taken.
-    with server.listen(host, port) as listener:
-        if not is_loopback(host) and not keys:
+    with server.listen(host, port) if uds is None else server.listen_at(uds) as listener:
+        if not is_loopback(host) and not keys and uds is None:
             click.echo(f"warning: anyone who reaches {host} can use this server: give --api-key-file", err=True)
         if log_prompts:
             logging.getLogger("gpt2onnx.serving").setLevel(logging.INFO)
         loaded = load(model, device, threads, wide_after=0)
 
+        template = ChatTemplate.of_bundle(loaded.bundle.folder, chat_template)
+
         def ready(address: str) -> None:
             if not quiet:
-                click.echo(f"{settings.name} is served at {address}", err=True)
+                click.echo(f"{settings.names[0]} is served at {address}", err=True)
 
-        server.serve(loaded, listener, settings, ready)
+        server.serve(loaded, listener, replace(settings, chat_template=template), ready)
 
 
 def _joules() -> Callable[[], float]:

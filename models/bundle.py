@@ -1,6 +1,6 @@
 """The bundle: a folder in the Hugging Face convention, with a manifest of its own.
 
-config.json  generation_config.json  tokenizer.json  tokenizer_config.json
+config.json  generation_config.json  tokenizer.json  tokenizer_config.json  chat_template.jinja
 genai_config.json       what onnxruntime-genai reads
 gpt2onnx.json           the manifest: origin, precision, size and sha256 of every other file
 onnx/model.onnx         the graph
@@ -34,6 +34,7 @@ CONFIG = "config.json"
 GENERATION_CONFIG = "generation_config.json"
 TOKENIZER = "tokenizer.json"
 TOKENIZER_CONFIG = "tokenizer_config.json"
+CHAT_TEMPLATE = "chat_template.jinja"
 GENAI_CONFIG = "genai_config.json"
 GRAPH = "onnx/model.onnx"
 WEIGHTS = "onnx/model.onnx_data"

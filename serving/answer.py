@@ -11,6 +11,7 @@ from ..runtime.tokenizer import Tokenizer
 from .engine import Piece
 
 Record = dict[str, Any]
+_UNFINISHED = "\ufffd"
 
 
 class Answer:
@@ -140,5 +141,9 @@ class _Position:
         start = self.length
         # Special tokens may have no text.
         if self._tokenizer.decode([token], skip_special_tokens=self._skip_special_tokens):
-            self.length += len(self._decoder.decode(self._tokenizer.token_bytes(token)))
+            begun, content = self._decoder.getstate()[0], self._tokenizer.token_bytes(token)
+            text = self._decoder.decode(content)
+            self.length += len(text)
+            if begun and text.startswith(_UNFINISHED) and not (begun + content).startswith(_UNFINISHED.encode()):
+                start += 1  # the token before it didn't finish its character
         return start

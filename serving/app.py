@@ -13,16 +13,34 @@ from fastapi.responses import FileResponse
 from fastapi.security import HTTPBearer
 from starlette.exceptions import HTTPException
 
+from ..models.messages import shown
 from . import reference
-from .completions import prepare, unknown_model
+from .call import Call
+from .chat import prepare_chat
+from .completions import check_model, prepare, tokens_of
 from .engine import QueueFullError, UnavailableError
 from .guard import Admission, Guard
 from .metrics import Metrics
-from .protocol import Completion, CompletionRequest, ErrorBody, Health, ServedModel, ServedModels
+from .protocol import (
+    ChatCompletion,
+    ChatRequest,
+    Completion,
+    CompletionRequest,
+    DetokenizeRequest,
+    ErrorBody,
+    Health,
+    ServedModel,
+    ServedModels,
+    ServerVersion,
+    Text,
+    TokenizeRequest,
+    Tokens,
+)
 from .responses import ApiError, JsonResponse
 from .service import Service
 from .stream import EventStream, whole
 
+_LONGEST_NAME = 80  # letters of an unknown field that an error names
 _PAGE = Path(__file__).parent / "page"
 
 _ERRORS = {
@@ -67,6 +85,7 @@ def make_app(service: Service, metrics: Metrics, admission: Admission) -> Guard:
     # For the OpenAPI document; `Guard` checks the key.
     key = [Depends(HTTPBearer(auto_error=False))] if admission.keys else []
     _add_completions(app, service, metrics, key)
+    _add_tokenizer(app, service, key)
     _add_models(app, service, key)
     _add_operation(app, service, metrics, key)
     _add_pages(app)
@@ -85,9 +104,21 @@ def _add_completions(app: FastAPI, service: Service, metrics: Metrics, key: list
         dependencies=key,
     )
     async def completions(body: CompletionRequest, request: Request) -> Response:
-        call = await asyncio.to_thread(prepare, service, body)
+        return await answer(await asyncio.to_thread(prepare, service, body), request)
+
+    @app.post(
+        "/v1/chat/completions",
+        response_model=ChatCompletion,
+        responses=_errors(400, 401, 403, 404, 408, 413, 415, 429, 500, 503, 504) | {200: success},
+        summary="Answer in a conversation",
+        dependencies=key,
+    )
+    async def chat(body: ChatRequest, request: Request) -> Response:
+        return await answer(await asyncio.to_thread(prepare_chat, service, body), request)
+
+    async def answer(call: Call, request: Request) -> Response:
         call.submit()
-        if body.stream:
+        if call.body.stream:
             return EventStream(call, metrics)
         try:
             return await whole(call, request)
@@ -95,13 +126,38 @@ def _add_completions(app: FastAPI, service: Service, metrics: Metrics, key: list
             call.close()
 
 
+def _add_tokenizer(app: FastAPI, service: Service, key: list[Any]) -> None:
+    """vLLM's routes."""
+
+    @app.post(
+        "/tokenize",
+        response_model=Tokens,
+        responses=_errors(400, 401, 403, 404, 408, 413, 415),
+        summary="Give the tokens of a text",
+        dependencies=key,
+    )
+    async def tokenize(body: TokenizeRequest) -> Response:
+        return JsonResponse(await asyncio.to_thread(tokens_of, service, body))
+
+    @app.post(
+        "/detokenize",
+        response_model=Text,
+        responses=_errors(400, 401, 403, 404, 408, 413, 415),
+        summary="Give the text of tokens",
+        dependencies=key,
+    )
+    async def detokenize(body: DetokenizeRequest) -> Response:
+        check_model(service, body.model)
+        return JsonResponse({"prompt": await asyncio.to_thread(service.model.tokenizer.decode, body.tokens)})
+
+
 def _add_models(app: FastAPI, service: Service, key: list[Any]) -> None:
-    entry = {
-        "id": service.name,
+    facts = {
         "object": "model",
         "created": service.created,
         "owned_by": "gpt2onnx",
         "context_length": service.model.config.n_positions,
+        "max_model_len": service.model.config.n_positions,
         "vocab_size": service.model.config.vocab_size,
         "dtype": service.model.bundle.manifest.dtype,
         "device": service.model.runner.device,
@@ -115,7 +171,9 @@ def _add_models(app: FastAPI, service: Service, key: list[Any]) -> None:
         dependencies=key,
     )
     async def models() -> Response:
-        return JsonResponse({"object": "list", "data": [entry]})
+        return JsonResponse({"object": "list", "data": [{"id": name} | facts for name in service.names]})
+
+    _add_probes(app, models, "/v1/models")
 
     @app.get(
         "/v1/models/{model:path}",
@@ -125,9 +183,8 @@ def _add_models(app: FastAPI, service: Service, key: list[Any]) -> None:
         dependencies=key,
     )
     async def model(model: str) -> Response:
-        if model != service.name:
-            raise unknown_model(service, model)
-        return JsonResponse(entry)
+        check_model(service, model)
+        return JsonResponse({"id": model} | facts)
 
 
 def _add_operation(app: FastAPI, service: Service, metrics: Metrics, key: list[Any]) -> None:
@@ -143,6 +200,12 @@ def _add_operation(app: FastAPI, service: Service, metrics: Metrics, key: list[A
         content = {"status": status, "running": engine.running, "waiting": engine.waiting}
         return JsonResponse(content, 200 if status == "ok" else 503)
 
+    _add_probes(app, health, "/health", "/ping", "/healthz")
+
+    @app.get("/version", response_model=ServerVersion, responses=_errors(403), summary="Tell the server's version")
+    async def about() -> Response:
+        return JsonResponse({"version": version("gpt2onnx")})
+
     @app.get(
         "/metrics",
         response_class=Response,
@@ -155,6 +218,14 @@ def _add_operation(app: FastAPI, service: Service, metrics: Metrics, key: list[A
         metrics.waiting.set(service.engine.waiting)
         page = await asyncio.to_thread(metrics.page)
         return Response(page, media_type="text/plain; version=0.0.4; charset=utf-8")
+
+
+def _add_probes(app: FastAPI, answer: Callable[[], Coroutine[Any, Any, Response]], *paths: str) -> None:
+    """Lets load balancers ask for the head alone, and under other names."""
+    for path in paths:
+        app.add_api_route(path, answer, methods=["HEAD"], include_in_schema=False)
+    for path in paths[1:]:
+        app.add_api_route(path, answer, methods=["GET"], include_in_schema=False)
 
 
 def _add_pages(app: FastAPI) -> None:
@@ -194,6 +265,9 @@ def _add_errors(app: FastAPI) -> None:
 
     @app.exception_handler(HTTPException)
     async def other(request: Request, error: HTTPException) -> Response:
+        if isinstance(reason := error.__cause__, UnicodeDecodeError):  # FastAPI's own words don't say where
+            message = f"byte {reason.start} of the body, {reason.object[reason.start]:#04x}, is not UTF-8"
+            return ApiError(400, message).response()
         path, method = request.url.path, request.method
         message = {404: f"there is no {path}: see /docs", 405: f"{path} doesn't take {method}: see /docs"}
         text = message.get(error.status_code, str(error.detail))
@@ -210,16 +284,19 @@ def _errors(*statuses: int) -> _Routes:
 
 def _invalid(error: RequestValidationError) -> ApiError:
     """A body that isn't a CompletionRequest, in one line."""
-    first = error.errors()[0]
+    # A field of several types fails once for each; what is wrong inside the right one says more than its type.
+    first = min(error.errors(), key=lambda each: each["type"].endswith("_type"))
     place = [str(part) for part in first["loc"][1:]]
     if first["type"] == "extra_forbidden":
-        return ApiError(400, f"unknown field {'.'.join(place)!r}", ".".join(place), "unknown_parameter")
+        return ApiError(
+            400, f"unknown field {shown('.'.join(place))}", ".".join(place)[:_LONGEST_NAME], "unknown_parameter"
+        )
     if first["type"] == "json_invalid":
         return ApiError(400, f"the request isn't JSON: {first.get('ctx', {}).get('error', first['msg'])}")
     name = place[0] if place else ""
-    field = CompletionRequest.model_fields.get(name)
+    field = (CompletionRequest.model_fields | ChatRequest.model_fields).get(name)
     if field is None:
-        return ApiError(400, 'the request isn\'t a JSON object such as {"prompt": "Once upon a time"}')
+        return ApiError(400, 'the request isn\'t a JSON object such as {"prompt": "Once upon a time"}', name or None)
     if name == "prompt":
         message = "prompt must be a text, a list of texts, a list of token ids, or a list of such lists"
         return ApiError(400, message, name)

@@ -45,6 +45,9 @@ class Call:
         deadline: of `time.monotonic`, when it has to be done.
     """
 
+    KIND = "text_completion"
+    ID = "cmpl"
+
     def __init__(
         self,
         service: Service,
@@ -56,8 +59,9 @@ class Call:
         self.body, self.news = body, asyncio.Event()
         self.deadline = time.monotonic() + service.limits.seconds
         self._service, self._prompts, self._options = service, prompts, options
-        self._id, self._created = f"cmpl-{secrets.token_hex(12)}", int(time.time())
+        self._id, self._created = f"{self.ID}-{secrets.token_hex(12)}", int(time.time())
         self._choices = body.n or 1  # of each prompt
+        self._begun: set[int] = set()  # choices whose first part has been sent
         self._jobs = [Job(lambda: service.notifier.set(self.news), rows, streamed=bool(body.stream)) for _ in prompts]
         self._answers = [
             [self._answer(prompt, number * self._choices + index) for index in range(self._choices)]
@@ -127,7 +131,7 @@ class Call:
         """The response's body, or a stream event's."""
         return {
             "id": self._id,
-            "object": "text_completion",
+            "object": self.KIND,
             "created": self._created,
             "model": self._service.name,
             "choices": list(choices),

@@ -1,27 +1,34 @@
 """Completions: turns a validated request body into options and token ids that the engine can run."""
 
+from collections.abc import Sequence
+from typing import Any
+
 from gpt2onnx.errors import OptionError, PromptError
 
+from ..models.messages import shown
 from ..runtime.options import SAMPLING_OPTIONS, GenerationConfig
 from .call import Call, Prompt
 from .options import given_options
-from .protocol import CompletionRequest
+from .protocol import CompletionRequest, Message, TokenizeRequest
 from .responses import ApiError
 from .service import Service
 
 # OpenAI's defaults, unless the bundle's generation_config.json sets others.
 _DEFAULTS = {"do_sample": True, "top_k": 0}
-_DEFAULT_TOKENS = 16
 
 
-def prepare(service: Service, body: CompletionRequest) -> Call:
+def prepare(service: Service, body: CompletionRequest, kind: type[Call] = Call) -> Call:
     """Checks a request against model and limits. Long prompts take long, so it belongs into a thread.
+
+    Args:
+        service: runs it.
+        body: the request.
+        kind: of the call.
 
     Raises:
         ApiError: the request can't be carried out.
     """
-    if body.model not in (None, service.name):
-        raise unknown_model(service, body.model or "")
+    check_model(service, body.model)
     wanted = body.n or 1
     made = body.best_of or wanted
     if made < wanted:
@@ -32,7 +39,7 @@ def prepare(service: Service, body: CompletionRequest) -> Call:
         raise ApiError(400, "stream_options need stream", "stream_options")
     try:
         options = _options(service, body, wanted, made)
-        prompts = [_prompt(service, prompt, options) for prompt in _prompts(body)]
+        prompts = [_prompt(service, prompt, options, body.truncate_prompt_tokens) for prompt in _prompts(body)]
         service.model.check_options(options, len(prompts[0].ids))
     except OptionError as error:
         raise ApiError(400, str(error), error.option) from error
@@ -43,12 +50,14 @@ def prepare(service: Service, body: CompletionRequest) -> Call:
     _check_room(service, rows, param, len(prompts))
     for prompt in prompts:
         _check_length(service, len(prompt.ids), options.max_new_tokens or 0)
-    return Call(service, body, prompts, options, rows)
+    return kind(service, body, prompts, options, rows)
 
 
-def unknown_model(service: Service, name: str) -> ApiError:
-    """The error for a model name that isn't the served one."""
-    return ApiError(404, f"the model {name!r} isn't served, only {service.name!r}", "model", "model_not_found")
+def check_model(service: Service, name: str | None) -> None:
+    """Raises ApiError if a name isn't one of the served model's; none and an empty one are taken for it."""
+    if name and name not in service.names:
+        served = ", ".join(map(repr, service.names))
+        raise ApiError(404, f"the model {shown(name)} isn't served, only {served}", "model", "model_not_found")
 
 
 def _options(service: Service, body: CompletionRequest, wanted: int, made: int) -> GenerationConfig:
@@ -59,8 +68,14 @@ def _options(service: Service, body: CompletionRequest, wanted: int, made: int) 
     if body.seed is not None:
         given["seed"] = body.seed % 2**32
     # The runtime makes at least one token; `Call` drops that of max_tokens 0.
-    given["max_new_tokens"] = _DEFAULT_TOKENS if body.max_tokens is None else max(1, body.max_tokens)
+    given["max_new_tokens"] = max(1, body.longest)
+    if body.min_tokens is not None:
+        given["min_new_tokens"] = body.min_tokens
     config = service.model.generation_config.merged(options | given)
+    if body.ignore_eos:
+        config = config.replaced(eos_token_id=None)
+    if body.stop_token_ids:
+        config = config.replaced(eos_token_id=(*config.eos_token_ids, *body.stop_token_ids))
     if config.num_beams > 1 and made > wanted:
         raise OptionError("best_of goes with sampling, not with num_beams", "best_of")
     if config.num_beams > 1 and made > config.num_beams:
@@ -81,12 +96,15 @@ def _prompts(body: CompletionRequest) -> list[str | list[int]]:
     return [each for each in prompt if not isinstance(each, int)]
 
 
-def _prompt(service: Service, prompt: str | list[int], options: GenerationConfig) -> Prompt:
-    """A prompt as text and token ids."""
+def _prompt(service: Service, prompt: str | list[int], options: GenerationConfig, kept: int | None) -> Prompt:
+    """A prompt as text and token ids; of those, the last `kept`."""
     model = service.model
     ids = model.prompt_ids(prompt, options).tolist()
-    if isinstance(prompt, str) and options.truncate == "none":
-        return Prompt(prompt, ids)
+    cut = kept is not None and kept < len(ids)
+    ids = ids[-kept:] if cut and kept is not None else ids
+    if isinstance(prompt, str) and options.truncate == "none" and not cut:
+        # Half of a surrogate pair is no text, and no JSON that all clients read.
+        return Prompt(prompt.encode("utf-8", "replace").decode("utf-8"), ids)
     return Prompt(model.tokenizer.decode(ids, skip_special_tokens=options.skip_special_tokens), ids)
 
 
@@ -117,3 +135,47 @@ def _check_length(service: Service, prompt: int, new: int) -> None:
         raise ApiError(400, message, "prompt")
     if limits.max_tokens is not None and new > limits.max_tokens:
         raise ApiError(400, f"max_tokens={new} is above the server's limit of {limits.max_tokens}", "max_tokens")
+
+
+def tokens_of(service: Service, body: TokenizeRequest) -> dict[str, Any]:
+    """The tokens of a text or a conversation, as vLLM gives them.
+
+    Raises:
+        ApiError: neither or both are given, or it can't be read.
+    """
+    check_model(service, body.model)
+    if (body.prompt is None) == (body.messages is None):
+        raise ApiError(400, "give a prompt or messages, and not both", "prompt")
+    tokenizer = service.model.tokenizer
+    try:
+        if body.messages is None:
+            ids = tokenizer.encode(body.prompt or "", add_special_tokens=body.add_special_tokens)
+        else:
+            ids = service.model.prompt_ids(conversation(service, body.messages)).tolist()
+    except PromptError as error:
+        raise ApiError(400, str(error), "prompt" if body.messages is None else "messages") from error
+    return {
+        "count": len(ids),
+        "max_model_len": service.model.config.n_positions,
+        "tokens": ids,
+        "token_strs": [tokenizer.entry(token) for token in ids] if body.return_token_strs else None,
+    }
+
+
+def conversation(service: Service, messages: Sequence[Message]) -> str:
+    """The prompt that a conversation makes.
+
+    Raises:
+        ApiError: the model has no chat template, or it refuses the messages.
+    """
+    if service.chat_template is None:
+        raise ApiError(
+            400,
+            "the model has no chat template: start the server with --chat-template FILE, or --chat-template turns for"
+            " models that were trained on turns with an end token, such as DialoGPT; or use /v1/completions",
+            "messages",
+        )
+    try:
+        return service.chat_template.render([message.plain() for message in messages])
+    except PromptError as error:
+        raise ApiError(400, str(error), "messages") from error

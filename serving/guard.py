@@ -3,12 +3,14 @@
 import asyncio
 import hmac
 import ipaddress
+import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from ..models.messages import shown
 from .metrics import Metrics
 from .responses import CLIENT_LEFT, ApiError
 
@@ -22,8 +24,9 @@ _HEADERS = {
     "referrer-policy": "no-referrer",
     "x-content-type-options": "nosniff",
 }
-_COMPLETIONS = "/v1/completions"
-_KEY_NEEDED = ("/v1", "/metrics")  # /health, /docs and the page tell nothing about users
+_COMPLETIONS = ("/v1/completions", "/v1/chat/completions")
+_LONGEST_ID = 200  # letters
+_KEY_NEEDED = ("/v1", "/metrics", "/tokenize", "/detokenize")  # /health, /docs and the page tell nothing about users
 _ABANDONED = {CLIENT_LEFT: "client", 504: "timeout"}
 
 
@@ -35,12 +38,14 @@ class Admission:
         keys: API keys, any of which is accepted; empty: no key needed.
         only_local: refuse a Host header that isn't localhost or a loopback address (DNS rebinding: a web page makes the
             browser send requests to its own name, which it points to this machine).
+        hosts: names that are let in besides.
         body_bytes: largest body.
         body_seconds: time for the body to arrive.
     """
 
     keys: Sequence[bytes] = ()
     only_local: bool = True
+    hosts: Sequence[str] = ()
     body_bytes: int = 2**20
     body_seconds: float = 30.0
 
@@ -67,12 +72,16 @@ class Guard:
             await self._app(scope, receive, send)
             return
 
+        # The client's own, or a new one.
+        request_id = Headers(scope=scope).get("x-request-id", "")[:_LONGEST_ID] or secrets.token_hex(8)
+
         async def answer(message: Message) -> None:
             if message["type"] == "http.response.start":
                 headers = MutableHeaders(scope=message)
                 for name, value in _HEADERS.items():
                     headers.setdefault(name, value)
-                if scope["path"] == _COMPLETIONS:
+                headers.setdefault("x-request-id", request_id)
+                if scope["path"] in _COMPLETIONS:
                     self._count(message["status"])
             await send(message)
 
@@ -85,8 +94,17 @@ class Guard:
 
     def _check(self, method: str, path: str, headers: Headers) -> None:
         admission = self._admission
-        if admission.only_local and not is_loopback(headers.get("host", "")):
-            raise ApiError(403, "call this server by the name localhost or 127.0.0.1, or start it with --api-key-file")
+        host = headers.get("host", "")
+        if (
+            admission.only_local
+            and not is_loopback(host)
+            and host.rpartition(":")[0] not in admission.hosts
+            and host not in admission.hosts
+        ):
+            raise ApiError(
+                403,
+                "call this server by the name localhost or 127.0.0.1, or start it with --allowed-host NAME or --api-key-file",
+            )
         if admission.keys and path.startswith(_KEY_NEEDED):
             scheme, _, given = headers.get("authorization", "").partition(" ")
             key = given.strip().encode("latin-1") if scheme.lower() == "bearer" else b""
@@ -95,8 +113,10 @@ class Guard:
                 raise ApiError(401, message, headers={"www-authenticate": "Bearer"})
         # Browsers let any web page send other content types to this server without asking it first (CORS).
         kind = headers.get("content-type", "").partition(";")[0].strip().lower()
-        if path == _COMPLETIONS and method == "POST" and kind != "application/json":
+        if method == "POST" and kind != "application/json":
             raise ApiError(415, "send JSON, with the header 'Content-Type: application/json'")
+        if (coding := headers.get("content-encoding", "identity")) != "identity":
+            raise ApiError(415, f"the body is coded as {shown(coding)}: send it as it is, without Content-Encoding")
         length = headers.get("content-length", "0")  # h11 lets only digits through
         if int(length) > admission.body_bytes:
             raise self._too_large()

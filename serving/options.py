@@ -1,9 +1,9 @@
-"""Generation options of a request: derived from the runtime's table. Options that OpenAI has too have OpenAI's range."""
+"""Generation options of a request: derived from the runtime's table."""
 
 from typing import Annotated, Any, Literal, Union
 
 from msgspec import inspect
-from pydantic import BaseModel, ConfigDict, Field, create_model
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, create_model
 
 from ..runtime.options import BY_NAME, MAX_SEQUENCES, OPTIONS
 
@@ -12,14 +12,20 @@ _MAX_STRINGS, _MAX_LETTERS = 16, 1000
 _MAX_IDS = 1000
 _MAX_LOGPROBS = 100
 
+
+def _whole(value: Any) -> Any:
+    """5 for 5.0: JSON has one kind of number, and some clients write all with a point."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+_Int = Annotated[int, BeforeValidator(_whole)]
 TokenId = Annotated[int, Field(ge=0, lt=2**31)]
-Count = Annotated[int, Field(ge=0, lt=2**31)]
-Sequences = Annotated[int, Field(ge=1, le=MAX_SEQUENCES)]
+Count = Annotated[_Int, Field(ge=0, lt=2**31)]
+Sequences = Annotated[_Int, Field(ge=1, le=MAX_SEQUENCES)]
 
 # OpenAI has other names for these: max_tokens and n.
 _RENAMED = ("max_new_tokens", "max_length", "num_return_sequences")
 _RANGES: dict[str, Any] = {
-    "temperature": Annotated[float, Field(ge=0, le=2)],
     "seed": Annotated[int, Field(ge=-(2**63), lt=2**63)],
     "logprobs": Annotated[int, Field(ge=0, le=_MAX_LOGPROBS)],
     "prompt_lookup": Annotated[int, Field(ge=0, le=_MAX_IDS)],
@@ -40,7 +46,7 @@ def _annotation(kind: inspect.Type) -> Any:
         return Union[tuple(map(_annotation, kind.types))]  # noqa: UP007  # a tuple of types
     if isinstance(kind, inspect.IntType):
         lt = None if kind.le is not None else kind.lt or 2**31
-        return Annotated[int, Field(ge=kind.ge, le=kind.le, lt=lt)]
+        return Annotated[_Int, Field(ge=kind.ge, le=kind.le, lt=lt)]
     if isinstance(kind, inspect.FloatType):
         return Annotated[float, Field(gt=kind.gt, ge=kind.ge, le=kind.le)]
     if isinstance(kind, inspect.StrType):

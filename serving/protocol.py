@@ -1,24 +1,73 @@
 """Protocol: bodies of requests and responses, as OpenAI defines them. Unknown fields are refused."""
 
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, Field
 
 from .options import Count, GenerationOptions, Sequences, Strict, TokenId
 
 _MAX_PROMPTS = 1000
+_DEFAULT_TOKENS = 16  # OpenAI's
 
 
 class StreamOptions(Strict):
     """Options of a stream."""
 
     include_usage: bool | None = Field(None, description="Add an event with the usage at the end.")
+    continuous_usage_stats: bool | None = Field(None, description="Add the usage so far to every event; as vLLM.")
+    include_obfuscation: bool | None = Field(None, description="Has no effect.")
 
 
-class CompletionRequest(GenerationOptions):  # type: ignore[misc, valid-type]
-    """A request for completions. A field that is null counts as not given."""
+class TextFormat(Strict):
+    """The form of an answer: text."""
+
+    type: Literal["text"]
+
+
+class _Request(GenerationOptions):  # type: ignore[misc, valid-type]
+    """What requests for completions and for chats share. A field that is null counts as not given."""
 
     model: str | None = Field(None, description="Name of the model. Default: the served one.")
+    max_tokens: Count | None = Field(None, description="Most new tokens.")
+    n: Sequences | None = Field(None, description="Choices for each prompt.")
+    stream: bool | None = Field(None, description="Return server-sent events with the text as it grows.")
+    stream_options: StreamOptions | None = Field(None, description="Only with stream.")
+    # As vLLM and llama.cpp have them.
+    min_tokens: Count | None = Field(
+        None, description="No end before as many new tokens; min_new_tokens by vLLM's name."
+    )
+    ignore_eos: bool | None = Field(None, description="Go on after the end token.")
+    stop_token_ids: Annotated[list[TokenId], Field(max_length=1000)] | None = Field(
+        None, description="Tokens that end the text, besides the end token."
+    )
+    truncate_prompt_tokens: Annotated[int, Field(ge=1, lt=2**31)] | None = Field(
+        None, description="Keep the prompt's last tokens only, as many as these."
+    )
+    presence_penalty: Annotated[float, Field(ge=0, le=0)] | None = Field(None, description="Not supported: only 0.")
+    frequency_penalty: Annotated[float, Field(ge=0, le=0)] | None = Field(None, description="Not supported: only 0.")
+    logit_bias: Annotated[dict[str, float], Field(max_length=0)] | None = Field(
+        None, description="Not supported: only {}. See sequence_bias, bad_words_ids and suppress_tokens."
+    )
+    response_format: TextFormat | None = Field(None, description='Not supported: only {"type": "text"}.')
+    user: str | None = Field(None, description="Has no effect.")
+    store: bool | None = Field(None, description="Has no effect.")
+    metadata: dict[str, str] | None = Field(None, description="Has no effect.")
+    service_tier: str | None = Field(None, description="Has no effect.")
+    cache_prompt: bool | None = Field(None, description="Has no effect: prompts share what they have in common anyway.")
+
+    UNSUPPORTED: ClassVar = (
+        "presence_penalty",
+        "frequency_penalty",
+        "logit_bias",
+        "suffix",
+        "response_format",
+        "tools",
+    )
+
+
+class CompletionRequest(_Request):
+    """A request for completions. A field that is null counts as not given."""
+
     prompt: (
         str
         | Annotated[list[str], Field(min_length=1, max_length=_MAX_PROMPTS)]
@@ -30,7 +79,7 @@ class CompletionRequest(GenerationOptions):  # type: ignore[misc, valid-type]
         description="A text, a list of texts, token ids, or a list of lists of them. Default: the end-of-text token.",
     )
     max_tokens: Count | None = Field(None, description="Most new tokens. Default 16.")
-    n: Sequences | None = Field(None, description="Choices for each prompt.")
+    n_predict: Count | None = Field(None, description="max_tokens by llama.cpp's name.")
     best_of: Sequences | None = Field(
         None,
         description="Continuations to generate, of which the n with the highest mean log probability are returned; not with stream.",
@@ -38,17 +87,70 @@ class CompletionRequest(GenerationOptions):  # type: ignore[misc, valid-type]
     echo: bool | None = Field(
         None, description="Begin each text with the prompt; with logprobs, also return those of its tokens."
     )
-    stream: bool | None = Field(None, description="Return server-sent events with the text as it grows.")
-    stream_options: StreamOptions | None = Field(None, description="Only with stream.")
-    presence_penalty: Annotated[float, Field(ge=0, le=0)] | None = Field(None, description="Not supported: only 0.")
-    frequency_penalty: Annotated[float, Field(ge=0, le=0)] | None = Field(None, description="Not supported: only 0.")
-    logit_bias: Annotated[dict[str, float], Field(max_length=0)] | None = Field(
-        None, description="Not supported: only {}. See sequence_bias, bad_words_ids and suppress_tokens."
-    )
-    suffix: None = Field(None, description="Not supported: only null.")
-    user: str | None = Field(None, description="Has no effect.")
+    suffix: Literal[""] | None = Field(None, description='Not supported: only null or "".')
 
-    UNSUPPORTED: ClassVar = ("presence_penalty", "frequency_penalty", "logit_bias", "suffix")
+    @property
+    def longest(self) -> int:
+        """Most new tokens, by any of their names."""
+        return next((each for each in (self.max_tokens, self.n_predict) if each is not None), _DEFAULT_TOKENS)
+
+
+class TextPart(Strict):
+    """A part of a message."""
+
+    type: Literal["text"]
+    text: str
+
+
+class Message(Strict):
+    """A turn of a conversation."""
+
+    role: str
+    content: str | list[TextPart] | None = None
+    name: str | None = None
+
+    def plain(self) -> dict[str, str]:
+        """The message as templates take it."""
+        content = self.content if isinstance(self.content, str) else "".join(part.text for part in self.content or ())
+        return {"role": self.role, "content": content} | ({} if self.name is None else {"name": self.name})
+
+
+class ChatRequest(_Request):
+    """A request for a chat completion. A field that is null counts as not given."""
+
+    messages: Annotated[list[Message], Field(min_length=1, max_length=_MAX_PROMPTS)] = Field(
+        description="The conversation so far, texts only; the model's chat template makes a prompt of it."
+    )
+    max_tokens: Count | None = Field(None, description="Most new tokens. Default: what the context window leaves.")
+    max_completion_tokens: Count | None = Field(None, description="max_tokens by its newer name.")
+    logprobs: bool | None = Field(None, description="Return log probabilities of the answer's tokens.")
+    top_logprobs: Annotated[int, Field(ge=0, le=100)] | None = Field(
+        None, description="Likeliest tokens to return for each; needs logprobs."
+    )
+    tools: Annotated[list[dict[str, Any]], Field(max_length=0)] | None = Field(
+        None, description="Not supported: only []."
+    )
+    tool_choice: Literal["none", "auto"] | None = Field(None, description="Has no effect.")
+    parallel_tool_calls: bool | None = Field(None, description="Has no effect.")
+
+
+class TokenizeRequest(Strict):
+    """A request for the tokens of a text."""
+
+    model: str | None = Field(None, description="Name of the model. Default: the served one.")
+    prompt: str | None = Field(None, description="A text.")
+    messages: Annotated[list[Message], Field(min_length=1)] | None = Field(
+        None, description="A conversation, in its place."
+    )
+    add_special_tokens: bool = Field(True, description="With tokens that the tokenizer puts around a text.")
+    return_token_strs: bool | None = Field(None, description="Also return how the vocabulary writes each token.")
+
+
+class DetokenizeRequest(Strict):
+    """A request for the text of tokens."""
+
+    model: str | None = Field(None, description="Name of the model. Default: the served one.")
+    tokens: list[TokenId] = Field(description="Token ids.")
 
 
 class Logprobs(BaseModel):
@@ -88,6 +190,54 @@ class Completion(BaseModel):
     usage: Usage | None
 
 
+class ChatMessage(BaseModel):
+    """A message of the model, or a part of it in a stream."""
+
+    role: Literal["assistant"]
+    content: str
+
+
+class ChatChoice(BaseModel):
+    """One answer; in a stream, `delta` in place of `message`."""
+
+    index: int
+    message: ChatMessage
+    logprobs: dict[str, Any] | None
+    finish_reason: Literal["stop", "length"] | None
+
+
+class ChatCompletion(BaseModel):
+    """Answers in a conversation, or a part of them in a stream."""
+
+    id: str
+    object: Literal["chat.completion", "chat.completion.chunk"]
+    created: int
+    model: str
+    choices: list[ChatChoice]
+    usage: Usage | None
+
+
+class Tokens(BaseModel):
+    """Tokens of a text."""
+
+    count: int
+    max_model_len: int
+    tokens: list[int]
+    token_strs: list[str] | None
+
+
+class Text(BaseModel):
+    """Text of tokens."""
+
+    prompt: str
+
+
+class ServerVersion(BaseModel):
+    """Version of the server."""
+
+    version: str
+
+
 class ServedModel(BaseModel):
     """The served model."""
 
@@ -96,13 +246,14 @@ class ServedModel(BaseModel):
     created: int
     owned_by: str
     context_length: int
+    max_model_len: int
     vocab_size: int
     dtype: str
     device: str
 
 
 class ServedModels(BaseModel):
-    """All served models: one."""
+    """All served names: of one model."""
 
     object: Literal["list"]
     data: list[ServedModel]

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import errno
 import gc
 import logging
 import os
@@ -15,6 +16,8 @@ from types import FrameType
 from typing import Any, Literal
 
 import uvicorn
+from starlette.middleware.cors import CORSMiddleware
+from starlette.types import ASGIApp
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from gpt2onnx.errors import OptionError
@@ -22,12 +25,14 @@ from gpt2onnx.errors import OptionError
 from ..models import limits
 from ..runtime.model import Model
 from .app import make_app
+from .chat_template import ChatTemplate
 from .engine import Engine
 from .guard import Admission
 from .metrics import Metrics
 from .service import Limits, Service
 
 _log = logging.getLogger(__name__)
+_TICK_SECONDS = 0.02  # between two looks whether the last request is done
 _KEEP_ALIVE_SECONDS = 30  # between two requests of a connection
 _BACKLOG = 2048  # uvicorn's default
 # Python's default, 5 ms, lets the event loop's thread hold the engine's up for longer than a step takes.
@@ -39,7 +44,11 @@ class Settings:
     """Settings of a server.
 
     Attributes:
-        name: the model's, for clients.
+        names: the model's, for clients; responses have the first.
+        chat_template: makes prompts of conversations; None if the model has none.
+        cors_origins: web pages that may use the server from a browser; "*" for all.
+        root_path: of the server behind a proxy.
+        certificate, private_key: files for TLS; None: plain HTTP.
         max_batch: most sequences in the batch.
         max_queue: most prompts in the queue.
         limits: of a request.
@@ -51,7 +60,12 @@ class Settings:
         shutdown_seconds: time for running requests to finish.
     """
 
-    name: str
+    names: Sequence[str]
+    chat_template: ChatTemplate | None = None
+    cors_origins: Sequence[str] = ()
+    root_path: str = ""
+    certificate: Path | None = None
+    private_key: Path | None = None
     max_batch: int = 16
     max_queue: int = 128
     limits: Limits = field(default_factory=Limits)
@@ -86,6 +100,41 @@ def listen(host: str, port: int) -> socket.socket:
         reason = getattr(error, "strerror", None) or error
         raise OptionError(f"can't listen on {host} port {port}: {reason}") from error
     return server
+
+
+def listen_at(path: Path) -> socket.socket:
+    """Opens a Unix socket in place of an address.
+
+    Raises:
+        OptionError: another process listens there, or it can't be made.
+    """
+    if sys.platform == "win32":
+        raise OptionError("Windows has no Unix sockets for servers: give --host and --port")
+    server = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        if path.is_socket():
+            with (
+                socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as client,
+                contextlib.suppress(ConnectionRefusedError),
+            ):
+                client.connect(str(path))
+                raise OSError(errno.EADDRINUSE, os.strerror(errno.EADDRINUSE))
+            path.unlink()  # of a server that was killed
+        server.bind(str(path))
+        server.listen(_BACKLOG)
+    except OSError as error:
+        server.close()
+        raise OptionError(f"can't listen on {path}: {error.strerror or error}") from error
+    return server
+
+
+def address_of(listener: socket.socket, scheme: str) -> str:
+    """A server's address for clients."""
+    name = listener.getsockname()
+    if isinstance(name, str):
+        return f"unix:{name}"
+    host, port = name[:2]
+    return f"{scheme}://{f'[{host}]' if ':' in host else host}:{port}"
 
 
 def read_keys(path: Path) -> list[bytes]:
@@ -132,13 +181,21 @@ def make_server(
 ) -> "Server":
     """Builds the server of `serve`; the caller runs it."""
     metrics = Metrics(settings.joules)
-    metrics.describe(settings.name, model)
+    metrics.describe(settings.names[0], model)
     engine = Engine(model, max_batch=settings.max_batch, max_queue=settings.max_queue, metrics=metrics)
     service = Service(
-        name=settings.name, model=model, engine=engine, limits=settings.limits, log_prompts=settings.log_prompts
+        names=settings.names,
+        model=model,
+        engine=engine,
+        limits=settings.limits,
+        log_prompts=settings.log_prompts,
+        chat_template=settings.chat_template,
     )
+    app: ASGIApp = make_app(service, metrics, settings.admission)
+    if settings.cors_origins:  # outside of the guard: browsers send no key with the request that asks for leave
+        app = CORSMiddleware(app, settings.cors_origins, allow_methods=["*"], allow_headers=["*"], expose_headers=["*"])
     config = uvicorn.Config(
-        make_app(service, metrics, settings.admission),
+        app,
         http=partial(  # type: ignore[arg-type]
             TimedConnection, header_seconds=settings.header_seconds, write_seconds=settings.write_seconds
         ),
@@ -150,9 +207,11 @@ def make_server(
         proxy_headers=False,
         timeout_keep_alive=_KEEP_ALIVE_SECONDS,
         timeout_graceful_shutdown=int(settings.shutdown_seconds) + 5,
+        root_path=settings.root_path,
+        ssl_certfile=settings.certificate,
+        ssl_keyfile=settings.private_key,
     )
-    host, port = listener.getsockname()[:2]
-    address = f"http://{f'[{host}]' if ':' in host else host}:{port}"
+    address = address_of(listener, "http" if settings.certificate is None else "https")
     return Server(config, engine, settings.shutdown_seconds, lambda: ready(address))
 
 
@@ -179,9 +238,18 @@ class Server(uvicorn.Server):
         self._ready()
 
     async def shutdown(self, sockets: Sequence[socket.socket] | None = None) -> None:
-        """Refuses new requests; ends once the others are answered, or with errors after `shutdown_seconds`."""
+        """Refuses new requests; ends once the others are answered, or with errors after `shutdown_seconds`.
+
+        Until then it listens, so that /health and new requests get their 503.
+        """
         self.engine.close()
-        timer = asyncio.get_running_loop().call_later(self._shutdown_seconds, self.engine.abandon)
+        loop = asyncio.get_running_loop()
+        timer, deadline = (
+            loop.call_later(self._shutdown_seconds, self.engine.abandon),
+            loop.time() + self._shutdown_seconds,
+        )
+        while (self.engine.running or self.engine.waiting) and not self.force_exit and loop.time() < deadline:
+            await asyncio.sleep(_TICK_SECONDS)
         await super().shutdown(None if sockets is None else list(sockets))
         timer.cancel()
         self.engine.abandon()

@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import time
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -11,6 +12,7 @@ from typing import Any
 from ..models.bundle import GENERATION_CONFIG
 from ..models.config import read_json
 from ..runtime.model import Model
+from .chat_template import ChatTemplate
 from .engine import Engine
 
 
@@ -60,22 +62,39 @@ class Service:
     """The served model.
 
     Attributes:
-        name: the model's, for clients.
+        names: the model's, for clients; responses have the first.
         model: only its tokenizer and options; its network belongs to the engine's thread.
         engine: runs the prompts.
         limits: of a request.
         log_prompts: log prompts and texts; otherwise only counts.
+        chat_template: makes prompts of conversations; None if the model has none.
         created: start of the service, in seconds since 1970.
         notifier: wakes the event loop for the engine's news.
     """
 
-    name: str
+    names: Sequence[str]
     model: Model
     engine: Engine
     limits: Limits
     log_prompts: bool = False
+    chat_template: ChatTemplate | None = None
     created: int = field(default_factory=lambda: int(time.time()))
     notifier: Notifier = field(default_factory=Notifier)
+
+    @property
+    def name(self) -> str:
+        """The model's first name."""
+        return self.names[0]
+
+    def longest_answer(self, prompt: str, kept: int | None) -> int:
+        """Tokens that the context window and the limits leave for an answer to the last `kept` tokens of a prompt.
+
+        Raises:
+            PromptError: the prompt is too long.
+        """
+        tokens = self.model.prompt_ids(prompt).size
+        left = self.model.config.n_positions + 1 - min(tokens, kept or tokens)
+        return max(1, min(left, self.limits.max_tokens or left))
 
     @cached_property
     def bundled_options(self) -> dict[str, Any]:

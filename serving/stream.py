@@ -14,6 +14,7 @@ from .responses import CLIENT_LEFT, ApiError, JsonResponse, to_json
 
 # Proxies cut connections that are silent for a minute or so.
 _COMMENT_SECONDS = 15.0
+_DONE = b"data: [DONE]\n\n"
 
 
 async def whole(call: Call, request: Request) -> JsonResponse:
@@ -65,7 +66,8 @@ class EventStream(StreamingResponse):
             self._call.close()
 
     async def _events(self) -> AsyncIterator[bytes]:
-        call = self._call
+        call, options = self._call, self._call.body.stream_options
+        always = options is not None and options.continuous_usage_stats
         done = False
         while not done:
             try:
@@ -76,19 +78,20 @@ class EventStream(StreamingResponse):
                     continue
                 self._metrics.abandoned.labels("timeout").inc()
                 self._complete = True
-                yield _event(call.timeout().body)
+                yield _event(call.timeout().body) + _DONE
                 return
             done = call.done  # before `take`, which would otherwise miss the last pieces
-            if events := b"".join(_event(call.record([choice], None)) for choice in call.take()):
-                yield events
+            choices = list(call.take())
+            usage = call.usage if always else None
+            if choices:
+                yield b"".join(_event(call.record([choice], usage)) for choice in choices)
         self._complete = True
         if (failure := call.failure()) is not None:
-            yield _event(failure.body)
+            yield _event(failure.body) + _DONE
             return
-        options = call.body.stream_options
         if options is not None and options.include_usage:
             yield _event(call.record([], call.usage))
-        yield b"data: [DONE]\n\n"
+        yield _DONE
 
 
 async def _news(call: Call, deadline: float) -> None:

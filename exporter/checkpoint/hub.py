@@ -14,7 +14,7 @@ from .formats import SUFFIXES
 from .tensorflow_file import INDEX
 
 # Files to fetch: the small ones, then the weights in one format.
-_SMALL = ["*.json", "merges.txt", "vocab.txt", "*.model"]
+_SMALL = ["*.json", "*.jinja", "merges.txt", "vocab.txt", "*.model"]
 _SAFETENSORS = ["model.safetensors", "model-*.safetensors"]
 _PICKLES = ["pytorch_model.bin", "pytorch_model-*.bin"]
 

@@ -17,7 +17,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre
 from gpt2onnx.errors import BundleError, CheckpointError, MissingExtraError
 
 from ...models import limits
-from ...models.bundle import TOKENIZER
+from ...models.bundle import CHAT_TEMPLATE, TOKENIZER
 from ...models.config import read_json
 from ...models.messages import one_line, shown
 from ...runtime.host import native
@@ -25,7 +25,7 @@ from ...runtime.tokenizer import Tokenizer as RuntimeTokenizer
 from .known import CHARACTERS, END_OF_TEXT, GPT2_VOCABULARIES, characters, gpt2
 
 _SETTINGS = "tokenizer_config.json"
-_COMPANIONS = (_SETTINGS, "special_tokens_map.json", "added_tokens.json")
+_COMPANIONS = (_SETTINGS, "special_tokens_map.json", "added_tokens.json", CHAT_TEMPLATE)
 _BYTE_LEVEL_FILES = (("vocab.json", "merges.txt"), ("encoder.json", "vocab.bpe"))
 _WORD_PIECE_FILE = "vocab.txt"
 _log = logging.getLogger(__name__)

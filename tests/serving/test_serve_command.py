@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import httpx
@@ -70,12 +71,17 @@ def test_missing_extra(package: str, command_line: CommandLine, monkeypatch: pyt
 
 def test_every_option_arrives(command_line: CommandLine, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     taken: dict[str, Any] = {}
-    monkeypatch.setattr("gpt2onnx.cli.serve.load", lambda *arguments, **more: taken.update(loaded=(*arguments, more)))
+
+    def load(*arguments: Any, **more: Any) -> Any:
+        taken["loaded"] = (*arguments, more)
+        return SimpleNamespace(bundle=SimpleNamespace(folder=tmp_path))
+
+    monkeypatch.setattr("gpt2onnx.cli.serve.load", load)
     monkeypatch.setattr(
         serving_server, "serve", lambda model, listener, settings, ready: taken.update(settings=settings)
     )
     assert command_line("serve", "--port", 0).code == 0
-    plain = serving_server.Settings(name="tales", admission=Admission(keys=[]))
+    plain = serving_server.Settings(names=["tales"], admission=Admission(keys=[]))
     assert taken == {"loaded": ("tales", "cpu", None, {"wide_after": 0}), "settings": plain}
 
     keys = tmp_path / "keys"
@@ -83,13 +89,14 @@ def test_every_option_arrives(command_line: CommandLine, monkeypatch: pytest.Mon
     log = logging.getLogger("gpt2onnx.serving")
     monkeypatch.setattr(log, "level", log.level)  # put back at the end
     finished = command_line(
-        "serve", "-m", "some/model", "--port", 0, "--name", "mine", "--api-key-file", keys, "--max-batch", 3, "--max-queue", 5,
+        "serve", "-m", "some/model", "--port", 0, "--cors-origin", "https://a.example", "--root-path", "/api", "--allowed-host", "me",
+        "--served-model-name", "mine", "yours", "--api-key-file", keys, "--max-batch", 3, "--max-queue", 5,
         "--max-prompt-tokens", 7, "--max-tokens", 11, "--max-body", 13, "--timeout", 17, "--shutdown-timeout", 19,
         "--log-prompts", "--device", "cuda", "--threads", 23,
     )  # fmt: skip
     assert finished.code == 0, finished.err
     assert taken["loaded"] == ("some/model", "cuda", 23, {"wide_after": 0})
     assert taken["settings"] == serving_server.Settings(
-        name="mine", max_batch=3, max_queue=5, limits=Limits(prompt_tokens=7, max_tokens=11, seconds=17),
-        admission=Admission(keys=[b"open sesame"], only_local=False, body_bytes=13), log_prompts=True, shutdown_seconds=19,
+        names=["mine", "yours"], cors_origins=("https://a.example",), root_path="/api", max_batch=3, max_queue=5, limits=Limits(prompt_tokens=7, max_tokens=11, seconds=17),
+        admission=Admission(keys=[b"open sesame"], only_local=False, hosts=("me",), body_bytes=13), log_prompts=True, shutdown_seconds=19,
     )  # fmt: skip

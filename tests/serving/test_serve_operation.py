@@ -254,7 +254,8 @@ def test_time_out(slow_model: ControlledModel) -> None:
         assert late.json()["error"]["type"] == "timeout_error"
         server.wait_for_idle()
         events = server.complete(stream=True, **LONG).text.split("\n\n")
-        assert json.loads(events[-2].removeprefix("data: "))["error"]["code"] == "timeout"
+        assert json.loads(events[-3].removeprefix("data: "))["error"]["code"] == "timeout"
+        assert events[-2] == "data: [DONE]"
         assert len(events) > 3
         server.wait_for_idle()
         assert server.metric("abandoned_total") == 2
@@ -279,17 +280,18 @@ def test_shutdown(slow_model: ControlledModel, patience: float) -> None:
         server.wait_for_state(1, 1)
         server.server.should_exit = True
         wait_until(lambda: server.engine.stopping)
-        with pytest.raises(httpx.HTTPError):
-            httpx.post(f"{server.address}/v1/completions", json={"prompt": "a"})
+        refused = httpx.post(f"{server.address}/v1/completions", json={"prompt": "a"})
+        assert (refused.status_code, refused.json()["error"]["message"]) == (503, "the server is shutting down")
+        health = httpx.get(f"{server.address}/health")
+        assert (health.status_code, health.json()["status"]) == (503, "stopping")
         whole, streamed = (each.result() for each in running)
         if patience < 1:
             assert whole.status_code == 503
             assert "shutting down" in whole.json()["error"]["message"]
             assert "shutting down" in streamed.text
-            assert "[DONE]" not in streamed.text
         else:
             assert whole.status_code == 200
-            assert streamed.text.endswith("data: [DONE]\n\n")
+        assert streamed.text.endswith("data: [DONE]\n\n")
 
 
 def test_failure_of_the_batch(model: gpt2onnx.Model) -> None:

@@ -23,7 +23,7 @@ CONFIG = schemathesis.Config.from_dict(
 @pytest.fixture(scope="module")
 def server(make_checkpoint: MakeCheckpoint, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
     bundle = gpt2onnx.export(make_checkpoint(), tmp_path_factory.mktemp("bundle") / "tiny").folder
-    with serving(gpt2onnx.load(bundle, threads=1), name="tiny", max_batch=4) as running:
+    with serving(gpt2onnx.load(bundle, threads=1), names=["tiny"], max_batch=4) as running:
         yield running
 
 

@@ -67,7 +67,7 @@ class Running:
 @contextmanager
 def serving(model: Any, **settings: Any) -> Iterator[Running]:
     """A server for the time of the `with` block."""
-    settings = {"name": "tales", "shutdown_seconds": 10.0} | settings
+    settings = {"names": ["tales"], "shutdown_seconds": 10.0} | settings
     with listen("127.0.0.1", 0) as listener:
         addresses: list[str] = []
         server = make_server(model, listener, Settings(**settings), addresses.append)

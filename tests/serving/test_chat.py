@@ -1,0 +1,219 @@
+"""Conversations: templates as transformers renders them, answers as completions of them, with OpenAI's own client."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import openai
+import pytest
+from support.golden import Golden
+from support.serving import Running, serving
+from support.tokenizer_files import gpt2_in_transformers
+
+import gpt2onnx
+from gpt2onnx.errors import BundleError, OptionError, PromptError
+from gpt2onnx.models.bundle import TOKENIZER_CONFIG
+from gpt2onnx.serving.chat_template import BUILT_IN, ChatTemplate
+
+TALK = [
+    {"role": "user", "content": "Once upon a time"},
+    {"role": "assistant", "content": " there was a king."},
+    {"role": "user", "content": " One day"},
+]
+END = "<|endoftext|>"
+
+TEMPLATES = {
+    **BUILT_IN,
+    "roles": (
+        "{%- for message in messages %}\n    {%- if loop.index0 % 2 == 0 and message.role != 'user' %}\n"
+        "        {{- raise_exception('turns alternate') }}\n    {%- endif %}\n"
+        "<|{{ message['role'] }}|>\n{{ message['content'] | trim }}{{ eos_token }}\n{% endfor %}\n"
+        "{%- if add_generation_prompt %}<|assistant|>{% endif %}"
+    ),
+    "json": "{% for message in messages %}{{ message | tojson }}{% if loop.index > 1 %}{% break %}{% endif %}{% endfor %}{{ bos_token }}",
+    "tabs": "{% for message in messages %}\n  {% set ns = namespace(first=loop.first) %}\n\t{{ ns.first }}: {{ message.content }}\n{% endfor %}",
+}
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_templates_render_as_in_transformers(name: str, golden: Golden) -> None:
+    template = ChatTemplate(TEMPLATES[name], {"eos_token": END, "bos_token": END})
+    for messages in (TALK, TALK[:1], [{"role": "user", "content": "Ünï <b>\"'& \n x "}]):
+        expected = golden.answer(
+            [name, messages],
+            lambda messages=messages: gpt2_in_transformers().apply_chat_template(
+                messages, chat_template=TEMPLATES[name], tokenize=False, add_generation_prompt=True
+            ),
+        )
+        assert template.render(messages) == expected
+
+
+def test_a_template_that_refuses() -> None:
+    with pytest.raises(PromptError, match="refuses these messages: turns alternate"):
+        ChatTemplate(TEMPLATES["roles"], {}).render(TALK[1:])
+
+
+@pytest.mark.parametrize(
+    "source",
+    ["{{ ''.__class__.__mro__ }}", "{{ messages.append(1) }}", "{{ cycler.__init__.__globals__ }}", "{% include '/etc/passwd' %}", "{{ 1 / 0 }}"],
+)  # fmt: skip
+def test_a_template_reaches_nothing(source: str) -> None:
+    with pytest.raises(PromptError, match="refuses these messages"):
+        ChatTemplate(source, {}).render(TALK)
+
+
+def test_where_the_template_comes_from(tmp_path: Path) -> None:
+    assert ChatTemplate.of_bundle(tmp_path) is None
+    config = {
+        "eos_token": {"content": "!"},
+        "chat_template": [{"name": "tool_use", "template": "x"}, {"name": "default", "template": "{{ eos_token }}"}],
+    }
+    (tmp_path / TOKENIZER_CONFIG).write_text(json.dumps(config))
+    own = ChatTemplate.of_bundle(tmp_path)
+    assert own is not None
+    assert own.render(TALK) == "!"
+    (tmp_path / "chat_template.jinja").write_text("file")
+    assert ChatTemplate.of_bundle(tmp_path).render(TALK) == "file"  # type: ignore[union-attr]
+    (tmp_path / "mine.jinja").write_text("mine")
+    assert ChatTemplate.of_bundle(tmp_path, str(tmp_path / "mine.jinja")).render(TALK) == "mine"  # type: ignore[union-attr]
+    assert ChatTemplate.of_bundle(tmp_path, "turns").render(TALK[:1]) == "Once upon a time!"  # type: ignore[union-attr]
+    with pytest.raises(OptionError, match="name a file, or turns"):
+        ChatTemplate.of_bundle(tmp_path, "missing")
+    (tmp_path / "chat_template.jinja").write_text("{% if")
+    with pytest.raises(BundleError, match="the chat template can't be read"):
+        ChatTemplate.of_bundle(tmp_path)
+
+
+# The server
+
+
+@pytest.fixture(scope="module")
+def model(tales_bundle: Any) -> gpt2onnx.Model:
+    return gpt2onnx.load(tales_bundle, threads=1)
+
+
+@pytest.fixture(scope="module")
+def server(model: gpt2onnx.Model) -> Iterator[Running]:
+    template = ChatTemplate.of_bundle(model.bundle.folder, "turns")
+    with serving(model, names=["tales", "other"], max_batch=6, chat_template=template) as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def client(server: Running) -> Iterator[openai.OpenAI]:
+    with openai.OpenAI(base_url=f"{server.address}/v1", api_key="none", max_retries=0) as client:
+        yield client
+
+
+PROMPT = f"Once upon a time{END} there was a king.{END} One day{END}"
+
+
+@pytest.mark.parametrize(
+    "options", [{"temperature": 0}, {"temperature": 0.8, "seed": 3, "n": 2}, {"stop": ["."], "seed": 1}]
+)
+def test_an_answer_is_the_completion_of_the_rendered_prompt(
+    options: dict[str, Any], client: openai.OpenAI, server: Running
+) -> None:
+    wanted = server.complete(PROMPT, max_tokens=20, **options).json()
+    chat = client.chat.completions.create(model="tales", messages=TALK, max_completion_tokens=20, **options)  # type: ignore[arg-type]
+    assert chat.id.startswith("chatcmpl-")
+    assert chat.object == "chat.completion"
+    assert [(one.message.role, one.message.content, one.finish_reason) for one in chat.choices] == [
+        ("assistant", one["text"], one["finish_reason"]) for one in wanted["choices"]
+    ]
+    assert chat.usage is not None
+    assert chat.usage.model_dump(exclude_none=True) == wanted["usage"]
+    texts, reasons, roles = ["", ""], ["", ""], 0
+    for event in client.chat.completions.create(
+        model="other", messages=TALK, max_tokens=20, stream=True, stream_options={"include_usage": True}, **options
+    ):  # type: ignore[arg-type]
+        assert event.object == "chat.completion.chunk"
+        if not event.choices:
+            assert event.usage.model_dump(exclude_none=True) == wanted["usage"]
+        for choice in event.choices:
+            texts[choice.index] += choice.delta.content or ""
+            reasons[choice.index] = choice.finish_reason or ""
+            roles += choice.delta.role == "assistant"
+    assert texts[: len(chat.choices)] == [one.message.content for one in chat.choices]
+    assert reasons[: len(chat.choices)] == [one.finish_reason for one in chat.choices]
+    assert roles == len(chat.choices)
+
+
+def test_log_probabilities_of_an_answer(client: openai.OpenAI, server: Running) -> None:
+    wanted = server.choice(PROMPT, max_tokens=5, temperature=0, logprobs=2)["logprobs"]
+    chat = client.chat.completions.create(
+        model="tales", messages=TALK, max_tokens=5, temperature=0, logprobs=True, top_logprobs=2
+    )  # type: ignore[arg-type]
+    (choice,) = chat.choices
+    assert choice.logprobs is not None
+    assert [one.token for one in choice.logprobs.content or ()] == wanted["tokens"]
+    assert [one.logprob for one in choice.logprobs.content or ()] == wanted["token_logprobs"]
+    for one, top in zip(choice.logprobs.content or (), wanted["top_logprobs"], strict=True):
+        assert {each.token: each.logprob for each in one.top_logprobs} == top
+        assert bytes(one.bytes or ()).decode() == one.token
+
+
+def test_content_in_parts_and_the_longest_answer(server: Running, model: gpt2onnx.Model) -> None:
+    parts = [{"role": "user", "content": [{"type": "text", "text": "Once upon"}, {"type": "text", "text": " a time"}]}]
+    first, second = (
+        server.client.post("/v1/chat/completions", json={"messages": messages, "temperature": 0}).json()
+        for messages in (parts, TALK[:1])
+    )
+    assert first["choices"] == second["choices"]
+    # Without a limit, until the end token or the end of the context window.
+    ended = second["choices"][0]["finish_reason"] == "stop"
+    assert ended or second["usage"]["total_tokens"] == model.config.n_positions + 1
+
+
+@pytest.mark.parametrize(
+    ("fields", "status", "hint"),
+    [
+        ({}, 400, "messages"),
+        ({"messages": []}, 400, "messages"),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]},
+            400,
+            "messages",
+        ),
+        ({"messages": TALK, "tools": [{"type": "function"}]}, 400, "tools"),
+        ({"messages": TALK, "response_format": {"type": "json_object"}}, 400, "response_format"),
+        ({"messages": TALK, "top_logprobs": 2}, 400, "top_logprobs need logprobs"),
+        ({"messages": TALK, "model": "gpt-4"}, 404, "only 'tales', 'other'"),
+        ({"messages": TALK * 300}, 400, "context window"),
+    ],
+)
+def test_refused(fields: dict[str, Any], status: int, hint: str, server: Running) -> None:
+    response = server.client.post("/v1/chat/completions", json=fields)
+    assert response.status_code == status, response.text
+    assert hint in response.json()["error"]["message"]
+
+
+def test_what_clients_send_and_means_nothing(server: Running) -> None:
+    plain = {"messages": TALK, "temperature": 0, "max_tokens": 3}
+    more = {
+        "store": False, "metadata": {"a": "b"}, "service_tier": "auto", "user": "me", "parallel_tool_calls": True, "tools": [],
+        "tool_choice": "none", "response_format": {"type": "text"}, "seed": None, "stream": False, "model": "", "cache_prompt": True,
+    }  # fmt: skip
+    answers = [server.client.post("/v1/chat/completions", json=plain | fields).json() for fields in ({}, more)]
+    assert answers[0]["choices"] == answers[1]["choices"]
+
+
+def test_a_model_without_a_template(model: gpt2onnx.Model) -> None:
+    with serving(model) as server:
+        response = server.client.post("/v1/chat/completions", json={"messages": TALK})
+        assert response.status_code == 400
+        assert "--chat-template" in response.json()["error"]["message"]
+
+
+def test_tokens_of_texts_and_conversations(server: Running, model: gpt2onnx.Model) -> None:
+    for fields, text in (({"prompt": "Once upon"}, "Once upon"), ({"messages": TALK}, PROMPT)):
+        found = server.client.post("/tokenize", json=fields | {"return_token_strs": True, "model": "tales"}).json()
+        ids = model.tokenizer.encode(text)
+        assert (found["tokens"], found["count"], found["max_model_len"]) == (ids, len(ids), model.config.n_positions)
+        assert found["token_strs"] == [model.tokenizer.entry(token) for token in ids]
+        assert server.client.post("/detokenize", json={"tokens": ids}).json() == {"prompt": model.tokenizer.decode(ids)}
+    assert server.client.post("/tokenize", json={}).status_code == 400
+    assert server.client.post("/tokenize", json={"prompt": "a", "model": "b"}).status_code == 404

@@ -1,0 +1,243 @@
+"""What clients of other servers send and expect: names, fields, methods, forms of bodies, places to listen."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import os
+import signal
+import ssl
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from support.commands import wait_until
+from support.serving import Running, serving
+from support.systems import posix
+
+import gpt2onnx
+from gpt2onnx.serving.guard import Admission
+
+JSON = {"content-type": "application/json"}
+
+
+@pytest.fixture(scope="module")
+def model(tales_bundle: Any) -> gpt2onnx.Model:
+    return gpt2onnx.load(tales_bundle, threads=1)
+
+
+@pytest.fixture(scope="module")
+def server(model: gpt2onnx.Model) -> Iterator[Running]:
+    with serving(model, max_batch=6) as running:
+        yield running
+
+
+def message(response: httpx.Response) -> str:
+    return str(response.json()["error"]["message"])
+
+
+# Fields
+
+
+def test_fields_of_vllm_and_llama_cpp(server: Running, model: gpt2onnx.Model) -> None:
+    plain = {"temperature": 0, "max_tokens": 12}
+    text = server.text(**plain)
+    assert server.text(temperature=0, n_predict=12) == text
+    assert server.text(temperature=0, max_tokens=12.0) == text
+    ids = model.tokenizer.encode(text)
+    (ended,) = server.complete(**plain, stop_token_ids=[ids[3]]).json()["choices"]
+    assert ended["finish_reason"] == "stop"
+    assert model.tokenizer.encode(ended["text"]) in (ids[: ids.index(ids[3]) + 1], ids[: ids.index(ids[3])])
+    later = server.complete(**plain, stop_token_ids=[ids[3]], min_tokens=8).json()
+    assert later["usage"]["completion_tokens"] >= 8
+    # Its own end token, made likely by the bias, is passed over.
+    end = model.generation_config.eos_token_ids[0]
+    biased = plain | {"sequence_bias": [[[end], 100.0]]}
+    assert server.complete(**biased).json()["usage"]["completion_tokens"] == 1
+    assert server.complete(**biased, ignore_eos=True).json()["usage"]["completion_tokens"] == 12
+    prompt = "The old king said that once upon a time"
+    last = model.tokenizer.encode(prompt)[-4:]
+    assert server.text(prompt, **plain, truncate_prompt_tokens=4) == server.text(last, **plain)
+    for nothing in ({"suffix": ""}, {"suffix": None}, {"stop": None}, {"temperature": 0.0, "model": ""}):
+        assert server.text(**plain | nothing) == text
+
+
+def test_usage_with_every_event(server: Running) -> None:
+    response = server.complete(
+        temperature=0,
+        max_tokens=6,
+        stream=True,
+        stream_options={"continuous_usage_stats": True, "include_usage": True, "include_obfuscation": False},
+    )
+    events = [json.loads(line[6:]) for line in response.text.splitlines() if line.startswith("data: {")]
+    counts = [event["usage"]["completion_tokens"] for event in events]
+    assert counts == sorted(counts)
+    assert counts[-1] == 6
+
+
+def test_a_high_temperature(server: Running, tales_model: gpt2onnx.Model) -> None:
+    expected = tales_model.generate(
+        "Once upon a time", do_sample=True, top_k=0, temperature=3.5, seed=1, max_new_tokens=16
+    )
+    assert server.text(temperature=3.5, seed=1) == expected.text
+
+
+def test_limits_are_named(server: Running) -> None:
+    assert "16" in message(server.complete(stop=["a"] * 50))
+    assert message(server.complete(suffix="x")).startswith("suffix: ")
+    huge = server.complete(**{"x" * 900_000: 1})
+    assert huge.status_code == 400
+    assert len(huge.content) < 1000
+
+
+def test_offsets_behind_half_a_letter(server: Running, model: gpt2onnx.Model) -> None:
+    ids = [model.tokenizer.encode(letter)[0] for letter in "abc"]
+    half = next(token for token in range(model.config.vocab_size) if model.tokenizer.token_bytes(token) == b"\xf0")
+    echoed = server.choice([ids[0], half, ids[1], ids[2]], echo=True, logprobs=0, max_tokens=0)
+    assert echoed["text"] == "a\ufffdbc"
+    assert echoed["logprobs"]["text_offset"] == [0, 1, 2, 3]
+
+
+# Bodies, methods and headers
+
+
+def test_bodies_that_are_not_plain_utf_8(server: Running) -> None:
+    body = b'{"prompt": "a"}'
+    zipped = server.client.post(
+        "/v1/completions", content=gzip.compress(body), headers=JSON | {"content-encoding": "gzip"}
+    )
+    assert zipped.status_code == 415
+    assert "without Content-Encoding" in message(zipped)
+    latin = server.client.post("/v1/completions", content=b'{"prompt": "\xe9t\xe9"}', headers=JSON)
+    assert (latin.status_code, message(latin)) == (400, "byte 12 of the body, 0xe9, is not UTF-8")
+
+
+@pytest.mark.parametrize("path", ["/health", "/healthz", "/ping", "/v1/models"])
+def test_probes(path: str, server: Running) -> None:
+    head = server.client.head(path)
+    assert (head.status_code, head.content) == (200, b"")
+    assert server.client.get(path).status_code == 200
+
+
+def test_ids_of_requests(server: Running) -> None:
+    assert server.client.get("/health", headers={"x-request-id": "mine"}).headers["x-request-id"] == "mine"
+    first, second = (server.client.get("/health").headers["x-request-id"] for _ in range(2))
+    assert first != second
+
+
+def test_version_and_length_for_clients(server: Running, model: gpt2onnx.Model) -> None:
+    assert server.client.get("/version").json() == {"version": gpt2onnx.__version__}
+    (entry,) = server.client.get("/v1/models").json()["data"]
+    assert entry["max_model_len"] == model.config.n_positions
+
+
+def test_pages_of_other_origins(model: gpt2onnx.Model) -> None:
+    asked = {
+        "origin": "https://a.example",
+        "access-control-request-method": "POST",
+        "access-control-request-headers": "authorization,content-type",
+    }
+    admission = Admission(keys=[b"key"], only_local=False)
+    with serving(model, cors_origins=["https://a.example"], admission=admission) as server:
+        allowed = server.client.options("/v1/completions", headers=asked)
+        assert (allowed.status_code, allowed.headers["access-control-allow-origin"]) == (200, "https://a.example")
+        refused = server.client.options("/v1/completions", headers=asked | {"origin": "https://b.example"})
+        assert refused.status_code == 400
+        answer = server.client.get("/v1/models", headers={"origin": "https://a.example", "authorization": "Bearer key"})
+        assert answer.headers["access-control-allow-origin"] == "https://a.example"
+    with serving(model) as server:
+        assert "access-control-allow-origin" not in server.client.get("/health", headers=asked).headers
+
+
+def test_names_of_the_machine(model: gpt2onnx.Model) -> None:
+    with serving(model, admission=Admission(hosts=["host.docker.internal"])) as server:
+        for host, status in (
+            ("host.docker.internal", 200),
+            ("host.docker.internal:8000", 200),
+            ("localhost", 200),
+            ("evil.example", 403),
+        ):
+            assert server.client.get("/health", headers={"host": host}).status_code == status
+
+
+# Places to listen
+
+
+@posix
+def test_unix_socket_names_and_template(tales_bundle: Path, tmp_path: Path) -> None:
+    place = tmp_path / "socket"
+    command = [
+        sys.executable,
+        "-m",
+        "gpt2onnx",
+        "serve",
+        "-m",
+        str(tales_bundle),
+        "--uds",
+        str(place),
+        "--chat-template",
+        "turns",
+        "--root-path",
+        "/api",
+    ]
+    process = subprocess.Popen([*command, "--served-model-name", "a", "b"], stderr=subprocess.PIPE, text=True)
+    try:
+        wait_until(place.exists, 60)
+        with httpx.Client(
+            transport=httpx.HTTPTransport(uds=str(place)), base_url="http://localhost", timeout=60
+        ) as client:
+            assert [entry["id"] for entry in client.get("/v1/models").json()["data"]] == ["a", "b"]
+            chat = client.post(
+                "/v1/chat/completions",
+                json={"model": "b", "messages": [{"role": "user", "content": "Hi"}], "max_tokens": 2},
+            )
+            assert (chat.status_code, chat.json()["model"]) == (200, "a")
+        second = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+        assert (second.returncode, second.stderr.count("\n")) == (1, 1)
+        assert "can't listen on" in second.stderr
+    finally:
+        process.send_signal(signal.SIGTERM)
+        _, said = process.communicate(timeout=60)
+    assert process.returncode == 0
+    assert said == f"a is served at unix:{place}\n"
+
+
+@posix
+def test_tls(tales_bundle: Path, tmp_path: Path) -> None:
+    certificate, key = tmp_path / "cert.pem", tmp_path / "key.pem"
+    made = subprocess.run(
+        ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-subj", "/CN=localhost", "-addext", "subjectAltName=IP:127.0.0.1",
+         "-keyout", key, "-out", certificate], capture_output=True, check=False,
+    )  # fmt: skip
+    if made.returncode:
+        pytest.skip("openssl can't make a certificate here")
+    command = [
+        sys.executable,
+        "-m",
+        "gpt2onnx",
+        "serve",
+        "-m",
+        str(tales_bundle),
+        "--port",
+        "0",
+        "--ssl-certfile",
+        str(certificate),
+        "--ssl-keyfile",
+        str(key),
+    ]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=os.environ)
+    try:
+        assert process.stderr is not None
+        address = process.stderr.readline().rpartition(" ")[2].strip()
+        assert address.startswith("https://127.0.0.1:")
+        assert (
+            httpx.get(f"{address}/health", verify=ssl.create_default_context(cafile=str(certificate))).status_code
+            == 200
+        )
+    finally:
+        process.terminate()
+        process.communicate(timeout=60)
