@@ -12,7 +12,7 @@ from ...models.bundle import Manifest, files_in, is_bundle
 _USUAL_FILES = frozenset(
     {bundle.CONFIG, bundle.GENERATION_CONFIG, bundle.GENAI_CONFIG, bundle.TOKENIZER, bundle.TOKENIZER_CONFIG}
     | {"special_tokens_map.json", "added_tokens.json", bundle.GRAPH, bundle.WEIGHTS, bundle.RAGGED_GRAPH}
-    | {bundle.WIDE_GRAPH, bundle.WIDE_WEIGHTS, bundle.TWIN_GRAPH, bundle.TWIN_WEIGHTS}
+    | {bundle.SECOND_GRAPH, bundle.SECOND_GRAPH_WEIGHTS, bundle.TWIN_GRAPH, bundle.TWIN_WEIGHTS}
 )
 
 

@@ -16,7 +16,7 @@ from gpt2onnx.errors import CheckpointError, MissingExtraError
 from ...models.bundle import CONFIG
 from ...models.config import GPT2Config
 from ...models.shapes import weight_shapes
-from ...runtime.arrays import Tokens
+from ...runtime.arrays import Logits, Tokens
 from ...runtime.decoding.torch_random import Candidates, Generator
 from ..checkpoint.checkpoint import Checkpoint
 from ..graph.input_rounding import InputRounding
@@ -25,8 +25,6 @@ from .cases import Case
 if TYPE_CHECKING:
     from torch import Tensor
     from transformers import GPT2LMHeadModel
-
-Logits = npt.NDArray[np.float32]
 
 # The others leave out scale_attn_by_inverse_layer_idx in transformers 4.
 _ATTENTION = "eager"

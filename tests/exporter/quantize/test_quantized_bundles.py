@@ -44,7 +44,7 @@ from gpt2onnx.models.precision import blocks, memory
 from gpt2onnx.runtime.decoding.torch_random import log_softmax
 from gpt2onnx.runtime.engine.runner import Runner
 
-pytestmark = pytest.mark.usefixtures("wide_at_any_width")
+pytestmark = pytest.mark.usefixtures("second_graph_at_any_width")
 PRECISIONS: dict[str, dict[str, Any]] = CALIBRATED | {
     "int8 in blocks of 16": {"dtype": "int8", "block_size": 16, "calibrate": False},
     "int4 in blocks of 256": {"dtype": "int4", "block_size": 256, "calibrate": False},

@@ -20,7 +20,7 @@ from gpt2onnx.errors import BackendError, BundleError, OptionError
 from gpt2onnx.exporter.graph import second_graph as exported_graph
 from gpt2onnx.exporter.graph.blocks import in_axis
 from gpt2onnx.exporter.validate.bundle_weights import BundleWeights
-from gpt2onnx.models.bundle import WIDE_GRAPH, WIDE_WEIGHTS, Bundle, describe_files
+from gpt2onnx.models.bundle import SECOND_GRAPH, SECOND_GRAPH_WEIGHTS, Bundle, describe_files
 from gpt2onnx.models.shapes import weight_shapes
 from gpt2onnx.runtime.engine import second_graph
 from gpt2onnx.runtime.engine.runner import Runner
@@ -37,7 +37,7 @@ PRECISIONS: dict[str, dict[str, Any]] = {
 @pytest.fixture(scope="module", params=PRECISIONS)
 def made(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
     """Blocks of the embedded model as if they were wide enough for a second graph."""
-    folder = tmp_path_factory.mktemp("wide")
+    folder = tmp_path_factory.mktemp("second_graph")
     # The graphs are looked at, not their quality: fewer texts are enough, and much faster.
     with few_texts(), pytest.MonkeyPatch.context() as patch:
         patch.setattr(exported_graph, "MIN_WIDTH", 0)
@@ -108,8 +108,8 @@ def test_weights_are_kept_only_where_they_are_read(made: Bundle, copied: bool, m
     tokens = np.random.default_rng(0).integers(made.config.vocab_size, size=(1, 20))
     expected = logits(session, tokens, 20)
     assert given
-    assert session._wide is not None
-    assert session._wide._graph is not None
+    assert session._second_graph is not None
+    assert session._second_graph._graph is not None
     if copied and providers._copies_weights():
         # Nothing reads these any more.
         for each in given:
@@ -130,7 +130,7 @@ def opened(session: Runner, rows: int, passes: int, count: int = 1) -> int | Non
     """In which of some passes of so many tokens the second graph is opened."""
     for number in range(passes):
         session.forward(session.new_cache(rows, count), slice(0, rows), np.ones((rows, count), np.int64))
-        if session._wide is not None and session._wide._graph is not None:
+        if session._second_graph is not None and session._second_graph._graph is not None:
             return number
     return None
 
@@ -182,10 +182,10 @@ def test_not_opened_where_memory_is_short(
     with caplog.at_level(logging.INFO):
         assert opened(session, 1, 100, 64) is None
     assert [record.message for record in caplog.records if "wide.onnx" in record.message] == [
-        f"prompts and batches stay slower: {made.folder / WIDE_GRAPH} needs about more than there is"
+        f"prompts and batches stay slower: {made.folder / SECOND_GRAPH} needs about more than there is"
     ]
     with pytest.raises(BackendError, match="needs about"):
-        session.open_wide()
+        session.open_second_graph()
 
 
 @pytest.mark.parametrize("made", ["int8"], indirect=True)
@@ -202,7 +202,7 @@ def test_not_opened_where_another_bundle_took_its_place(
 
 
 @pytest.mark.parametrize("made", ["int8"], indirect=True)
-@pytest.mark.parametrize("name", [WIDE_GRAPH, WIDE_WEIGHTS])
+@pytest.mark.parametrize("name", [SECOND_GRAPH, SECOND_GRAPH_WEIGHTS])
 def test_second_graph_takes_no_weights_from_elsewhere(made: Bundle, name: str, tmp_path: Path) -> None:
     folder = tmp_path / "bundle"
     shutil.copytree(made.folder, folder)
@@ -219,10 +219,10 @@ def test_second_graph_takes_no_weights_from_elsewhere(made: Bundle, name: str, t
 def test_another_networks_second_graph_is_refused(made: Bundle, tmp_path: Path) -> None:
     folder = tmp_path / "bundle"
     shutil.copytree(made.folder, folder)
-    graph = onnx.load(folder / WIDE_GRAPH, load_external_data=False)
+    graph = onnx.load(folder / SECOND_GRAPH, load_external_data=False)
     (output,) = [each for each in graph.graph.output if each.name == "logits"]
     graph.graph.output.remove(output)
-    (folder / WIDE_GRAPH).write_bytes(graph.SerializeToString())
+    (folder / SECOND_GRAPH).write_bytes(graph.SerializeToString())
     replace(made.manifest, files=describe_files(folder)).write(folder)
     with pytest.raises(
         BundleError, match=r"wide\.onnx isn't what config\.json describes: it lacks the output 'logits'"
