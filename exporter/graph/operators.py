@@ -15,10 +15,9 @@ from onnx import GraphProto, ModelProto, NodeProto, TensorProto, helper, numpy_h
 
 from gpt2onnx.errors import CheckpointError
 
-from .blocks import QuantizedMatrix
+from .blocks import Array, QuantizedMatrix
 from .weights import WeightStore, view
 
-Array = npt.NDArray[np.float32]
 # A weight as a graph takes it. Quantised matrices are [out, in]; a layer's others [in, out].
 Weight: TypeAlias = Array | QuantizedMatrix
 

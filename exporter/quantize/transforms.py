@@ -7,7 +7,7 @@ from typing import TypeAlias
 import numpy as np
 
 from ...models.config import GPT2Config
-from ..graph.input_rounding import Array
+from ..graph.blocks import Array
 from .activations import InputStats
 from .layers import Layout, Tensor
 
