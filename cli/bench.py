@@ -7,7 +7,7 @@ import click
 
 from . import console
 from .model_options import device_options, load, model_option
-from .tables import table
+from .tables import aligned, table
 
 if TYPE_CHECKING:
     from ..experiments.benchmark import Benchmark, Spread
@@ -43,7 +43,7 @@ def command(
     from gpt2onnx.loading import resolve
 
     from ..experiments.benchmark import benchmark
-    from ..experiments.machine import describe
+    from ..experiments.machine import describe, setting
 
     folder = resolve(model)  # exports a source before loading is timed
     started = time.perf_counter()
@@ -59,16 +59,7 @@ def command(
             seed=seed,
             progress=progress,
         )
-    manifest = loaded.bundle.manifest
-    facts: dict[str, Any] = {
-        "model": model,
-        "dtype": manifest.dtype,
-        "graph": manifest.graph,
-        "device": loaded.runner.device,
-        "threads": loaded.runner.threads,
-        "load_seconds": seconds,
-    }
-    facts |= describe()
+    facts: dict[str, Any] = {"model": model} | setting(loaded) | {"load_seconds": seconds} | describe()
     if as_json:
         console.print_json(facts | result.to_dict())
         return
@@ -115,8 +106,7 @@ def _figures(facts: dict[str, Any], result: "Benchmark") -> str:
                 f" {read.weights_share:.0%} of the bandwidth",
             ]
         )
-    width = max(len(name) for name, _ in facts_rows)
-    blocks.append("\n".join(f"{name:{width}}  {text}" for name, text in facts_rows))
+    blocks.append(aligned(facts_rows))
     return "\n\n".join(blocks)
 
 

@@ -2,6 +2,7 @@
 
 import codecs
 import json
+import logging
 import math
 import sys
 import time
@@ -12,14 +13,14 @@ from typing import Any
 import click
 
 from ..runtime.jsontext import finite, to_line
-from .main import set_up_logging
 
 
 def verbosity(command: Callable[..., Any]) -> Callable[..., Any]:
     """Adds -v (log lines, handled here) and -q, which arrives as `quiet`."""
 
     def log(ctx: click.Context, parameter: click.Parameter, value: bool) -> None:
-        set_up_logging(verbose=value)
+        level = logging.DEBUG if value else logging.WARNING
+        logging.basicConfig(level=level, format="%(name)s: %(message)s")
 
     command = click.option("-q", "--quiet", is_flag=True, help="No progress, no summary.")(command)
     return click.option("-v", "--verbose", is_flag=True, expose_value=False, callback=log, help="Log what is done.")(

@@ -6,7 +6,6 @@ Exit codes: 0 done, 1 an error of gpt2onnx's error tree, 2 wrong usage, 130 inte
 import gc
 import importlib
 import io
-import logging
 import os
 import signal
 import sys
@@ -148,8 +147,3 @@ def _fail(message: str, code: int) -> None:
     line = "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in " ".join(message.split()))
     click.echo(f"gpt2onnx: {line if len(line) <= _LONGEST_MESSAGE else line[:_LONGEST_MESSAGE] + '…'}", err=True)
     sys.exit(code)
-
-
-def set_up_logging(*, verbose: bool) -> None:
-    """Log lines to stderr: warnings, or with `verbose` everything."""
-    logging.basicConfig(level=logging.DEBUG if verbose else logging.WARNING, format="%(name)s: %(message)s")
