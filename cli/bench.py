@@ -30,9 +30,9 @@ def command(
     """Measure decoding speed, memory, and the share of the machine's read bandwidth that decoding uses.
 
     Prompts are random tokens, all of one length. Decoding is greedy, without an end token, in the loop that all
-    commands use. "of the bandwidth" is the share of the read bandwidth, measured between the runs, that reading
-    the weights once a token takes: without drafts a faster implementation could at most use the rest. Drafts let one
-    reading serve several tokens, so that a bundle with a twin may come to more than all of it.
+    commands use. "of the bandwidth" is the share of the machine's read bandwidth, measured between the runs, that
+    reading all weights once a token takes. Without drafts 100 % is the limit of any implementation. With a twin one
+    reading serves several tokens, which may give more.
 
     \b
     Examples:
