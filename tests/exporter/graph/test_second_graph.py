@@ -5,6 +5,7 @@ import inspect
 import logging
 import shutil
 import weakref
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,11 +14,9 @@ import numpy as np
 import onnx
 import pytest
 from support.commands import CommandLine
-from support.quantized import few_texts, shortened_tales
 
 import gpt2onnx
 from gpt2onnx.errors import BackendError, BundleError, OptionError
-from gpt2onnx.exporter.graph import second_graph as exported_graph
 from gpt2onnx.exporter.graph.blocks import in_axis
 from gpt2onnx.exporter.validate.bundle_weights import BundleWeights
 from gpt2onnx.models.bundle import SECOND_GRAPH, SECOND_GRAPH_WEIGHTS, Bundle, describe_files
@@ -27,22 +26,14 @@ from gpt2onnx.runtime.engine.runner import Runner
 from gpt2onnx.runtime.host import resources
 from gpt2onnx.runtime.ort import providers
 
-PRECISIONS: dict[str, dict[str, Any]] = {
-    "int8": {"dtype": "int8", "block_size": 16},
-    "int4": {"dtype": "int4"},
-    "int4 pure": {"dtype": "int4", "pure": True},
-}
+# Matrices of 8 bits in short blocks, and those of 4 and 8 bits in longer ones.
+PRECISIONS: dict[str, dict[str, Any]] = {"int8": {"dtype": "int8", "block_size": 16}, "int4": {"dtype": "int4"}}
 
 
 @pytest.fixture(scope="module", params=PRECISIONS)
-def made(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+def made(request: pytest.FixtureRequest, export_short_tales: Callable[..., Bundle]) -> Bundle:
     """Blocks of the embedded model as if they were wide enough for a second graph."""
-    folder = tmp_path_factory.mktemp("second_graph")
-    # The graphs are looked at, not their quality: fewer texts are enough, and much faster.
-    with few_texts(), pytest.MonkeyPatch.context() as patch:
-        patch.setattr(exported_graph, "MIN_WIDTH", 0)
-        source = shortened_tales(folder / "tales")
-        return gpt2onnx.export(source, folder / "bundle", quality=False, **PRECISIONS[request.param])
+    return export_short_tales(second_graph=True, calibrate=True, quality=False, **PRECISIONS[request.param])
 
 
 def logits(session: Runner, tokens: np.ndarray, *parts: int) -> np.ndarray:
@@ -154,7 +145,7 @@ def test_numbers_are_those_of_the_documents() -> None:
 
 @pytest.mark.parametrize(
     ("command", "arguments"),
-    [("eval", ["{}"]), ("sweep", ["--prompt", "Once", "--out", "out"]), ("generate", ["--input", "{}"])],
+    [("eval", ["{}"]), ("sweep", ["--no-energy", "--prompt", "Once", "--out", "out"]), ("generate", ["--input", "{}"])],
 )
 def test_opened_right_away_where_results_must_not_depend_on_earlier_ones(
     command: str, arguments: list[str], command_line: CommandLine, monkeypatch: pytest.MonkeyPatch, tmp_path: Path

@@ -1,5 +1,6 @@
 """Rounding of activations, and the choice of the layers that a second graph rounds per tensor: against ONNX Runtime and PyTorch."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +18,10 @@ from support.quantized import (
     few_texts,
     in_numpy,
     many_tokens,
-    shortened_tales,
 )
 from support.reference import Reference
 
 import gpt2onnx
-from gpt2onnx.exporter.graph import second_graph
 from gpt2onnx.exporter.graph.input_rounding import Blockwise, PerTensor
 from gpt2onnx.exporter.quantize.per_tensor import choose
 from gpt2onnx.exporter.quantize.statistics import number_of_texts
@@ -97,12 +96,9 @@ def test_outliers_decide_about_the_operator() -> None:
 
 
 @pytest.fixture(scope="module")
-def int8(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+def int8(export_short_tales: Callable[..., Bundle]) -> Bundle:
     """Blocks of the embedded model as if they were wide enough for a second graph."""
-    folder = tmp_path_factory.mktemp("int8")
-    with few_texts(), pytest.MonkeyPatch.context() as patch:
-        patch.setattr(second_graph, "MIN_WIDTH", 0)
-        return gpt2onnx.export(shortened_tales(folder / "tales"), folder / "bundle", dtype="int8", quality=False)
+    return export_short_tales(second_graph=True, dtype="int8", calibrate=True, quality=False)
 
 
 def operators(made: Bundle, name: str = bundle.GRAPH) -> list[str]:
