@@ -1,4 +1,4 @@
-"""What commands share of the terminal: verbosity options and progress on stderr."""
+"""Terminal of all commands: verbosity options, JSON on stdout, progress on stderr."""
 
 import codecs
 import json
@@ -62,7 +62,7 @@ def print_json(record: Any, *, indent: int | None = None) -> None:
 def progress_bar(label: str, unit: str | None = None, *, quiet: bool) -> Iterator[Callable[[int, int], None] | None]:
     """A progress bar over bytes, or over a known number of things called `unit`.
 
-    Gives the function that moves it, from what is done and the total; or None where nobody watches.
+    Gives the function that moves it, called with the bytes or things done and their total; None where nobody watches.
     """
     if not is_chatty(quiet=quiet):
         yield None

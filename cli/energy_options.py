@@ -1,4 +1,4 @@
-"""What commands that measure energy share: whose electricity it is, and how long to measure."""
+"""Options of commands that measure energy: country and seconds."""
 
 from collections.abc import Callable
 from typing import Any

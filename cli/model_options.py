@@ -1,4 +1,4 @@
-"""What commands that use a model share: how it is named, and what it runs on."""
+"""Options of commands that use a model: its name, its device and its drafts."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -74,7 +74,7 @@ def draft_options(command: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def drafts() -> dict[str, Any]:
-    """What `draft_options` was given, as arguments of `gpt2onnx.load`."""
+    """The given draft options, as arguments of `gpt2onnx.load`."""
     return dict(click.get_current_context().meta.get(_DRAFTS, {}))
 
 

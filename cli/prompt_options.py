@@ -1,4 +1,4 @@
-"""What commands share that take a text: an argument, a file or standard input, in any encoding."""
+"""Texts of commands: an argument, a file or standard input, in any encoding."""
 
 import codecs
 import os

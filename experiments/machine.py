@@ -1,4 +1,4 @@
-"""What figures depend on: machine, versions, a model's precision and device; read bandwidth, memory of this process."""
+"""Facts beside figures: machine, versions, a model's precision and device; read bandwidth, memory of this process."""
 
 import platform
 import sys
@@ -123,7 +123,7 @@ def describe() -> dict[str, Any]:
 
 
 def setting(model: Model) -> dict[str, Any]:
-    """Precision and graph of a model, and what it runs on."""
+    """Precision, graph, device and threads of a model."""
     manifest, runner = model.bundle.manifest, model.runner
     return {"dtype": manifest.dtype, "graph": manifest.graph, "device": runner.device, "threads": runner.threads}
 

@@ -132,7 +132,7 @@ def look_up(model: str | os.PathLike[str]) -> "bundle.Bundle | GPT2Config":
         config = find_config(source)
     if config is not None and "model_type" in read_json(config):
         return GPT2Config.from_file(config)
-    # What saved the checkpoint says less, or otherwise: the rest is read off the weights.
+    # Other programs save less, or under other names: the rest is read off the weights.
     from .exporter.checkpoint.checkpoint import Checkpoint
 
     return Checkpoint.open(source).config

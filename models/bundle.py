@@ -72,7 +72,7 @@ class Manifest:
         block_size: weights that share a scale, in most matrices that are quantised in blocks; None where none are.
         files: every file but the manifest, by its path inside the bundle.
         parity: the parity report against PyTorch, where one was made.
-        quality: what the precision costs against fp32, where it was measured; see `exporter.quality`.
+        quality: loss of the precision against fp32, where it was measured; see `exporter.validate.quality`.
         sha256: over gpt2onnx.json itself as it is without these 64 digits; set where it is written.
     """
 

@@ -174,7 +174,7 @@ class Graph(Nodes):
         return self.op("Sum", [x, residual], f"{following}.sum")
 
     def reshape(self, x: str, name: str, *shape: int) -> str:
-        """Reshape; 0 keeps a dimension, one -1 takes what is left."""
+        """Reshape; 0 keeps a dimension, one -1 takes the rest."""
         return self.op("Reshape", [x, self.constant(f"{name}.shape", np.array(shape, np.int64))], name)
 
     def pad_end(self, x: str, name: str, count: int) -> str:

@@ -30,7 +30,7 @@ def write_graphs(
         config: the architecture.
         weights: gives each weight by its checkpoint name, plain or quantised.
         tied: whether the output head is the token embedding.
-        floats: type of what isn't quantised.
+        floats: type of weights that aren't quantised.
         per_tensor: the layers that a second graph runs in another way; without any there is none.
 
     Raises:
