@@ -3,6 +3,7 @@
 import math
 import shutil
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -124,6 +125,7 @@ def test_layers_are_quantised_for_both_networks(short_tales: Path, fp32: Path, t
     )
     folder = shutil.copytree(fp32, tmp_path / "int8")
     write_graphs(folder, config, recorder.run().weights, tied=checkpoint.tied)
+    replace(bundle.Manifest.read(folder), dtype="int8").write(folder)
     replace_graph(folder)
 
     exact = in_numpy(short_tales).matrices(tokens)
