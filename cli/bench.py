@@ -7,7 +7,7 @@ import click
 
 from . import console
 from .model_options import device_options, load, model_option
-from .tables import table
+from .tables import aligned, table
 
 if TYPE_CHECKING:
     from ..experiments.benchmark import Benchmark, Spread
@@ -30,9 +30,9 @@ def command(
     """Measure decoding speed, memory, and the share of the machine's read bandwidth that decoding uses.
 
     Prompts are random tokens, all of one length. Decoding is greedy, without an end token, in the loop that all
-    commands use. "of the bandwidth" is the share of the read bandwidth, measured between the runs, that reading
-    the weights once a token takes: without drafts a faster implementation could at most use the rest. Drafts let one
-    reading serve several tokens, so that a bundle with a twin may come to more than all of it.
+    commands use. "of the bandwidth" is the share of the machine's read bandwidth, measured between the runs, that
+    reading all weights once a token takes. Without drafts 100 % is the limit of any implementation. With a twin one
+    reading serves several tokens, which may give more.
 
     \b
     Examples:
@@ -43,7 +43,7 @@ def command(
     from gpt2onnx.loading import resolve
 
     from ..experiments.benchmark import benchmark
-    from ..experiments.machine import describe
+    from ..experiments.machine import describe, setting
 
     folder = resolve(model)  # exports a source before loading is timed
     started = time.perf_counter()
@@ -59,16 +59,7 @@ def command(
             seed=seed,
             progress=progress,
         )
-    manifest = loaded.bundle.manifest
-    facts: dict[str, Any] = {
-        "model": model,
-        "dtype": manifest.dtype,
-        "graph": manifest.graph,
-        "device": loaded.runner.device,
-        "threads": loaded.runner.threads,
-        "load_seconds": seconds,
-    }
-    facts |= describe()
+    facts: dict[str, Any] = {"model": model} | setting(loaded) | {"load_seconds": seconds} | describe()
     if as_json:
         console.print_json(facts | result.to_dict())
         return
@@ -115,8 +106,7 @@ def _figures(facts: dict[str, Any], result: "Benchmark") -> str:
                 f" {read.weights_share:.0%} of the bandwidth",
             ]
         )
-    width = max(len(name) for name, _ in facts_rows)
-    blocks.append("\n".join(f"{name:{width}}  {text}" for name, text in facts_rows))
+    blocks.append(aligned(facts_rows))
     return "\n\n".join(blocks)
 
 

@@ -1,7 +1,8 @@
-"""What commands share of the terminal: verbosity options and progress on stderr."""
+"""Terminal of all commands: verbosity options, JSON on stdout, progress on stderr."""
 
 import codecs
 import json
+import logging
 import math
 import sys
 import time
@@ -12,14 +13,14 @@ from typing import Any
 import click
 
 from ..runtime.jsontext import finite, to_line
-from .main import set_up_logging
 
 
 def verbosity(command: Callable[..., Any]) -> Callable[..., Any]:
     """Adds -v (log lines, handled here) and -q, which arrives as `quiet`."""
 
     def log(ctx: click.Context, parameter: click.Parameter, value: bool) -> None:
-        set_up_logging(verbose=value)
+        level = logging.DEBUG if value else logging.WARNING
+        logging.basicConfig(level=level, format="%(name)s: %(message)s")
 
     command = click.option("-q", "--quiet", is_flag=True, help="No progress, no summary.")(command)
     return click.option("-v", "--verbose", is_flag=True, expose_value=False, callback=log, help="Log what is done.")(
@@ -61,7 +62,7 @@ def print_json(record: Any, *, indent: int | None = None) -> None:
 def progress_bar(label: str, unit: str | None = None, *, quiet: bool) -> Iterator[Callable[[int, int], None] | None]:
     """A progress bar over bytes, or over a known number of things called `unit`.
 
-    Gives the function that moves it, from what is done and the total; or None where nobody watches.
+    Gives the function that moves it, called with the bytes or things done and their total; None where nobody watches.
     """
     if not is_chatty(quiet=quiet):
         yield None

@@ -1,4 +1,4 @@
-"""What commands that measure energy share: whose electricity it is, and how long to measure."""
+"""Options of commands that measure energy: country and seconds."""
 
 from collections.abc import Callable
 from typing import Any
@@ -13,7 +13,7 @@ def energy_options(command: Callable[..., Any]) -> Callable[..., Any]:
     command = click.option(
         "--energy-seconds",
         type=click.FloatRange(0, int(MOST_SECONDS)),
-        help=f"Repeat a run until its energy was measured for so long; 0 for never (default {DEFAULT_SECONDS:g}).",
+        help=f"Seconds to measure; a shorter run is repeated until then, with 0 never (default {DEFAULT_SECONDS:g}).",
     )(command)
     return click.option(
         "--country", metavar="ISO3", help="Whose electricity it is, such as FRA (default: the world's average)."

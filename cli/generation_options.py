@@ -2,6 +2,7 @@
 
 import functools
 import json
+import re
 from collections.abc import Callable, Collection
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +13,7 @@ from ..runtime.option_table import Option
 from ..runtime.options import BY_NAME, OPTIONS
 
 _OFF = "none"  # switches an option off
+_UNDERSCORED = re.compile(r"\w+_\w+")
 
 # Generic for type checkers, but not at run time in click before 8.2.
 if TYPE_CHECKING:
@@ -64,11 +66,15 @@ def token_ids(text: str) -> list[int]:
     return ids
 
 
+def _dashed(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
 def _option(option: Option) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    name = "--" + option.name.replace("_", "-")
-    text = (
-        option.help if not option.example or option.name == "stop" else f"{option.help[:-1]}, such as {option.example}."
-    )
+    name = _dashed(option.name)
+    text = _UNDERSCORED.sub(lambda found: _dashed(found[0]) if found[0] in BY_NAME else found[0], option.help)
+    if option.example and option.name != "stop":
+        text += f" Example: {option.example}."
     kind, *others = option.kinds
     if isinstance(kind, inspect.BoolType) and not others:
         return click.option(f"{name}/--no-{name[2:]}", default=None, help=text)

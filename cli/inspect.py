@@ -7,7 +7,7 @@ import click
 
 from . import console
 from . import parity as parity_report
-from .tables import table
+from .tables import aligned, table
 
 if TYPE_CHECKING:
     from ..models.bundle import Bundle, Manifest
@@ -114,7 +114,7 @@ def _bundle(bundle: "Bundle") -> list[str]:
     ]
     files = [[name, f"{record.size:,}"] for name, record in sorted(manifest.files.items())]
     files.append(["total", f"{sum(record.size for record in manifest.files.values()):,}"])
-    return [_aligned(facts), table(["file", "bytes"], files), _reports(manifest)]
+    return [aligned(facts), table(["file", "bytes"], files), _reports(manifest)]
 
 
 def _reports(manifest: "Manifest") -> str:
@@ -139,11 +139,6 @@ def _quality(quality: dict[str, Any]) -> str:
         f"quality against fp32, over {quality['tokens']:,} tokens of {quality['text']}: KL {quality['kl']:.2e} nats,"
         f" perplexity {quality['perplexity']:.4f} (fp32 {quality['reference_perplexity']:.4f})"
     )
-
-
-def _aligned(facts: list[list[str]]) -> str:
-    width = max(len(name) for name, _ in facts)
-    return "\n".join(f"{name:{width}}  {value}" for name, value in facts)
 
 
 def _shape(shape: tuple[int, ...]) -> str:

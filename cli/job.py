@@ -120,7 +120,7 @@ def run(
         raise PromptError(f"can't read {source}: {error.strerror}") from error
 
     def key(line: str | PromptError) -> str | None:
-        """What a result has to have for the request to be done."""
+        """The key of the line's result; None: the request can't be carried out."""
         try:
             return jobs.key(jobs.identity(line), jobs.parse(line, options).sha256(model.sha256))
         except (PromptError, OptionError):
@@ -159,7 +159,7 @@ def run(
 
 @dataclass
 class Counts:
-    """What a job has done: requests that gave a result and that failed, and new tokens."""
+    """Counts of a job: requests with a result, requests that failed, new tokens."""
 
     done: int = 0
     failed: int = 0

@@ -6,7 +6,6 @@ Exit codes: 0 done, 1 an error of gpt2onnx's error tree, 2 wrong usage, 130 inte
 import gc
 import importlib
 import io
-import logging
 import os
 import signal
 import sys
@@ -24,7 +23,7 @@ COMMANDS = {
     "verify": "Check a bundle's files and graph.",
     "inspect": "Show a model's layers, parameters, memory and reports.",
     "tokens": "Show the tokens of a text.",
-    "next": "Show what goes into drawing the next token.",
+    "next": "Show how the next token is drawn.",
     "eval": "Measure the loss and perplexity of a text.",
     "sweep": "Compare decoding strategies.",
     "bench": "Measure a model's speed and memory.",
@@ -78,7 +77,7 @@ def main() -> None:
         _prepare_streams()
         result = commands.main(prog_name="gpt2onnx", standalone_mode=False)
         sys.stdout.flush()
-        # What --help and the like return is an exit code, too.
+        # --help and the like return an exit code, too.
         sys.exit(result if isinstance(result, int) else 0)
     except click.UsageError as error:
         if error.ctx is not None and not sys.argv[1:]:  # click's complaint is the whole help
@@ -139,7 +138,7 @@ def _prepare_streams() -> None:
 
 
 def _drop_output() -> None:
-    """What couldn't be written stays unwritten: Python would complain once more when it closes standard output."""
+    """Discards unwritten output: Python would complain once more when it closes standard output."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
@@ -148,8 +147,3 @@ def _fail(message: str, code: int) -> None:
     line = "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in " ".join(message.split()))
     click.echo(f"gpt2onnx: {line if len(line) <= _LONGEST_MESSAGE else line[:_LONGEST_MESSAGE] + '…'}", err=True)
     sys.exit(code)
-
-
-def set_up_logging(*, verbose: bool) -> None:
-    """Log lines to stderr: warnings, or with `verbose` everything."""
-    logging.basicConfig(level=logging.DEBUG if verbose else logging.WARNING, format="%(name)s: %(message)s")

@@ -1,4 +1,4 @@
-"""What commands that use a model share: how it is named, and what it runs on."""
+"""Options of commands that use a model: its name, its device and its drafts."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -60,7 +60,7 @@ def draft_options(command: Callable[..., Any]) -> Callable[..., Any]:
         metavar="MODEL",
         expose_value=False,
         callback=remember,
-        help="A smaller model of the same vocabulary, which drafts tokens. The text stays the same.",
+        help="A smaller model of the same vocabulary, which drafts tokens in place of the twin; see --draft.",
     )(command)
     return click.option(
         "--draft",
@@ -68,12 +68,13 @@ def draft_options(command: Callable[..., Any]) -> Callable[..., Any]:
         expose_value=False,
         callback=remember,
         help="Where drafts of the next tokens come from, which one forward pass verifies: the text so far (lookup), the bundle's"
-        " network in 8 bits (twin), or the twin where there is one and it pays (auto, the default). The text stays the same.",
+        " network in 8 bits (twin), or the twin where there is one and it pays (auto, the default). In fp32 the text stays the same;"
+        " in fp16, int8 and int4, where several tokens in a pass round otherwise than one, a near tie may be decided otherwise.",
     )(command)
 
 
 def drafts() -> dict[str, Any]:
-    """What `draft_options` was given, as arguments of `gpt2onnx.load`."""
+    """The given draft options, as arguments of `gpt2onnx.load`."""
     return dict(click.get_current_context().meta.get(_DRAFTS, {}))
 
 

@@ -1,4 +1,4 @@
-"""What commands share that take a text: an argument, a file or standard input, in any encoding."""
+"""Texts of commands: an argument, a file or standard input, in any encoding."""
 
 import codecs
 import os
@@ -54,7 +54,7 @@ def encoding_option(command: Callable[..., Any]) -> Callable[..., Any]:
         show_default=True,
         metavar="NAME",
         callback=check,
-        help="Encoding of files and standard input; a byte order mark goes before it.",
+        help="Encoding of files and standard input, unless a byte order mark says another.",
     )(command)
 
 

@@ -17,6 +17,12 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]], *, left: int = 1
     )
 
 
+def aligned(facts: Sequence[Sequence[str]]) -> str:
+    """Names and values, one pair a line."""
+    width = max(len(name) for name, _ in facts)
+    return "\n".join(f"{name:{width}}  {value}" for name, value in facts)
+
+
 def _padded(cell: str, width: int, *, to_left: bool) -> str:
     space = " " * (width - _width(cell))
     return cell + space if to_left else space + cell

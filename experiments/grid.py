@@ -145,17 +145,14 @@ def _strategies(
 
 def _choices(name: str, value: Any) -> Sequence[Any]:
     """The values to try. The lists of an option whose value is a list itself don't multiply."""
-    if not isinstance(value, list) or _takes_list(name):
+    takes_list = name in BY_NAME and BY_NAME[name].takes_list
+    if not isinstance(value, list) or takes_list:
         return [value]
     if not value:
         raise OptionError(f"{name} is an empty list")
     if len({repr(each) for each in value}) < len(value):
         raise OptionError(f"{name} lists a value twice")
     return value
-
-
-def _takes_list(name: str) -> bool:
-    return name in BY_NAME and BY_NAME[name].takes_list
 
 
 def describe(name: str, value: Any) -> str:
@@ -176,13 +173,3 @@ def _label(family: str, varied: Mapping[str, Any]) -> str:
     if family == ", ".join(_word(name) for name in varied):
         return chosen
     return f"{family}: {chosen}" if chosen else family
-
-
-def to_json(options: GenerationConfig) -> dict[str, Any]:
-    """All options, as JSON holds them."""
-    return options.to_dict()
-
-
-def plain(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Values as JSON gives them back: tuples become lists."""
-    return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}

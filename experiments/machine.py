@@ -1,4 +1,4 @@
-"""Machine facts for benchmarks: processor, versions, read bandwidth, memory of this process."""
+"""Facts beside figures: machine, versions, a model's precision and device; read bandwidth, memory of this process."""
 
 import platform
 import sys
@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from ..runtime.host import resources
+from ..runtime.model import Model
 from ..runtime.ort import providers
 
 _STATUS = Path("/proc/self/status")
@@ -119,6 +120,12 @@ def describe() -> dict[str, Any]:
             "python": platform.python_version(),
         },
     }
+
+
+def setting(model: Model) -> dict[str, Any]:
+    """Precision, graph, device and threads of a model."""
+    manifest, runner = model.bundle.manifest, model.runner
+    return {"dtype": manifest.dtype, "graph": manifest.graph, "device": runner.device, "threads": runner.threads}
 
 
 def _processor() -> str:

@@ -17,7 +17,7 @@ from gpt2onnx.errors import OptionError, OutputError
 from ..runtime.jsontext import to_line
 from ..runtime.model import Model
 from ..runtime.requests import Result
-from . import grid, report
+from . import grid, machine, report
 from .energy.csvlog import to_csv
 from .energy.tracker import EnergyTracker
 from .grid import Strategy
@@ -60,7 +60,7 @@ class Sweep:
         runner = self.model.runner
         parts = (
             self.model.bundle.sha256, runner.device, runner.threads,
-            prompt, strategy.label, grid.to_json(strategy.options),
+            prompt, strategy.label, strategy.options.to_dict(),
         )  # fmt: skip
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
 
@@ -156,15 +156,15 @@ def _run(sweep: Sweep, prompt: str, strategy: Strategy, tracker: EnergyTracker |
         "prompt_ids": result.prompt_ids,
         "family": strategy.family,
         "strategy": strategy.label,
-        "options": grid.to_json(options),
+        "options": options.to_dict(),
         "sequences": result.to_dict()["sequences"],
         **result.usage,
         "seconds": seconds,
         "tokens_per_second": result.usage["completion_tokens"] / seconds,
         **_metrics(model, result),
         "energy": None if result.energy is None else asdict(result.energy),
-        "emissions": None if row is None else grid.plain(row),
-        "model": _facts(model),
+        "emissions": row,
+        "model": {"source": model.bundle.manifest.source} | machine.setting(model),
     }
 
 
@@ -175,17 +175,6 @@ def _metrics(model: Model, result: Result) -> Record:
         fmean(len(ids) for ids in tokens), fmean(logprobs), *(distinct(tokens, size) for size in (1, 2, 3)), repeated(tokens)
     )  # fmt: skip
     return dict(zip(METRICS, values, strict=True))
-
-
-def _facts(model: Model) -> Record:
-    manifest, runner = model.bundle.manifest, model.runner
-    return {
-        "source": manifest.source,
-        "dtype": manifest.dtype,
-        "graph": manifest.graph,
-        "device": runner.device,
-        "threads": runner.threads,
-    }
 
 
 def _to_csv(rows: Sequence[Record]) -> str | None:

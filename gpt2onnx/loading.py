@@ -41,7 +41,8 @@ def load(
         wide_after: in int8 and int4, tokens in prompts and batches after which these go through a second graph, which
             takes a moment and memory to open and rounds a little more: 0 opens it right away, None never.
         draft: where drafts of the next tokens come from, which one forward pass then verifies: "none"; "lookup", the text so
-            far; "twin", the bundle's network in 8 bits; "auto", the twin where there is one and it pays. Tokens are the same.
+            far; "twin", the bundle's network in 8 bits; "auto", the twin where there is one and it pays. In fp32 tokens are the
+            same; kernels of lower precision round several tokens in another way than one, which may decide a near tie.
         draft_model: a smaller model of the same vocabulary, which drafts in place of the twin.
         draft_length: tokens of a draft by twin or draft model; by default as many as pay, which can be none.
 
@@ -131,7 +132,7 @@ def look_up(model: str | os.PathLike[str]) -> "bundle.Bundle | GPT2Config":
         config = find_config(source)
     if config is not None and "model_type" in read_json(config):
         return GPT2Config.from_file(config)
-    # What saved the checkpoint says less, or otherwise: the rest is read off the weights.
+    # Other programs save less, or under other names: the rest is read off the weights.
     from .exporter.checkpoint.checkpoint import Checkpoint
 
     return Checkpoint.open(source).config

@@ -39,8 +39,9 @@ GENAI_CONFIG = "genai_config.json"
 GRAPH = "onnx/model.onnx"
 WEIGHTS = "onnx/model.onnx_data"
 RAGGED_GRAPH = "onnx/ragged.onnx"
-WIDE_GRAPH = "onnx/wide.onnx"
-WIDE_WEIGHTS = "onnx/wide_weights.onnx"
+# For passes of many rows, "wide" ones in the names of files, reports and arguments.
+SECOND_GRAPH = "onnx/wide.onnx"
+SECOND_GRAPH_WEIGHTS = "onnx/wide_weights.onnx"
 TWIN_GRAPH = "onnx/twin.onnx"
 TWIN_WEIGHTS = "onnx/twin.onnx_data"
 GRAPHS = ("fused", "portable")
@@ -72,7 +73,7 @@ class Manifest:
         block_size: weights that share a scale, in most matrices that are quantised in blocks; None where none are.
         files: every file but the manifest, by its path inside the bundle.
         parity: the parity report against PyTorch, where one was made.
-        quality: what the precision costs against fp32, where it was measured; see `exporter.quality`.
+        quality: loss of the precision against fp32, where it was measured; see `exporter.validate.quality`.
         sha256: over gpt2onnx.json itself as it is without these 64 digits; set where it is written.
     """
 
@@ -267,7 +268,7 @@ def _check_hash(path: Path, record: FileRecord) -> None:
 
 def _check_weights(folder: Path, manifest: Manifest) -> None:
     """ONNX Runtime follows a graph's references to other files, before 1.24 wherever they lead, and runs any program in it."""
-    for graph in (GRAPH, RAGGED_GRAPH, WIDE_GRAPH, WIDE_WEIGHTS, TWIN_GRAPH):
+    for graph in (GRAPH, RAGGED_GRAPH, SECOND_GRAPH, SECOND_GRAPH_WEIGHTS, TWIN_GRAPH):
         if graph not in manifest.files:
             continue
         if manifest.files[graph].size > limits.GRAPH:

@@ -22,7 +22,7 @@ ACTIVATIONS = (
     "relu6", "sigmoid", "silu", "sqrtsoftplus", "swish", "tanh",
 )  # fmt: skip
 # transformers reads these general names too.
-_ALIASES = {
+ALIASES = {
     "hidden_size": "n_embd",
     "max_position_embeddings": "n_positions",
     "num_attention_heads": "n_head",
@@ -103,7 +103,7 @@ class GPT2Config:
             if raw.get(name):
                 raise CheckpointError(f"config.json: {name} is not supported ({reason})")
         known = {field.name for field in fields(cls)}
-        general = {_ALIASES[name]: value for name, value in raw.items() if name in _ALIASES}
+        general = {ALIASES[name]: value for name, value in raw.items() if name in ALIASES}
         return cls(**general | {name: value for name, value in raw.items() if name in known})
 
     @classmethod

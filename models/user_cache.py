@@ -1,4 +1,4 @@
-"""The folder of what can be made again: exports that nobody named a place for, copies of bundles."""
+"""Cache folder, whose content can be made again: exports that nobody named a place for, copies of bundles."""
 
 import os
 import sys

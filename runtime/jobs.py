@@ -96,7 +96,7 @@ def identity(line: str | PromptError) -> Any:
 
 
 def key(identity: Any, request_hash: str) -> str:
-    """What a result and its request have in common."""
+    """Key that a result shares with its request."""
     return f"{request_hash} {json.dumps(identity, sort_keys=True)}"
 
 

@@ -26,7 +26,7 @@ def to_line(record: Any, *, compact: bool = False, ascii_only: bool = False) -> 
 
 
 def finite(value: Any) -> Any:
-    """A value as JSON can hold it: what isn't a finite number becomes null."""
+    """A value as JSON can hold it: NaN and infinities become null."""
     if isinstance(value, dict):
         return {name: finite(part) for name, part in value.items()}
     if isinstance(value, list | tuple):

@@ -141,7 +141,7 @@ def make_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> MakeCheckpoint:
 
 
 @pytest.fixture
-def wide_at_any_width(monkeypatch: pytest.MonkeyPatch) -> None:
+def second_graph_at_any_width(monkeypatch: pytest.MonkeyPatch) -> None:
     """Gives small networks a second graph, too, so that tests of that needn't be large."""
     monkeypatch.setattr("gpt2onnx.exporter.graph.second_graph.MIN_WIDTH", 0)
 

@@ -21,6 +21,7 @@ from ...runtime.options import OPTIONS, GenerationConfig
 from ...runtime.ort.providers import VERSION
 from ...runtime.requests import Energy, Request, Result
 from ...runtime.stream import Stream
+from .. import machine
 from .csvlog import CsvLog
 from .power import DEFAULT_SECONDS, MOST_SECONDS, PowerMeter, Reading
 
@@ -213,7 +214,7 @@ class EnergyRun:
         reliable = complete and self.alone and elapsed >= method.seconds
         energy = _energy(reading, runs, counts["completion_tokens"], method.name, reliable=reliable)
         row = reading.columns | {"strategy": self._strategy} | self._options.to_dict() | counts
-        row |= _costs(energy, elapsed / runs, cpu_seconds / runs, counts["completion_tokens"]) | _facts(self._model)
+        row |= _costs(energy, elapsed / runs, cpu_seconds / runs, counts["completion_tokens"]) | _origin(self._model)
         self._tracker._record(self, row)
         if not complete:
             raise KeyboardInterrupt
@@ -308,14 +309,6 @@ def _costs(energy: Energy, seconds: float, cpu_seconds: float, tokens: int) -> d
     }
 
 
-def _facts(model: Model) -> dict[str, Any]:
-    manifest, runner = model.bundle.manifest, model.runner
-    return {
-        "model": manifest.source,
-        "dtype": manifest.dtype,
-        "graph": manifest.graph,
-        "device": runner.device,
-        "threads": runner.threads,
-        "onnxruntime_version": VERSION,
-        "gpt2onnx_version": version("gpt2onnx"),
-    }
+def _origin(model: Model) -> dict[str, Any]:
+    versions = {"onnxruntime_version": VERSION, "gpt2onnx_version": version("gpt2onnx")}
+    return {"model": model.bundle.manifest.source} | machine.setting(model) | versions

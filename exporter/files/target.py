@@ -11,15 +11,8 @@ from ...models.bundle import Manifest, files_in, is_bundle
 # Of a bundle whose manifest can't be read.
 _USUAL_FILES = frozenset(
     {bundle.CONFIG, bundle.GENERATION_CONFIG, bundle.GENAI_CONFIG, bundle.TOKENIZER, bundle.TOKENIZER_CONFIG}
-    | {
-        "special_tokens_map.json",
-        "added_tokens.json",
-        bundle.CHAT_TEMPLATE,
-        bundle.GRAPH,
-        bundle.WEIGHTS,
-        bundle.RAGGED_GRAPH,
-    }
-    | {bundle.WIDE_GRAPH, bundle.WIDE_WEIGHTS, bundle.TWIN_GRAPH, bundle.TWIN_WEIGHTS}
+    | {bundle.CHAT_TEMPLATE, "special_tokens_map.json", "added_tokens.json", bundle.GRAPH, bundle.WEIGHTS}
+    | {bundle.RAGGED_GRAPH, bundle.SECOND_GRAPH, bundle.SECOND_GRAPH_WEIGHTS, bundle.TWIN_GRAPH, bundle.TWIN_WEIGHTS}
 )
 
 

@@ -14,8 +14,8 @@ from onnx import ModelProto, TensorProto, ValueInfoProto, helper
 
 from ...models import contract
 from ...models.config import GPT2Config
-from .blocks import QuantizedMatrix
-from .operators import MICROSOFT, Array, Graph, StoredMatrix, Weight, activation, as_model
+from .blocks import Array, QuantizedMatrix
+from .operators import MICROSOFT, Graph, StoredMatrix, Weight, activation, as_model
 from .weights import WeightStore
 
 _HEAD_SIZE_UNIT = 8  # GroupQueryAttention takes multiples only

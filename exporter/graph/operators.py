@@ -15,10 +15,9 @@ from onnx import GraphProto, ModelProto, NodeProto, TensorProto, helper, numpy_h
 
 from gpt2onnx.errors import CheckpointError
 
-from .blocks import QuantizedMatrix
+from .blocks import Array, QuantizedMatrix
 from .weights import WeightStore, view
 
-Array = npt.NDArray[np.float32]
 # A weight as a graph takes it. Quantised matrices are [out, in]; a layer's others [in, out].
 Weight: TypeAlias = Array | QuantizedMatrix
 
@@ -175,7 +174,7 @@ class Graph(Nodes):
         return self.op("Sum", [x, residual], f"{following}.sum")
 
     def reshape(self, x: str, name: str, *shape: int) -> str:
-        """Reshape; 0 keeps a dimension, one -1 takes what is left."""
+        """Reshape; 0 keeps a dimension, one -1 takes the rest."""
         return self.op("Reshape", [x, self.constant(f"{name}.shape", np.array(shape, np.int64))], name)
 
     def pad_end(self, x: str, name: str, count: int) -> str:

@@ -10,7 +10,6 @@ import logging
 import tempfile
 import warnings
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import onnx
 
@@ -18,11 +17,8 @@ from gpt2onnx.errors import BackendError, MissingExtraError
 
 from ...models import bundle
 from ...models.messages import one_line
-from ...models.shapes import weight_shapes
+from ..checkpoint import in_pytorch
 from ..checkpoint.checkpoint import Checkpoint
-
-if TYPE_CHECKING:
-    from transformers import GPT2LMHeadModel  # noqa: TID251
 
 _TASK = "text-generation-with-past"
 
@@ -38,7 +34,7 @@ def write_portable_graph(checkpoint: Checkpoint, folder: Path) -> None:
         from optimum.exporters.onnx import onnx_export_from_model  # pyright: ignore[reportMissingImports]
     except ModuleNotFoundError as error:
         raise MissingExtraError("The portable graph", error.name or "optimum-onnx", "optimum") from error
-    model = _in_pytorch(checkpoint)
+    model = in_pytorch.build(checkpoint)
     (folder / bundle.GRAPH).parent.mkdir()
     with tempfile.TemporaryDirectory(dir=folder) as temporary:
         # optimum and PyTorch's tracer print progress and warnings.
@@ -60,20 +56,3 @@ def write_portable_graph(checkpoint: Checkpoint, folder: Path) -> None:
             location=Path(bundle.WEIGHTS).name,
             size_threshold=1024,
         )
-
-
-def _in_pytorch(checkpoint: Checkpoint) -> "GPT2LMHeadModel":
-    import torch  # noqa: TID251
-    from transformers import GPT2Config, GPT2LMHeadModel  # noqa: TID251
-
-    config = GPT2Config.from_dict({**checkpoint.raw_config, "tie_word_embeddings": checkpoint.tied})
-    # The other attentions of transformers 4 leave out scale_attn_by_inverse_layer_idx and scale_attn_weights.
-    config._attn_implementation = "eager"
-    model = GPT2LMHeadModel(config).eval()
-    names = weight_shapes(checkpoint.config, tied=checkpoint.tied)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            stored = name.removeprefix("transformer.")
-            assert stored in names, f"transformers has a parameter {name} that the checkpoint's shapes lack"
-            parameter.copy_(torch.from_numpy(checkpoint.tensor(stored)))
-    return model

@@ -15,7 +15,7 @@ import numpy as np
 from onnx import ModelProto, NodeProto, TensorProto, ValueInfoProto, helper
 
 from ...models import contract
-from ...models.bundle import WIDE_WEIGHTS
+from ...models.bundle import SECOND_GRAPH_WEIGHTS
 from .input_rounding import PerTensor
 from .operators import MICROSOFT, Nodes, StoredMatrix, as_model
 from .weights import view, without_data
@@ -53,11 +53,11 @@ def build(model: ModelProto, layers: Mapping[str, PerTensor]) -> tuple[ModelProt
     used = {name for node in second.nodes for name in node.input}
     kept = [each for each in model.graph.initializer if each.name in used]
     graph = helper.make_graph(
-        second.nodes, "gpt2_wide", model.graph.input, model.graph.output,
-        [*kept, *second.initializers, *(without_data(each, WIDE_WEIGHTS) for each in made)],
+        second.nodes, "gpt2_second_graph", model.graph.input, model.graph.output,
+        [*kept, *second.initializers, *(without_data(each, SECOND_GRAPH_WEIGHTS) for each in made)],
         value_info=model.graph.value_info,
     )  # fmt: skip
-    weights = helper.make_graph(making.nodes, "wide_weights", [], made, making.initializers)
+    weights = helper.make_graph(making.nodes, "second_graph_weights", [], made, making.initializers)
     return as_model(graph), as_model(weights, opset=_OPSET)
 
 

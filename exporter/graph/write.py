@@ -30,7 +30,7 @@ def write_graphs(
         config: the architecture.
         weights: gives each weight by its checkpoint name, plain or quantised.
         tied: whether the output head is the token embedding.
-        floats: type of what isn't quantised.
+        floats: type of weights that aren't quantised.
         per_tensor: the layers that a second graph runs in another way; without any there is none.
 
     Raises:
@@ -44,7 +44,9 @@ def write_graphs(
     _write(folder, [bundle.RAGGED_GRAPH], [ragged.build(model, config)])
     if per_tensor:
         second, weights_graph = second_graph.build(model, per_tensor)
-        _write(folder, [bundle.WIDE_GRAPH, bundle.WIDE_WEIGHTS], [ragged.build(second, config), weights_graph])
+        _write(
+            folder, [bundle.SECOND_GRAPH, bundle.SECOND_GRAPH_WEIGHTS], [ragged.build(second, config), weights_graph]
+        )
 
 
 def write_twin(folder: Path, config: GPT2Config, weights: Weights, *, tied: bool) -> None:

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ..graph.input_rounding import Array
+from ..graph.blocks import Array
 from .feedback import damping
 
 SAMPLE_ROWS = 256  # inputs of a layer that are kept as they are

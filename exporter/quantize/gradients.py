@@ -15,10 +15,10 @@ from onnx import ModelProto, TensorProto, helper, numpy_helper
 
 from ...models.config import GPT2Config
 from ...runtime.ort import devices, providers
+from ..graph.blocks import Array
 from ..graph.operators import as_model
 from ..graph.weights import mapped
 
-Array = npt.NDArray[np.float32]
 _HEADS = ("lm_head.weight", "wte.weight")  # the second one if the head is tied to the embedding
 # Of the central difference that gives the slope of the activation function, exact to about 1e-5.
 _STEP = np.float32(2**-8)

@@ -5,9 +5,9 @@ from dataclasses import dataclass
 from typing import TypeAlias
 
 from ...models.precision import Blocks
-from ..graph.blocks import in_axis, quantize
+from ..graph.blocks import Array, in_axis, quantize
 from ..graph.fused import Weights
-from ..graph.input_rounding import Array, PerTensor
+from ..graph.input_rounding import PerTensor
 from ..graph.operators import Weight
 
 # Gives a float32 weight by its checkpoint name.

@@ -6,7 +6,8 @@ on the input's outliers, so a sample of the layer's input decides.
 
 import numpy as np
 
-from ..graph.input_rounding import Array, Blockwise, InputRounding, PerTensor
+from ..graph.blocks import Array
+from ..graph.input_rounding import Blockwise, InputRounding, PerTensor
 
 # Error that rounding the input may add to the output, as a share of the output's energy: this much in any case, and this
 # many times the error of block-wise rounding.

@@ -15,8 +15,8 @@ from ...models.config import GPT2Config
 from ...models.precision import Blocks
 from ...runtime.ort import devices, providers
 from ..graph import fused
-from ..graph.blocks import QuantizedMatrix, dequantize, quantize
-from ..graph.input_rounding import Array, PerTensor
+from ..graph.blocks import Array, QuantizedMatrix, dequantize, quantize
+from ..graph.input_rounding import PerTensor
 from ..graph.operators import Graph, Weight, activation, as_model
 from ..graph.weights import InlineWeights
 from .activations import HeadStats, Moments

@@ -17,7 +17,7 @@ from ...models.config import GPT2Config
 from ...runtime.engine import loading
 from ...runtime.engine.runner import Runner
 from ...runtime.ort import devices, providers
-from ..graph.input_rounding import Array
+from ..graph.blocks import Array
 from .activations import SAMPLE_ROWS, HeadStats, InputStats
 from .gradients import Gradients
 

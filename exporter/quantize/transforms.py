@@ -7,7 +7,7 @@ from typing import TypeAlias
 import numpy as np
 
 from ...models.config import GPT2Config
-from ..graph.input_rounding import Array
+from ..graph.blocks import Array
 from .activations import InputStats
 from .layers import Layout, Tensor
 
@@ -118,7 +118,7 @@ class Smoothing:
         }
 
     def _of_inputs(self, layer: str) -> Array:
-        """What a layer's inputs are divided by, float32 [in] or [1]."""
+        """Divisors of a layer's inputs, float32 [in] or [1]."""
         if layer not in self._factors:
             blocks, ranges = self._layout(layer), self._ranges(layer)
             self._factors[layer] = (
@@ -129,7 +129,7 @@ class Smoothing:
         return self._factors[layer]
 
     def _of_outputs(self, layer: str) -> Array:
-        """What a layer's outputs are divided by, float32 [out] or [1]: the values are inputs of attention's projection."""
+        """Divisors of a layer's outputs, float32 [out] or [1]: the values are inputs of attention's projection."""
         if not layer.endswith(".c_attn"):
             return np.ones(1, np.float32)
         factors, width = self._of_inputs(layer.replace("c_attn", "c_proj")), self._config.n_embd

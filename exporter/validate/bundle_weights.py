@@ -11,16 +11,14 @@ from onnx import GraphProto, TensorProto, numpy_helper
 
 from gpt2onnx.errors import BundleError
 
-from ...models.bundle import GRAPH, WIDE_GRAPH, Bundle
+from ...models.bundle import GRAPH, SECOND_GRAPH, Bundle
 from ...models.precision import Blocks
 from ...models.shapes import weight_shapes
 from ...runtime.engine import loading
 from ...runtime.engine.second_graph import make_weights
-from ..graph.blocks import QuantizedMatrix, dequantize, in_axis
+from ..graph.blocks import Array, QuantizedMatrix, dequantize, in_axis
 from ..graph.input_rounding import Blockwise, InputRounding, PerTensor
 from ..graph.weights import mapped
-
-Matrix = npt.NDArray[np.float32]
 
 _SCALES, _COLUMNS, _STEPS = ".scales", ".columns", ".steps"
 
@@ -50,14 +48,14 @@ class BundleWeights:
             for name in (each.removesuffix(_SCALES) for each in node.input if each.endswith(_SCALES)):
                 self._blocks[name] = Blocks(numbers["bits"], numbers["block_size"])
         if second_graph:
-            graph = _read_graph(bundle.folder / WIDE_GRAPH)
+            graph = _read_graph(bundle.folder / SECOND_GRAPH)
             constants = {each.name: each for each in graph.initializer}
             for name in (each.removesuffix(_COLUMNS) for each in constants if each.endswith(_COLUMNS)):
                 least = constants.get(f"{name}.least")
                 self._per_tensor[name] = PerTensor(None if least is None else float(numpy_helper.to_array(least)))
             self._made = make_weights(bundle, loading.threads(bundle))
 
-    def made_scales(self) -> Iterator[tuple[str, Matrix]]:
+    def made_scales(self) -> Iterator[tuple[str, Array]]:
         """Names of the second graph's own weights, and their scales, with an axis for the inputs."""
         for base in self._per_tensor:
             name = f"{base}.weight"
@@ -72,7 +70,7 @@ class BundleWeights:
         blocks = self.blocks(name)
         return None if blocks is None else self._per_tensor.get(name.removesuffix(".weight"), Blockwise(blocks.size))
 
-    def tensor(self, name: str) -> Matrix:
+    def tensor(self, name: str) -> Array:
         """A weight in float32; matrices are [in, out], the token embedding and the head [vocabulary, width].
 
         Raises:
@@ -80,7 +78,7 @@ class BundleWeights:
         """
         base, axis = name.removesuffix(".weight"), in_axis(name)
         if base in self._per_tensor:
-            made: Matrix = self._made[f"{base}{_COLUMNS}"].astype(np.float32) * self._made[f"{base}{_STEPS}"]
+            made: Array = self._made[f"{base}{_COLUMNS}"].astype(np.float32) * self._made[f"{base}{_STEPS}"]
             return made if axis == 0 else made.T
         name = self._in_file(name)
         blocks, base = self.blocks(name), name.removesuffix(".weight")
@@ -117,7 +115,7 @@ def _read_graph(path: Path) -> GraphProto:
         raise BundleError(f"{path} can't be read: {error}") from error
 
 
-def worst_error(found: Matrix, wanted: Matrix, blocks: Blocks, *, axis: int) -> float:
+def worst_error(found: Array, wanted: Array, blocks: Blocks, *, axis: int) -> float:
     """Root mean square error of the worst block of a quantised matrix, in steps.
 
     A step is the distance of neighbouring values where the block's largest weight takes the end of the range.
@@ -137,7 +135,7 @@ def worst_error(found: Matrix, wanted: Matrix, blocks: Blocks, *, axis: int) -> 
     return worst
 
 
-def rounded_to_nearest(matrix: Matrix, blocks: Blocks, *, axis: int) -> Matrix:
+def rounded_to_nearest(matrix: Array, blocks: Blocks, *, axis: int) -> Array:
     """A matrix quantised symmetrically, every weight to the nearest value, and dequantised again."""
     result = np.empty_like(matrix)
     for block in _blocks(matrix, blocks, axis):
@@ -147,7 +145,7 @@ def rounded_to_nearest(matrix: Matrix, blocks: Blocks, *, axis: int) -> Matrix:
     return result
 
 
-def _blocks(matrix: Matrix, blocks: Blocks, axis: int) -> Iterator[tuple[slice, ...]]:
+def _blocks(matrix: Array, blocks: Blocks, axis: int) -> Iterator[tuple[slice, ...]]:
     """The places of the blocks along the axis, each for the whole other axis."""
     for start in range(0, matrix.shape[axis], blocks.size):
         stretch = slice(start, start + blocks.size)

@@ -6,10 +6,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from ...runtime.arrays import Tokens
+from ...runtime.arrays import Logits, Tokens
 from ...runtime.engine.runner import Runner
-
-Logits = npt.NDArray[np.float32]
 
 
 def whole(runner: Runner, prompts: list[Tokens]) -> Iterator[Logits]:

@@ -27,7 +27,7 @@ import numpy as np
 
 from gpt2onnx.errors import Gpt2OnnxError
 
-from ...models.bundle import RAGGED_GRAPH, WIDE_GRAPH, Bundle
+from ...models.bundle import RAGGED_GRAPH, SECOND_GRAPH, Bundle
 from ...models.config import GPT2Config
 from ...models.shapes import weight_shapes
 from ...runtime.arrays import Tokens
@@ -37,12 +37,12 @@ from ...runtime.model import Model
 from ...runtime.options import GenerationConfig
 from ...runtime.requests import Request
 from ..checkpoint.checkpoint import Checkpoint
-from ..graph.blocks import in_axis
+from ..graph.blocks import Array, in_axis
 from ..graph.input_rounding import InputRounding
 from ..quantize.layers import Tensor
 from ..quantize.transforms import Smoothing, range_by_weights
 from . import logits
-from .bundle_weights import BundleWeights, Matrix, rounded_to_nearest, worst_error
+from .bundle_weights import BundleWeights, rounded_to_nearest, worst_error
 from .cases import MIN_POSITIONS, MIN_VOCAB_SIZE, Case, Suite, cases, why_left_out
 from .reference import Reference, same_random_numbers
 
@@ -112,7 +112,7 @@ def check(folder: Path, checkpoint: Checkpoint, suite: str = "quick") -> dict[st
         runner = Runner(bundle.without(RAGGED_GRAPH), wide_after=None)
         report["interchange"] = logits.judged(logits.cached(runner, prompts), expected, allowed, _NOISE)
     long = [prompt for prompt in prompts if len(prompt) >= FEWEST]
-    if WIDE_GRAPH in manifest.files and long:
+    if SECOND_GRAPH in manifest.files and long:
         report["wide"] = _check_second_graph(bundle, reference, long)
     report["tokens"] = tokens
     report["passed"] = all(part["passed"] for part in report.values() if isinstance(part, dict) and "passed" in part)
@@ -177,7 +177,7 @@ def _roundings(weights: BundleWeights, config: GPT2Config) -> dict[str, InputRou
     return {name: rounding for name, rounding in roundings.items() if rounding}
 
 
-def _rounded_to_nearest(weights: BundleWeights, wanted: Tensor, name: str) -> Matrix:
+def _rounded_to_nearest(weights: BundleWeights, wanted: Tensor, name: str) -> Array:
     """A wanted weight, rounded to nearest in the bundle's layout where it is quantised."""
     blocks, weight = weights.blocks(name), wanted(name)
     return weight if blocks is None else rounded_to_nearest(weight, blocks, axis=in_axis(name))
@@ -194,7 +194,7 @@ def _check_second_graph(bundle: Bundle, reference: Reference, prompts: list[Toke
     with reference.rounding(_roundings(second, bundle.config).get, half=False):
         difference = logits.largest_difference(reference.logits(prompts), expected)
     runner = Runner(bundle)
-    runner.open_wide()
+    runner.open_second_graph()
     allowed = _TIMES_ROUNDING[bundle.manifest.dtype] * difference
     figures = logits.judged(logits.whole(runner, prompts), expected, allowed, _NOISE)
     return figures | {"most_steps": steps, "passed": figures["passed"] and steps <= _HALF_A_STEP}

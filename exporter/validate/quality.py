@@ -87,7 +87,7 @@ def on_own_samples(
 def _sessions(bundle: Bundle, reference: Bundle, threads: int | None) -> tuple[Runner, Runner]:
     """Opens both. A second graph rounds more than the first, so it is the one that is judged where there is one."""
     ours = Runner(bundle, threads=threads)
-    ours.open_wide()
+    ours.open_second_graph()
     return ours, Runner(reference, threads=threads)
 
 

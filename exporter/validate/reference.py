@@ -14,10 +14,9 @@ import numpy.typing as npt
 from gpt2onnx.errors import CheckpointError, MissingExtraError
 
 from ...models.bundle import CONFIG
-from ...models.config import GPT2Config
-from ...models.shapes import weight_shapes
-from ...runtime.arrays import Tokens
+from ...runtime.arrays import Logits, Tokens
 from ...runtime.decoding.torch_random import Candidates, Generator
+from ..checkpoint import in_pytorch
 from ..checkpoint.checkpoint import Checkpoint
 from ..graph.input_rounding import InputRounding
 from .cases import Case
@@ -26,10 +25,6 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import GPT2LMHeadModel
 
-Logits = npt.NDArray[np.float32]
-
-# The others leave out scale_attn_by_inverse_layer_idx in transformers 4.
-_ATTENTION = "eager"
 # Adding some thousand products in another order changes their sum by about this share of its size.
 _FLOAT32_NOISE = 1e-6
 
@@ -55,8 +50,8 @@ class Reference:
         transformers.utils.logging.set_verbosity_error()
         transformers.utils.logging.disable_progress_bar()
         self.version = transformers.__version__
-        self.name = f"transformers {self.version} ({_ATTENTION} attention), torch {torch.__version__}"
-        self._config, self._tied = checkpoint.config, checkpoint.tied
+        self.name = f"transformers {self.version} ({in_pytorch.ATTENTION} attention), torch {torch.__version__}"
+        self._tied = checkpoint.tied
         try:
             self._model = _load(checkpoint)
         except Exception as error:  # transformers raises errors of any class
@@ -83,7 +78,7 @@ class Reference:
 
             self._model.lm_head.weight = Parameter(self._model.lm_head.weight.detach().clone())
             self._tied = False
-        _fill(self._model, self._config, tensor, tied=self._tied)
+        in_pytorch.fill(self._model, tensor)
 
     @contextmanager
     def rounding(self, kinds: Callable[[str], InputRounding | None], *, half: bool) -> Iterator[None]:
@@ -152,28 +147,14 @@ def _load(checkpoint: Checkpoint) -> "GPT2LMHeadModel":
     from transformers import GPT2Config as Settings
     from transformers import GPT2LMHeadModel
 
-    attention: dict[str, Any] = {"attn_implementation": _ATTENTION}
+    attention: dict[str, Any] = {"attn_implementation": in_pytorch.ATTENTION}
     weights = [*checkpoint.folder.glob("model*.safetensors"), *checkpoint.folder.glob("pytorch_model*.bin")]
     if (checkpoint.folder / CONFIG).is_file() and weights and not Path(checkpoint.name).is_file():
         config = Settings.from_dict(dict(checkpoint.raw_config))
         return GPT2LMHeadModel.from_pretrained(
             checkpoint.folder, config=config, dtype=torch.float32, **attention
         ).eval()
-    model = GPT2LMHeadModel(Settings(**dict(checkpoint.raw_config) | attention)).eval()
-    _fill(model, checkpoint.config, checkpoint.tensor, tied=checkpoint.tied)
-    return model
-
-
-def _fill(
-    model: "GPT2LMHeadModel", config: GPT2Config, tensor: Callable[[str], npt.NDArray[np.float32]], *, tied: bool
-) -> None:
-    import torch
-
-    parameters = dict(model.named_parameters())
-    with torch.no_grad():
-        for name in weight_shapes(config, tied=tied):
-            place = name if name.startswith("lm_head") else f"transformer.{name}"
-            parameters[place].copy_(torch.from_numpy(np.require(tensor(name), requirements=["C", "W"])))
+    return in_pytorch.build(checkpoint)
 
 
 def same_random_numbers() -> bool:

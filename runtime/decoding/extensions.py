@@ -40,7 +40,7 @@ class Extensions:
     index: int = 0
 
     def process(self, tokens: Tokens, scores: Logits) -> Logits:
-        """What the processors return for tokens [rows, length] and scores [rows, vocab].
+        """Scores [rows, vocab] after the processors, for tokens [rows, length].
 
         Raises:
             OptionError: a processor returns another shape.

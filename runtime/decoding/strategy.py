@@ -127,7 +127,7 @@ class Limits:
 
 
 class Scores:
-    """What processors make of logits: those of the options, then the caller's, then renormalisation.
+    """Scores: logits after the processors of the options, then the caller's, then renormalisation.
 
     Args:
         options: which processors.

@@ -95,7 +95,7 @@ class Generator:
         words = np.random.MT19937()
         words.state = cast("Any", np.random.RandomState(seed % 2**32).get_state(legacy=False))
         self._generator = np.random.Generator(words)
-        # What forks have drawn ahead, in order.
+        # Words that forks have drawn ahead, in order.
         self._ahead: deque[Words] = deque()
 
     def fork(self) -> "Generator":

@@ -15,13 +15,13 @@ import numpy.typing as npt
 from gpt2onnx.errors import BackendError, OptionError
 
 from ...models import contract
-from ...models.bundle import RAGGED_GRAPH, TWIN_GRAPH, WIDE_GRAPH, Bundle
+from ...models.bundle import RAGGED_GRAPH, SECOND_GRAPH, TWIN_GRAPH, Bundle
 from ..arrays import Int64Array, Logits
 from ..host import resources
 from ..ort import binding, devices, providers, signature
 from . import loading
 from .kv_cache import HostStorage, KVCache, check_memory
-from .second_graph import WORTH, WideGraph
+from .second_graph import WORTH, SecondGraph
 
 # Arrays bound for a pass over more tokens per row than this aren't kept for the next: prompts differ in length.
 _KEPT_TOKENS = 16
@@ -88,22 +88,24 @@ class Runner:
         floats = "tensor(float16)" if self.dtype == np.float16 else "tensor(float)"
         signature.check(self.config, floats, inputs, outputs, path)
         self._inputs = list(inputs)
-        offered = WIDE_GRAPH in bundle.manifest.files and file == RAGGED_GRAPH
-        self._wide = WideGraph(bundle, self.threads, wide_after) if offered and wide_after is not None else None
+        offered = SECOND_GRAPH in bundle.manifest.files and file == RAGGED_GRAPH
+        self._second_graph = (
+            SecondGraph(bundle, self.threads, wide_after) if offered and wide_after is not None else None
+        )
         self.has_twin = bundle.has_twin and file == RAGGED_GRAPH
         # Of the cache that passed last. A weak dictionary would swallow a Ctrl-C that comes while it drops an entry.
         self._passes: dict[tuple[object, ...], _Pass] = {}
         self._bound_cache: weakref.ref[KVCache] | None = None
 
-    def open_wide(self) -> None:
+    def open_second_graph(self) -> None:
         """Opens the second graph now, if there is one and it isn't open.
 
         Raises:
             BundleError: it isn't the graph that config.json describes.
             BackendError: it takes more memory than there is, or ONNX Runtime can't load it.
         """
-        if self._wide is not None:
-            self._wide.open()
+        if self._second_graph is not None:
+            self._second_graph.open()
 
     def check_memory(self, rows: int, positions: int, reserved: int = 0) -> None:
         """Checks that sequences fit into memory.
@@ -177,7 +179,7 @@ class Runner:
     def _run_ragged(self, cache: KVCache, rows: slice, tokens: Int64Array, counts: Int64Array, logits: str) -> Logits:
         """A pass of `contract`'s second form: each row brings its own number of tokens."""
         count, longest = tokens.shape
-        graph = (self._wide and self._wide.take(tokens.size)) or self._graph
+        graph = (self._second_graph and self._second_graph.take(tokens.size)) or self._graph
         begins, used = longest * np.arange(count), counts > 0
         if logits == "last":
             at = (begins + counts - 1)[used]

@@ -11,7 +11,7 @@ import numpy.typing as npt
 
 from gpt2onnx.errors import BackendError
 
-from ...models.bundle import WIDE_GRAPH, WIDE_WEIGHTS, Bundle
+from ...models.bundle import SECOND_GRAPH, SECOND_GRAPH_WEIGHTS, Bundle
 from ..host import resources
 from ..ort import devices, providers, signature
 from . import loading
@@ -29,14 +29,14 @@ def make_weights(bundle: Bundle, threads: int) -> dict[str, npt.NDArray[np.gener
     Raises:
         BackendError: ONNX Runtime failed.
     """
-    path = bundle.folder / WIDE_WEIGHTS
+    path = bundle.folder / SECOND_GRAPH_WEIGHTS
     # Unoptimised: otherwise all of it would be computed while it is opened, and nothing given back before the end.
     graph = providers.open_graph(path, devices.CPU, threads=threads, name=path, optimize=False)
     names = list(providers.declared(graph, path)[1])
     return dict(zip(names, providers.run(graph, names, {}), strict=True))
 
 
-class WideGraph:
+class SecondGraph:
     """The second graph of a bundle, on the CPU.
 
     Args:
@@ -84,7 +84,7 @@ class WideGraph:
         """
         if self._graph is not None:
             return
-        path = self._bundle.folder / WIDE_GRAPH
+        path = self._bundle.folder / SECOND_GRAPH
         self._bundle.check_in_place()
         if short := resources.shortage(2 * loading.weight_bytes(self._bundle)):
             raise BackendError(f"{path} needs about {short}")

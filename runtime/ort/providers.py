@@ -34,11 +34,11 @@ VERSION = str(ort.__version__)
 PACKAGE = str(getattr(ort, "package_name", "onnxruntime"))
 
 _log = logging.getLogger(__name__)
-# onnxruntime's severities. What it would log as an error is raised, too.
+# onnxruntime's severities. An error that it logs is raised, too.
 _SILENT, _WARNINGS = 4, 2
 # A graph that ONNX Runtime has loaded.
 Graph: TypeAlias = ort.InferenceSession
-# What graphs read where it is, for as long as they are there.
+# Weights that a graph reads in place, kept as long as the graph.
 _weights_in_use: WeakKeyDictionary[Graph, Mapping[str, npt.NDArray[np.generic]]] = WeakKeyDictionary()
 # Long enough for the way from one forward pass to the next: a thread that sleeps meanwhile is slow to wake, above all in
 # virtual machines. By default it is far longer: processes side by side then take each other's cores while they wait.
@@ -112,7 +112,7 @@ def open_graph(
     if elsewhere:
         options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
         _preload(provider)
-        # What it would log as it falls back is told by `why_not`.
+        # `why_not` tells why it falls back, which it would log.
         ort.set_default_logger_severity(_SILENT)
     try:
         session = ort.InferenceSession(graph, options, providers=[provider], enable_fallback=False)

@@ -1,5 +1,6 @@
 """Encodings of what goes into commands and comes out: every one gives what UTF-8 gives."""
 
+import io
 import json
 import os
 import subprocess
@@ -11,6 +12,8 @@ from typing import Any
 import pytest
 from support.commands import CommandLine, Finished
 from support.systems import posix
+
+from gpt2onnx.cli.main import main
 
 TEXT = "The old king said: «Zoë, it is late.»\nAnd so she went home.\n"
 Encoded = tuple[bytes, list[str]]
@@ -99,19 +102,32 @@ def test_grids(codec: str, command_line: CommandLine, tales_bundle: Path, tmp_pa
     assert (run["prompt"], run["strategy"]) == ("Zoë", "à la carte")
 
 
-def in_encoding(encoding: str, *arguments: object, stdin: str = "") -> Finished:
-    """Runs a command whose standard streams have an encoding."""
-    done = subprocess.run(
-        [sys.executable, "-m", "gpt2onnx", *map(str, arguments)], input=stdin.encode(), capture_output=True, check=False,
-        env=os.environ | {"PYTHONIOENCODING": encoding},
-    )  # fmt: skip
-    # click writes UTF-8 where standard output is ASCII.
-    reader = "utf-8" if encoding == "ascii" else encoding
-    return Finished(done.returncode, done.stdout.decode(reader), done.stderr.decode(reader))
+@pytest.fixture
+def in_encoding(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Finished]:
+    """Runs a command whose standard streams have an encoding: in_encoding("cp1252", "tokens", stdin="Once")."""
+
+    def run(encoding: str, *arguments: object, stdin: str = "") -> Finished:
+        streams = {name: io.TextIOWrapper(io.BytesIO(), encoding) for name in ("stdout", "stderr")}
+        streams["stdin"] = io.TextIOWrapper(io.BytesIO(stdin.encode()), encoding)
+        with monkeypatch.context() as patch:
+            for name, stream in streams.items():
+                patch.setattr(sys, name, stream)
+            patch.setattr(sys, "argv", ["gpt2onnx", *map(str, arguments)])
+            with pytest.raises(SystemExit) as exit_:
+                main()
+            streams["stderr"].flush()
+        # click writes UTF-8 where standard output is ASCII.
+        reader = "utf-8" if encoding == "ascii" else encoding
+        out, err = (streams[name].buffer.getvalue().decode(reader) for name in ("stdout", "stderr"))  # type: ignore[attr-defined]
+        return Finished(int(exit_.value.code or 0), out, err)
+
+    return run
 
 
 @pytest.mark.parametrize("encoding", ["utf-8", "cp1252", "ascii"])
-def test_json_is_json_in_any_encoding(encoding: str, tales_bundle: Path, tmp_path: Path) -> None:
+def test_json_is_json_in_any_encoding(
+    encoding: str, in_encoding: Callable[..., Finished], tales_bundle: Path, tmp_path: Path
+) -> None:
     prompt = "Zoë: “日本” 😀"
     file = tmp_path / "ä.jsonl"
     requests = [
@@ -146,13 +162,18 @@ def test_json_is_json_in_any_encoding(encoding: str, tales_bundle: Path, tmp_pat
 
 
 @pytest.mark.parametrize("encoding", ["cp1252", "ascii"])
-def test_text_never_raises(encoding: str, tales_bundle: Path) -> None:
+def test_text_never_raises(encoding: str, in_encoding: Callable[..., Finished], tales_bundle: Path) -> None:
     for arguments in (["generate", "--echo", "--max-new-tokens", 2], ["tokens"], ["next", "--top", 2]):
         done = in_encoding(encoding, *arguments, "-m", tales_bundle, stdin="Zoë: “日本” 😀")
         assert (done.code, done.err) == (0, "")
         assert done.out
     failed = in_encoding(encoding, "inspect", "nö-such-model-日")
     assert (failed.code, failed.err.count("\n"), "Traceback" in failed.err) == (1, 1, False)
+    own = subprocess.run(
+        [sys.executable, "-m", "gpt2onnx", "tokens", "Zoë: “日本” 😀", "-m", tales_bundle], capture_output=True, check=False,
+        env=os.environ | {"PYTHONIOENCODING": encoding},
+    )  # fmt: skip
+    assert (own.returncode, own.stderr) == (0, b"")
 
 
 @posix

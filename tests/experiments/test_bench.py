@@ -3,7 +3,7 @@
 import json
 import mmap
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -93,21 +93,18 @@ def test_one_new_token_is_all_prefill(tales_model: Model) -> None:
     assert result.prefill.median > 0
 
 
-def test_prompts_are_the_seed_s_and_end_tokens_end_nothing(
-    make_checkpoint: MakeCheckpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_prompts_are_the_seed_s_and_end_tokens_end_nothing(make_checkpoint: MakeCheckpoint, tmp_path: Path) -> None:
     """With two entries, every other token is the end token."""
-    checkpoint = make_checkpoint(vocab_size=2, eos_token_id=[0, 1], bos_token_id=0)
-    model = gpt2onnx.load(gpt2onnx.export(checkpoint, tmp_path / "bundle", parity=False).folder, threads=1)
     seen: list[tuple[list[int], int]] = []
-    follow = model.follow
 
-    def counting(requests: list[Request], batch_size: int) -> Iterator[tuple[Request, Any]]:
-        for request, generation in follow(requests, batch_size):
-            seen.append((request.prompt, len(generation.continuations()[0].tokens)))
-            yield request, generation
+    class Counting(Model):
+        def follow(self, requests: Iterable[Any], batch_size: int = 8, chunk: int | None = None) -> Iterator[Any]:
+            for request, generation in super().follow(requests, batch_size, chunk):
+                seen.append((request.prompt, len(generation.continuations()[0].tokens)))
+                yield request, generation
 
-    monkeypatch.setattr(model, "follow", counting)
+    checkpoint = make_checkpoint(vocab_size=2, eos_token_id=[0, 1], bos_token_id=0)
+    model = Counting(gpt2onnx.export(checkpoint, tmp_path / "bundle", parity=False).folder, threads=1)
     benchmark(model, prompt_tokens=6, new_tokens=20, repetitions=1, seed=3)
     prompt = np.random.default_rng(3).integers(2, size=(1, 6))[0].tolist()
     # One run to warm up and one that counts; each computes the whole prompt.

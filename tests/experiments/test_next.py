@@ -72,12 +72,12 @@ def test_the_logits_are_those_of_transformers(
         assert_same(stage.probabilities, alone.probabilities, stage.name)
 
 
-def test_options_of_the_model_that_do_not_suit_it_are_refused(
-    tales_model: gpt2onnx.Model, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(tales_model, "generation_config", GenerationConfig(sequence_bias=[([9999], 1.0)]))
+def test_options_of_the_model_that_do_not_suit_it_are_refused(make_checkpoint: MakeCheckpoint, tmp_path: Path) -> None:
+    checkpoint = make_checkpoint()
+    (checkpoint / "generation_config.json").write_text('{"sequence_bias": [[[9999], 1.0]]}')
+    model = gpt2onnx.load(gpt2onnx.export(checkpoint, tmp_path / "bundle").folder)
     with pytest.raises(OptionError, match="sequence_bias holds 9999"):
-        next_token(tales_model, PROMPT)
+        next_token(model, [1])
 
 
 # "Build a Large Language Model (From Scratch)", section 5.3: nine words, their logits, and how often each comes in 1,000

@@ -249,37 +249,28 @@ def test_results_of_another_sweep_are_refused(
 
 
 @posix
-def test_killed_interrupted_and_resumed(tales_bundle: Path, tales_model: gpt2onnx.Model, tmp_path: Path) -> None:
+def test_finished_runs_of_an_interrupted_sweep_can_be_looked_at(tales_bundle: Path, tmp_path: Path) -> None:
     out, grid_file = tmp_path / "out", tmp_path / "grid.toml"
     grid_file.write_text(
         "[options]\nmax_new_tokens = 24\n[[strategy]]\nname = 'beams'\nnum_beams = [2,3,4,5,6,7,8,9,10]\n"
     )
     command = [
         sys.executable, "-m", "gpt2onnx", "sweep", str(grid_file), "-m", str(tales_bundle), "--prompt", PROMPT,
-        "--prompt", "One day", "--out", str(out), "--resume", "--no-energy", "--threads", "1",
+        "--prompt", "One day", "--out", str(out), "--no-energy", "--threads", "1",
     ]  # fmt: skip
     results = out / "results.jsonl"
 
     def lines() -> int:
         return results.read_bytes().count(b"\n") if results.exists() else 0
 
-    for signal_, code in ((signal.SIGKILL, -9), (signal.SIGINT, 130)):
-        before = lines()
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-        wait_until(lambda before=before: lines() >= before + 3, seconds=60)
-        process.send_signal(signal_)
-        _, err = process.communicate(timeout=60)
-        assert process.returncode == code
-    assert err.strip() == b"gpt2onnx: interrupted"
-    # The finished runs are kept, and can be looked at.
-    assert before < lines() < 18
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    wait_until(lambda: lines() >= 3, seconds=60)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert (process.returncode, err.strip()) == (130, b"gpt2onnx: interrupted")
+    assert 3 <= lines() < 18
     assert (out / "report.html").read_text().count("<h4") == lines()
     assert len(pandas.read_csv(out / "summary.csv")) == lines()
-    done = subprocess.run(command, capture_output=True, timeout=120, check=False)
-    assert done.returncode == 0, done.stderr
-    expected = list(sweep.run(make(tales_model, grid_file, PROMPT, "One day"), tmp_path / "whole"))
-    assert untimed(load_records(out)) == untimed(expected)
-    assert len(pandas.read_csv(out / "summary.csv")) == 18
 
 
 # The command
@@ -320,9 +311,11 @@ def test_a_prompt_in_the_grid(command_line: CommandLine, tales_bundle: Path, sma
 
 
 @pytest.fixture
-def isolated(tales_bundle: Path, small_grid: Path, tmp_path: Path) -> Callable[..., tuple[int, str, str]]:
-    """Runs the sweep where packages are missing: isolated(*options, without=names)."""
-    command = ["sweep", small_grid, "-m", tales_bundle, "--prompt", PROMPT, "--threads", 1, "--out", tmp_path / "out"]
+def isolated(tales_bundle: Path, tmp_path: Path) -> Callable[..., tuple[int, str, str]]:
+    """Runs a sweep of one strategy where packages are missing: isolated(*options, without=names)."""
+    grid_file = tmp_path / "grid.toml"
+    grid_file.write_text("[[strategy]]\nname = 'greedy'\nmax_new_tokens = 2\n")
+    command = ["sweep", grid_file, "-m", tales_bundle, "--prompt", PROMPT, "--threads", 1, "--out", tmp_path / "out"]
     return lambda *options, without: run(COMMAND_LINE, *command, *options, without=without)
 
 

@@ -26,7 +26,7 @@ from gpt2onnx.exporter.files.archive import pack
 from gpt2onnx.models.bundle import MANIFEST, Bundle, Manifest
 
 FAULT_POINTS = REPOSITORY / "tests" / "support" / "fault_points.py"
-MOST = int(os.environ.get("GPT2ONNX_FAULTS", "24"))  # steps of each kind that are tried
+MOST = int(os.environ.get("GPT2ONNX_FAULTS", "16"))  # steps of each kind that are tried
 ONE_THREAD = os.environ | {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
 
 

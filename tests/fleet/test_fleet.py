@@ -48,7 +48,7 @@ from gpt2onnx.runtime.options import GenerationConfig
 Record = dict[str, Any]
 PART = 8
 STORE = 80 << 20  # the least that Ray takes
-NEW_TOKENS = 24
+NEW_TOKENS = 16
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +61,7 @@ def requests(tmp_path_factory: pytest.TempPathFactory) -> Path:
         {"max_new_tokens": 3}, {"stop": ["the"]}, {"temperature": -1}, {"temperature": 0.8, "seed": 2}, {"prompt": None, "prompt_ids": [5, 262, 99]},
     ]  # fmt: skip
     lines = []
-    for index in range(130):
+    for index in range(98):
         request = {"id": index, "prompt": f"The {draw.choice(words)} and the {draw.choice(words)}"}
         lines.append(json.dumps(request | draw.choice(strategies)).encode())
     lines[3] = b'{"id": 3, "prompt": "The'

@@ -20,7 +20,7 @@ from support.tokens import assert_same_tokens
 
 import gpt2onnx
 from gpt2onnx.models import contract
-from gpt2onnx.models.bundle import GRAPH, TOKENIZER, WIDE_GRAPH, Bundle
+from gpt2onnx.models.bundle import GRAPH, SECOND_GRAPH, TOKENIZER, Bundle
 from gpt2onnx.runtime.engine.runner import Runner
 from gpt2onnx.runtime.tokenizer import Tokenizer
 
@@ -135,7 +135,7 @@ def bundle_of(tmp_path_factory: pytest.TempPathFactory, make_checkpoint: MakeChe
             patch.setattr("gpt2onnx.exporter.graph.second_graph.MIN_WIDTH", 0)
             source = "tales" if settings is None else make_checkpoint(**settings)
             made = gpt2onnx.export(source, folder / name, **options).folder
-        assert (made / WIDE_GRAPH).is_file() == (name in CALIBRATED)
+        assert (made / SECOND_GRAPH).is_file() == (name in CALIBRATED)
         return made
 
     return bundle_of

@@ -21,9 +21,9 @@ import gpt2onnx
 from gpt2onnx.exporter.checkpoint.checkpoint import Checkpoint
 from gpt2onnx.exporter.validate.cases import PROCESSORS, STRATEGIES, cases, why_left_out
 from gpt2onnx.exporter.validate.parity import check
-from gpt2onnx.models.bundle import GRAPH, RAGGED_GRAPH, WIDE_GRAPH, WIDE_WEIGHTS, Bundle, describe_files
+from gpt2onnx.models.bundle import GRAPH, RAGGED_GRAPH, SECOND_GRAPH, SECOND_GRAPH_WEIGHTS, Bundle, describe_files
 
-pytestmark = pytest.mark.usefixtures("wide_at_any_width")
+pytestmark = pytest.mark.usefixtures("second_graph_at_any_width")
 # Networks this small gain nothing by more, and lose much beside other work.
 torch.set_num_threads(1)
 PRECISIONS: dict[str, dict[str, Any]] = {
@@ -240,11 +240,11 @@ def test_faults_are_found(precision: str, file: str, fault: Fault, export_as: Ex
 @pytest.mark.parametrize(
     ("file", "fault"),
     [
-        (WIDE_GRAPH, swapped_layers),
-        (WIDE_GRAPH, wrong_epsilon),
-        (WIDE_GRAPH, wrong_attention_scale),
-        (WIDE_WEIGHTS, wrong_zero),
-        (WIDE_WEIGHTS, wrong_zero_of_head),
+        (SECOND_GRAPH, swapped_layers),
+        (SECOND_GRAPH, wrong_epsilon),
+        (SECOND_GRAPH, wrong_attention_scale),
+        (SECOND_GRAPH_WEIGHTS, wrong_zero),
+        (SECOND_GRAPH_WEIGHTS, wrong_zero_of_head),
     ],
 )
 def test_faults_of_the_second_graph_are_found(precision: str, file: str, fault: Fault, export_as: ExportAs) -> None:

@@ -2,9 +2,6 @@
 
 import io
 import json
-import subprocess
-import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -169,36 +166,3 @@ def test_impossible_log_probability_is_null(tales_model: gpt2onnx.Model) -> None
     line = json.dumps({"prompt": "a", "suppress_tokens": everything, "max_new_tokens": 1, "logprobs": 1})
     ((record),) = run(tales_model, [line])
     assert json.loads(to_line(record))["sequences"][0]["logprobs"][0]["processed_logprob"] is None
-
-
-def test_killed_and_resumed(tales_bundle: Path, tales_model: gpt2onnx.Model, tmp_path: Path) -> None:
-    lines = [
-        json.dumps({"id": index, "prompt": f"Number {index}", "max_new_tokens": 30, "do_sample": True, "seed": index})
-        if index % 7 else f'{{"id": {index}, "prompt": '
-        for index in range(120)
-    ]  # fmt: skip
-    requests, results = tmp_path / "requests.jsonl", tmp_path / "results.jsonl"
-    requests.write_text("\n".join(lines) + "\n")
-    command = [
-        sys.executable, "-m", "gpt2onnx", "generate", "-m", str(tales_bundle), "--threads", "1", "--batch-size", "4",
-        "--input", str(requests), "--output", str(results), "--resume",
-    ]  # fmt: skip
-    kills = 0
-    for wanted in (10, 50):
-        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        deadline = time.monotonic() + 60
-        while process.poll() is None and time.monotonic() < deadline:
-            if results.exists() and results.read_bytes().count(b"\n") >= wanted:
-                break
-            time.sleep(0.005)
-        process.kill()
-        process.wait()
-        kills += results.read_bytes().count(b"\n") < len(lines)
-        with results.open("ab") as file:
-            file.write(b'{"id": 3, "prom')  # what a write cut off in the middle leaves
-    assert kills == 2, "the job was done before it could be killed"
-    assert subprocess.run(command, capture_output=True, check=False).returncode == 0
-    records = [json.loads(line) for line in results.read_text().splitlines()]
-    expected = run(tales_model, lines, 4)
-    assert [record["id"] for record in records] == [record["id"] for record in expected]
-    assert [record.get("sequences") for record in records] == [record.get("sequences") for record in expected]

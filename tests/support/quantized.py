@@ -94,8 +94,8 @@ def add_second_graph(opened: bundle.Bundle, rounding: PerTensor) -> bundle.Bundl
     matrices = [node.name.removesuffix(".matmul") for node in model.graph.node if node.op_type == "MatMulNBits"]
     layers = dict.fromkeys(["lm_head" if name == "logits" else name for name in matrices], rounding)
     second, weights_graph = second_graph.build(model, layers)
-    (opened.folder / bundle.WIDE_GRAPH).write_bytes(ragged.build(second, opened.config).SerializeToString())
-    (opened.folder / bundle.WIDE_WEIGHTS).write_bytes(weights_graph.SerializeToString())
+    (opened.folder / bundle.SECOND_GRAPH).write_bytes(ragged.build(second, opened.config).SerializeToString())
+    (opened.folder / bundle.SECOND_GRAPH_WEIGHTS).write_bytes(weights_graph.SerializeToString())
     replace_graph(opened.folder)
     return bundle.Bundle.open(opened.folder)
 

@@ -26,14 +26,18 @@ class HashingNetwork:
     Args:
         repetitive: only the last two tokens count, so that the text repeats itself.
         noise: is added to the logits, as by a network of lower precision; 0 for none.
+        vocabulary: number of tokens.
+        cache: kind of its caches.
     """
 
-    def __init__(self, repetitive: bool = False, noise: float = 0) -> None:
+    def __init__(
+        self, repetitive: bool = False, noise: float = 0, vocabulary: int = VOCABULARY, cache: type[KVCache] = KVCache
+    ) -> None:
         self.passes: list[tuple[int, int]] = []
-        self.repetitive, self.noise = repetitive, noise
+        self.repetitive, self.noise, self.vocabulary, self.cache = repetitive, noise, vocabulary, cache
 
     def new_cache(self, rows: int, positions: int) -> KVCache:
-        cache = KVCache((1, 2, rows, 1, positions, 1), np.float64)
+        cache = self.cache((1, 2, rows, 1, positions, 1), np.float64)
         cache.data[:] = -7.0  # nobody should read it
         return cache
 
@@ -58,7 +62,7 @@ class HashingNetwork:
     def logits(self, history: Sequence[int]) -> np.ndarray:
         seen = tuple(history[-2:]) if self.repetitive else tuple(history)
         random = np.random.default_rng([token + 100 for token in seen])
-        logits = random.normal(0, 2, VOCABULARY) + random.normal(0, self.noise, VOCABULARY)
+        logits = random.normal(0, 2, self.vocabulary) + random.normal(0, self.noise, self.vocabulary)
         return logits.astype(np.float32)
 
 

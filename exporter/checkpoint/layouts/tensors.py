@@ -9,23 +9,20 @@ from typing import Any
 
 from gpt2onnx.errors import CheckpointError
 
+from ....models.config import ALIASES
 from ..arrays import StoredArray
 
 _log = logging.getLogger(__name__)
 _HEAD_SIZE = 64  # of GPT-2's four sizes
 _WIDTHS = (768, 1024, 1280, 1600)
 _GPT2_VOCABULARY, _GPT2_END = 50257, 50256
-# Other names in a configuration: the book's, nanoGPT's, and transformers' general ones.
-_OTHER_NAMES = {
+# Other names in a configuration: transformers' general ones, the book's and nanoGPT's.
+_OTHER_NAMES = ALIASES | {
     "context_length": "n_positions",
     "block_size": "n_positions",
     "emb_dim": "n_embd",
     "n_layers": "n_layer",
     "n_heads": "n_head",
-    "hidden_size": "n_embd",
-    "max_position_embeddings": "n_positions",
-    "num_attention_heads": "n_head",
-    "num_hidden_layers": "n_layer",
 }
 
 

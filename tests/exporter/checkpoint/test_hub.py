@@ -78,8 +78,7 @@ def test_an_id_is_fetched_once_and_then_found_in_the_cache(
         "README.md": b"x",
         "tf_model.h5": b"x",
     }
-    for _ in range(2):
-        printed, embedding = open_from(hub, tmp_path / "cache")
+    for printed, embedding in open_all_from(hub, tmp_path / "cache", [(REPOSITORY, "")] * 2):
         assert printed.split() == sorted(path.name for path in checkpoints[MAIN].iterdir())
         assert {"config.json", "model.safetensors", "tokenizer.json"} <= set(printed.split())
         assert_embedding(embedding, checkpoints[MAIN])

@@ -2,7 +2,8 @@
 
 import math
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,6 @@ from support.quantized import (
     many_tokens,
     replace_graph,
     roundings_of,
-    shortened_tales,
     weights_of,
 )
 
@@ -44,7 +44,7 @@ from gpt2onnx.models.precision import blocks, memory
 from gpt2onnx.runtime.decoding.torch_random import log_softmax
 from gpt2onnx.runtime.engine.runner import Runner
 
-pytestmark = pytest.mark.usefixtures("wide_at_any_width")
+pytestmark = pytest.mark.usefixtures("second_graph_at_any_width")
 PRECISIONS: dict[str, dict[str, Any]] = CALIBRATED | {
     "int8 in blocks of 16": {"dtype": "int8", "block_size": 16, "calibrate": False},
     "int4 in blocks of 256": {"dtype": "int4", "block_size": 256, "calibrate": False},
@@ -63,27 +63,18 @@ def _few_texts() -> Iterator[None]:
 
 
 @pytest.fixture(scope="module")
-def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two blocks of the embedded model."""
-    return shortened_tales(tmp_path_factory.mktemp("short") / "tales")
+def fp32(export_short_tales: Callable[..., Bundle]) -> Path:
+    return export_short_tales().folder
 
 
 @pytest.fixture(scope="module")
-def fp32(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return gpt2onnx.export(source, tmp_path_factory.mktemp("short") / "fp32").folder
+def quantized(export_short_tales: Callable[..., Bundle]) -> Callable[..., Bundle]:
+    """Exports in one of CALIBRATED."""
 
+    def export(precision: str, *, calibrate: bool = True) -> Bundle:
+        return export_short_tales(calibrate=calibrate, quality=False, **CALIBRATED[precision])
 
-@pytest.fixture(scope="module")
-def quantized(source: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Bundle]:
-    """The source in each precision, calibrated and, as "int8 plain", not."""
-    folder = tmp_path_factory.mktemp("quantized")
-    return {
-        name + suffix: gpt2onnx.export(
-            source, folder / (name + suffix), calibrate=not suffix, quality=False, **CALIBRATED[name]
-        )
-        for name in CALIBRATED
-        for suffix in ("", " plain")
-    }
+    return export
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
@@ -108,15 +99,15 @@ def test_logits_are_those_of_the_stored_weights(
 
 
 @pytest.mark.parametrize("precision", CALIBRATED)
-def test_rounded_activations_change_little(precision: str, source: Path, quantized: dict[str, Bundle]) -> None:
-    opened = quantized[precision]
-    tokens, network = many_tokens(opened.config), in_numpy(source, weights_of(opened))
+def test_rounded_activations_change_little(precision: str, short_tales: Path, quantized: Callable[..., Bundle]) -> None:
+    opened = quantized(precision)
+    tokens, network = many_tokens(opened.config), in_numpy(short_tales, weights_of(opened))
     assert_off_by_rounding(logits_of_prompt(opened, tokens), network, tokens, roundings_of(opened))
 
 
-def test_layers_are_quantised_for_both_networks(source: Path, fp32: Path, tmp_path: Path) -> None:
+def test_layers_are_quantised_for_both_networks(short_tales: Path, fp32: Path, tmp_path: Path) -> None:
     """Their targets are the exact network's outputs, their inputs those behind the bundle's weights."""
-    checkpoint, reference = Checkpoint.open(str(source)), Bundle.open(fp32)
+    checkpoint, reference = Checkpoint.open(str(short_tales)), Bundle.open(fp32)
     config, seen, tokens = checkpoint.config, dict[str, Moments](), fixed_texts(checkpoint.config, 3)
 
     class Recorder(SequentialCalibrator):
@@ -134,10 +125,11 @@ def test_layers_are_quantised_for_both_networks(source: Path, fp32: Path, tmp_pa
     )
     folder = shutil.copytree(fp32, tmp_path / "int8")
     write_graphs(folder, config, recorder.run().weights, tied=checkpoint.tied)
+    replace(bundle.Manifest.read(folder), dtype="int8").write(folder)
     replace_graph(folder)
 
-    exact = in_numpy(source).matrices(tokens)
-    quantised = in_numpy(source, weights_of(Bundle.open(folder))).matrices(tokens)
+    exact = in_numpy(short_tales).matrices(tokens)
+    quantised = in_numpy(short_tales, weights_of(Bundle.open(folder))).matrices(tokens)
     assert set(exact) == set(quantised) == set(seen)
     for name, moments in seen.items():
         x, y = quantised[name][0], exact[name][1]
@@ -152,14 +144,14 @@ def test_layers_are_quantised_for_both_networks(source: Path, fp32: Path, tmp_pa
             assert_close(getattr(moments, figure), expected[figure], 3e-3 * limit, f"{name} {figure}")
 
 
-def test_quality_is_that_of_the_stored_weights(source: Path, fp32: Path, quantized: dict[str, Bundle]) -> None:
-    made = quantized["int4 plain"]
+def test_quality_is_that_of_the_stored_weights(short_tales: Path, fp32: Path, quantized: Callable[..., Bundle]) -> None:
+    made = quantized("int4", calibrate=False)
     text = "Once upon a time there was a fox who wished to see the sea. " * 20
     found = quality.on_text(made, Bundle.open(fp32), text, threads=1)
 
     ids = gpt2onnx.load(fp32, threads=1).tokenizer.encode(text)
     assert len(ids) < made.config.n_positions
-    networks = in_numpy(source), in_numpy(source, weights_of(made))
+    networks = in_numpy(short_tales), in_numpy(short_tales, weights_of(made))
     truth, candidate = (log_softmax(each.logits(np.array([ids]))[0, :-1].astype(np.float64)) for each in networks)
     rows, following = np.arange(len(ids) - 1), ids[1:]
     divergence = float((np.exp(truth) * (truth - candidate)).sum(-1).mean())
@@ -171,11 +163,10 @@ def test_quality_is_that_of_the_stored_weights(source: Path, fp32: Path, quantiz
 
 
 @pytest.mark.parametrize("precision", CALIBRATED)
-def test_calibration_helps(precision: str, quantized: dict[str, Bundle], fp32: Path) -> None:
-    kl, plain = (
-        quality.on_own_samples(quantized[name], Bundle.open(fp32), tokens=256, seed=7, threads=1).kl
-        for name in (precision, f"{precision} plain")
-    )
+def test_calibration_helps(precision: str, quantized: Callable[..., Bundle], fp32: Path) -> None:
+    bundles = (quantized(precision, calibrate=calibrate) for calibrate in (True, False))
+    reference = Bundle.open(fp32)
+    kl, plain = (quality.on_own_samples(each, reference, tokens=256, seed=7, threads=1).kl for each in bundles)
     assert kl < SHARES[precision] * plain, f"KL {kl:.5f}, without calibration {plain:.5f}"
 
 
@@ -230,12 +221,12 @@ def test_tied_embedding_is_stored_once(make_checkpoint: MakeCheckpoint, tmp_path
     assert table < sizes[False] - sizes[True] < 1.5 * table
 
 
-def test_quality_in_the_manifest(source: Path, fp32: Path, tmp_path: Path) -> None:
+def test_quality_in_the_manifest(short_tales: Path, fp32: Path, tmp_path: Path) -> None:
     texts = {"fox.txt": "Once upon a time there was a fox. " * 9, "sea.txt": "He wished to see the sea. " * 9}
     for name, text in texts.items():
         (tmp_path / name).write_text(text, encoding="utf-8")
     paths = [tmp_path / name for name in texts]
-    made = gpt2onnx.export(source, tmp_path / "int8", dtype="int8", calibrate=False, quality_texts=paths)
+    made = gpt2onnx.export(short_tales, tmp_path / "int8", dtype="int8", calibrate=False, quality_texts=paths)
     figures = made.manifest.quality
     assert figures is not None
     assert figures["text"] == "own samples"
@@ -252,15 +243,15 @@ def test_quality_in_the_manifest(source: Path, fp32: Path, tmp_path: Path) -> No
     assert sorted(path.name for path in (tmp_path / "int8").iterdir() if path.is_dir()) == ["onnx"]
 
 
-def test_quality_texts_on_the_command_line(command_line: CommandLine, source: Path, tmp_path: Path) -> None:
+def test_quality_texts_on_the_command_line(command_line: CommandLine, short_tales: Path, tmp_path: Path) -> None:
     text = tmp_path / "sea.txt"
     text.write_text("He wished to see the sea. " * 9, encoding="utf-8")
     options = ["--dtype", "int4", "--no-calibrate", "--no-parity", "--quality-text", text]
-    done = command_line("export", source, tmp_path / "int4", *options)
+    done = command_line("export", short_tales, tmp_path / "int4", *options)
     assert done.code == 0, done.err
     assert "sea.txt: perplexity" in done.out
     assert "own samples: perplexity" in done.out
-    done = command_line("export", source, tmp_path / "other", *options[:-1], tmp_path / "missing.txt")
+    done = command_line("export", short_tales, tmp_path / "other", *options[:-1], tmp_path / "missing.txt")
     assert done.code == 1
     assert "missing.txt" in done.err
 

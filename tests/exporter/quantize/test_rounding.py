@@ -1,5 +1,6 @@
 """Rounding of activations, and the choice of the layers that a second graph rounds per tensor: against ONNX Runtime and PyTorch."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +18,10 @@ from support.quantized import (
     few_texts,
     in_numpy,
     many_tokens,
-    shortened_tales,
 )
 from support.reference import Reference
 
 import gpt2onnx
-from gpt2onnx.exporter.graph import second_graph
 from gpt2onnx.exporter.graph.input_rounding import Blockwise, PerTensor
 from gpt2onnx.exporter.quantize.per_tensor import choose
 from gpt2onnx.exporter.quantize.statistics import number_of_texts
@@ -97,12 +96,9 @@ def test_outliers_decide_about_the_operator() -> None:
 
 
 @pytest.fixture(scope="module")
-def int8(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+def int8(export_short_tales: Callable[..., Bundle]) -> Bundle:
     """Blocks of the embedded model as if they were wide enough for a second graph."""
-    folder = tmp_path_factory.mktemp("int8")
-    with few_texts(), pytest.MonkeyPatch.context() as patch:
-        patch.setattr(second_graph, "MIN_WIDTH", 0)
-        return gpt2onnx.export(shortened_tales(folder / "tales"), folder / "bundle", dtype="int8", quality=False)
+    return export_short_tales(second_graph=True, dtype="int8", calibrate=True, quality=False)
 
 
 def operators(made: Bundle, name: str = bundle.GRAPH) -> list[str]:
@@ -111,7 +107,7 @@ def operators(made: Bundle, name: str = bundle.GRAPH) -> list[str]:
 
 
 def test_many_inputs_are_rounded_with_one_scale(int8: Bundle) -> None:
-    *blocks, head = operators(int8, bundle.WIDE_GRAPH)
+    *blocks, head = operators(int8, bundle.SECOND_GRAPH)
     assert blocks.count("DynamicQuantizeMatMul") > 6  # of 8
     assert head == "DynamicQuantizeMatMul"
     assert set(operators(int8)) == {"MatMulNBits"}
@@ -122,16 +118,16 @@ def test_only_wide_networks_have_a_second_graph(width: int, make_checkpoint: Mak
     checkpoint = make_checkpoint(n_embd=width, n_inner=64, n_layer=1)
     with few_texts():
         made = gpt2onnx.export(checkpoint, tmp_path / "bundle", dtype="int8", quality=False)
-    assert (bundle.WIDE_GRAPH in made.manifest.files) == (width == 512)
+    assert (bundle.SECOND_GRAPH in made.manifest.files) == (width == 512)
 
 
-@pytest.mark.usefixtures("wide_at_any_width")
+@pytest.mark.usefixtures("second_graph_at_any_width")
 @pytest.mark.parametrize("options", [{"dtype": "fp32"}, {"dtype": "fp16"}, {"dtype": "int8", "calibrate": False}])
 def test_second_graph_needs_8_bits_and_calibration(
     options: dict[str, Any], make_checkpoint: MakeCheckpoint, tmp_path: Path
 ) -> None:
     made = gpt2onnx.export(make_checkpoint(), tmp_path / "bundle", **options)
-    assert {bundle.WIDE_GRAPH, bundle.WIDE_WEIGHTS}.isdisjoint(made.manifest.files)
+    assert {bundle.SECOND_GRAPH, bundle.SECOND_GRAPH_WEIGHTS}.isdisjoint(made.manifest.files)
 
 
 def test_exact_sums_where_the_processor_has_none(int8: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -139,7 +135,7 @@ def test_exact_sums_where_the_processor_has_none(int8: Bundle, monkeypatch: pyte
     tokens = many_tokens(int8.config)
     asked: list[str] = []
     # Once in a process, another graph asks how ONNX Runtime keeps weights.
-    Runner(int8, threads=1, wide_after=0).open_wide()
+    Runner(int8, threads=1, wide_after=0).open_second_graph()
     real = onnxruntime.InferenceSession
 
     def create(graph: object, options: onnxruntime.SessionOptions, **others: Any) -> object:
@@ -225,7 +221,7 @@ def test_rows_are_scaled_where_some_are_large_or_all_zero(
     source = make_checkpoint(activation_function=function, initializer_range=0.1)
     made = gpt2onnx.export(source, tmp_path / "bundle", dtype="int8", calibrate=False, quality=False)
     made = add_second_graph(made, PerTensor(0.01))
-    assert operators(made, bundle.WIDE_GRAPH).count("DynamicQuantizeMatMul") == 4 * made.config.n_layer + 1
+    assert operators(made, bundle.SECOND_GRAPH).count("DynamicQuantizeMatMul") == 4 * made.config.n_layer + 1
     first, second = BundleWeights(made), BundleWeights(made, second_graph=True)
     for name, step in second.made_scales():
         off = np.abs(second.tensor(name) - first.tensor(name)) / step

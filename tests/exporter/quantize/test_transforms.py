@@ -1,6 +1,6 @@
 """Smoothing: the same network for any scale of its channels, and the same quantised weights."""
 
-from collections.abc import Iterator
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -9,16 +9,7 @@ import pytest
 from support.checkpoints import MakeCheckpoint, scale_channels
 from support.golden import assert_close
 from support.graphs import logits_of_prompt, random_tokens
-from support.quantized import (
-    CALIBRATED,
-    few_texts,
-    fixed_texts,
-    in_numpy,
-    rebuild,
-    root_mean_square,
-    shortened_tales,
-    weights_of,
-)
+from support.quantized import fixed_texts, in_numpy, rebuild, root_mean_square, weights_of
 
 import gpt2onnx
 from gpt2onnx.exporter.checkpoint.checkpoint import Checkpoint
@@ -32,17 +23,9 @@ from gpt2onnx.models.precision import Blocks
 from gpt2onnx.runtime.engine.kv_cache import HostStorage
 from gpt2onnx.runtime.engine.runner import Runner
 
-
-@pytest.fixture(scope="module", autouse=True)
-def _few_texts() -> Iterator[None]:
-    with few_texts():
-        yield
-
-
-@pytest.fixture(scope="module")
-def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two blocks of the embedded model."""
-    return shortened_tales(tmp_path_factory.mktemp("short") / "tales")
+# Precisions with matrices of 8 and 4 bits; `pure` has no others.
+PRECISIONS = ("int8", "int4")
+ExportTales = Callable[..., Bundle]
 
 
 def smoothing(checkpoint: Checkpoint, ranges: Ranges, bits: int = 8) -> Smoothing:
@@ -133,36 +116,39 @@ def test_ranges_without_data_are_those_of_normal_numbers(make_checkpoint: MakeCh
 
 
 @pytest.mark.parametrize("calibrate", [True, False])
-@pytest.mark.parametrize("precision", CALIBRATED)
+@pytest.mark.parametrize("dtype", PRECISIONS)
 def test_quantised_weights_are_those_of_the_network_without_scales(
-    precision: str, calibrate: bool, source: Path, tmp_path: Path
+    dtype: str, calibrate: bool, short_tales: Path, export_short_tales: ExportTales, tmp_path: Path
 ) -> None:
     """To the last bit for a power of two, by which float32 multiplies exactly."""
-    options = CALIBRATED[precision] | {"calibrate": calibrate, "quality": False}
-    scaled = scale_channels(source, tmp_path / "source", 32)
-    original, changed = (Checkpoint.open(str(each)).tensor("h.1.ln_2.weight") for each in (source, scaled))
+    options = {"dtype": dtype, "calibrate": calibrate, "quality": False}
+    scaled = scale_channels(short_tales, tmp_path / "source", 32)
+    original, changed = (Checkpoint.open(str(each)).tensor("h.1.ln_2.weight") for each in (short_tales, scaled))
     assert (original != changed).sum() == 3
-    expected = weights_of(gpt2onnx.export(source, tmp_path / "plain", **options))
-    found = weights_of(gpt2onnx.export(scaled, tmp_path / "scaled", **options))
+    expected = weights_of(export_short_tales(**options))
+    found = weights_of(export_short_tales(scaled, **options))
     for name, array in found.items():
         np.testing.assert_array_equal(array, expected[name], err_msg=name)
 
 
 @pytest.mark.parametrize("calibrate", [True, False])
-@pytest.mark.parametrize("precision", CALIBRATED)
-def test_scaled_channels_cost_nothing(precision: str, calibrate: bool, source: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("dtype", PRECISIONS)
+def test_scaled_channels_cost_nothing(
+    dtype: str, calibrate: bool, short_tales: Path, export_short_tales: ExportTales, tmp_path: Path
+) -> None:
     kl: list[float] = []
-    for number, each in enumerate((source, scale_channels(source, tmp_path / "source", 30))):
-        fp32 = gpt2onnx.export(each, tmp_path / f"fp32 {number}")
-        options = CALIBRATED[precision] | {"calibrate": calibrate, "quality": False}
-        made = gpt2onnx.export(each, tmp_path / f"bundle {number}", **options)
+    for each in (short_tales, scale_channels(short_tales, tmp_path / "source", 30)):
+        fp32, made = (
+            export_short_tales(each, **options)
+            for options in ({}, {"dtype": dtype, "calibrate": calibrate, "quality": False})
+        )
         kl.append(quality.on_own_samples(made, fp32, tokens=256, seed=7, threads=1).kl)
     assert kl[1] < 1.3 * kl[0], f"KL {kl[1]:.5f}, without scales {kl[0]:.5f}"
 
 
-def test_keys_and_values_of_the_twin_are_those_of_the_network(source: Path, tmp_path: Path) -> None:
+def test_keys_and_values_of_the_twin_are_those_of_the_network(short_tales: Path, tmp_path: Path) -> None:
     """Both read one cache, so scaled values must stay scaled."""
-    made = gpt2onnx.export(scale_channels(source, tmp_path / "source", 30), tmp_path / "bundle", twin=True)
+    made = gpt2onnx.export(scale_channels(short_tales, tmp_path / "source", 30), tmp_path / "bundle", twin=True)
     tokens, found = random_tokens(made.config, 1), []
     for twin in (False, True):
         runner = Runner(made, threads=1, twin=twin)

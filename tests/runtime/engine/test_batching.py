@@ -132,11 +132,8 @@ def prompts(*lengths: int) -> list[list[int]]:
         ([70, 70], [(1, 70), (1, 70)]),
     ],
 )
-def test_short_prompts_of_about_one_length_are_read_together(
-    lengths: list[int], passes: list[tuple[int, int]], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("support.scheduling.VOCABULARY", 80)
-    network = HashingNetwork()
+def test_short_prompts_of_about_one_length_are_read_together(lengths: list[int], passes: list[tuple[int, int]]) -> None:
+    network = HashingNetwork(vocabulary=80)
     requests = [(prompt, {"max_new_tokens": 2}) for prompt in prompts(*lengths)]
     searches = [start(np.array(prompt), GenerationConfig(**options), 100) for prompt, options in requests]
     done = [search for search in Scheduler(network).run(searches, 8) if search is not None and search.done]
@@ -144,7 +141,7 @@ def test_short_prompts_of_about_one_length_are_read_together(
     assert len(done) == len(searches)
     for (prompt, options), search in zip(requests, searches, strict=True):
         alone = start(np.array(prompt), GenerationConfig(**options), 100)
-        list(Scheduler(HashingNetwork()).run([alone]))
+        list(Scheduler(HashingNetwork(vocabulary=80)).run([alone]))
         assert results([search]) == results([alone])
 
 
@@ -199,14 +196,16 @@ def test_memory_is_taken_once_for_all_that_wait() -> None:
     assert made[1:3] == [(2, 128), (2, 64)]
 
 
-def test_finished_rows_are_not_moved(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_finished_rows_are_not_moved() -> None:
     """Texts that end together leave nothing to rearrange."""
-    copied: list[list[Copy]] = []
-    copy = KVCache.copy
-    monkeypatch.setattr(
-        KVCache, "copy", lambda cache, copies: [copied.append(copies) if copies else None, copy(cache, copies)]
-    )
-    run(HashingNetwork(), [([first, 1, 2], {"max_new_tokens": 5}) for first in range(5)], 5)
+    copied: list[Copy] = []
+
+    class Recording(KVCache):
+        def copy(self, copies: Sequence[Copy]) -> None:
+            copied.extend(copies)
+            super().copy(copies)
+
+    run(HashingNetwork(cache=Recording), [([first, 1, 2], {"max_new_tokens": 5}) for first in range(5)], 5)
     assert copied == []
 
 

@@ -5,6 +5,7 @@ import inspect
 import logging
 import shutil
 import weakref
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,36 +14,26 @@ import numpy as np
 import onnx
 import pytest
 from support.commands import CommandLine
-from support.quantized import few_texts, shortened_tales
 
 import gpt2onnx
 from gpt2onnx.errors import BackendError, BundleError, OptionError
-from gpt2onnx.exporter.graph import second_graph as exported_graph
 from gpt2onnx.exporter.graph.blocks import in_axis
 from gpt2onnx.exporter.validate.bundle_weights import BundleWeights
-from gpt2onnx.models.bundle import WIDE_GRAPH, WIDE_WEIGHTS, Bundle, describe_files
+from gpt2onnx.models.bundle import SECOND_GRAPH, SECOND_GRAPH_WEIGHTS, Bundle, describe_files
 from gpt2onnx.models.shapes import weight_shapes
 from gpt2onnx.runtime.engine import second_graph
 from gpt2onnx.runtime.engine.runner import Runner
 from gpt2onnx.runtime.host import resources
 from gpt2onnx.runtime.ort import providers
 
-PRECISIONS: dict[str, dict[str, Any]] = {
-    "int8": {"dtype": "int8", "block_size": 16},
-    "int4": {"dtype": "int4"},
-    "int4 pure": {"dtype": "int4", "pure": True},
-}
+# Matrices of 8 bits in short blocks, and those of 4 and 8 bits in longer ones.
+PRECISIONS: dict[str, dict[str, Any]] = {"int8": {"dtype": "int8", "block_size": 16}, "int4": {"dtype": "int4"}}
 
 
 @pytest.fixture(scope="module", params=PRECISIONS)
-def made(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+def made(request: pytest.FixtureRequest, export_short_tales: Callable[..., Bundle]) -> Bundle:
     """Blocks of the embedded model as if they were wide enough for a second graph."""
-    folder = tmp_path_factory.mktemp("wide")
-    # The graphs are looked at, not their quality: fewer texts are enough, and much faster.
-    with few_texts(), pytest.MonkeyPatch.context() as patch:
-        patch.setattr(exported_graph, "MIN_WIDTH", 0)
-        source = shortened_tales(folder / "tales")
-        return gpt2onnx.export(source, folder / "bundle", quality=False, **PRECISIONS[request.param])
+    return export_short_tales(second_graph=True, calibrate=True, quality=False, **PRECISIONS[request.param])
 
 
 def logits(session: Runner, tokens: np.ndarray, *parts: int) -> np.ndarray:
@@ -108,8 +99,8 @@ def test_weights_are_kept_only_where_they_are_read(made: Bundle, copied: bool, m
     tokens = np.random.default_rng(0).integers(made.config.vocab_size, size=(1, 20))
     expected = logits(session, tokens, 20)
     assert given
-    assert session._wide is not None
-    assert session._wide._graph is not None
+    assert session._second_graph is not None
+    assert session._second_graph._graph is not None
     if copied and providers._copies_weights():
         # Nothing reads these any more.
         for each in given:
@@ -130,7 +121,7 @@ def opened(session: Runner, rows: int, passes: int, count: int = 1) -> int | Non
     """In which of some passes of so many tokens the second graph is opened."""
     for number in range(passes):
         session.forward(session.new_cache(rows, count), slice(0, rows), np.ones((rows, count), np.int64))
-        if session._wide is not None and session._wide._graph is not None:
+        if session._second_graph is not None and session._second_graph._graph is not None:
             return number
     return None
 
@@ -154,7 +145,7 @@ def test_numbers_are_those_of_the_documents() -> None:
 
 @pytest.mark.parametrize(
     ("command", "arguments"),
-    [("eval", ["{}"]), ("sweep", ["--prompt", "Once", "--out", "out"]), ("generate", ["--input", "{}"])],
+    [("eval", ["{}"]), ("sweep", ["--no-energy", "--prompt", "Once", "--out", "out"]), ("generate", ["--input", "{}"])],
 )
 def test_opened_right_away_where_results_must_not_depend_on_earlier_ones(
     command: str, arguments: list[str], command_line: CommandLine, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
@@ -182,10 +173,10 @@ def test_not_opened_where_memory_is_short(
     with caplog.at_level(logging.INFO):
         assert opened(session, 1, 100, 64) is None
     assert [record.message for record in caplog.records if "wide.onnx" in record.message] == [
-        f"prompts and batches stay slower: {made.folder / WIDE_GRAPH} needs about more than there is"
+        f"prompts and batches stay slower: {made.folder / SECOND_GRAPH} needs about more than there is"
     ]
     with pytest.raises(BackendError, match="needs about"):
-        session.open_wide()
+        session.open_second_graph()
 
 
 @pytest.mark.parametrize("made", ["int8"], indirect=True)
@@ -202,7 +193,7 @@ def test_not_opened_where_another_bundle_took_its_place(
 
 
 @pytest.mark.parametrize("made", ["int8"], indirect=True)
-@pytest.mark.parametrize("name", [WIDE_GRAPH, WIDE_WEIGHTS])
+@pytest.mark.parametrize("name", [SECOND_GRAPH, SECOND_GRAPH_WEIGHTS])
 def test_second_graph_takes_no_weights_from_elsewhere(made: Bundle, name: str, tmp_path: Path) -> None:
     folder = tmp_path / "bundle"
     shutil.copytree(made.folder, folder)
@@ -219,10 +210,10 @@ def test_second_graph_takes_no_weights_from_elsewhere(made: Bundle, name: str, t
 def test_another_networks_second_graph_is_refused(made: Bundle, tmp_path: Path) -> None:
     folder = tmp_path / "bundle"
     shutil.copytree(made.folder, folder)
-    graph = onnx.load(folder / WIDE_GRAPH, load_external_data=False)
+    graph = onnx.load(folder / SECOND_GRAPH, load_external_data=False)
     (output,) = [each for each in graph.graph.output if each.name == "logits"]
     graph.graph.output.remove(output)
-    (folder / WIDE_GRAPH).write_bytes(graph.SerializeToString())
+    (folder / SECOND_GRAPH).write_bytes(graph.SerializeToString())
     replace(made.manifest, files=describe_files(folder)).write(folder)
     with pytest.raises(
         BundleError, match=r"wide\.onnx isn't what config\.json describes: it lacks the output 'logits'"
