@@ -47,6 +47,7 @@ TWIN_WEIGHTS = "onnx/twin.onnx_data"
 GRAPHS = ("fused", "portable")
 FORMAT_VERSION = 1
 
+_GRAPHS = (GRAPH, RAGGED_GRAPH, SECOND_GRAPH, SECOND_GRAPH_WEIGHTS, TWIN_GRAPH)
 _REQUIRED = (CONFIG, GENERATION_CONFIG, GRAPH)
 # Files up to this size are hashed whenever a bundle is opened, which takes less than a millisecond in all.
 _SMALL = 2**18
@@ -184,7 +185,6 @@ class Bundle:
                 raise BundleError(f"{path} has {size} bytes, the manifest says {record.size}: export the bundle again")
             if size <= _SMALL:
                 _check_hash(path, record)
-        _check_weights(folder, manifest)
         try:
             config = GPT2Config.from_file(folder / CONFIG)
         except CheckpointError as error:
@@ -202,16 +202,48 @@ class Bundle:
         hashes = sorted((name, record.sha256) for name, record in self.manifest.files.items())
         return hashlib.sha256(json.dumps(hashes).encode()).hexdigest()
 
-    def verify(self) -> None:
-        """Compares every file's sha256 with the manifest, and looks for files that it doesn't list.
+    def graph(self, name: str) -> Path:
+        """The file of a graph, once it is known that ONNX Runtime may open it.
+
+        ONNX Runtime follows a graph's references to other files, before 1.24 wherever they lead, and runs any program in it.
 
         Raises:
-            BundleError: a file has other content, can't be read, leads out of the folder, or isn't in the manifest.
+            BundleError: it is too large or no graph, takes weights from elsewhere, holds a program, or is of another precision.
+        """
+        path = self.folder / name
+        try:
+            if path.stat().st_size > limits.GRAPH:
+                raise BundleError(f"{path} has more than {limits.GRAPH:,} bytes: export the bundle again")
+            content = path.read_bytes()
+            places, program = external_data.locations(content), external_data.program(content)
+        except OSError as error:
+            raise BundleError(f"can't read {path}: {error.strerror}") from error
+        except ValueError as error:
+            raise BundleError(f"{path} is not an ONNX graph ({error}): export the bundle again") from error
+        if program:
+            raise BundleError(f"{path} has {program}, which no exported graph has: export the bundle again")
+        # Of the operators, only this one computes with quantised weights.
+        quantized = self.manifest.dtype in QUANTIZED
+        if name in (GRAPH, RAGGED_GRAPH) and (b"MatMulNBits" in content) != quantized:
+            raise BundleError(f"{path} isn't a graph in {self.manifest.dtype}: export the bundle again")
+        for place in places:
+            if not _stays_inside(place) or (PurePosixPath(name).parent / place).as_posix() not in self.manifest.files:
+                raise BundleError(f"{path} takes weights from {shown(place)}, which is not a file of the bundle")
+        return path
+
+    def verify(self) -> None:
+        """Compares every file's sha256 with the manifest, looks for files that it doesn't list, and checks the graphs.
+
+        Raises:
+            BundleError: a file has other content, can't be read, leads out of the folder, or isn't in the manifest; or
+                ONNX Runtime may not open a graph.
         """
         if not self.manifest.sha256:
             raise BundleError(f"{self.folder / MANIFEST} has no hash of itself: export the bundle again")
         for name, record in self.manifest.files.items():
             _check_hash(self.folder / name, record)
+            if name in _GRAPHS:
+                self.graph(name)
         try:
             for path in files_in(self.folder):
                 name = path.relative_to(self.folder).as_posix()
@@ -264,32 +296,6 @@ def _check_hash(path: Path, record: FileRecord) -> None:
         raise BundleError(f"can't read {path}: {error.strerror}") from error
     if digest != record.sha256:
         raise BundleError(f"{path} is not what the manifest says: export the bundle again")
-
-
-def _check_weights(folder: Path, manifest: Manifest) -> None:
-    """ONNX Runtime follows a graph's references to other files, before 1.24 wherever they lead, and runs any program in it."""
-    for graph in (GRAPH, RAGGED_GRAPH, SECOND_GRAPH, SECOND_GRAPH_WEIGHTS, TWIN_GRAPH):
-        if graph not in manifest.files:
-            continue
-        if manifest.files[graph].size > limits.GRAPH:
-            raise BundleError(f"{folder / graph} has more than {limits.GRAPH:,} bytes: export the bundle again")
-        try:
-            content = (folder / graph).read_bytes()
-            places, program = external_data.locations(content), external_data.program(content)
-        except OSError as error:
-            raise BundleError(f"can't read {folder / graph}: {error.strerror}") from error
-        except ValueError as error:
-            raise BundleError(f"{folder / graph} is not an ONNX graph ({error}): export the bundle again") from error
-        if program:
-            raise BundleError(f"{folder / graph} has {program}, which no exported graph has: export the bundle again")
-        # Of the operators, only this one computes with quantised weights.
-        if graph == GRAPH and (b"MatMulNBits" in content) != (manifest.dtype in QUANTIZED):
-            raise BundleError(f"{folder / graph} isn't a graph in {manifest.dtype}: export the bundle again")
-        for place in places:
-            if not _stays_inside(place) or (PurePosixPath(graph).parent / place).as_posix() not in manifest.files:
-                raise BundleError(
-                    f"{folder / graph} takes weights from {shown(place)}, which is not a file of the bundle"
-                )
 
 
 def _not_listed(path: Path) -> BundleError:

@@ -65,15 +65,15 @@ def _load_on(provider: str, bundle: Bundle, threads: int, alone: bool) -> tuple[
         raise BackendError(f"{bundle.folder} needs at least {short}: free some, or export with fewer bits (--dtype)")
     ragged = provider == devices.CPU and RAGGED_GRAPH in bundle.manifest.files and runs_ragged()
     file = RAGGED_GRAPH if ragged else GRAPH
-    path = bundle.folder / file
+    path = bundle.graph(file)
     return providers.open_graph(path, provider, threads=threads, name=path, alone=alone), provider, file
 
 
 def load_twin(bundle: Bundle, device: str, threads: int, *, alone: bool) -> tuple[providers.Graph, str, str]:
     """Loads the graph of a bundle's twin; otherwise as `load`. The device can only be the CPU."""
     assert device == "cpu"
-    path, size = bundle.folder / TWIN_GRAPH, bundle.manifest.files[TWIN_WEIGHTS].size
     bundle.check_in_place()
+    path, size = bundle.graph(TWIN_GRAPH), bundle.manifest.files[TWIN_WEIGHTS].size
     if short := resources.shortage(2 * size):  # packed for the processor, weights are in memory once more
         raise BackendError(f"{path} needs about {short}")
     graph = providers.open_graph(path, devices.CPU, threads=threads, name=path, alone=alone)

@@ -29,7 +29,7 @@ def make_weights(bundle: Bundle, threads: int) -> dict[str, npt.NDArray[np.gener
     Raises:
         BackendError: ONNX Runtime failed.
     """
-    path = bundle.folder / SECOND_GRAPH_WEIGHTS
+    path = bundle.graph(SECOND_GRAPH_WEIGHTS)
     # Unoptimised: otherwise all of it would be computed while it is opened, and nothing given back before the end.
     graph = providers.open_graph(path, devices.CPU, threads=threads, name=path, optimize=False)
     names = list(providers.declared(graph, path)[1])
@@ -84,8 +84,8 @@ class SecondGraph:
         """
         if self._graph is not None:
             return
-        path = self._bundle.folder / SECOND_GRAPH
         self._bundle.check_in_place()
+        path = self._bundle.graph(SECOND_GRAPH)
         if short := resources.shortage(2 * loading.weight_bytes(self._bundle)):
             raise BackendError(f"{path} needs about {short}")
         weights = make_weights(self._bundle, self._threads)

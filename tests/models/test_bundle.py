@@ -246,7 +246,9 @@ def test_weights_from_elsewhere_are_refused_before_onnxruntime_sees_them(locatio
     (copy.parent / "outside").write_bytes((copy / WEIGHTS).read_bytes())
     locate_at(location)(copy)
     with pytest.raises(BundleError, match="takes weights from"):
-        Bundle.open(copy)
+        Bundle.open(copy).graph(GRAPH)
+    with pytest.raises(BundleError, match="takes weights from"):
+        Bundle.open(copy).verify()
 
 
 def test_locations_are_found_wherever_a_graph_can_hold_a_tensor() -> None:
@@ -306,7 +308,7 @@ def test_programs_in_a_graph_are_refused(copy: Path) -> None:
         (copy / name).write_bytes(model.SerializeToString())
         sign(copy)
         with pytest.raises(BundleError, match="has loops or branches"):
-            Bundle.open(copy)
+            Bundle.open(copy).graph(name)
         (copy / name).write_bytes(whole)
 
 
@@ -314,7 +316,9 @@ def test_a_precision_that_is_not_the_graphs(copy: Path) -> None:
     manifest = Manifest.read(copy)
     dataclasses.replace(manifest, dtype="fp32").write(copy)
     with pytest.raises(BundleError, match=r"model\.onnx isn't a graph in fp32"):
-        Bundle.open(copy)
+        Bundle.open(copy).verify()
+    with pytest.raises(BundleError, match="isn't a graph in fp32"):
+        gpt2onnx.load(copy)
 
 
 def edit_config(**changes: object) -> Callable[[Path], None]:

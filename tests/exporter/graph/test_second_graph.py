@@ -202,8 +202,9 @@ def test_second_graph_takes_no_weights_from_elsewhere(made: Bundle, name: str, t
     tensor.external_data[0].value = "../../secret"
     (folder / name).write_bytes(graph.SerializeToString())
     replace(made.manifest, files=describe_files(folder)).write(folder)
-    with pytest.raises(BundleError, match=f"{Path(name).name} takes weights from"):
-        Bundle.open(folder)
+    for opened in (lambda: gpt2onnx.load(folder, wide_after=0), Bundle.open(folder).verify):
+        with pytest.raises(BundleError, match=f"{Path(name).name} takes weights from"):
+            opened()
 
 
 @pytest.mark.parametrize("made", ["int8"], indirect=True)
