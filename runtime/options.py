@@ -1,13 +1,13 @@
 """Generation options: one table, in the names, defaults and meaning of transformers' GenerationConfig.
 
 A field of `GenerationConfig` is the whole definition of an option: type, range, default, help. The command line, request lines, the
-server's schema, the grid of a sweep and the documentation are derived from it. `GenerationOptions` repeats names and types
-for type checkers and editors, which can't derive them; a test compares the two.
+server's schema, the grid of a sweep and the documentation are derived from it. `GenerationOptions` in `requests` repeats names and
+types for type checkers and editors, which can't derive them; a test compares the two.
 """
 
 import logging
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Any, Literal, TypedDict
+from typing import Annotated, Any, Literal
 
 import msgspec
 from msgspec import Meta
@@ -33,6 +33,7 @@ Probability = Annotated[float, Meta(ge=0, le=1)]
 Share = Annotated[float, Meta(gt=0, le=1)]
 Penalty = Annotated[float, Meta(ge=SMALLEST, le=LARGEST)]
 Exponent = Annotated[float, Meta(ge=-LARGEST, le=LARGEST)]
+NotNegative = Annotated[float, Meta(ge=0, le=LARGEST)]
 Factor = Annotated[float, Meta(gt=0, le=LARGEST)]
 Text = Annotated[str, Meta(min_length=1)]
 
@@ -41,7 +42,6 @@ NOT_SUPPORTED = {
     "diversity_penalty": 0.0,
     "dola_layers": None,
     "force_words_ids": None,
-    "guidance_scale": 1.0,
     "num_beam_groups": 1,
     "penalty_alpha": 0.0,
     "remove_invalid_values": False,
@@ -68,12 +68,12 @@ class GenerationConfig(msgspec.Struct, frozen=True, kw_only=True):
         Count, about("No end token before this many tokens, prompt included; min_new_tokens replaces it.")
     ] = 0
     max_time: Annotated[
-        Annotated[float, Meta(ge=0, le=LARGEST)] | None,
+        NotNegative | None,
         about("Seconds, from the start of the prompt's computation, after which the token under way is the last."),
     ] = None
     do_sample: Annotated[bool, about("Draw the next token instead of taking the likeliest.")] = False
     temperature: Annotated[
-        Annotated[float, Meta(ge=0, le=LARGEST)],
+        NotNegative,
         about("Divides the logits before sampling; 0 for greedy search.", sampling=True),
     ] = 1.0
     top_h: Annotated[
@@ -100,6 +100,13 @@ class GenerationConfig(msgspec.Struct, frozen=True, kw_only=True):
     renormalize_logits: Annotated[
         bool, about("Turn the scores that processors and filters leave into log probabilities.")
     ] = False
+    guidance_scale: Annotated[
+        Exponent, about("Above 1: tokens that the negative prompt makes likely become less likely; 1 for no guidance.")
+    ] = 1.0
+    negative_prompt: Annotated[
+        str | Sequence[TokenId] | None,
+        about("Text or token ids that guidance leads away from; the prompt's last token by default."),
+    ] = None
     repetition_penalty: Annotated[Penalty, about("Above 1: tokens seen before become less likely.")] = 1.0
     encoder_repetition_penalty: Annotated[Penalty, about("Above 1: the prompt's tokens become more likely.")] = 1.0
     no_repeat_ngram_size: Annotated[Count, about("No n-gram of this size occurs twice; 0 for no limit.")] = 0
@@ -315,48 +322,6 @@ class GenerationConfig(msgspec.Struct, frozen=True, kw_only=True):
         for name, ids in forced.items():
             if ids and set(ids) <= set(self.suppress_tokens or ()):
                 raise OptionError(f"{name} {shown(list(ids))} is among suppress_tokens: leave one of them out", name)
-
-
-class GenerationOptions(TypedDict, total=False):
-    """The generation options as keyword arguments; None switches one off."""
-
-    max_new_tokens: int | None
-    min_new_tokens: int | None
-    max_length: int | None
-    min_length: int | None
-    max_time: float | None
-    do_sample: bool | None
-    temperature: float | None
-    top_h: float | None
-    top_k: int | None
-    top_p: float | None
-    min_p: float | None
-    typical_p: float | None
-    epsilon_cutoff: float | None
-    eta_cutoff: float | None
-    renormalize_logits: bool | None
-    repetition_penalty: float | None
-    encoder_repetition_penalty: float | None
-    no_repeat_ngram_size: int | None
-    encoder_no_repeat_ngram_size: int | None
-    sequence_bias: Sequence[tuple[Sequence[int], float]] | None
-    bad_words_ids: Sequence[Sequence[int]] | None
-    suppress_tokens: Sequence[int] | None
-    begin_suppress_tokens: Sequence[int] | None
-    forced_bos_token_id: int | None
-    forced_eos_token_id: int | Sequence[int] | None
-    exponential_decay_length_penalty: tuple[int, float] | None
-    num_beams: int | None
-    length_penalty: float | None
-    early_stopping: bool | Literal["never"] | None
-    num_return_sequences: int | None
-    seed: int | Sequence[int] | None
-    eos_token_id: int | Sequence[int] | None
-    stop: str | Sequence[str] | None
-    logprobs: int | None
-    prompt_lookup: int | None
-    skip_special_tokens: bool | None
-    truncate: Literal["none", "left"] | None
 
 
 OPTIONS = table(GenerationConfig)

@@ -40,7 +40,10 @@ def prepare(service: Service, body: CompletionRequest) -> Call:
         raise ApiError(400, str(error), "prompt", "context_length_exceeded" if error.too_long else None) from error
     rows = options.num_beams if options.num_beams > 1 else options.num_return_sequences
     param = "num_beams" if options.num_beams > 1 else "n" if body.best_of is None else "best_of"
-    _check_room(service, rows, param, len(prompts))
+    wanted_rows = f"{param}={rows}"
+    if options.guidance_scale != 1:
+        rows, wanted_rows = 2 * rows, f"{wanted_rows}, doubled by guidance_scale,"
+    _check_room(service, rows, wanted_rows, param, len(prompts))
     for prompt in prompts:
         _check_length(service, len(prompt.ids), options.max_new_tokens or 0)
     return Call(service, body, prompts, options, rows)
@@ -90,10 +93,10 @@ def _prompt(service: Service, prompt: str | list[int], options: GenerationConfig
     return Prompt(model.tokenizer.decode(ids, skip_special_tokens=options.skip_special_tokens), ids)
 
 
-def _check_room(service: Service, rows: int, param: str, prompts: int) -> None:
+def _check_room(service: Service, rows: int, wanted: str, param: str, prompts: int) -> None:
     engine = service.engine
     if rows > engine.max_batch:
-        message = f"{param}={rows} is above the server's limit of {engine.max_batch}: raise --max-batch"
+        message = f"{wanted} is above the server's limit of {engine.max_batch}: raise --max-batch"
         raise ApiError(400, message, param)
     if prompts > engine.max_queue:
         message = (

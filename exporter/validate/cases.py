@@ -211,4 +211,10 @@ def _edges(vocab_size: int, n_positions: int) -> list[Case]:
             {"max_new_tokens": length, "do_sample": True, "num_beams": beams, "top_k": k, "seed": beams,
              "num_return_sequences": beams},
         )  # fmt: skip
+    for name, options in (
+        ("greedy", {}),
+        ("3 samples", {"do_sample": True, "num_return_sequences": 3, "seed": 5}),
+        ("beams", {"num_beams": 3}),
+    ):
+        edges[f"guided, {name}"] = prompt(4), {"max_new_tokens": 12, "guidance_scale": 1.7} | options
     return [Case(name, tokens, options) for name, (tokens, options) in edges.items()]

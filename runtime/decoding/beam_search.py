@@ -62,8 +62,8 @@ class BeamSearch(Decoding):
     def fork(self) -> None:
         return None
 
-    def advance(self, logits: Logits) -> list[int]:
-        scores = self._score(list(self._running), log_softmax(logits))
+    def advance(self, logits: Logits, negative: Logits | None = None) -> list[int]:
+        scores = self._score(list(self._running), log_softmax(logits), negative)
         chosen, log_probs = self._choose(scores)
         beams, tokens = np.divmod(chosen, logits.shape[-1])
         sequences = np.concatenate([self._running[beams], tokens[:, None]], axis=1)

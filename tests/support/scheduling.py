@@ -62,6 +62,12 @@ class HashingNetwork:
         return logits.astype(np.float32)
 
 
+def begin(prompt: list[int], given: dict[str, Any]) -> Strategy:
+    options = GenerationConfig(**given)
+    negative = None if options.negative_prompt is None else np.array(options.negative_prompt)
+    return start(np.array(prompt), options, CONTEXT, negative=negative)
+
+
 def results(searches: Sequence[Strategy]) -> list[list[tuple[list[int], str | None]]]:
     return [[(one.tokens.tolist(), one.finish_reason) for one in search.continuations()] for search in searches]
 
@@ -69,7 +75,7 @@ def results(searches: Sequence[Strategy]) -> list[list[tuple[list[int], str | No
 def run(
     network: HashingNetwork, requests: Sequence[tuple[list[int], dict[str, Any]]], batch_size: int, decoder: Scheduler | None = None
 ) -> list[list[tuple[list[int], str | None]]]:  # fmt: skip
-    searches = [start(np.array(prompt), GenerationConfig(**options), CONTEXT) for prompt, options in requests]
+    searches = [begin(*request) for request in requests]
     decoder = decoder or Scheduler(network)
     finished = [search for search in decoder.run(searches, batch_size) if search is not None and search.done]
     assert {id(search) for search in finished} == {id(search) for search in searches}
@@ -83,6 +89,8 @@ STRATEGIES = st.one_of(
     st.fixed_dictionaries({"do_sample": st.just(True), "seed": st.integers(0, 99), "top_k": st.sampled_from([0, 1, 2, 5])}),
     st.fixed_dictionaries({"do_sample": st.booleans(), "seed": st.just(1), "top_k": st.just(2), "repetition_penalty": st.just(9.0)}),
     st.fixed_dictionaries({"num_beams": st.integers(2, 5), "early_stopping": st.sampled_from([True, False, "never"])}),
+    st.fixed_dictionaries({"guidance_scale": st.just(1.5), "negative_prompt": st.none() | PROMPTS}),
+    st.fixed_dictionaries({"guidance_scale": st.just(1.5), "negative_prompt": PROMPTS, "num_beams": st.integers(2, 3)}),
     st.fixed_dictionaries({"num_beams": st.integers(2, 3), "do_sample": st.just(True), "seed": st.integers(0, 99)}),
 )  # fmt: skip
 REQUESTS = st.tuples(
