@@ -39,10 +39,8 @@ Text = Annotated[str, Meta(min_length=1)]
 
 # Generation options of transformers that change tokens and aren't implemented, with the value that changes none.
 NOT_SUPPORTED = {
-    "diversity_penalty": 0.0,
     "dola_layers": None,
     "force_words_ids": None,
-    "num_beam_groups": 1,
     "penalty_alpha": 0.0,
     "remove_invalid_values": False,
     "token_healing": False,
@@ -143,6 +141,13 @@ class GenerationConfig(msgspec.Struct, frozen=True, kw_only=True):
         ),
     ] = None
     num_beams: Annotated[Rows, about("Width of the beam search; 1 for none.")] = 1
+    num_beam_groups: Annotated[
+        Rows, about("Groups of a diverse beam search; num_beams must be divisible by it. 1 for none.")
+    ] = 1
+    diversity_penalty: Annotated[
+        NotNegative,
+        about("Subtracted from a token's log probability for each beam of an earlier group that has just chosen it."),
+    ] = 0.0
     length_penalty: Annotated[Exponent, about("Exponent of the length that divides a finished beam's score.")] = 1.0
     early_stopping: Annotated[
         bool | Literal["never"],
@@ -200,7 +205,9 @@ class GenerationConfig(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def strategy(self) -> str:
-        """Greedy, sampling, beam search or beam sampling."""
+        """Greedy, sampling, beam search, diverse beam search or beam sampling."""
+        if self.num_beam_groups > 1:
+            return "diverse beam search"
         if self.num_beams > 1:
             return "beam sampling" if self.do_sample else "beam search"
         return "sampling" if self.do_sample else "greedy"
@@ -314,6 +321,7 @@ class GenerationConfig(msgspec.Struct, frozen=True, kw_only=True):
                 "prompt_lookup works on one sequence: not with num_beams or num_return_sequences above 1",
                 "prompt_lookup",
             )
+        self._check_groups()
         # transformers refuses these, too.
         forced = {
             "forced_bos_token_id": _ids(self.forced_bos_token_id),
@@ -322,6 +330,19 @@ class GenerationConfig(msgspec.Struct, frozen=True, kw_only=True):
         for name, ids in forced.items():
             if ids and set(ids) <= set(self.suppress_tokens or ()):
                 raise OptionError(f"{name} {shown(list(ids))} is among suppress_tokens: leave one of them out", name)
+
+    def _check_groups(self) -> None:
+        groups, name = self.num_beam_groups, "num_beam_groups"
+        if groups == 1 and not self.diversity_penalty:
+            return
+        if (groups == 1) != (self.diversity_penalty == 0):
+            raise OptionError("num_beam_groups above 1 and a diversity_penalty go together: give both or none", name)
+        if self.num_beams % groups:
+            raise OptionError(f"num_beams {self.num_beams} can't be divided into {groups} num_beam_groups", name)
+        if self.do_sample:
+            raise OptionError("diverse beams aren't sampled: leave out num_beam_groups or do_sample", name)
+        if self.guidance_scale != 1:
+            raise OptionError("diverse beams can't be guided: leave out num_beam_groups or guidance_scale", name)
 
 
 OPTIONS = table(GenerationConfig)

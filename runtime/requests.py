@@ -50,6 +50,8 @@ class GenerationOptions(TypedDict, total=False):
     forced_eos_token_id: int | Sequence[int] | None
     exponential_decay_length_penalty: tuple[int, float] | None
     num_beams: int | None
+    num_beam_groups: int | None
+    diversity_penalty: float | None
     length_penalty: float | None
     early_stopping: bool | Literal["never"] | None
     num_return_sequences: int | None

@@ -3,6 +3,7 @@
 from ..arrays import Tokens
 from ..options import GenerationConfig
 from .beam_search import BeamSearch
+from .diverse_beams import DiverseBeams
 from .extensions import Extensions
 from .guidance import Guided
 from .sampling import Sampling
@@ -29,6 +30,8 @@ def start(
     """
     if options.min_new_tokens is not None:  # replaces min_length in transformers' generate, also a larger one
         options = options.replaced(min_length=0)
+    if options.num_beam_groups > 1:
+        return DiverseBeams(prompt, options, context, stop, extensions or Extensions())
     strategy = BeamSearch if options.num_beams > 1 else Sampling
     extensions = extensions or Extensions()
     if options.guidance_scale == 1:

@@ -96,7 +96,7 @@ def load_reference(folder: Path) -> transformers.GPT2LMHeadModel:
     torch.set_num_threads(1)
     transformers.utils.logging.disable_progress_bar()
     # transformers 4's other attention implementations leave out scale_attn_by_inverse_layer_idx.
-    return transformers.GPT2LMHeadModel.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
+    return transformers.GPT2LMHeadModel.from_pretrained(folder, attn_implementation="eager").float().eval()
 
 
 def _up_to_end(tokens: list[int], ends: Sequence[int]) -> list[int]:

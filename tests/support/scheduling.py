@@ -89,6 +89,7 @@ STRATEGIES = st.one_of(
     st.fixed_dictionaries({"do_sample": st.just(True), "seed": st.integers(0, 99), "top_k": st.sampled_from([0, 1, 2, 5])}),
     st.fixed_dictionaries({"do_sample": st.booleans(), "seed": st.just(1), "top_k": st.just(2), "repetition_penalty": st.just(9.0)}),
     st.fixed_dictionaries({"num_beams": st.integers(2, 5), "early_stopping": st.sampled_from([True, False, "never"])}),
+    st.fixed_dictionaries({"num_beams": st.just(6), "num_beam_groups": st.sampled_from([2, 3, 6]), "diversity_penalty": st.just(1.0)}),
     st.fixed_dictionaries({"guidance_scale": st.just(1.5), "negative_prompt": st.none() | PROMPTS}),
     st.fixed_dictionaries({"guidance_scale": st.just(1.5), "negative_prompt": PROMPTS, "num_beams": st.integers(2, 3)}),
     st.fixed_dictionaries({"num_beams": st.integers(2, 3), "do_sample": st.just(True), "seed": st.integers(0, 99)}),
