@@ -37,7 +37,7 @@ test: lint  ## lint, types and tests, with the versions of tests/pins.txt, witho
 OPTIMUM_TESTS := checkpoint_tokenizers checkpoints generation graph portable reference tokenizer
 
 # What only an older transformers can answer.
-FORMER_TESTS := diverse_beams
+FORMER_TESTS := contrastive_search diverse_beams
 
 reference: lowest $(REFERENCE)/installed $(OPTIMUM)/installed $(FORMER)/installed  ## compare with PyTorch: newest transformers, 4.57, 4.55, optimum; test the lowest versions
 	$(call bin,$(REFERENCE))/python $(PYTEST) --golden check

@@ -295,8 +295,7 @@ class Model:
         ids = self.prompt_ids(request.prompt, options)
         self.check_options(options, len(ids))
         stop = self.tokenizer.stop(options.stop_strings, ids.tolist())
-        negative = self._negative_ids(options)
-        strategy = start(ids, options, self.config.n_positions, stop, request.extensions, negative)
+        strategy = start(ids, options, self.config.n_positions, stop, request.extensions, self._negative_ids(options))
         self.runner.check_memory(strategy.rows, strategy.positions, self._scheduler.reserved_bytes)
         if request.prompt_logprobs is not None:
             strategy.reader = PromptLogprobs(ids, request.prompt_logprobs)
@@ -308,6 +307,11 @@ class Model:
             raise OptionError(
                 f"max_length {options.max_length} leaves no room after a prompt of {prompt_length} tokens"
             )
+        self._negative_ids(options)
+        if options.strategy == "contrastive search":
+            if options.top_k > self.config.vocab_size:
+                raise OptionError(f"top_k {options.top_k} is above the vocabulary's {self.config.vocab_size}", "top_k")
+            self.runner.check_hidden()
         begins = options.forced_bos_token_id if prompt_length == 1 else None
         in_vocabulary: dict[str, Iterable[Sequence[int]]] = {
             "bad_words_ids": options.bad_words_ids or (),

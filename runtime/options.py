@@ -41,7 +41,6 @@ Text = Annotated[str, Meta(min_length=1)]
 NOT_SUPPORTED = {
     "dola_layers": None,
     "force_words_ids": None,
-    "penalty_alpha": 0.0,
     "remove_invalid_values": False,
     "token_healing": False,
     "watermarking_config": None,
@@ -105,6 +104,12 @@ class GenerationConfig(msgspec.Struct, frozen=True, kw_only=True):
         str | Sequence[TokenId] | None,
         about("Text or token ids that guidance leads away from; the prompt's last token by default."),
     ] = None
+    penalty_alpha: Annotated[
+        Probability,
+        about(
+            "Contrastive search among the top_k likeliest tokens: weight of their likeness to earlier ones; 0 for none."
+        ),
+    ] = 0.0
     repetition_penalty: Annotated[Penalty, about("Above 1: tokens seen before become less likely.")] = 1.0
     encoder_repetition_penalty: Annotated[Penalty, about("Above 1: the prompt's tokens become more likely.")] = 1.0
     no_repeat_ngram_size: Annotated[Count, about("No n-gram of this size occurs twice; 0 for no limit.")] = 0
@@ -205,12 +210,14 @@ class GenerationConfig(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def strategy(self) -> str:
-        """Greedy, sampling, beam search, diverse beam search or beam sampling."""
+        """Greedy, sampling, contrastive search, beam search, diverse beam search or beam sampling."""
         if self.num_beam_groups > 1:
             return "diverse beam search"
         if self.num_beams > 1:
             return "beam sampling" if self.do_sample else "beam search"
-        return "sampling" if self.do_sample else "greedy"
+        if self.do_sample:
+            return "sampling"
+        return "contrastive search" if self.penalty_alpha > 0 and self.top_k > 1 else "greedy"
 
     @property
     def eos_token_ids(self) -> tuple[int, ...]:
@@ -264,7 +271,7 @@ class GenerationConfig(msgspec.Struct, frozen=True, kw_only=True):
     def merged(self, given: Mapping[str, Any]) -> "GenerationConfig":
         """These options with given ones on top. None switches an option off; an option that isn't among them stays.
 
-        A sampling option without do_sample turns sampling on.
+        A sampling option without do_sample turns sampling on; top_k belongs to contrastive search where penalty_alpha is given.
 
         Raises:
             OptionError: an unknown name, a value out of range, or a contradiction.
@@ -274,9 +281,7 @@ class GenerationConfig(msgspec.Struct, frozen=True, kw_only=True):
         values = {name: BY_NAME[name].off if value is None else value for name, value in given.items()}
         if values.get("max_length") is not None and values.get("max_new_tokens") is None:
             values["max_new_tokens"] = None
-        if "do_sample" not in values and any(
-            BY_NAME[name].sampling for name, value in given.items() if value is not None
-        ):
+        if "do_sample" not in values and sampling_options(given):
             values["do_sample"] = True
         return self.replaced(**values)
 
@@ -311,9 +316,9 @@ class GenerationConfig(msgspec.Struct, frozen=True, kw_only=True):
                 f"num_return_sequences {self.num_return_sequences} is more than num_beams {self.num_beams}",
                 "num_return_sequences",
             )
-        if self.num_return_sequences > 1 and self.strategy == "greedy":
+        if self.num_return_sequences > 1 and self.strategy in ("greedy", "contrastive search"):
             raise OptionError(
-                "num_return_sequences above 1 needs sampling or beams: greedy search has one result",
+                f"num_return_sequences above 1 needs sampling or beams: {self.strategy} has one result",
                 "num_return_sequences",
             )
         if self.prompt_lookup and (self.num_beams > 1 or self.num_return_sequences > 1):
@@ -322,6 +327,10 @@ class GenerationConfig(msgspec.Struct, frozen=True, kw_only=True):
                 "prompt_lookup",
             )
         self._check_groups()
+        if self.strategy == "contrastive search" and self.guidance_scale != 1:
+            raise OptionError(
+                "contrastive search can't be guided: leave out penalty_alpha or guidance_scale", "penalty_alpha"
+            )
         # transformers refuses these, too.
         forced = {
             "forced_bos_token_id": _ids(self.forced_bos_token_id),
@@ -341,6 +350,8 @@ class GenerationConfig(msgspec.Struct, frozen=True, kw_only=True):
             raise OptionError(f"num_beams {self.num_beams} can't be divided into {groups} num_beam_groups", name)
         if self.do_sample:
             raise OptionError("diverse beams aren't sampled: leave out num_beam_groups or do_sample", name)
+        if self.stop_strings:
+            raise OptionError("diverse beams end by end tokens only: leave out num_beam_groups or stop", name)
         if self.guidance_scale != 1:
             raise OptionError("diverse beams can't be guided: leave out num_beam_groups or guidance_scale", name)
 
@@ -348,6 +359,12 @@ class GenerationConfig(msgspec.Struct, frozen=True, kw_only=True):
 OPTIONS = table(GenerationConfig)
 BY_NAME = {option.name: option for option in OPTIONS}
 SAMPLING_OPTIONS = tuple(option.name for option in OPTIONS if option.sampling)
+
+
+def sampling_options(given: Mapping[str, Any]) -> list[str]:
+    """Names of the given options that ask for sampling."""
+    contrastive = {"top_k"} if given.get("penalty_alpha") else set()
+    return [name for name in SAMPLING_OPTIONS if given.get(name) is not None and name not in contrastive]
 
 
 def _ids(ids: int | Sequence[int] | None) -> tuple[int, ...]:

@@ -38,6 +38,7 @@ class GenerationOptions(TypedDict, total=False):
     renormalize_logits: bool | None
     guidance_scale: float | None
     negative_prompt: str | Sequence[int] | None
+    penalty_alpha: float | None
     repetition_penalty: float | None
     encoder_repetition_penalty: float | None
     no_repeat_ngram_size: int | None

@@ -2,7 +2,7 @@
 
 from gpt2onnx.errors import OptionError, PromptError
 
-from ..runtime.options import SAMPLING_OPTIONS, GenerationConfig
+from ..runtime.options import GenerationConfig, sampling_options
 from .call import Call, Prompt
 from .options import given_options
 from .protocol import CompletionRequest
@@ -40,6 +40,8 @@ def prepare(service: Service, body: CompletionRequest) -> Call:
         raise ApiError(400, str(error), "prompt", "context_length_exceeded" if error.too_long else None) from error
     rows = options.num_beams if options.num_beams > 1 else options.num_return_sequences
     param = "num_beams" if options.num_beams > 1 else "n" if body.best_of is None else "best_of"
+    if options.strategy == "contrastive search":
+        rows, param = options.top_k, "top_k"
     wanted_rows = f"{param}={rows}"
     if options.guidance_scale != 1:
         rows, wanted_rows = 2 * rows, f"{wanted_rows}, doubled by guidance_scale,"
@@ -57,8 +59,8 @@ def unknown_model(service: Service, name: str) -> ApiError:
 def _options(service: Service, body: CompletionRequest, wanted: int, made: int) -> GenerationConfig:
     given = given_options(body)
     options = {name: value for name, value in _DEFAULTS.items() if service.bundled_options.get(name) is None}
-    if (body.num_beams or 1) > 1 and body.do_sample is None and not given.keys() & set(SAMPLING_OPTIONS):
-        options["do_sample"] = False
+    if ((body.num_beams or 1) > 1 or body.penalty_alpha) and body.do_sample is None and not sampling_options(given):
+        options = {"do_sample": False}
     if body.seed is not None:
         given["seed"] = body.seed % 2**32
     # The runtime makes at least one token; `Call` drops that of max_tokens 0.

@@ -45,11 +45,8 @@ class DiverseBeams(Decoding):
         self, prompt: Tokens, options: GenerationConfig, context: int, stop: Stop | None, extensions: Extensions
     ) -> None:
         super().__init__(prompt, options, context, stop, extensions)
-        if stop is not None or extensions.stopping_criteria:
-            raise OptionError(
-                "diverse beams end by end tokens only: leave out num_beam_groups, or stop and stopping criteria",
-                "num_beam_groups",
-            )
+        if extensions.stopping_criteria:
+            raise OptionError("diverse beams end by end tokens only: leave out num_beam_groups or stopping_criteria")
         self._beams = options.num_beams // options.num_beam_groups
         self._groups = [_Group(prompt, self._beams) for _ in range(options.num_beam_groups)]
         self.done = False

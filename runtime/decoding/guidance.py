@@ -26,6 +26,7 @@ class Guided:
         self.prompts = [strategy.prompt, negative]
         self.positions = strategy.positions + max(0, len(negative) - len(strategy.prompt))
         self.reader: Reader | None = None
+        self.hidden_reader: Reader | None = None
 
     @property
     def rows(self) -> int:

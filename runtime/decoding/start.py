@@ -3,6 +3,7 @@
 from ..arrays import Tokens
 from ..options import GenerationConfig
 from .beam_search import BeamSearch
+from .contrastive_search import ContrastiveSearch
 from .diverse_beams import DiverseBeams
 from .extensions import Extensions
 from .guidance import Guided
@@ -30,10 +31,14 @@ def start(
     """
     if options.min_new_tokens is not None:  # replaces min_length in transformers' generate, also a larger one
         options = options.replaced(min_length=0)
-    if options.num_beam_groups > 1:
-        return DiverseBeams(prompt, options, context, stop, extensions or Extensions())
-    strategy = BeamSearch if options.num_beams > 1 else Sampling
     extensions = extensions or Extensions()
+    unguided: dict[str, type[DiverseBeams | ContrastiveSearch]] = {
+        "diverse beam search": DiverseBeams,
+        "contrastive search": ContrastiveSearch,
+    }
+    if options.strategy in unguided:
+        return unguided[options.strategy](prompt, options, context, stop, extensions)
+    strategy = BeamSearch if options.num_beams > 1 else Sampling
     if options.guidance_scale == 1:
         return strategy(prompt, options, context, stop, extensions)
     negative = prompt[-1:] if negative is None else negative

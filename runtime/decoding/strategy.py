@@ -22,7 +22,8 @@ from .torch_random import Generator
 
 # Whether a sequence ends with the tokens it has now, end tokens and lengths aside.
 Stop = Callable[[Tokens], bool]
-# Takes the logits [positions, vocab] after the next tokens of a prompt; the array is overwritten later.
+# Takes the logits [positions, vocab] after the next tokens of a prompt, or hidden states [positions, width] of these tokens; the
+# array is overwritten later.
 Reader = Callable[[Logits], None]
 
 
@@ -56,6 +57,8 @@ class Strategy(Protocol):
     """Most positions that a row comes to need in the cache."""
     reader: Reader | None
     """Takes the logits of the whole prompt; None: nobody wants them."""
+    hidden_reader: Reader | None
+    """Takes the hidden states of the whole prompt, then those of the rows before each `advance`; None: nobody wants them."""
 
     @property
     def rows(self) -> int:
@@ -179,6 +182,7 @@ class Decoding:
     ) -> None:
         self.prompt, self.prompts = prompt, [prompt]
         self.reader: Reader | None = None
+        self.hidden_reader: Reader | None = None
         self._options, self._extensions = options, extensions
         self._limits = Limits(prompt, options, context, stop)
         self._score = Scores(options, prompt, extensions)

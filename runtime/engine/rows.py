@@ -8,7 +8,7 @@ import numpy as np
 
 from gpt2onnx.errors import OptionError
 
-from ..arrays import Logits, Tokens
+from ..arrays import Float32Array, Logits, Tokens
 from ..decoding.strategy import Strategy
 from .draft_length import Acceptance
 from .kv_cache import Copy, KVCache
@@ -18,6 +18,9 @@ _POSITIONS_STEP = 64  # the cache's positions are a multiple of this
 
 class Network(Protocol):
     """The forward pass: see `runtime.engine.runner.Runner`."""
+
+    @property
+    def hidden(self) -> Float32Array: ...
 
     def new_cache(self, rows: int, positions: int) -> KVCache: ...
 
@@ -128,8 +131,9 @@ class Rows:
         row = self.used
         running.rows.append(row)
         self._owners.append(running)
-        # The last token is computed in any case, for its logits; all tokens, if all their logits are wanted.
-        reusable = running.prompt[:-1] if running.strategy.reader is None else running.prompt[:0]
+        # The last token is computed in any case, for its logits; all tokens, if somebody reads all of them.
+        read = running.strategy.reader or running.strategy.hidden_reader
+        reusable = running.prompt[:0] if read else running.prompt[:-1]
         source, length = self.prefix(reusable)
         present = common_prefix(reusable, self.held[row])
         if present < length:

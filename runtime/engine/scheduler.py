@@ -208,8 +208,9 @@ class Scheduler:
             Tokens of the pass, padding included.
         """
         alone = group[0].strategy if len(group) == 1 else None
-        reader = alone.reader if alone and group[0].prompt is alone.prompt else None
-        if reader is not None:
+        read = alone if alone and group[0].prompt is alone.prompt else None
+        reader, hidden_reader = (read.reader, read.hidden_reader) if read else (None, None)
+        if reader or hidden_reader:
             most = min(most or _MAX_SCORED, _MAX_SCORED)
         first = group[0].rows[-1]
         new = [each.prompt[len(self._rows.held[each.rows[-1]]) :] for each in group]
@@ -219,9 +220,13 @@ class Scheduler:
         for row, each in zip(tokens, new, strict=True):
             row[: len(each)] = each
         rows = slice(first, first + len(group))
-        logits = self._network.forward(self._rows.cache, rows, tokens, counts, "all" if reader else "last")
+        logits = self._network.forward(
+            self._rows.cache, rows, tokens, counts, "all" if reader or hidden_reader else "last"
+        )
         if reader is not None:
             reader(logits)
+        if hidden_reader is not None:
+            hidden_reader(self._network.hidden)
         for running, count, last in zip(group, counts.tolist(), logits[-len(group) :], strict=True):
             row, prompt = running.rows[-1], running.prompt
             self._rows.held[row] = prompt[: len(self._rows.held[row]) + count]
@@ -272,6 +277,8 @@ class Scheduler:
                 parents.append([0])
             else:
                 right.append(0)
+                if running.strategy.hidden_reader is not None:
+                    running.strategy.hidden_reader(self._network.hidden[place[running.rows]])
                 parents.append(running.strategy.advance(_rows(logits, place[running.rows].tolist())))
         if self._drafter is not None:
             self._drafter.learn(decoding, drafts, right, tokens.size, seconds)
