@@ -54,6 +54,8 @@ class ContrastiveSearch(Decoding):
         elif len(self.prompt) >= self._limits.max_length:  # it fills the context window
             self._result.finish_reason = self._limits.reason(self.prompt)
         self.done = self._result.finish_reason is not None
+        if self.done:
+            return [best] * self.rows
         self._logits = logits[best].copy()
         self._scores = self._score([self._result.tokens], self._logits[None])
         probabilities = np.exp(log_softmax(self._scores[0]))

@@ -80,6 +80,22 @@ def test_beside_others_and_streamed(tales_model: gpt2onnx.Model) -> None:
             assert len(sequence.logprobs or sequence.token_ids) == len(sequence.token_ids)
 
 
+def test_extensions(pair: tuple[gpt2onnx.Model, Reference]) -> None:
+    """A criterion ends it; the caller's functions see each token once, and none are asked behind the last one."""
+    model, _ = pair
+    given: dict[str, Any] = {"penalty_alpha": 0.6, "top_k": 4, "eos_token_id": -1, "max_new_tokens": 9}
+    whole = model.generate(PROMPT, **given).sequences[0].token_ids
+    seen: list[list[int]] = []
+    result = model.generate(
+        PROMPT,
+        prefix_allowed_tokens_fn=lambda index, ids: list(range(97)) if len(ids) < 9 else [],
+        stopping_criteria=[lambda ids, scores: seen.append(ids[0].tolist()) or ids.shape[1] == 9],
+        **given,
+    )
+    assert (result.sequences[0].token_ids, result.sequences[0].finish_reason) == (whole[:5], "stop")
+    assert seen == [PROMPT + whole[:count] for count in range(1, 6)]
+
+
 def test_one_candidate_is_greedy_search(tales_model: gpt2onnx.Model) -> None:
     """Also where the likeness to earlier tokens has next to no weight."""
     greedy = tales_model.generate("The king", max_new_tokens=20).sequences
