@@ -11,9 +11,11 @@ PYTEST := -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 # Files of tests by their names, whatever folder they are in.
 tests = $(foreach name,$(1),$(wildcard tests/*/test_$(name).py tests/*/*/test_$(name).py))
 
-# Environments of `make reference`: the newest transformers, the last that optimum takes, and the lowest versions of all.
+# Environments of `make reference`: the newest transformers, the last that optimum takes, the last that has diverse beams and
+# contrastive search in its core, and the lowest versions of all.
 REFERENCE := build/reference
 OPTIMUM := build/peers/python
+FORMER := build/former
 LOWEST := build/lowest
 
 .PHONY: help demo test lint types unit reference lowest golden newest pins peers fuzz bench docs clean
@@ -34,9 +36,13 @@ test: lint  ## lint, types and tests, with the versions of tests/pins.txt, witho
 # What 4.57 can judge as a whole; the other files have comparisons that only 5 can make.
 OPTIMUM_TESTS := checkpoint_tokenizers checkpoints generation graph portable reference tokenizer
 
-reference: lowest $(REFERENCE)/installed $(OPTIMUM)/installed  ## compare with PyTorch: newest transformers, 4.57, optimum; test the lowest versions
+# What only an older transformers can answer.
+FORMER_TESTS := contrastive_search diverse_beams
+
+reference: lowest $(REFERENCE)/installed $(OPTIMUM)/installed $(FORMER)/installed  ## compare with PyTorch: newest transformers, 4.57, 4.55, optimum; test the lowest versions
 	$(call bin,$(REFERENCE))/python $(PYTEST) --golden check
 	GPT2ONNX_PEERS=build/peers $(call bin,$(OPTIMUM))/python $(PYTEST) --golden live $(call tests,$(OPTIMUM_TESTS))
+	$(call bin,$(FORMER))/python $(PYTEST) --golden check $(call tests,$(FORMER_TESTS))
 
 newest:  ## `make test` with the newest packages that pyproject.toml allows
 	rm -f build/newest/installed
@@ -75,9 +81,10 @@ lowest: $(VENV)/installed $(LOWEST)/installed
 	$(call bin,$(LOWEST))/python $(PYTEST) $(call tests,$(LOWEST_TESTS))
 
 # Asks PyTorch and transformers anew, and writes their answers to tests/golden.
-golden: $(REFERENCE)/installed
+golden: $(REFERENCE)/installed $(FORMER)/installed
 	$(call bin,$(REFERENCE))/python tests/golden/make_torch_files.py
 	$(call bin,$(REFERENCE))/python $(PYTEST) --golden write
+	$(call bin,$(FORMER))/python $(PYTEST) --golden write $(call tests,$(FORMER_TESTS))
 
 # Writes the newest versions that pyproject.toml allows, for all systems and Pythons, to tests/pins.txt.
 pins: $(VENV)/uv-installed
@@ -131,6 +138,11 @@ $(REFERENCE)/installed: pyproject.toml | $(VENV)/uv-installed
 $(OPTIMUM)/installed: pyproject.toml | $(VENV)/uv-installed
 	$(call environment,--python $(PYTHON),$(OPTIMUM))
 	$(UV) pip install --quiet --python $(OPTIMUM) --editable '.[test,optimum]' 'onnxruntime-genai>=0.8'
+	touch $@
+
+$(FORMER)/installed: pyproject.toml | $(VENV)/uv-installed
+	$(call environment,--python $(PYTHON),$(FORMER))
+	$(UV) pip install --quiet --python $(FORMER) --editable '.[test]' 'transformers==4.55.4'
 	touch $@
 
 $(LOWEST)/installed: pyproject.toml | $(VENV)/uv-installed

@@ -41,6 +41,8 @@ class _Value(_ParamType):
         if self._plain is not None:
             return (self._plain.convert(value, param, ctx),)
         found = _parsed(value)
+        if not self._option.takes(found) and self._option.takes(value):  # a text that could be JSON, such as 2020
+            found = value
         if isinstance(found, int) and not isinstance(found, bool) and self._lists:
             found = [found]
         if isinstance(found, str) and not self._option.takes(found):

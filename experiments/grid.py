@@ -23,7 +23,7 @@ from typing import Any
 
 from gpt2onnx.errors import OptionError, PromptError
 
-from ..runtime.options import BY_NAME, SAMPLING_OPTIONS, GenerationConfig
+from ..runtime.options import BY_NAME, SAMPLING_OPTIONS, GenerationConfig, sampling_options
 from ..runtime.text_input import read
 
 MOST_RUNS = 1000
@@ -121,7 +121,7 @@ def _strategies(
         if name in given:
             raise OptionError(f"{name} can't be swept")
     # A seed alone doesn't turn sampling on.
-    asked = [name for name in SAMPLING_OPTIONS if name != "seed" and name in own]
+    asked = [name for name in sampling_options(given) if name != "seed" and name in own]
     if given.get("do_sample") is False and asked:
         raise OptionError(f"{asked[0]} has no effect with do_sample = false: leave one of them out")
     given.setdefault("do_sample", bool(asked))
@@ -137,7 +137,8 @@ def _strategies(
         if not options.do_sample:
             options = options.replaced(seed=None)
         # Without sampling, sampling options make no runs of their own.
-        effective = {name: chosen[name] for name in varied if options.do_sample or name not in SAMPLING_OPTIONS}
+        idle = () if options.do_sample else sampling_options(chosen)
+        effective = {name: chosen[name] for name in varied if name not in idle}
         label = _label(family, effective)
         found.setdefault(label, Strategy(family, label, options))
     return list(found.values())

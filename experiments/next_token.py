@@ -31,6 +31,10 @@ Progress = Callable[[int, int], None]
 FILTERS: dict[str, Any] = {
     option.name: option.off for option in OPTIONS if option.sampling and option.name not in ("temperature", "seed")
 }
+# With beams there is no single draw.
+_ONE_DRAW: dict[str, Any] = {
+    "do_sample": True, "num_beams": 1, "num_beam_groups": 1, "diversity_penalty": 0.0, "num_return_sequences": 1,
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -126,11 +130,11 @@ def next_token(
         raise OptionError("temperature must be above 0: 0 is greedy search, which draws nothing", "temperature")
     if draws < 0:
         raise OptionError(f"draws must be at least 0, not {draws}")
-    # With beams there is no single draw.
-    one_draw = {"do_sample": True, "num_beams": 1, "num_return_sequences": 1, "seed": seed}
     given: Sequence[float | None] = temperatures or (None,)
     settings = [
-        model.options(one_draw | filters | ({} if temperature is None else {"temperature": temperature}))
+        model.options(
+            _ONE_DRAW | {"seed": seed} | filters | ({} if temperature is None else {"temperature": temperature})
+        )
         for temperature in given
     ]
     tokens = model.prompt_ids(prompt)
@@ -181,8 +185,7 @@ def choose(
 def stages(logits: Logits, options: GenerationConfig, tokens: Tokens) -> list[Stage]:
     """The candidates after each step of the options; temperature is always one of them."""
     # Renormalising scores leaves probabilities as they are.
-    alone: dict[str, Any] = {"do_sample": True, "num_beams": 1, "num_return_sequences": 1, "renormalize_logits": False}
-    unfiltered = options.replaced(**alone, **FILTERS)
+    unfiltered = options.replaced(**_ONE_DRAW, **FILTERS, renormalize_logits=False)
     filters = {name: getattr(options, name) for name in FILTERS if getattr(options, name) != FILTERS[name]}
     steps = {"penalties": unfiltered.replaced(do_sample=False), "temperature": unfiltered}
     for name, value in filters.items():

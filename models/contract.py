@@ -19,6 +19,7 @@ What our own runtime runs on the CPU lets each row of a pass bring its own numbe
     logits_at                     int64   [logits]                  flat positions in [batch_size, longest]
     past_key_values.{i}.*, present.{i}.*                            as above, one memory for both
     logits                        float   [logits, 1, vocab_size]
+    kept                          float   [logits, 1, width]        hidden states that the logits are computed from
 """
 
 INPUT_IDS = "input_ids"
@@ -28,7 +29,7 @@ LOGITS_TO_KEEP = "logits_to_keep"
 PAST_LENGTHS = "past_lengths"
 COUNTS = "counts"
 LOGITS_AT = "logits_at"
-KEPT = "kept"  # the last hidden states whose logits are computed, inside the graph
+KEPT = "kept"  # hidden states behind the final layer norm; bundles of earlier versions don't return them
 LOGITS = "logits"
 
 

@@ -7,5 +7,7 @@ import numpy.typing as npt
 Tokens = npt.NDArray[np.int64]
 # Numbers of tokens, rows or places, int64.
 Int64Array = npt.NDArray[np.int64]
+# Hidden states, [positions, width].
+Float32Array = npt.NDArray[np.float32]
 # Logits or scores, float32 [vocab] or [rows, vocab].
 Logits = npt.NDArray[np.float32]

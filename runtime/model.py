@@ -18,7 +18,7 @@ from ..models.bundle import GENERATION_CONFIG, TOKENIZER, Bundle
 from ..models.config import read_json
 from ..models.messages import shown
 from .arrays import Tokens
-from .decoding.extensions import Extensions, LogitsProcessor, PrefixAllowedTokens, StoppingCriterion
+from .decoding.extensions import Extensions
 from .decoding.logprobs import PromptLogprobs
 from .decoding.start import start
 from .decoding.strategy import Strategy
@@ -28,28 +28,13 @@ from .engine.drafting import Drafting
 from .engine.runner import Runner
 from .engine.scheduler import Scheduler
 from .generation import Generation
-from .options import GenerationConfig, GenerationOptions
-from .requests import Outcome, Prompt, Request, Result, Score, split_seeds
+from .options import GenerationConfig
+from .requests import GenerateOptions, Outcome, Prompt, Request, Result, Score, StreamOptions, split_seeds
 from .stream import Stream
 from .tokenizer import Tokenizer
 
 BATCH_SIZE = 8
 _MAX_SCORED = 128  # positions whose logits [positions, vocab] are in memory at once
-
-
-class StreamOptions(GenerationOptions, total=False):
-    """Keyword arguments of `Model.stream`: the generation options, and the caller's own functions as in transformers."""
-
-    generation_config: GenerationConfig | None
-    logits_processor: Sequence[LogitsProcessor]
-    stopping_criteria: Sequence[StoppingCriterion]
-    prefix_allowed_tokens_fn: PrefixAllowedTokens | None
-
-
-class GenerateOptions(StreamOptions, total=False):
-    """Keyword arguments of `Model.generate`: also the number of prompts that are decoded together."""
-
-    batch_size: int
 
 
 class Model:
@@ -310,7 +295,7 @@ class Model:
         ids = self.prompt_ids(request.prompt, options)
         self.check_options(options, len(ids))
         stop = self.tokenizer.stop(options.stop_strings, ids.tolist())
-        strategy = start(ids, options, self.config.n_positions, stop, request.extensions)
+        strategy = start(ids, options, self.config.n_positions, stop, request.extensions, self._negative_ids(options))
         self.runner.check_memory(strategy.rows, strategy.positions, self._scheduler.reserved_bytes)
         if request.prompt_logprobs is not None:
             strategy.reader = PromptLogprobs(ids, request.prompt_logprobs)
@@ -322,6 +307,11 @@ class Model:
             raise OptionError(
                 f"max_length {options.max_length} leaves no room after a prompt of {prompt_length} tokens"
             )
+        self._negative_ids(options)
+        if options.strategy == "contrastive search":
+            if options.top_k > self.config.vocab_size:
+                raise OptionError(f"top_k {options.top_k} is above the vocabulary's {self.config.vocab_size}", "top_k")
+            self.runner.check_hidden()
         begins = options.forced_bos_token_id if prompt_length == 1 else None
         in_vocabulary: dict[str, Iterable[Sequence[int]]] = {
             "bad_words_ids": options.bad_words_ids or (),
@@ -354,6 +344,15 @@ class Model:
             reason = "the model's generation_config.json names no bos_token_id to begin with"
             raise PromptError(f"the prompt is empty, and {reason}: give at least one token")
         return self._ids([self._bos_token_id])
+
+    def _negative_ids(self, options: GenerationConfig) -> Tokens | None:
+        """The tokens of the negative prompt, int64 [length]; None: there is none."""
+        if options.negative_prompt is None or options.guidance_scale == 1:
+            return None
+        try:
+            return self.prompt_ids(options.negative_prompt)
+        except PromptError as error:
+            raise OptionError(f"negative_prompt: {error}", "negative_prompt") from error
 
     def _ids(self, prompt: Prompt, options: GenerationConfig | None = None) -> Tokens:
         """The tokens of a text, int64 [length], which may have none."""

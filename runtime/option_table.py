@@ -110,7 +110,7 @@ def _in_words(kind: inspect.Type, example: str) -> str:
     if isinstance(kind, inspect.LiteralType):
         return " or ".join(map(repr, kind.values))
     if isinstance(kind, inspect.StrType):
-        return "a text that isn't empty"
+        return "a text that isn't empty" if kind.min_length else "a text"
     if isinstance(kind, inspect.CollectionType):
         (item,) = _alternatives(kind.item_type)
         if isinstance(item, inspect.IntType | inspect.StrType):

@@ -1,13 +1,13 @@
 """Generation options: one table, in the names, defaults and meaning of transformers' GenerationConfig.
 
 A field of `GenerationConfig` is the whole definition of an option: type, range, default, help. The command line, request lines, the
-server's schema, the grid of a sweep and the documentation are derived from it. `GenerationOptions` repeats names and types
-for type checkers and editors, which can't derive them; a test compares the two.
+server's schema, the grid of a sweep and the documentation are derived from it. `GenerationOptions` in `requests` repeats names and
+types for type checkers and editors, which can't derive them; a test compares the two.
 """
 
 import logging
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Any, Literal, TypedDict
+from typing import Annotated, Any, Literal
 
 import msgspec
 from msgspec import Meta
@@ -33,17 +33,14 @@ Probability = Annotated[float, Meta(ge=0, le=1)]
 Share = Annotated[float, Meta(gt=0, le=1)]
 Penalty = Annotated[float, Meta(ge=SMALLEST, le=LARGEST)]
 Exponent = Annotated[float, Meta(ge=-LARGEST, le=LARGEST)]
+NotNegative = Annotated[float, Meta(ge=0, le=LARGEST)]
 Factor = Annotated[float, Meta(gt=0, le=LARGEST)]
 Text = Annotated[str, Meta(min_length=1)]
 
 # Generation options of transformers that change tokens and aren't implemented, with the value that changes none.
 NOT_SUPPORTED = {
-    "diversity_penalty": 0.0,
     "dola_layers": None,
     "force_words_ids": None,
-    "guidance_scale": 1.0,
-    "num_beam_groups": 1,
-    "penalty_alpha": 0.0,
     "remove_invalid_values": False,
     "token_healing": False,
     "watermarking_config": None,
@@ -68,12 +65,12 @@ class GenerationConfig(msgspec.Struct, frozen=True, kw_only=True):
         Count, about("No end token before this many tokens, prompt included; min_new_tokens replaces it.")
     ] = 0
     max_time: Annotated[
-        Annotated[float, Meta(ge=0, le=LARGEST)] | None,
+        NotNegative | None,
         about("Seconds, from the start of the prompt's computation, after which the token under way is the last."),
     ] = None
     do_sample: Annotated[bool, about("Draw the next token instead of taking the likeliest.")] = False
     temperature: Annotated[
-        Annotated[float, Meta(ge=0, le=LARGEST)],
+        NotNegative,
         about("Divides the logits before sampling; 0 for greedy search.", sampling=True),
     ] = 1.0
     top_h: Annotated[
@@ -100,6 +97,19 @@ class GenerationConfig(msgspec.Struct, frozen=True, kw_only=True):
     renormalize_logits: Annotated[
         bool, about("Turn the scores that processors and filters leave into log probabilities.")
     ] = False
+    guidance_scale: Annotated[
+        Exponent, about("Above 1: tokens that the negative prompt makes likely become less likely; 1 for no guidance.")
+    ] = 1.0
+    negative_prompt: Annotated[
+        str | Sequence[TokenId] | None,
+        about("Text or token ids that guidance leads away from; the prompt's last token by default."),
+    ] = None
+    penalty_alpha: Annotated[
+        Probability,
+        about(
+            "Contrastive search among the top_k likeliest tokens: weight of their likeness to earlier ones; 0 for none."
+        ),
+    ] = 0.0
     repetition_penalty: Annotated[Penalty, about("Above 1: tokens seen before become less likely.")] = 1.0
     encoder_repetition_penalty: Annotated[Penalty, about("Above 1: the prompt's tokens become more likely.")] = 1.0
     no_repeat_ngram_size: Annotated[Count, about("No n-gram of this size occurs twice; 0 for no limit.")] = 0
@@ -136,6 +146,13 @@ class GenerationConfig(msgspec.Struct, frozen=True, kw_only=True):
         ),
     ] = None
     num_beams: Annotated[Rows, about("Width of the beam search; 1 for none.")] = 1
+    num_beam_groups: Annotated[
+        Rows, about("Groups of a diverse beam search; num_beams must be divisible by it. 1 for none.")
+    ] = 1
+    diversity_penalty: Annotated[
+        NotNegative,
+        about("Subtracted from a token's log probability for each beam of an earlier group that has just chosen it."),
+    ] = 0.0
     length_penalty: Annotated[Exponent, about("Exponent of the length that divides a finished beam's score.")] = 1.0
     early_stopping: Annotated[
         bool | Literal["never"],
@@ -193,10 +210,14 @@ class GenerationConfig(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def strategy(self) -> str:
-        """Greedy, sampling, beam search or beam sampling."""
+        """Greedy, sampling, contrastive search, beam search, diverse beam search or beam sampling."""
+        if self.num_beam_groups > 1:
+            return "diverse beam search"
         if self.num_beams > 1:
             return "beam sampling" if self.do_sample else "beam search"
-        return "sampling" if self.do_sample else "greedy"
+        if self.do_sample:
+            return "sampling"
+        return "contrastive search" if self.penalty_alpha > 0 and self.top_k > 1 else "greedy"
 
     @property
     def eos_token_ids(self) -> tuple[int, ...]:
@@ -250,7 +271,7 @@ class GenerationConfig(msgspec.Struct, frozen=True, kw_only=True):
     def merged(self, given: Mapping[str, Any]) -> "GenerationConfig":
         """These options with given ones on top. None switches an option off; an option that isn't among them stays.
 
-        A sampling option without do_sample turns sampling on.
+        A sampling option without do_sample turns sampling on; top_k belongs to contrastive search where penalty_alpha is given.
 
         Raises:
             OptionError: an unknown name, a value out of range, or a contradiction.
@@ -260,9 +281,7 @@ class GenerationConfig(msgspec.Struct, frozen=True, kw_only=True):
         values = {name: BY_NAME[name].off if value is None else value for name, value in given.items()}
         if values.get("max_length") is not None and values.get("max_new_tokens") is None:
             values["max_new_tokens"] = None
-        if "do_sample" not in values and any(
-            BY_NAME[name].sampling for name, value in given.items() if value is not None
-        ):
+        if "do_sample" not in values and sampling_options(given):
             values["do_sample"] = True
         return self.replaced(**values)
 
@@ -297,15 +316,20 @@ class GenerationConfig(msgspec.Struct, frozen=True, kw_only=True):
                 f"num_return_sequences {self.num_return_sequences} is more than num_beams {self.num_beams}",
                 "num_return_sequences",
             )
-        if self.num_return_sequences > 1 and self.strategy == "greedy":
+        if self.num_return_sequences > 1 and self.strategy in ("greedy", "contrastive search"):
             raise OptionError(
-                "num_return_sequences above 1 needs sampling or beams: greedy search has one result",
+                f"num_return_sequences above 1 needs sampling or beams: {self.strategy} has one result",
                 "num_return_sequences",
             )
         if self.prompt_lookup and (self.num_beams > 1 or self.num_return_sequences > 1):
             raise OptionError(
                 "prompt_lookup works on one sequence: not with num_beams or num_return_sequences above 1",
                 "prompt_lookup",
+            )
+        self._check_groups()
+        if self.strategy == "contrastive search" and self.guidance_scale != 1:
+            raise OptionError(
+                "contrastive search can't be guided: leave out penalty_alpha or guidance_scale", "penalty_alpha"
             )
         # transformers refuses these, too.
         forced = {
@@ -316,52 +340,31 @@ class GenerationConfig(msgspec.Struct, frozen=True, kw_only=True):
             if ids and set(ids) <= set(self.suppress_tokens or ()):
                 raise OptionError(f"{name} {shown(list(ids))} is among suppress_tokens: leave one of them out", name)
 
-
-class GenerationOptions(TypedDict, total=False):
-    """The generation options as keyword arguments; None switches one off."""
-
-    max_new_tokens: int | None
-    min_new_tokens: int | None
-    max_length: int | None
-    min_length: int | None
-    max_time: float | None
-    do_sample: bool | None
-    temperature: float | None
-    top_h: float | None
-    top_k: int | None
-    top_p: float | None
-    min_p: float | None
-    typical_p: float | None
-    epsilon_cutoff: float | None
-    eta_cutoff: float | None
-    renormalize_logits: bool | None
-    repetition_penalty: float | None
-    encoder_repetition_penalty: float | None
-    no_repeat_ngram_size: int | None
-    encoder_no_repeat_ngram_size: int | None
-    sequence_bias: Sequence[tuple[Sequence[int], float]] | None
-    bad_words_ids: Sequence[Sequence[int]] | None
-    suppress_tokens: Sequence[int] | None
-    begin_suppress_tokens: Sequence[int] | None
-    forced_bos_token_id: int | None
-    forced_eos_token_id: int | Sequence[int] | None
-    exponential_decay_length_penalty: tuple[int, float] | None
-    num_beams: int | None
-    length_penalty: float | None
-    early_stopping: bool | Literal["never"] | None
-    num_return_sequences: int | None
-    seed: int | Sequence[int] | None
-    eos_token_id: int | Sequence[int] | None
-    stop: str | Sequence[str] | None
-    logprobs: int | None
-    prompt_lookup: int | None
-    skip_special_tokens: bool | None
-    truncate: Literal["none", "left"] | None
+    def _check_groups(self) -> None:
+        groups, name = self.num_beam_groups, "num_beam_groups"
+        if groups == 1 and not self.diversity_penalty:
+            return
+        if (groups == 1) != (self.diversity_penalty == 0):
+            raise OptionError("num_beam_groups above 1 and a diversity_penalty go together: give both or none", name)
+        if self.num_beams % groups:
+            raise OptionError(f"num_beams {self.num_beams} can't be divided into {groups} num_beam_groups", name)
+        if self.do_sample:
+            raise OptionError("diverse beams aren't sampled: leave out num_beam_groups or do_sample", name)
+        if self.stop_strings:
+            raise OptionError("diverse beams end by end tokens only: leave out num_beam_groups or stop", name)
+        if self.guidance_scale != 1:
+            raise OptionError("diverse beams can't be guided: leave out num_beam_groups or guidance_scale", name)
 
 
 OPTIONS = table(GenerationConfig)
 BY_NAME = {option.name: option for option in OPTIONS}
 SAMPLING_OPTIONS = tuple(option.name for option in OPTIONS if option.sampling)
+
+
+def sampling_options(given: Mapping[str, Any]) -> list[str]:
+    """Names of the given options that ask for sampling."""
+    contrastive = {"top_k"} if given.get("penalty_alpha") else set()
+    return [name for name in SAMPLING_OPTIONS if given.get(name) is not None and name not in contrastive]
 
 
 def _ids(ids: int | Sequence[int] | None) -> tuple[int, ...]:

@@ -5,17 +5,79 @@ import json
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, Literal, TypedDict
 
 from gpt2onnx.errors import Gpt2OnnxError, OptionError
 
-from .decoding.extensions import Extensions
+from .decoding.extensions import Extensions, LogitsProcessor, PrefixAllowedTokens, StoppingCriterion
 from .decoding.logprobs import TokenLogprobs
 from .jsontext import finite
 from .options import GenerationConfig
 
 # A text, or the ids of its tokens.
 Prompt = str | Sequence[int]
+
+
+class GenerationOptions(TypedDict, total=False):
+    """The generation options as keyword arguments; None switches one off."""
+
+    max_new_tokens: int | None
+    min_new_tokens: int | None
+    max_length: int | None
+    min_length: int | None
+    max_time: float | None
+    do_sample: bool | None
+    temperature: float | None
+    top_h: float | None
+    top_k: int | None
+    top_p: float | None
+    min_p: float | None
+    typical_p: float | None
+    epsilon_cutoff: float | None
+    eta_cutoff: float | None
+    renormalize_logits: bool | None
+    guidance_scale: float | None
+    negative_prompt: str | Sequence[int] | None
+    penalty_alpha: float | None
+    repetition_penalty: float | None
+    encoder_repetition_penalty: float | None
+    no_repeat_ngram_size: int | None
+    encoder_no_repeat_ngram_size: int | None
+    sequence_bias: Sequence[tuple[Sequence[int], float]] | None
+    bad_words_ids: Sequence[Sequence[int]] | None
+    suppress_tokens: Sequence[int] | None
+    begin_suppress_tokens: Sequence[int] | None
+    forced_bos_token_id: int | None
+    forced_eos_token_id: int | Sequence[int] | None
+    exponential_decay_length_penalty: tuple[int, float] | None
+    num_beams: int | None
+    num_beam_groups: int | None
+    diversity_penalty: float | None
+    length_penalty: float | None
+    early_stopping: bool | Literal["never"] | None
+    num_return_sequences: int | None
+    seed: int | Sequence[int] | None
+    eos_token_id: int | Sequence[int] | None
+    stop: str | Sequence[str] | None
+    logprobs: int | None
+    prompt_lookup: int | None
+    skip_special_tokens: bool | None
+    truncate: Literal["none", "left"] | None
+
+
+class StreamOptions(GenerationOptions, total=False):
+    """Keyword arguments of `Model.stream`: the generation options, and the caller's own functions as in transformers."""
+
+    generation_config: GenerationConfig | None
+    logits_processor: Sequence[LogitsProcessor]
+    stopping_criteria: Sequence[StoppingCriterion]
+    prefix_allowed_tokens_fn: PrefixAllowedTokens | None
+
+
+class GenerateOptions(StreamOptions, total=False):
+    """Keyword arguments of `Model.generate`: also the number of prompts that are decoded together."""
+
+    batch_size: int
 
 
 @dataclass(frozen=True)

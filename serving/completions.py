@@ -6,7 +6,7 @@ from typing import Any
 from gpt2onnx.errors import OptionError, PromptError
 
 from ..models.messages import shown
-from ..runtime.options import SAMPLING_OPTIONS, GenerationConfig
+from ..runtime.options import GenerationConfig, sampling_options
 from .call import Call, Prompt
 from .options import given_options
 from .protocol import CompletionRequest, Message, TokenizeRequest
@@ -47,7 +47,12 @@ def prepare(service: Service, body: CompletionRequest, kind: type[Call] = Call) 
         raise ApiError(400, str(error), "prompt", "context_length_exceeded" if error.too_long else None) from error
     rows = options.num_beams if options.num_beams > 1 else options.num_return_sequences
     param = "num_beams" if options.num_beams > 1 else "n" if body.best_of is None else "best_of"
-    _check_room(service, rows, param, len(prompts))
+    if options.strategy == "contrastive search":
+        rows, param = options.top_k, "top_k"
+    wanted_rows = f"{param}={rows}"
+    if options.guidance_scale != 1:
+        rows, wanted_rows = 2 * rows, f"{wanted_rows}, doubled by guidance_scale,"
+    _check_room(service, rows, wanted_rows, param, len(prompts))
     for prompt in prompts:
         _check_length(service, len(prompt.ids), options.max_new_tokens or 0)
     return kind(service, body, prompts, options, rows)
@@ -63,8 +68,8 @@ def check_model(service: Service, name: str | None) -> None:
 def _options(service: Service, body: CompletionRequest, wanted: int, made: int) -> GenerationConfig:
     given = given_options(body)
     options = {name: value for name, value in _DEFAULTS.items() if service.bundled_options.get(name) is None}
-    if (body.num_beams or 1) > 1 and body.do_sample is None and not given.keys() & set(SAMPLING_OPTIONS):
-        options["do_sample"] = False
+    if ((body.num_beams or 1) > 1 or body.penalty_alpha) and body.do_sample is None and not sampling_options(given):
+        options = {"do_sample": False}
     if body.seed is not None:
         given["seed"] = body.seed % 2**32
     # The runtime makes at least one token; `Call` drops that of max_tokens 0.
@@ -108,10 +113,10 @@ def _prompt(service: Service, prompt: str | list[int], options: GenerationConfig
     return Prompt(model.tokenizer.decode(ids, skip_special_tokens=options.skip_special_tokens), ids)
 
 
-def _check_room(service: Service, rows: int, param: str, prompts: int) -> None:
+def _check_room(service: Service, rows: int, wanted: str, param: str, prompts: int) -> None:
     engine = service.engine
     if rows > engine.max_batch:
-        message = f"{param}={rows} is above the server's limit of {engine.max_batch}: raise --max-batch"
+        message = f"{wanted} is above the server's limit of {engine.max_batch}: raise --max-batch"
         raise ApiError(400, message, param)
     if prompts > engine.max_queue:
         message = (

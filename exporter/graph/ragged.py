@@ -71,7 +71,10 @@ def build(model: ModelProto, config: GPT2Config) -> ModelProto:
         else:
             nodes.nodes.append(changed(node))
 
-    outputs = list(graph.output)
+    logits, *presents = graph.output
+    floats = presents[0].type.tensor_type.elem_type
+    kept = helper.make_tensor_value_info(contract.KEPT, floats, ["logits", 1, config.n_embd])
+    outputs = [logits, kept, *presents]
     nodes.nodes[:] = _needed(nodes.nodes, {each.name for each in outputs})
     used = {name for node in nodes.nodes for name in node.input}
     initializers = [each for each in graph.initializer if each.name in used]

@@ -112,6 +112,10 @@ _CHANGES = [
 ]
 
 
+# Releases since which the strategies that these options ask for are no longer in transformers itself.
+_LEFT = {"num_beam_groups": "4.57", "penalty_alpha": "4.56"}
+
+
 def why_left_out(options: Options, version: str) -> str | None:
     """The reason why a version of transformers can't judge some options.
 
@@ -125,6 +129,9 @@ def why_left_out(options: Options, version: str) -> str | None:
     for change in _CHANGES:
         if change.concerns(options) and _release(version) < _release(change.release):
             return f"transformers before {change.release} {change.before}"
+    for name, release in _LEFT.items():
+        if name in options and _release(version) >= _release(release):
+            return f"transformers from {release} on has no {name}"
     return None
 
 
@@ -211,4 +218,10 @@ def _edges(vocab_size: int, n_positions: int) -> list[Case]:
             {"max_new_tokens": length, "do_sample": True, "num_beams": beams, "top_k": k, "seed": beams,
              "num_return_sequences": beams},
         )  # fmt: skip
+    for name, options in (
+        ("greedy", {}),
+        ("3 samples", {"do_sample": True, "num_return_sequences": 3, "seed": 5}),
+        ("beams", {"num_beams": 3}),
+    ):
+        edges[f"guided, {name}"] = prompt(4), {"max_new_tokens": 12, "guidance_scale": 1.7} | options
     return [Case(name, tokens, options) for name, (tokens, options) in edges.items()]

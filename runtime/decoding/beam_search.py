@@ -14,7 +14,7 @@ from .strategy import Continuation, Decoding, Stop
 from .torch_random import Candidates, Indices, log_softmax
 from .torch_topk import ascending, largest
 
-_NEVER = np.float32(-1e9)  # transformers' score for what must not be chosen
+NEVER = np.float32(-1e9)  # transformers' score for what must not be chosen
 
 
 @dataclass(frozen=True)
@@ -37,11 +37,11 @@ class BeamSearch(Decoding):
         self._candidates = max(2, 1 + len(options.eos_token_ids)) * self.rows
         self._running = np.tile(prompt, (self.rows, 1))
         # All rows are still the same: only the first may be continued.
-        self._scores = np.full(self.rows, _NEVER, np.float32)
+        self._scores = np.full(self.rows, NEVER, np.float32)
         self._scores[0] = 0
         # Of each row's new tokens, if they were asked for.
         self._logprobs: list[list[TokenLogprobs]] = [[] for _ in range(self.rows)]
-        self._best = [_Hypothesis(_NEVER, prompt, finished=False)] * self.rows
+        self._best = [_Hypothesis(NEVER, prompt, finished=False)] * self.rows
         # Sequences that a criterion of the caller's ended.
         self._stopped: set[bytes] = set()
         self._improvable = True
@@ -62,8 +62,8 @@ class BeamSearch(Decoding):
     def fork(self) -> None:
         return None
 
-    def advance(self, logits: Logits) -> list[int]:
-        scores = self._score(list(self._running), log_softmax(logits))
+    def advance(self, logits: Logits, negative: Logits | None = None) -> list[int]:
+        scores = self._score(list(self._running), log_softmax(logits), negative)
         chosen, log_probs = self._choose(scores)
         beams, tokens = np.divmod(chosen, logits.shape[-1])
         sequences = np.concatenate([self._running[beams], tokens[:, None]], axis=1)
@@ -75,7 +75,7 @@ class BeamSearch(Decoding):
             ended |= stopped
 
         # Those that ended don't go on; what goes on is chosen after they were told apart.
-        running_scores = np.where(ended, log_probs + _NEVER, log_probs)
+        running_scores = np.where(ended, log_probs + NEVER, log_probs)
         going_on = largest(running_scores, self.rows)
         self._update_best(log_probs, sequences, ended, logprobs)
         self._running = sequences[going_on]
@@ -137,7 +137,7 @@ class BeamSearch(Decoding):
         full = all(one.finished for one in self._best) and self._options.early_stopping is True
         eligible = ended & (np.arange(len(ended)) < self.rows)
         for excluded in (full, not self._improvable, ~eligible):
-            scores = scores + np.multiply(excluded, _NEVER)
+            scores = scores + np.multiply(excluded, NEVER)
 
         def hypothesis(candidate: int) -> _Hypothesis:
             finished = bool(eligible[candidate])
@@ -154,7 +154,7 @@ class BeamSearch(Decoding):
             new_tokens = self._limits.max_length - len(self.prompt)
         best_possible = self._scores[0] / _power(new_tokens, options.length_penalty)
         worst = min(one.score for one in self._best)
-        self._improvable = self._improvable and any(best_possible > (worst if done else _NEVER) for done in finished)
+        self._improvable = self._improvable and any(best_possible > (worst if done else NEVER) for done in finished)
         full = all(finished) and options.early_stopping is True
         self._done = all_ended or full or not self._improvable
 

@@ -71,6 +71,12 @@ def process(chain: Sequence[Processor], tokens: Tokens, scores: Logits) -> Logit
     return processed
 
 
+def guided(logits: Logits, negative: Logits, scale: float) -> Logits:
+    """Scores [rows, vocab] of logits and of those after the negative prompt (UnbatchedClassifierFreeGuidanceLogitsProcessor)."""
+    wanted, unwanted = log_softmax(logits), log_softmax(negative)
+    return np.float32(scale) * (wanted - unwanted) + unwanted
+
+
 def sequence_bias(biases: Sequence[tuple[Sequence[int], float]]) -> Processor:
     """Adds biases to the last token of each sequence where the rest of it has just been written (SequenceBiasLogitsProcessor).
 

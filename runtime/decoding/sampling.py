@@ -65,9 +65,9 @@ class Sampling(Decoding):
         forked._generator = None if self._generator is None else self._generator.fork()
         return forked
 
-    def advance(self, logits: Logits) -> list[int]:
+    def advance(self, logits: Logits, negative: Logits | None = None) -> list[int]:
         sequences = [self._results[index].tokens for index in self._active]
-        scores = self._score(sequences, logits)
+        scores = self._score(sequences, logits, negative)
         row_of = {index: row for row, index in enumerate(self._active)}
         for index in range(len(self._results)):
             if index in row_of:

@@ -17,12 +17,13 @@ from ..options import GenerationConfig
 from .extensions import Extensions
 from .filters import warpers
 from .logprobs import TokenLogprobs
-from .processors import process, processors, renormalize
+from .processors import guided, process, processors, renormalize
 from .torch_random import Generator
 
 # Whether a sequence ends with the tokens it has now, end tokens and lengths aside.
 Stop = Callable[[Tokens], bool]
-# Takes the logits [positions, vocab] after the next tokens of a prompt; the array is overwritten later.
+# Takes the logits [positions, vocab] after the next tokens of a prompt, or hidden states [positions, width] of these tokens; the
+# array is overwritten later.
 Reader = Callable[[Logits], None]
 
 
@@ -48,16 +49,20 @@ class Strategy(Protocol):
     """How one prompt is continued."""
 
     prompt: Tokens
+    prompts: list[Tokens]
+    """What its rows begin with, in equal parts: the prompt, and with guidance the negative prompt."""
     seed: int | None
     """Of its random draws; None without any."""
     positions: int
     """Most positions that a row comes to need in the cache."""
     reader: Reader | None
     """Takes the logits of the whole prompt; None: nobody wants them."""
+    hidden_reader: Reader | None
+    """Takes the hidden states of the whole prompt, then those of the rows before each `advance`; None: nobody wants them."""
 
     @property
     def rows(self) -> int:
-        """Sequences in the next forward pass; the first pass is over the prompt alone, once for all of them."""
+        """Sequences in the next forward pass; the first passes are over the prompts, each once for all of its sequences."""
         ...
 
     @property
@@ -127,7 +132,7 @@ class Limits:
 
 
 class Scores:
-    """Scores: logits after the processors of the options, then the caller's, then renormalisation.
+    """Scores: logits after guidance and the processors of the options, then the caller's, then renormalisation.
 
     Args:
         options: which processors.
@@ -138,12 +143,18 @@ class Scores:
     def __init__(self, options: GenerationConfig, prompt: Tokens, extensions: Extensions) -> None:
         allowed = None if extensions.prefix_allowed_tokens_fn is None else extensions.forbid
         self._processors = processors(options, prompt, allowed)
+        self._guidance_scale = options.guidance_scale
         self._extensions = extensions
         # Sampling renormalises behind its filters.
         self._renormalize = [renormalize()] if options.renormalize_logits and not options.do_sample else []
 
-    def __call__(self, tokens: list[Tokens], logits: Logits) -> Logits:
-        """Scores [rows, vocab] of logits [rows, vocab] after the rows' tokens, each int64 [length]."""
+    def __call__(self, tokens: list[Tokens], logits: Logits, negative: Logits | None = None) -> Logits:
+        """Scores [rows, vocab] of logits [rows, vocab] after the rows' tokens, each int64 [length].
+
+        With guidance, `negative` are the logits [rows, vocab] of the rows of the negative prompt.
+        """
+        if negative is not None:
+            logits = guided(logits, negative, self._guidance_scale)
         scores = self._each(self._processors, tokens, logits)
         if self._extensions.logits_processor:
             scores = self._extensions.process(np.stack(tokens), scores)
@@ -169,8 +180,9 @@ class Decoding:
     def __init__(
         self, prompt: Tokens, options: GenerationConfig, context: int, stop: Stop | None, extensions: Extensions
     ) -> None:
-        self.prompt = prompt
+        self.prompt, self.prompts = prompt, [prompt]
         self.reader: Reader | None = None
+        self.hidden_reader: Reader | None = None
         self._options, self._extensions = options, extensions
         self._limits = Limits(prompt, options, context, stop)
         self._score = Scores(options, prompt, extensions)

@@ -1,14 +1,14 @@
 """Rows: which tokens each row of the KV cache holds, and which strategy uses it."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
 import numpy as np
 
 from gpt2onnx.errors import OptionError
 
-from ..arrays import Logits, Tokens
+from ..arrays import Float32Array, Logits, Tokens
 from ..decoding.strategy import Strategy
 from .draft_length import Acceptance
 from .kv_cache import Copy, KVCache
@@ -18,6 +18,9 @@ _POSITIONS_STEP = 64  # the cache's positions are a multiple of this
 
 class Network(Protocol):
     """The forward pass: see `runtime.engine.runner.Runner`."""
+
+    @property
+    def hidden(self) -> Float32Array: ...
 
     def new_cache(self, rows: int, positions: int) -> KVCache: ...
 
@@ -33,17 +36,24 @@ class Network(Protocol):
 
 @dataclass(eq=False)
 class Running:
-    """A strategy under way, and the cache rows of its sequences, in their order; one row until its prompt is computed.
+    """A strategy under way, and the cache rows of its sequences, in their order; one for each prompt until these are computed.
 
     Attributes:
         strategy: the strategy.
         rows: of the cache.
+        logits: after each computed prompt, [vocab].
         acceptance: how many tokens that were drafted for it are right; None before the first draft.
     """
 
     strategy: Strategy
-    rows: list[int]
+    rows: list[int] = field(default_factory=list)
+    logits: list[Logits] = field(default_factory=list)
     acceptance: Acceptance | None = None
+
+    @property
+    def prompt(self) -> Tokens:
+        """The prompt that its last row begins with."""
+        return self.strategy.prompts[len(self.rows) - 1]
 
 
 class Rows:
@@ -116,19 +126,19 @@ class Rows:
         row = int(np.argmax(shared)) if shared else 0
         return row, shared[row] if shared else 0
 
-    def begin(self, strategy: Strategy) -> Running:
-        """Gives a strategy the next free row, with the longest prefix of its prompt that the cache holds."""
+    def begin_prompt(self, running: Running) -> None:
+        """Gives a strategy's next prompt the next free row, with the longest prefix of it that the cache holds."""
         row = self.used
-        # The last token is computed in any case, for its logits; all tokens, if all their logits are wanted.
-        reusable = strategy.prompt[:-1] if strategy.reader is None else strategy.prompt[:0]
+        running.rows.append(row)
+        self._owners.append(running)
+        # The last token is computed in any case, for its logits; all tokens, if somebody reads all of them.
+        read = running.strategy.reader or running.strategy.hidden_reader
+        reusable = running.prompt[:0] if read else running.prompt[:-1]
         source, length = self.prefix(reusable)
         present = common_prefix(reusable, self.held[row])
         if present < length:
             self.cache.copy([Copy(source, row, present, length)])
-        self.keep(row, strategy.prompt[: max(present, length)])
-        running = Running(strategy, [row])
-        self._owners.append(running)
-        return running
+        self.keep(row, running.prompt[: max(present, length)])
 
     def keep(self, row: int, tokens: Tokens) -> None:
         """Notes the tokens that a row holds; positions beyond them are dropped."""

@@ -16,7 +16,7 @@ from gpt2onnx.errors import BackendError, OptionError
 
 from ...models import contract
 from ...models.bundle import RAGGED_GRAPH, SECOND_GRAPH, TWIN_GRAPH, Bundle
-from ..arrays import Int64Array, Logits
+from ..arrays import Float32Array, Int64Array, Logits
 from ..host import resources
 from ..ort import binding, devices, providers, signature
 from . import loading
@@ -34,6 +34,7 @@ class _Pass:
     binding: binding.Binding
     inputs: dict[str, Int64Array]
     output: Logits
+    hidden: npt.NDArray[np.floating] | None = None
 
 
 class Runner:
@@ -92,6 +93,8 @@ class Runner:
         self._second_graph = (
             SecondGraph(bundle, self.threads, wide_after) if offered and wide_after is not None else None
         )
+        self._has_hidden = contract.KEPT in outputs
+        self._hidden: list[npt.NDArray[np.floating]] = []
         self.has_twin = bundle.has_twin and file == RAGGED_GRAPH
         # Of the cache that passed last. A weak dictionary would swallow a Ctrl-C that comes while it drops an entry.
         self._passes: dict[tuple[object, ...], _Pass] = {}
@@ -122,6 +125,15 @@ class Runner:
         cache = 2 * config.n_layer * config.n_embd * positions * self.dtype.itemsize if self._memory is None else 0
         needed = rows * (cache + config.vocab_size * np.dtype(np.float32).itemsize)
         check_memory(rows, positions, max(0, needed - reserved))
+
+    def check_hidden(self) -> None:
+        """Raises OptionError if passes don't return hidden states."""
+        if not self._has_hidden:
+            raise OptionError(
+                f"contrastive search needs hidden states, which the bundle doesn't return on {self.device}: export it again,"
+                " and run it on the CPU with ONNX Runtime 1.32 or newer",
+                "penalty_alpha",
+            )
 
     def new_cache(self, rows: int, positions: int) -> KVCache:
         """An empty cache.
@@ -171,10 +183,16 @@ class Runner:
         else:
             run, parts = self._run_masked, _equal_parts(cache, rows, tokens, counts)
             run = run if self._in_place else self._run_copying
+        self._hidden.clear()
         found = run(cache, *next(parts), logits)
         for part in parts:
             found = np.concatenate([found, run(cache, *part, logits)])
         return _finite(found)
+
+    @property
+    def hidden(self) -> Float32Array:
+        """Hidden states [positions, width] behind the final layer norm, from which the last pass computed its logits."""
+        return np.concatenate(self._hidden, dtype=np.float32)
 
     def _run_ragged(self, cache: KVCache, rows: slice, tokens: Int64Array, counts: Int64Array, logits: str) -> Logits:
         """A pass of `contract`'s second form: each row brings its own number of tokens."""
@@ -200,6 +218,8 @@ class Runner:
         for name, values in zip(one.inputs, (tokens, past, counts, at), strict=True):
             one.inputs[name][:] = values
         one.binding.run()
+        if one.hidden is not None:
+            self._hidden.append(one.hidden[:, 0])
         return one.output[:, 0]
 
     def _run_masked(self, cache: KVCache, rows: slice, tokens: Int64Array, counts: Int64Array, logits: str) -> Logits:
@@ -283,13 +303,16 @@ class Runner:
         for each, array in inputs.items():
             bound.bind_input(each, array)
         bound.bind_output(contract.LOGITS, output)
+        hidden = np.zeros((*shape, self.config.n_embd), self.dtype) if self._has_hidden else None
+        if hidden is not None:
+            bound.bind_output(contract.KEPT, hidden)
         cached = [rows.stop - rows.start, self.config.n_head, cache.positions, self.config.head_size]
         for layer in range(self.config.n_layer):
             names = zip(contract.past_names(layer), contract.present_names(layer), strict=True)
             for part, pair in enumerate(names):
                 address = cache.address(layer, part, rows.start)
                 bound.bind_in_place(pair, self._memory or "cpu", self.dtype, cached, address)
-        return _Pass(bound, inputs, output)
+        return _Pass(bound, inputs, output, hidden)
 
 
 _Part = tuple[slice, Int64Array, Int64Array]  # rows, tokens and counts of a pass

@@ -148,7 +148,9 @@ class Scheduler:
                         raise
                     return
                 queue.waiting = [each for each in queue.waiting if each not in strategies]
-                group = [self._rows.begin(strategy) for strategy in strategies]
+                group = [Running(strategy) for strategy in strategies]
+                for running in group:
+                    self._rows.begin_prompt(running)
             computed = self._compute_prompts(group, most)
             if left is not None:
                 left -= max(computed, MIN_CHUNK)
@@ -206,34 +208,46 @@ class Scheduler:
             Tokens of the pass, padding included.
         """
         alone = group[0].strategy if len(group) == 1 else None
-        reader = alone.reader if alone else None
-        if reader is not None:
+        read = alone if alone and group[0].prompt is alone.prompt else None
+        reader, hidden_reader = (read.reader, read.hidden_reader) if read else (None, None)
+        if reader or hidden_reader:
             most = min(most or _MAX_SCORED, _MAX_SCORED)
-        first = group[0].rows[0]
-        new = [each.strategy.prompt[len(self._rows.held[each.rows[0]]) :] for each in group]
+        first = group[0].rows[-1]
+        new = [each.prompt[len(self._rows.held[each.rows[-1]]) :] for each in group]
         new = [tokens[:most] for tokens in new] if alone else new
         counts = np.array([len(tokens) for tokens in new])
         tokens = np.zeros((len(new), counts.max()), np.int64)
         for row, each in zip(tokens, new, strict=True):
             row[: len(each)] = each
         rows = slice(first, first + len(group))
-        logits = self._network.forward(self._rows.cache, rows, tokens, counts, "all" if reader else "last")
+        logits = self._network.forward(
+            self._rows.cache, rows, tokens, counts, "all" if reader or hidden_reader else "last"
+        )
         if reader is not None:
             reader(logits)
+        if hidden_reader is not None:
+            hidden_reader(self._network.hidden)
         for running, count, last in zip(group, counts.tolist(), logits[-len(group) :], strict=True):
-            (row,), strategy = running.rows, running.strategy
-            self._rows.held[row] = strategy.prompt[: len(self._rows.held[row]) + count]
-            if len(self._rows.held[row]) == len(strategy.prompt):
-                self._begin_to_decode(running, last)
+            row, prompt = running.rows[-1], running.prompt
+            self._rows.held[row] = prompt[: len(self._rows.held[row]) + count]
+            if len(self._rows.held[row]) < len(prompt):
+                continue
+            running.logits.append(last.copy())
+            if len(running.logits) < len(running.strategy.prompts):
+                self._rows.begin_prompt(running)
+            else:
+                self._begin_to_decode(running)
         return tokens.size
 
-    def _begin_to_decode(self, running: Running, logits: Logits) -> None:
-        """Lets a strategy choose its first tokens; its sequences share the prompt."""
-        strategy, count = running.strategy, running.strategy.rows
-        self._rows.expand(running, count)
-        strategy.advance(np.broadcast_to(logits, (count, len(logits))))
+    def _begin_to_decode(self, running: Running) -> None:
+        """Lets a strategy choose its first tokens; its sequences share the prompts in equal parts."""
+        strategy, logits, prompts = running.strategy, np.stack(running.logits), running.rows.copy()
+        shape = len(prompts), strategy.rows // len(prompts), logits.shape[-1]
+        self._rows.expand(running, strategy.rows)
+        strategy.advance(np.broadcast_to(logits[:, None], shape).reshape(-1, logits.shape[-1]))
+        running.logits.clear()
         if not strategy.done:
-            self._rows.rearrange(running, running.rows[:1] * strategy.rows)
+            self._rows.rearrange(running, np.repeat(prompts, strategy.rows // len(prompts)).tolist())
         self._decoding.append(running)
 
     def _step(self, decoding: list[Running]) -> None:
@@ -263,6 +277,8 @@ class Scheduler:
                 parents.append([0])
             else:
                 right.append(0)
+                if running.strategy.hidden_reader is not None:
+                    running.strategy.hidden_reader(self._network.hidden[place[running.rows]])
                 parents.append(running.strategy.advance(_rows(logits, place[running.rows].tolist())))
         if self._drafter is not None:
             self._drafter.learn(decoding, drafts, right, tokens.size, seconds)

@@ -85,6 +85,25 @@ def test_lists_multiply(tmp_path: Path) -> None:
     assert {one.options.seed for one in overridden} == {9, None}
 
 
+def test_strategies_beside_beams_and_sampling(tmp_path: Path) -> None:
+    """top_k belongs to contrastive search where penalty_alpha is given; scales and groups multiply like all numbers."""
+    path = tmp_path / "grid.toml"
+    path.write_text(
+        "[[strategy]]\nname = 'contrastive'\npenalty_alpha = 0.6\ntop_k = [4, 8]\n"
+        "[[strategy]]\nname = 'guided'\nguidance_scale = [1.5, 3.0]\nnegative_prompt = 'Sadly'\n"
+        "[[strategy]]\nname = 'diverse'\nnum_beams = 6\nnum_beam_groups = [2, 3]\ndiversity_penalty = 1.0\n"
+    )
+    strategies = grid.load(path, GenerationConfig()).strategies
+    assert [(one.label, one.options.strategy) for one in strategies] == [
+        ("contrastive: top-k 4", "contrastive search"),
+        ("contrastive: top-k 8", "contrastive search"),
+        ("guided: guidance_scale 1.5", "greedy"),
+        ("guided: guidance_scale 3.0", "greedy"),
+        ("diverse: num_beam_groups 2", "diverse beam search"),
+        ("diverse: num_beam_groups 3", "diverse beam search"),
+    ]
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [

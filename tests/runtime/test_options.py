@@ -16,14 +16,8 @@ from support.versions import skip_with_transformers_4
 
 import gpt2onnx
 from gpt2onnx.errors import CheckpointError, OptionError
-from gpt2onnx.runtime.options import (
-    BY_NAME,
-    NOT_SUPPORTED,
-    OPTIONS,
-    SAMPLING_OPTIONS,
-    GenerationConfig,
-    GenerationOptions,
-)
+from gpt2onnx.runtime.options import BY_NAME, NOT_SUPPORTED, OPTIONS, SAMPLING_OPTIONS, GenerationConfig
+from gpt2onnx.runtime.requests import GenerationOptions
 
 PROMPT = [40, 41, 42]
 
@@ -299,11 +293,11 @@ def test_every_option_of_transformers_is_here_or_among_the_differences(golden: G
 
 def test_what_a_checkpoint_asks_for_and_cannot_have_is_logged(caplog: pytest.LogCaptureFixture) -> None:
     """Options that transformers would apply are never passed over in silence; neutral values of them are no news."""
-    GenerationConfig.from_file_content({"watermarking_config": None, "guidance_scale": 1.0, "use_cache": True})
+    GenerationConfig.from_file_content({"watermarking_config": None, "penalty_alpha": 0.0, "use_cache": True})
     assert not caplog.records
-    GenerationConfig.from_file_content({"watermarking_config": {"seeding_scheme": "lefthash"}, "guidance_scale": 1.5})
+    GenerationConfig.from_file_content({"watermarking_config": {"seeding_scheme": "lefthash"}, "dola_layers": "low"})
     asked = [record.message.split()[3] for record in caplog.records]
-    assert asked == ["guidance_scale,", "watermarking_config,"]
+    assert asked == ["dola_layers,", "watermarking_config,"]
 
 
 def test_stop_strings_of_a_checkpoint_hold() -> None:

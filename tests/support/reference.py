@@ -72,10 +72,13 @@ class Reference:
         more: dict[str, Any] = {"pad_token_id": ends[0]} if ends else {}
         if "stop_strings" in options:
             more["tokenizer"] = self._tokenizer()
+        if "negative_prompt_ids" in options:  # one for each row, which transformers doesn't see to
+            rows = max(options.get("num_beams", 1), options.get("num_return_sequences", 1))
+            more["negative_prompt_ids"] = torch.tensor([options["negative_prompt_ids"]] * rows)
         with torch.no_grad(), torch.random.fork_rng(devices=[]):
             if seed is not None:
                 torch.manual_seed(seed)
-            output = self.model.generate(prompt, attention_mask=torch.ones_like(prompt), **more | options)
+            output = self.model.generate(prompt, attention_mask=torch.ones_like(prompt), **options | more)
         sequences = [row[len(prompt_ids) :].tolist() for row in output]
         return [_up_to_end(tokens, ends) for tokens in sequences]
 
@@ -93,7 +96,7 @@ def load_reference(folder: Path) -> transformers.GPT2LMHeadModel:
     torch.set_num_threads(1)
     transformers.utils.logging.disable_progress_bar()
     # transformers 4's other attention implementations leave out scale_attn_by_inverse_layer_idx.
-    return transformers.GPT2LMHeadModel.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
+    return transformers.GPT2LMHeadModel.from_pretrained(folder, attn_implementation="eager").float().eval()
 
 
 def _up_to_end(tokens: list[int], ends: Sequence[int]) -> list[int]:

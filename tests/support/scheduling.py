@@ -35,6 +35,7 @@ class HashingNetwork:
     ) -> None:
         self.passes: list[tuple[int, int]] = []
         self.repetitive, self.noise, self.vocabulary, self.cache = repetitive, noise, vocabulary, cache
+        self.hidden = np.zeros((0, 4))
 
     def new_cache(self, rows: int, positions: int) -> KVCache:
         cache = self.cache((1, 2, rows, 1, positions, 1), np.float64)
@@ -51,12 +52,14 @@ class HashingNetwork:
     ) -> np.ndarray:
         assert tokens.shape == (rows.stop - rows.start, counts.max())
         self.passes.append(tokens.shape)
-        past, found = cache.advance(rows, counts), []
+        past, found, hidden = cache.advance(rows, counts), [], []
         for row, new, begin, count in zip(range(rows.start, rows.stop), tokens, past, counts, strict=True):
             cache.data[0, 0, row, 0, begin : begin + count, 0] = new[:count]
             held = cache.data[0, 0, row, 0, : begin + count, 0].astype(int).tolist()
             wanted = range(begin, begin + count)[-1 if logits == "last" else 0 :]
             found += [self.logits(held[: position + 1]) for position in wanted]
+            hidden += [np.random.default_rng(held[: position + 1]).normal(size=4) for position in wanted]
+        self.hidden = np.array(hidden)
         return np.array(found)
 
     def logits(self, history: Sequence[int]) -> np.ndarray:
@@ -66,6 +69,12 @@ class HashingNetwork:
         return logits.astype(np.float32)
 
 
+def begin(prompt: list[int], given: dict[str, Any]) -> Strategy:
+    options = GenerationConfig(**given)
+    negative = None if options.negative_prompt is None else np.array(options.negative_prompt)
+    return start(np.array(prompt), options, CONTEXT, negative=negative)
+
+
 def results(searches: Sequence[Strategy]) -> list[list[tuple[list[int], str | None]]]:
     return [[(one.tokens.tolist(), one.finish_reason) for one in search.continuations()] for search in searches]
 
@@ -73,7 +82,7 @@ def results(searches: Sequence[Strategy]) -> list[list[tuple[list[int], str | No
 def run(
     network: HashingNetwork, requests: Sequence[tuple[list[int], dict[str, Any]]], batch_size: int, decoder: Scheduler | None = None
 ) -> list[list[tuple[list[int], str | None]]]:  # fmt: skip
-    searches = [start(np.array(prompt), GenerationConfig(**options), CONTEXT) for prompt, options in requests]
+    searches = [begin(*request) for request in requests]
     decoder = decoder or Scheduler(network)
     finished = [search for search in decoder.run(searches, batch_size) if search is not None and search.done]
     assert {id(search) for search in finished} == {id(search) for search in searches}
@@ -87,6 +96,10 @@ STRATEGIES = st.one_of(
     st.fixed_dictionaries({"do_sample": st.just(True), "seed": st.integers(0, 99), "top_k": st.sampled_from([0, 1, 2, 5])}),
     st.fixed_dictionaries({"do_sample": st.booleans(), "seed": st.just(1), "top_k": st.just(2), "repetition_penalty": st.just(9.0)}),
     st.fixed_dictionaries({"num_beams": st.integers(2, 5), "early_stopping": st.sampled_from([True, False, "never"])}),
+    st.fixed_dictionaries({"penalty_alpha": st.sampled_from([0.1, 0.6]), "top_k": st.integers(2, 5)}),
+    st.fixed_dictionaries({"num_beams": st.just(6), "num_beam_groups": st.sampled_from([2, 3, 6]), "diversity_penalty": st.just(1.0)}),
+    st.fixed_dictionaries({"guidance_scale": st.just(1.5), "negative_prompt": st.none() | PROMPTS}),
+    st.fixed_dictionaries({"guidance_scale": st.just(1.5), "negative_prompt": PROMPTS, "num_beams": st.integers(2, 3)}),
     st.fixed_dictionaries({"num_beams": st.integers(2, 3), "do_sample": st.just(True), "seed": st.integers(0, 99)}),
 )  # fmt: skip
 REQUESTS = st.tuples(

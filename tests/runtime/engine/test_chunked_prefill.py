@@ -5,24 +5,17 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support.scheduling import CONTEXT, REQUESTS, VOCABULARY, HashingNetwork, results, run
+from support.scheduling import REQUESTS, VOCABULARY, HashingNetwork, begin, results, run
 
 import gpt2onnx
 from gpt2onnx.errors import OptionError
-from gpt2onnx.runtime.decoding.start import start
 from gpt2onnx.runtime.decoding.strategy import Strategy
 from gpt2onnx.runtime.engine.scheduler import Scheduler
 from gpt2onnx.runtime.generation import Generation
-from gpt2onnx.runtime.options import GenerationConfig
 from gpt2onnx.runtime.requests import Request
-
-
-def begin(prompt: list[int], options: dict[str, Any]) -> Strategy:
-    return start(np.array(prompt), GenerationConfig(**options), CONTEXT)
 
 
 @settings(deadline=None, max_examples=60)
