@@ -128,9 +128,9 @@ def command(
         others: dict[str, Any] = {} if requests is None else {"wide_after": 0}
         loaded = load(model, device, threads, tokenizer=tokenizer, **others)
         if requests is not None:
-            job.run(loaded, requests, loaded.options(given), tracker, quiet=quiet)
+            job.run(loaded, requests, loaded.generation_config.merged(given), tracker, quiet=quiet)
             return
-        request = Request(text_or_ids, loaded.options(given))
+        request = Request(text_or_ids, loaded.generation_config.merged(given))
         started = time.perf_counter()
         if as_json:
             result = _interruptible(loaded, request)

@@ -13,6 +13,7 @@ from ..runtime.option_table import Option
 from ..runtime.options import BY_NAME, OPTIONS
 
 _OFF = "none"  # switches an option off
+_PAIRS = re.compile(r"\d+=[-+]?[\d.]+(?:e[-+]?\d+)?(?:,\d+=[-+]?[\d.]+(?:e[-+]?\d+)?)*")
 _UNDERSCORED = re.compile(r"\w+_\w+")
 
 # Generic for type checkers, but not at run time in click before 8.2.
@@ -51,7 +52,9 @@ class _Value(_ParamType):
 
 
 def _parsed(text: str) -> Any:
-    """JSON, whose outermost brackets may be left out; any other text as it is."""
+    """JSON, whose outermost brackets may be left out, or pairs such as 5=-1; any other text as it is."""
+    if _PAIRS.fullmatch(text):
+        return [[int(token), float(number)] for token, _, number in (pair.partition("=") for pair in text.split(","))]
     for attempt in (text, f"[{text}]"):
         try:
             return json.loads(attempt)

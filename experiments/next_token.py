@@ -132,7 +132,7 @@ def next_token(
         raise OptionError(f"draws must be at least 0, not {draws}")
     given: Sequence[float | None] = temperatures or (None,)
     settings = [
-        model.options(
+        model.generation_config.merged(
             _ONE_DRAW | {"seed": seed} | filters | ({} if temperature is None else {"temperature": temperature})
         )
         for temperature in given

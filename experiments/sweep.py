@@ -88,7 +88,9 @@ def run(sweep: Sweep, folder: Path, tracker: EnergyTracker | None = None, *, res
     if len(done) == len(sweep):
         return
     # Warm-up: the first run of a process takes longer.
-    sweep.model.answer([sweep.prompts[0]], sweep.model.options({"max_new_tokens": 2, "do_sample": False}))
+    sweep.model.answer(
+        [sweep.prompts[0]], sweep.model.generation_config.merged({"max_new_tokens": 2, "do_sample": False})
+    )
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with path.open("ab") as file:

@@ -3,7 +3,7 @@
 Encodes and checks prompts, lets the scheduler decode them together, and turns tokens back into text.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextvars import ContextVar
 from dataclasses import replace
 from pathlib import Path
@@ -228,14 +228,6 @@ class Model:
                 generation = running.pop(id(strategy)) if strategy.done else running[id(strategy)]
                 yield generation.request, generation
 
-    def options(self, given: Mapping[str, Any]) -> GenerationConfig:
-        """The bundle's generation options with given ones on top; None switches one off.
-
-        Raises:
-            OptionError: an option is unknown or out of range, or options contradict each other.
-        """
-        return self.generation_config.merged(given)
-
     def _split(self, given: dict[str, Any]) -> tuple[GenerationConfig, Extensions]:
         """Keyword arguments of `generate` as options and the caller's own functions."""
         config = given.pop("generation_config", None)
@@ -305,16 +297,20 @@ class Model:
         """Raises OptionError if the options don't fit this model or this prompt length."""
         if options.new_tokens(prompt_length) < 1:
             raise OptionError(
-                f"max_length {options.max_length} leaves no room after a prompt of {prompt_length} tokens"
+                f"max_length {options.max_length} leaves no room behind {prompt_length} tokens of the prompt"
             )
         self._negative_ids(options)
+        counts = {"logprobs": options.logprobs or 0}
         if options.strategy == "contrastive search":
-            if options.top_k > self.config.vocab_size:
-                raise OptionError(f"top_k {options.top_k} is above the vocabulary's {self.config.vocab_size}", "top_k")
             self.runner.check_hidden()
+            counts["top_k"] = options.top_k
+        for name, count in counts.items():
+            if count > self.config.vocab_size:
+                raise OptionError(f"{name} {count} is above the vocabulary's {self.config.vocab_size}", name)
         begins = options.forced_bos_token_id if prompt_length == 1 else None
         in_vocabulary: dict[str, Iterable[Sequence[int]]] = {
             "bad_words_ids": options.bad_words_ids or (),
+            "logit_bias": ((token,) for token, _ in options.logit_bias or ()),
             "sequence_bias": (ids for ids, _ in options.sequence_bias or ()),
             "forced_bos_token_id": () if begins is None else [[begins]],
             "forced_eos_token_id": [options.forced_eos_token_ids],

@@ -112,6 +112,13 @@ class GenerationConfig(msgspec.Struct, frozen=True, kw_only=True):
     ] = 0.0
     repetition_penalty: Annotated[Penalty, about("Above 1: tokens seen before become less likely.")] = 1.0
     encoder_repetition_penalty: Annotated[Penalty, about("Above 1: the prompt's tokens become more likely.")] = 1.0
+    presence_penalty: Annotated[
+        Exponent, about("Subtracted from the logit of each token that is among the new ones; as OpenAI has it.")
+    ] = 0.0
+    frequency_penalty: Annotated[
+        Exponent,
+        about("Subtracted from a token's logit for each time that it is among the new ones; as OpenAI has it."),
+    ] = 0.0
     no_repeat_ngram_size: Annotated[Count, about("No n-gram of this size occurs twice; 0 for no limit.")] = 0
     encoder_no_repeat_ngram_size: Annotated[
         Count, about("No n-gram of this size in the prompt occurs again; 0 for no limit.")
@@ -122,6 +129,10 @@ class GenerationConfig(msgspec.Struct, frozen=True, kw_only=True):
             "Added to the logit of the last token of a sequence where the rest of it precedes.",
             example="[[[5,7],-2.5]]",
         ),
+    ] = None
+    logit_bias: Annotated[
+        Annotated[Sequence[tuple[TokenId, Exponent]], Meta(min_length=1)] | None,
+        about("Added to the logits of tokens; in JSON also an object from ids to biases.", example="50256=-100,11=2.5"),
     ] = None
     bad_words_ids: Annotated[
         Annotated[Sequence[Words], Meta(min_length=1)] | None,
@@ -278,7 +289,7 @@ class GenerationConfig(msgspec.Struct, frozen=True, kw_only=True):
         """
         if unknown := given.keys() - BY_NAME.keys():
             raise OptionError(f"unknown generation option {min(unknown)!r}", min(unknown))
-        values = {name: BY_NAME[name].off if value is None else value for name, value in given.items()}
+        values = {name: BY_NAME[name].off if value is None else _pairs(value) for name, value in given.items()}
         if values.get("max_length") is not None and values.get("max_new_tokens") is None:
             values["max_new_tokens"] = None
         if "do_sample" not in values and sampling_options(given):
@@ -365,6 +376,13 @@ def sampling_options(given: Mapping[str, Any]) -> list[str]:
     """Names of the given options that ask for sampling."""
     contrastive = {"top_k"} if given.get("penalty_alpha") else set()
     return [name for name in SAMPLING_OPTIONS if given.get(name) is not None and name not in contrastive]
+
+
+def _pairs(value: Any) -> Any:
+    """A mapping from token ids to biases, OpenAI's form, as pairs; any other value as it is."""
+    if not isinstance(value, Mapping):
+        return value
+    return [(int(key) if isinstance(key, str) and key.isdecimal() else key, bias) for key, bias in value.items()]
 
 
 def _ids(ids: int | Sequence[int] | None) -> tuple[int, ...]:

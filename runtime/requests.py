@@ -41,9 +41,12 @@ class GenerationOptions(TypedDict, total=False):
     penalty_alpha: float | None
     repetition_penalty: float | None
     encoder_repetition_penalty: float | None
+    presence_penalty: float | None
+    frequency_penalty: float | None
     no_repeat_ngram_size: int | None
     encoder_no_repeat_ngram_size: int | None
     sequence_bias: Sequence[tuple[Sequence[int], float]] | None
+    logit_bias: Sequence[tuple[int, float]] | None
     bad_words_ids: Sequence[Sequence[int]] | None
     suppress_tokens: Sequence[int] | None
     begin_suppress_tokens: Sequence[int] | None

@@ -266,8 +266,8 @@ def _add_errors(app: FastAPI) -> None:
     @app.exception_handler(HTTPException)
     async def other(request: Request, error: HTTPException) -> Response:
         if isinstance(reason := error.__cause__, UnicodeDecodeError):  # FastAPI's own words don't say where
-            message = f"byte {reason.start} of the body, {reason.object[reason.start]:#04x}, is not UTF-8"
-            return ApiError(400, message).response()
+            place = f"byte {reason.start} of the body, {reason.object[reason.start]:#04x},"
+            return ApiError(400, f"{place} is not UTF-8").response()
         path, method = request.url.path, request.method
         message = {404: f"there is no {path}: see /docs", 405: f"{path} doesn't take {method}: see /docs"}
         text = message.get(error.status_code, str(error.detail))

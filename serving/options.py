@@ -77,4 +77,5 @@ GenerationOptions = create_model("GenerationOptions", __base__=Strict, **_FIELDS
 
 def given_options(body: BaseModel) -> dict[str, Any]:
     """The given generation options of a body, by name."""
-    return {name: value for name in BY_NAME if (value := getattr(body, name, None)) is not None}
+    # An empty logit_bias, which some clients send, is none.
+    return {name: value for name in BY_NAME if (value := getattr(body, name, None)) not in (None, {})}

@@ -43,10 +43,8 @@ class _Request(GenerationOptions):  # type: ignore[misc, valid-type]
     truncate_prompt_tokens: Annotated[int, Field(ge=1, lt=2**31)] | None = Field(
         None, description="Keep the prompt's last tokens only, as many as these."
     )
-    presence_penalty: Annotated[float, Field(ge=0, le=0)] | None = Field(None, description="Not supported: only 0.")
-    frequency_penalty: Annotated[float, Field(ge=0, le=0)] | None = Field(None, description="Not supported: only 0.")
-    logit_bias: Annotated[dict[str, float], Field(max_length=0)] | None = Field(
-        None, description="Not supported: only {}. See sequence_bias, bad_words_ids and suppress_tokens."
+    logit_bias: Annotated[dict[str, float], Field(max_length=1000)] | None = Field(
+        None, description="Added to the logits of tokens, by their ids."
     )
     response_format: TextFormat | None = Field(None, description='Not supported: only {"type": "text"}.')
     user: str | None = Field(None, description="Has no effect.")
@@ -55,14 +53,7 @@ class _Request(GenerationOptions):  # type: ignore[misc, valid-type]
     service_tier: str | None = Field(None, description="Has no effect.")
     cache_prompt: bool | None = Field(None, description="Has no effect: prompts share what they have in common anyway.")
 
-    UNSUPPORTED: ClassVar = (
-        "presence_penalty",
-        "frequency_penalty",
-        "logit_bias",
-        "suffix",
-        "response_format",
-        "tools",
-    )
+    UNSUPPORTED: ClassVar = ("suffix", "response_format", "tools")
 
 
 class CompletionRequest(_Request):

@@ -29,11 +29,15 @@ def processors(options: GenerationConfig, prompt: Tokens, allowed: Processor | N
     ends = options.eos_token_ids
     if options.sequence_bias:
         chain.append(sequence_bias(options.sequence_bias))
+    if options.logit_bias:
+        chain.append(sequence_bias([((token,), bias) for token, bias in options.logit_bias]))
     # In a model without an encoder, transformers' encoder tokens are the prompt.
     if options.encoder_repetition_penalty != 1.0:
         chain.append(repetition_penalty(1 / options.encoder_repetition_penalty, prompt))
     if options.repetition_penalty != 1.0:
         chain.append(repetition_penalty(options.repetition_penalty))
+    if options.presence_penalty or options.frequency_penalty:
+        chain.append(new_token_penalty(options.presence_penalty, options.frequency_penalty, len(prompt)))
     if options.no_repeat_ngram_size > 0:
         chain.append(no_repeat_ngram(options.no_repeat_ngram_size))
     if options.encoder_no_repeat_ngram_size > 0:
@@ -109,6 +113,19 @@ def repetition_penalty(penalty: float, seen: Tokens | None = None) -> Processor:
         penalised = tokens if seen is None else seen
         before = scores[penalised]
         scores[penalised] = np.where(before < 0, before * factor, before / factor)
+
+    return processor
+
+
+def new_token_penalty(presence: float, frequency: float, begin: int) -> Processor:
+    """Subtracts from the scores of tokens from `begin` on: once for each token, and for each time that it occurs.
+
+    Formula: https://platform.openai.com/docs/guides/text-generation; of the new tokens only, as vLLM has it.
+    """
+
+    def processor(tokens: Tokens, scores: Logits) -> None:
+        seen, counts = np.unique(tokens[begin:], return_counts=True)
+        scores[seen] -= np.float32(presence) + np.float32(frequency) * counts.astype(np.float32)
 
     return processor
 

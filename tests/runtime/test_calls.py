@@ -19,7 +19,7 @@ def test_an_empty_prompt_begins_with_the_bos_token(
     def transformers() -> list[int]:
         return tales_reference.model.generate(max_new_tokens=8)[0].tolist()
 
-    result = tales_model.answer([prompt], tales_model.options({"max_new_tokens": 8}))[0]
+    result = tales_model.answer([prompt], tales_model.generation_config.merged({"max_new_tokens": 8}))[0]
     assert_same_tokens(result.prompt_ids + result.sequences[0].token_ids, golden.answer("no prompt", transformers))
     assert result.prompt_ids == [8191]
     with pytest.raises(gpt2onnx.errors.PromptError, match="nothing to score"):

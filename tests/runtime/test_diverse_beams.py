@@ -45,7 +45,7 @@ def assert_as_transformers(
     result = model.generate(prompt, **options)
     expected = reference.tokens(prompt, **options)
     assert len(result.sequences) == len(expected)
-    ends = model.options(options).eos_token_ids
+    ends = model.generation_config.merged(options).eos_token_ids
     for sequence, tokens in zip(result.sequences, expected, strict=True):
         # transformers writes the first end token, whichever was chosen.
         ours = [ends[0] if token in ends else token for token in sequence.token_ids]

@@ -169,7 +169,7 @@ LINES = st.one_of(
 @given(st.lists(LINES, max_size=4), st.integers(1, 3))
 @example(['{"prompt": "a", "max_new_tokens": 2, "id": {"a": ' + "[" * 500 + "]" * 500 + "}}"], 1)
 def test_request_lines(model: gpt2onnx.Model, lines: list[str], batch_size: int) -> None:
-    options = model.options({"max_new_tokens": 2})
+    options = model.generation_config.merged({"max_new_tokens": 2})
     records = ends_well(lambda: list(jobs.run(model, lines, options, batch_size)))
     assert isinstance(records, list), records
     assert len(records) == len(lines)

@@ -125,4 +125,4 @@ def test_read_on_after_another_generation(tales_model: gpt2onnx.Model) -> None:
 def test_beams_cannot_be_streamed(tales_model: gpt2onnx.Model) -> None:
     for options in ({"num_beams": 2}, {"num_return_sequences": 2, "do_sample": True}):
         with pytest.raises(OptionError, match="streamed"):
-            tales_model.open_stream(Request(PROMPT, tales_model.options(options)))
+            tales_model.open_stream(Request(PROMPT, tales_model.generation_config.merged(options)))

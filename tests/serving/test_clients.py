@@ -66,6 +66,20 @@ def test_fields_of_vllm_and_llama_cpp(server: Running, model: gpt2onnx.Model) ->
         assert server.text(**plain | nothing) == text
 
 
+def test_biases_and_penalties(server: Running, tales_model: gpt2onnx.Model) -> None:
+    plain = {"temperature": 0, "max_tokens": 12}
+    first = tales_model.generate("Once upon a time", max_new_tokens=1).sequences[0].token_ids[0]
+    assert server.text(**plain, logit_bias={}) == server.text(**plain)
+    banned = server.complete(**plain, logit_bias={str(first): -100}).json()
+    assert (
+        banned["choices"][0]["text"]
+        == tales_model.generate("Once upon a time", max_new_tokens=12, bad_words_ids=[[first]]).text
+    )
+    penalties = {"presence_penalty": 1.5, "frequency_penalty": 0.5}
+    expected = tales_model.generate("Once upon a time", max_new_tokens=12, **penalties)
+    assert server.text(**plain, **penalties) == expected.text
+
+
 def test_usage_with_every_event(server: Running) -> None:
     response = server.complete(
         temperature=0,

@@ -225,6 +225,27 @@ def test_all_of_the_entropy_up_to_its_last_digit(scale: float, golden: Golden) -
         assert as_it_should(our_warpers.top_h(1.0)(Candidates.all(scores)).indices, scores), seed
 
 
+def test_penalties_of_new_tokens() -> None:
+    """OpenAI's formula, on the new tokens only: a token loses the frequency penalty each time, the presence penalty once."""
+    scores = np.arange(6, dtype=np.float32)
+    options = GenerationConfig(presence_penalty=0.5, frequency_penalty=2.0)
+    chain = ours.processors(options, np.array([0, 1, 1]))
+    processed = ours.process(chain, np.array([0, 1, 1, 2, 4, 2, 2]), scores)
+    assert (scores - processed).tolist() == [0, 0, 3 * 2.0 + 0.5, 0, 2.0 + 0.5, 0]
+    assert np.array_equal(ours.process(chain, np.array([0, 1, 1]), scores), scores)
+
+
+@pytest.mark.parametrize("bias", [[[3, -2.5], [5, 1.5]], {3: -2.5, 5: 1.5}, {"3": -2.5, "5": 1.5}])
+def test_a_logit_bias_is_a_sequence_bias_of_single_tokens(bias: Any, golden: Golden) -> None:
+    scores, options = np.linspace(-3, 3, 60, dtype=np.float32), GenerationConfig().merged({"logit_bias": bias})
+    theirs = [[[3], -2.5], [[5], 1.5]]
+    expected = golden.answer(
+        ["logit bias"],
+        lambda: apply_reference(reference("SequenceBiasLogitsProcessor", theirs), [7], scores).tolist(),
+    )
+    assert ours.process(ours.processors(options, np.array([7])), np.array([7]), scores).tolist() == expected
+
+
 def test_no_score_outgrows_float32() -> None:
     scores = np.array([1.0, -2.0, -INF, 3.0], np.float32)
     tokens = np.array([1])

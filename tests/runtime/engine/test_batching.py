@@ -302,7 +302,9 @@ def mixed(tales_model: gpt2onnx.Model) -> Mixed:
     texts = ["Once upon a time", "The", "One day, a little girl went to the park with her", "Once upon a time there"]
     requests = [
         Request(
-            texts[index % 4], tales_model.options({"max_new_tokens": 4 + 3 * (index % 5)} | MIXED[index % 8]), index
+            texts[index % 4],
+            tales_model.generation_config.merged({"max_new_tokens": 4 + 3 * (index % 5)} | MIXED[index % 8]),
+            index,
         )
         for index in range(12)
     ]

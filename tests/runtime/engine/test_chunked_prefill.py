@@ -123,7 +123,7 @@ def test_nothing_waits_is_not_the_end() -> None:
 def test_prompt_logprobs(tales_model: gpt2onnx.Model, chunk: int | None) -> None:
     """The log probabilities of a prompt's tokens are those of the same text scored, also where its beginning is in the cache."""
     text = "Once upon a time there was a little girl, and she had a dog."
-    options = tales_model.options({"max_new_tokens": 30, "eos_token_id": -1})
+    options = tales_model.generation_config.merged({"max_new_tokens": 30, "eos_token_id": -1})
     requests = [Request("Once upon a time there was a dog", options), Request(text, options, prompt_logprobs=2)]
     found = {}
     for request, generation in tales_model.follow(requests, 2, chunk):
@@ -140,7 +140,7 @@ def test_prompt_logprobs(tales_model: gpt2onnx.Model, chunk: int | None) -> None
 
 
 def test_cancelled_request_leaves_the_others_alone(tales_model: gpt2onnx.Model) -> None:
-    long = tales_model.options({"max_new_tokens": 60, "eos_token_id": -1})
+    long = tales_model.generation_config.merged({"max_new_tokens": 60, "eos_token_id": -1})
     requests = [Request(text, long, id=index) for index, text in enumerate(("Once", "The old king", "A", "One day"))]
     bad = Request([VOCABULARY**9], long, id="bad")
     results: dict[Any, Any] = {}

@@ -196,7 +196,12 @@ def test_a_cache_that_cannot_fit_is_refused(tales_model: gpt2onnx.Model, little_
         model.generate([1, 2, 3, 4], num_beams=900, max_new_tokens=100)
     # In a job it is the answer to that request alone.
     requests = [
-        Request([1, 2], model.options({"max_new_tokens": 3 * count, "num_return_sequences": count, "do_sample": True}))
+        Request(
+            [1, 2],
+            model.generation_config.merged(
+                {"max_new_tokens": 3 * count, "num_return_sequences": count, "do_sample": True}
+            ),
+        )
         for count in (1, 900, 2)
     ]
     outcomes = [outcome for _, outcome in model.complete(requests, batch_size=1)]
