@@ -70,8 +70,11 @@ def process(chain: Sequence[Processor], tokens: Tokens, scores: Logits) -> Logit
     if not chain:
         return scores
     processed = scores.copy()
-    for processor in chain:
-        processor(tokens, processed)
+    # Several numbers that are each in range can make an infinite score, from which no probability can be computed.
+    with np.errstate(over="ignore"):
+        for processor in chain:
+            processor(tokens, processed)
+    np.minimum(processed, np.finfo(np.float32).max, out=processed)
     return processed
 
 

@@ -253,6 +253,10 @@ def test_no_score_outgrows_float32() -> None:
     for value in (1e-30, 1e-10, 0.5):
         options = GenerationConfig(do_sample=True, temperature=value, top_k=0, top_p=0.9)
         assert our_warpers.warp(our_warpers.warpers(options), biased).indices.tolist() == [0]
+    several = GenerationConfig(sequence_bias=[[[0], 1e30]], repetition_penalty=1e-30, suppress_tokens=[3])
+    processed = ours.process(ours.processors(several, np.array([0])), np.array([0, 1]), scores)
+    assert processed[0] == np.finfo(np.float32).max
+    assert np.isneginf(processed[[2, 3]]).all()
 
 
 CHOICES: dict[str, list[Any]] = {
