@@ -16,5 +16,5 @@ TEXT = 256 * MIB
 LINE = 16 * MIB
 # Steps of a pickle: objects, and 64 bytes of text each.
 PICKLE_STEPS = 1_000_000
-# Tokens of a prompt are counted only if it has no more letters than this for each position; GPT-2's longest token has 128.
+# Tokens of a prompt are counted only if it has no more letters than this for each position, and no more bytes than twice the longest token.
 LETTERS_PER_TOKEN = 1000

@@ -34,6 +34,7 @@ from .stream import Stream
 from .tokenizer import Tokenizer
 
 BATCH_SIZE = 8
+_LONG = 16  # letters for each position, above which a prompt's bytes are compared with those of the longest token
 _MAX_SCORED = 128  # positions whose logits [positions, vocab] are in memory at once
 
 
@@ -356,6 +357,8 @@ class Model:
         if not isinstance(prompt, Sequence | np.ndarray):
             raise PromptError(f"a prompt is a text or a list of token ids, not {shown(prompt)}")
         most = limits.LETTERS_PER_TOKEN * context
+        if isinstance(prompt, str) and len(prompt) > _LONG * context and (longest := self.tokenizer.longest_token):
+            most = min(most, 2 * longest * context * len(prompt) // len(prompt.encode("utf-8", "replace")))
         if options is not None and options.truncate == "left":
             prompt = prompt[-most:]
         if len(prompt) > most:  # to encode megabytes takes seconds

@@ -3,6 +3,7 @@
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -106,6 +107,13 @@ class Tokenizer:
         """Raises OptionError if another tokenizer has other tokens or numbers them in another way."""
         if self._tokenizer.get_vocab() != other._tokenizer.get_vocab():
             raise OptionError(f"{other._path.parent} can't draft: its vocabulary isn't that of {self._path.parent}")
+
+    @cached_property
+    def longest_token(self) -> int | None:
+        """Bytes of the longest token; None where texts lose bytes before they are cut, so that it bounds nothing."""
+        if self._tokenizer.normalizer is not None or not isinstance(self._tokenizer.decoder, ByteLevel):
+            return None
+        return max((len(entry.encode()) for entry in self._tokenizer.get_vocab()), default=0)
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         """The ids of a text; special tokens written in it count as such.

@@ -21,6 +21,7 @@ from .metrics import Metrics
 _log = logging.getLogger(__name__)
 # Most prompt tokens computed between two decoding steps; docs/serve.md compares 32, 64 and no limit.
 _PREFILL_CHUNK = 64
+_SHARE_OF_SMALL_JOBS = 4  # one row for as many of the batch
 _MAX_RETRY_SECONDS = 60
 _MAX_FAILURES = 3  # of the batch in a row: by then ONNX Runtime won't recover
 
@@ -106,7 +107,7 @@ class Engine:
 
     Args:
         model: for the engine's thread alone, except for its stateless tokenizer.
-        max_batch: most sequences in the batch.
+        max_batch: most sequences in the batch; a quarter more for jobs of no more than that.
         max_queue: most prompts in the queue.
         metrics: counts prompts, tokens and times.
 
@@ -122,6 +123,8 @@ class Engine:
         self._waiting: deque[Request] = deque()
         self._active: set[Job] = set()
         self._rows = 0  # of the active ones
+        # Beside the batch, for small jobs: so a prompt with many continuations doesn't hold up those with few.
+        self._reserved = max_batch // _SHARE_OF_SMALL_JOBS
         self._stopping = False
         self._thread = threading.Thread(target=self._run, name="gpt2onnx-engine", daemon=True)
         self._advanced: set[Job] = set()  # in the step under way
@@ -188,7 +191,9 @@ class Engine:
         try:
             while not (self._stopping and not self._waiting):
                 try:
-                    for request, state in self._model.follow(self._arrivals(), self.max_batch, _PREFILL_CHUNK):
+                    for request, state in self._model.follow(
+                        self._arrivals(), self.max_batch + self._reserved, _PREFILL_CHUNK
+                    ):
                         self._advance(request.id, state)
                 except Gpt2OnnxError as error:
                     # One prompt's logits may be NaN, for example: nothing tells which prompt.
@@ -210,13 +215,26 @@ class Engine:
                     self._changed.wait()
                 if self._stopping and not self._waiting:
                     return
-                request = self._waiting.popleft() if self._waiting and self._fits(self._waiting[0].id) else None
-                if request is not None:
-                    self._enter(request.id)
+                request = self._next()
             yield request
 
-    def _fits(self, job: Job) -> bool:
-        return not self._active or self._rows + job.rows <= self.max_batch
+    def _next(self) -> Request | None:
+        """Takes the first job of the queue that may join the batch: in its turn, or a small one in the rows kept for those."""
+        small = sum(job.rows for job in self._active if job.rows <= self._reserved)
+        large = self._rows - min(small, self._reserved)
+        for index, request in enumerate(self._waiting):
+            rows = request.id.rows
+            if rows > self._reserved:
+                fits = index == 0 and large + rows <= self.max_batch
+            elif index == 0:
+                fits = self._rows + rows <= self.max_batch + self._reserved
+            else:
+                fits = small + rows <= self._reserved
+            if fits:
+                del self._waiting[index]
+                self._enter(request.id)
+                return request
+        return None
 
     def _enter(self, job: Job) -> None:
         job.joined = job.last = time.perf_counter()

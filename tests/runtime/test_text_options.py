@@ -129,6 +129,14 @@ def test_what_fits_is_not_cut(tales_model: gpt2onnx.Model) -> None:
         tales_model.generate([1] * 600, truncate="left", max_length=100)
 
 
+def test_long_texts_are_refused_before_they_are_cut_into_tokens(tales_model: gpt2onnx.Model) -> None:
+    """Also those of few letters and many bytes."""
+    for text in ("a" * 600_000, "😀" * 30_000):
+        with pytest.raises(PromptError, match=f"has {len(text):,} letters") as caught:
+            tales_model.prompt_ids(text)
+        assert caught.value.too_long
+
+
 def test_megabytes_are_cut_at_once(tales_model: gpt2onnx.Model) -> None:
     text = "Once upon a time there was a king. " * 200_000
     short = text[-4000:]

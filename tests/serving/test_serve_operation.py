@@ -195,15 +195,15 @@ def test_full_queue(slow_model: ControlledModel) -> None:
 
 
 def test_rows_count(slow_model: ControlledModel) -> None:
-    """Beams and choices take rows of the batch: no more run together than there may."""
-    with serving(slow_model, max_batch=4) as server, ThreadPoolExecutor(4) as pool:
+    """Beams and choices take rows of the batch: no more run together than there may, which is one more for a small request."""
+    with serving(slow_model, max_batch=7) as server, ThreadPoolExecutor(4) as pool:
         for future in [pool.submit(server.text, num_beams=3, max_tokens=20), pool.submit(server.text, n=2, max_tokens=20),
                        pool.submit(server.text, max_tokens=20), pool.submit(server.text, n=4, max_tokens=9)]:  # fmt: skip
             future.result()
         page = server.client.get("/metrics").text
         buckets = {line.split('le="')[1].split('"')[0]: float(line.split()[-1])
                    for line in page.splitlines() if line.startswith("gpt2onnx_batch_rows_bucket")}  # fmt: skip
-        assert buckets["4.0"] == buckets["+Inf"] > 0
+        assert buckets["8.0"] == buckets["+Inf"] > 0
 
 
 @pytest.mark.parametrize("streamed", [False, True])
@@ -269,6 +269,19 @@ def test_limits_of_a_request(model: gpt2onnx.Model) -> None:
             response = server.complete(**fields)
             assert response.status_code == 400
             assert "above the server's limit" in response.json()["error"]["message"]
+
+
+def test_many_continuations_do_not_hold_up_a_small_request(slow_model: ControlledModel) -> None:
+    with serving(slow_model, max_batch=8) as server, ThreadPoolExecutor(4) as pool:
+        large = [pool.submit(server.complete, n=8, temperature=1, max_tokens=200) for _ in range(2)]
+        server.wait_for_state(1, 1)
+        small = [pool.submit(server.complete, max_tokens=3, temperature=0) for _ in range(2)]
+        answers = [each.result() for each in small]
+        assert not any(each.done() for each in large)
+        assert all(each.status_code == 200 for each in answers)
+        # They don't keep the second large one from its turn.
+        endless = [pool.submit(server.complete, max_tokens=400, temperature=0) for _ in range(2)]
+        assert all(each.result().status_code == 200 for each in (*large, *endless))
 
 
 @pytest.mark.parametrize("patience", [10.0, 0.3])
