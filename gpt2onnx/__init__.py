@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     # Below this folder only in the installed package, where mypy checks it.
     from .experiments.energy.tracker import track_energy as track_energy
+    from .experiments.frames import to_pandas as to_pandas
     from .exporter.export import export as export
     from .loading import load as load
     from .runtime.model import Model as Model
@@ -35,10 +36,11 @@ _HOME = {
     "Model": "runtime.model",
     "Result": "runtime.requests",
     "GenerationConfig": "runtime.options",
+    "to_pandas": "experiments.frames",
     "track_energy": "experiments.energy.tracker",
 }
 
-__all__ = ["GenerationConfig", "Model", "Result", "__version__", "export", "load", "track_energy"]
+__all__ = ["GenerationConfig", "Model", "Result", "__version__", "export", "load", "to_pandas", "track_energy"]
 
 
 def __getattr__(name: str) -> Any:

@@ -1,6 +1,7 @@
 """Requests to a model, and its results."""
 
 import hashlib
+import html
 import json
 import math
 from collections.abc import Sequence
@@ -195,6 +196,19 @@ class Result:
     def text(self) -> str:
         """The first continuation's text."""
         return self.sequences[0].text
+
+    @property
+    def full_text(self) -> str:
+        """The prompt with the first continuation."""
+        return self.prompt + self.text
+
+    def __str__(self) -> str:
+        return self.text
+
+    def _repr_html_(self) -> str:
+        """In a notebook: the prompt in grey, and the first continuation behind it."""
+        prompt, text = html.escape(self.prompt), html.escape(self.text)
+        return f'<div style="white-space: pre-wrap"><span style="opacity: 0.55">{prompt}</span>{text}</div>'
 
     @property
     def usage(self) -> dict[str, int]:
