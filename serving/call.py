@@ -61,7 +61,6 @@ class Call:
         self._service, self._prompts, self._options = service, prompts, options
         self._id, self._created = f"{self.ID}-{secrets.token_hex(12)}", int(time.time())
         self._choices = body.n or 1  # of each prompt
-        self._begun: set[int] = set()  # choices whose first part has been sent
         self._jobs = [Job(lambda: service.notifier.set(self.news), rows, streamed=bool(body.stream)) for _ in prompts]
         self._answers = [
             [self._answer(prompt, number * self._choices + index) for index in range(self._choices)]

@@ -19,6 +19,10 @@ class ChatCall(Call):
     KIND = "chat.completion"
     ID = "chatcmpl"
 
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__(*arguments)
+        self._begun = set[int]()  # choices whose first part has been sent
+
     def record(self, choices: Sequence[Record], usage: Record | None) -> Record:
         """The response's body, or a stream event's: in a stream the messages come in parts, their role first."""
         streamed = bool(self.body.stream)
@@ -79,8 +83,5 @@ def _tokens(logprobs: Record) -> list[dict[str, Any]]:
 
 
 def _bytes(token: str) -> bytes:
-    return (
-        bytes.fromhex(token.removeprefix("bytes:").replace("\\x", ""))
-        if token.startswith("bytes:\\x")
-        else token.encode()
-    )
+    written = token.removeprefix("bytes:")
+    return token.encode() if written == token else bytes.fromhex(written.replace("\\x", ""))
