@@ -72,6 +72,7 @@ from . import parity as parity_report
     type=click.IntRange(1),
     help="Attention heads, for weights without a configuration (by default of 64 each).",
 )
+@click.option("--adapter", metavar="DIR", help="An adapter of peft to merge into SOURCE: LoRA, rsLoRA, DoRA, IA3.")
 @click.option("--force", is_flag=True, help="Replace an existing bundle.")
 @click.option("--json", "as_json", is_flag=True, help="Print the manifest as JSON.")
 @console.verbosity
@@ -89,19 +90,22 @@ def command(
     parity: bool | None,
     revision: str | None,
     n_head: int | None,
+    adapter: str | None,
     force: bool,
     as_json: bool,
     quiet: bool,
 ) -> None:
     """Export SOURCE to the folder BUNDLE.
 
-    SOURCE is the embedded model `tales`, a checkpoint folder or file, or a Hugging Face id. A bundle
-    that fails the comparison with PyTorch is kept; its manifest says so.
+    SOURCE is the embedded model `tales`, a checkpoint folder or file, a Hugging Face id, or an adapter of
+    peft, whose configuration names its base. A bundle that fails the comparison with PyTorch is kept; its
+    manifest says so.
 
     \b
     Examples:
       gpt2onnx export tales ./tales
       gpt2onnx export gpt2 ./gpt2-int8 --dtype int8
+      gpt2onnx export gpt2 ./tuned --adapter ./my-lora
       gpt2onnx export gpt2 ./gpt2-int4 --dtype int4 --quality-text mine.txt
     """
     # Read when NumPy is imported. Calibration takes half the processor time with one OpenBLAS thread on a busy machine, and
@@ -124,6 +128,7 @@ def command(
             parity=parity,
             revision=revision,
             n_head=n_head,
+            adapter=adapter,
             force=force,
             progress=progress,
         )

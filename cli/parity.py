@@ -13,6 +13,7 @@ from . import console
 @click.argument("bundle", type=click.Path(path_type=Path))
 @click.argument("source")
 @click.option("--revision", help="Branch, tag or commit of a Hugging Face id.")
+@click.option("--adapter", metavar="DIR", help="The adapter of peft that was merged into SOURCE.")
 @click.option(
     "--suite",
     type=click.Choice(["quick", "full"]),
@@ -24,7 +25,14 @@ from . import console
 @console.verbosity
 @click.pass_context
 def command(
-    ctx: click.Context, bundle: Path, source: str, revision: str | None, suite: str, as_json: bool, quiet: bool
+    ctx: click.Context,
+    bundle: Path,
+    source: str,
+    revision: str | None,
+    adapter: str | None,
+    suite: str,
+    as_json: bool,
+    quiet: bool,
 ) -> None:
     """Compare BUNDLE with SOURCE run by PyTorch: weights, logits, and tokens of every strategy.
 
@@ -39,7 +47,7 @@ def command(
     from ..models.bundle import Bundle
 
     n_head = Bundle.open(bundle).config.n_head  # for a source that doesn't tell
-    report = check(bundle, Checkpoint.open(source, revision, n_head), suite)
+    report = check(bundle, Checkpoint.open(source, revision, n_head, adapter), suite)
     if as_json:
         console.print_json(report, indent=2)
     elif not quiet:

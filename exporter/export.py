@@ -67,6 +67,7 @@ def export(
     parity: bool | None = False,
     revision: str | None = None,
     n_head: int | None = None,
+    adapter: str | os.PathLike[str] | None = None,
     force: bool = False,
     progress: Progress | None = None,
 ) -> Bundle:
@@ -75,7 +76,8 @@ def export(
     Everything is written to a temporary folder beside the target and moved into place at the end.
 
     Args:
-        source: the embedded model `tales`, a checkpoint folder or file, or a Hugging Face id such as `gpt2`.
+        source: the embedded model `tales`, a checkpoint folder or file, or a Hugging Face id such as `gpt2`; or an adapter of
+            peft, which names its base.
         target: the bundle's folder. It must not exist, unless `force` is given and it is a bundle.
         dtype: "fp32", "fp16", "int8" or "int4"; the last two are block-wise: some weights share a scale.
         pure: with "int4", 4 bits for every matrix; otherwise the matrices where 4 bits cost most have 8.
@@ -93,6 +95,7 @@ def export(
             not; None for models of up to 200 million weights where torch and transformers are installed.
         revision: branch, tag or commit of a Hugging Face id.
         n_head: number of attention heads, for weights without a configuration; by default one for each 64 of the width.
+        adapter: an adapter of peft to merge into the source (LoRA, rsLoRA, DoRA, IA3), a folder or a Hugging Face id.
         force: replace an existing bundle.
         progress: called with the bytes done and the bytes in all, of the weights in float32 times the passes over them.
 
@@ -117,7 +120,7 @@ def export(
         raise OptionError("quality_texts are for quality, which is switched off")
     texts = {Path(path).name: text_input.read(Path(path), f"the text {path}") for path in quality_texts}
     check_target(target, force=force)
-    checkpoint = Checkpoint.open(os.fspath(source), revision, n_head)
+    checkpoint = Checkpoint.open(os.fspath(source), revision, n_head, None if adapter is None else os.fspath(adapter))
     small = _count_weights(checkpoint) <= _CHECKED_WEIGHTS
     drafted = dtype not in QUANTIZED and graph == "fused"
     drafted = drafted and (_count_weights(checkpoint) >= _TWIN_WEIGHTS if twin is None else twin)

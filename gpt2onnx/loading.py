@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from gpt2onnx.errors import BundleError, CheckpointError, OutputError
 
 from .models import bundle, tales, user_cache
-from .models.config import GPT2Config, read_json
+from .models.config import ADAPTER_CONFIG, GPT2Config, read_json
 
 if TYPE_CHECKING:
     from .runtime.model import Model
@@ -142,8 +142,12 @@ def _cache_name(source: str) -> str:
     """A folder name for a source and, where that lies on this machine, for the state it is in."""
     place = os.fspath(tales.FOLDER) if source == "tales" else os.path.abspath(source)  # noqa: PTH100
     state = [f"format {bundle.FORMAT_VERSION}", source]
+    places = [place]
+    if os.path.isfile(adapter := os.path.join(place, ADAPTER_CONFIG)):  # noqa: PTH113, PTH118
+        base = read_json(Path(adapter)).get("base_model_name_or_path")
+        places += [os.path.abspath(base)] if isinstance(base, str) else []  # noqa: PTH100
     # os.path where pathlib would raise for a name that is too long.
-    if os.path.exists(place):  # noqa: PTH110
+    for place in filter(os.path.exists, places):
         # One checkpoint file is read together with what lies beside it.
         folder = Path(place) if os.path.isdir(place) else Path(place).parent  # noqa: PTH112
         state.append(place)

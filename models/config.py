@@ -11,6 +11,7 @@ from gpt2onnx.errors import CheckpointError
 from . import limits
 from .messages import shown
 
+ADAPTER_CONFIG = "adapter_config.json"  # of an adapter that peft saved
 # No real network comes near these; a number without end would only be found out after memory has run out.
 _MOST, _MOST_LAYERS = 2**31 - 1, 10_000
 _DEEPEST_JSON = 100

@@ -19,11 +19,12 @@ import numpy.typing as npt
 
 from gpt2onnx.errors import CheckpointError, MissingExtraError
 
-from ...models.bundle import CONFIG, sha256_of
-from ...models.config import GPT2Config, read_json
+from ...models.bundle import CONFIG, TOKENIZER, sha256_of
+from ...models.config import ADAPTER_CONFIG, GPT2Config, read_json
 from ...models.shapes import weight_shapes
 
 try:
+    from .adapter import Adapter
     from .formats import open_weights
     from .hub import find
     from .layouts import arrange
@@ -47,6 +48,7 @@ class Checkpoint:
         config: its architecture.
         raw_config: its config.json, or one derived from the weights' shapes. tie_word_embeddings follows the weights.
         tied: whether the output head is the token embedding.
+        adapter: what is merged into the weights as they are read.
     """
 
     name: str
@@ -54,23 +56,32 @@ class Checkpoint:
     config: GPT2Config
     raw_config: Mapping[str, Any]
     tied: bool
+    adapter: Adapter | None
     _weights: Mapping[str, Weight]
+    _files: tuple[Path, ...]
     _tokenizer_files: Mapping[str, str]
 
     @classmethod
-    def open(cls, source: str, revision: str | None = None, n_head: int | None = None) -> "Checkpoint":
+    def open(
+        cls, source: str, revision: str | None = None, n_head: int | None = None, adapter: str | None = None
+    ) -> "Checkpoint":
         """Finds a source and reads its configuration and tensor names, but no weights yet.
 
         Args:
-            source: the embedded name `tales`, a checkpoint folder, one checkpoint file, or a Hugging Face id.
+            source: the embedded name `tales`, a checkpoint folder, one checkpoint file, or a Hugging Face id; or an adapter of
+                peft, which names its base.
             revision: branch, tag or commit of a Hugging Face id.
             n_head: number of attention heads, for a source that doesn't tell.
+            adapter: an adapter of peft to merge into the source.
 
         Raises:
             CheckpointError: it can't be found or read, has another number of heads, or isn't a GPT-2 that can be exported.
             MissingExtraError: a Hugging Face id was given, and huggingface_hub isn't installed.
         """
-        path = find(source, revision)
+        path, added = find(source, revision), None if adapter is None else Adapter.open(find(adapter, None))
+        if added is None and (path / ADAPTER_CONFIG).is_file():
+            added = Adapter.open(path)
+            path = _find_base(added)
         folder = path.parent if path.is_file() else path
         given = read_json(folder / CONFIG) if (folder / CONFIG).is_file() else None
         if n_head is not None:
@@ -84,22 +95,32 @@ class Checkpoint:
         raw_config, weights = arrange(saved, given)
         config = GPT2Config.from_dict(raw_config)
         tied = _is_tied(config, weights, saved.path)
-        if tied != config.tie_word_embeddings:
-            raw_config, config = raw_config | {"tie_word_embeddings": tied}, replace(config, tie_word_embeddings=tied)
-        shapes = weight_shapes(config, tied=tied)
-        for name, expected in shapes.items():
-            if name not in weights:
-                raise CheckpointError(f"{saved.path}: the weights lack tensor {name} (shape {list(expected)})")
-            weights[name].check(expected)
+        shapes = _checked_shapes(config, weights, saved.path, tied=tied)
+        files = tuple(sorted({part.path for weight in weights.values() for part in weight.parts}))
         unused = [name for name in weights.keys() - shapes.keys() - {"lm_head.weight"} if not _BUFFER.match(name)]
         if unused:
             some = ", ".join(sorted(unused)[:3]) + (" …" if len(unused) > 3 else "")
             _log.warning("%s: %d tensors are no part of a GPT-2 and are left out: %s", source, len(unused), some)
-        return cls(source, folder, config, raw_config, tied, weights, saved.tokenizer_files)
+        if added is not None:
+            weights, files = added.merge(weights, shapes), files + added.files
+            vocabulary = weights["wte.weight"].parts[0].shape[0]
+            raw_config = raw_config | {"vocab_size": vocabulary}
+            config = GPT2Config.from_dict(raw_config)
+            tied = (head := weights.get("lm_head.weight")) is None or head.equals(weights["wte.weight"])
+            _checked_shapes(config, weights, added.path, tied=tied)
+        if tied != config.tie_word_embeddings:
+            raw_config, config = raw_config | {"tie_word_embeddings": tied}, replace(config, tie_word_embeddings=tied)
+        name = source if adapter is None else f"{source} with {adapter}"
+        return cls(name, folder, config, raw_config, tied, added, weights, files, saved.tokenizer_files)
 
     @contextmanager
     def tokenizer_folder(self) -> Iterator[Path]:
-        """The folder of the tokenizer's files: its own, or one made of what the weights' file holds."""
+        """The folder of the tokenizer's files: the adapter's, its own, or one made of what the weights' file holds."""
+        if self.adapter and any(
+            (self.adapter.folder / name).is_file() for name in (TOKENIZER, "vocab.json", "vocab.txt")
+        ):
+            yield self.adapter.folder
+            return
         if not self._tokenizer_files:
             yield self.folder
             return
@@ -122,11 +143,34 @@ class Checkpoint:
         return array
 
     def sha256(self) -> str:
-        """One hash over the weight files, in the order of their names."""
+        """One hash over the weight files, in the order of their names, then the adapter's."""
         digest = hashlib.sha256()
-        for path in sorted({part.path for weight in self._weights.values() for part in weight.parts}):
+        for path in self._files:
             digest.update(bytes.fromhex(sha256_of(path)))
         return digest.hexdigest()
+
+
+def _find_base(adapter: Adapter) -> Path:
+    """The base that an adapter names, in the revision that it names."""
+    revision = adapter.settings.get("revision")
+    try:
+        return find(adapter.base, revision if isinstance(revision, str) else None)
+    except CheckpointError as error:
+        raise CheckpointError(
+            f"{adapter.folder} is an adapter, but its base isn't found ({error}): export the base with --adapter {adapter.folder}"
+        ) from error
+
+
+def _checked_shapes(
+    config: GPT2Config, weights: Mapping[str, Weight], path: Path, *, tied: bool
+) -> dict[str, tuple[int, ...]]:
+    """The shape of each weight that the configuration asks for; CheckpointError if one is missing or has another shape."""
+    shapes = weight_shapes(config, tied=tied)
+    for name, expected in shapes.items():
+        if name not in weights:
+            raise CheckpointError(f"{path}: the weights lack tensor {name} (shape {list(expected)})")
+        weights[name].check(expected)
+    return shapes
 
 
 def _is_tied(config: GPT2Config, weights: Mapping[str, Weight], path: Path) -> bool:

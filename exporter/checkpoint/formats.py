@@ -8,7 +8,7 @@ from typing import Any
 
 from gpt2onnx.errors import CheckpointError
 
-from ...models.config import read_json
+from ...models.config import ADAPTER_CONFIG, read_json
 from . import gguf_file, tensorflow_file
 from .arrays import StoredArray, StridedArray, open_safetensors
 from .torch_file import read_checkpoint_file
@@ -19,7 +19,6 @@ SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", tensorflow_file.INDE
 _NAMES = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
 # First words of the files that transformers' Trainer and accelerate write beside the weights.
 _NO_WEIGHTS = ("training_args", "optimizer", "scheduler", "scaler", "rng_state", "random_states")
-_ADAPTER = "adapter_config.json"  # peft's
 _STEP, _TRAINER_STATE = re.compile(r"checkpoint-(\d{1,9})"), "trainer_state.json"  # the Trainer's
 _STATE_DICTS = ("model_state_dict", "state_dict", "model")
 
@@ -54,9 +53,9 @@ def open_weights(source: Path) -> SavedWeights:
 
 
 def _weights_of(folder: Path) -> Path:
-    if (folder / _ADAPTER).is_file():
+    if (folder / ADAPTER_CONFIG).is_file():
         raise CheckpointError(
-            f"{folder} holds an adapter ({_ADAPTER}), not a whole model: merge it with peft's merge_and_unload, and save that"
+            f"{folder} is itself an adapter ({ADAPTER_CONFIG}), not a base: merge it with peft's merge_and_unload, and save that"
         )
     for name in _NAMES:
         if (folder / name).is_file():

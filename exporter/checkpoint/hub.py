@@ -9,14 +9,15 @@ from gpt2onnx.errors import CheckpointError, MissingExtraError
 
 from ...models import tales
 from ...models.bundle import CONFIG
+from ...models.config import ADAPTER_CONFIG
 from ...models.messages import one_line
 from .formats import SUFFIXES
 from .tensorflow_file import INDEX
 
 # Files to fetch: the small ones, then the weights in one format.
 _SMALL = ["*.json", "*.jinja", "merges.txt", "vocab.txt", "*.model"]
-_SAFETENSORS = ["model.safetensors", "model-*.safetensors"]
-_PICKLES = ["pytorch_model.bin", "pytorch_model-*.bin"]
+_SAFETENSORS = ["model.safetensors", "model-*.safetensors", "adapter_model.safetensors"]
+_PICKLES = ["pytorch_model.bin", "pytorch_model-*.bin", "adapter_model.bin"]
 
 
 def find(source: str, revision: str | None) -> Path:
@@ -69,7 +70,7 @@ def _may_be_an_id(source: str) -> bool:
 
 def _download(repository: str, revision: str | None) -> Path:
     folder = _fetch(repository, revision, _SMALL + _SAFETENSORS)
-    if not (folder / CONFIG).is_file():
+    if not any((folder / name).is_file() for name in (CONFIG, ADAPTER_CONFIG)):
         raise CheckpointError(f"the repository {repository!r} has no {CONFIG}: it holds no GPT-2 for transformers")
     if not _has_weights(folder, _SAFETENSORS):
         # The folder's name is the commit, so both halves are of one state.

@@ -149,7 +149,8 @@ def _load(checkpoint: Checkpoint) -> "GPT2LMHeadModel":
 
     attention: dict[str, Any] = {"attn_implementation": in_pytorch.ATTENTION}
     weights = [*checkpoint.folder.glob("model*.safetensors"), *checkpoint.folder.glob("pytorch_model*.bin")]
-    if (checkpoint.folder / CONFIG).is_file() and weights and not Path(checkpoint.name).is_file():
+    own_layout = (checkpoint.folder / CONFIG).is_file() and weights and not Path(checkpoint.name).is_file()
+    if own_layout and checkpoint.adapter is None:
         config = Settings.from_dict(dict(checkpoint.raw_config))
         return GPT2LMHeadModel.from_pretrained(
             checkpoint.folder, config=config, dtype=torch.float32, **attention

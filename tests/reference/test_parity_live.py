@@ -16,6 +16,7 @@ from onnx import ModelProto, helper, numpy_helper
 from safetensors.numpy import load_file, save_file
 from support.checkpoints import MakeCheckpoint
 from support.commands import CommandLine
+from support.golden import FOLDER
 
 import gpt2onnx
 from gpt2onnx.exporter.checkpoint.checkpoint import Checkpoint
@@ -93,6 +94,19 @@ def test_attention_is_scaled_by_the_layer_where_the_checkpoint_says_so(
     done = command_line("parity", tmp_path / "bundle", folder)
     assert done.code == 0, done.out + done.err
     assert done.out.startswith(f"against transformers {version('transformers')} (eager attention), torch ")
+
+
+@pytest.mark.parametrize("name", ["lora", "grown_saved"])
+def test_a_merged_adapter_passes(
+    name: str, tmp_path: Path, command_line: CommandLine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(FOLDER / "adapters")
+    gpt2onnx.export("base", tmp_path / "bundle", adapter=name)
+    for source in (["base", "--adapter", name], [name]):
+        done = command_line("parity", tmp_path / "bundle", *source)
+        assert done.code == 0, done.out + done.err
+    if name == "lora":
+        assert command_line("parity", tmp_path / "bundle", "base").code == 1
 
 
 def test_int8_bundle_of_tales_passes(tales_int8_bundle: Path) -> None:

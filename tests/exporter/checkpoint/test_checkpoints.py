@@ -128,12 +128,6 @@ def test_safetensors_come_before_pickles(folder: Path, state: State) -> None:
     assert_reads(Checkpoint.open(str(folder)), state)
 
 
-def test_an_adapter_is_no_model(folder: Path, state: State) -> None:
-    SAVE["safetensors"](state, folder)
-    (folder / "adapter_config.json").write_text('{"peft_type": "LORA"}')
-    assert "merge_and_unload" in refused(folder)
-
-
 @pytest.mark.parametrize("name", ["model.safetensors", "some.bin", "some.pt", "some.pth"])
 def test_one_file_is_enough_to_name(name: str, folder: Path, state: State) -> None:
     (save_file if name.endswith("safetensors") else torch_files.save)(state, folder / name)

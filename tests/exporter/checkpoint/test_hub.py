@@ -11,7 +11,7 @@ import huggingface_hub
 import numpy as np
 import pytest
 from packaging.version import Version
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save_file
 from support import torch_files
 from support.hub import MAIN, REPOSITORY, TAGGED, Hub, checkpoints, hub
 
@@ -90,6 +90,18 @@ def test_revisions(hub: Hub, checkpoints: dict[str, Path], tmp_path: Path) -> No
     told = open_all_from(hub, tmp_path / "cache", [(REPOSITORY, revision) for revision in commits])
     for (_, embedding), commit in zip(told, commits.values(), strict=True):
         assert_embedding(embedding, checkpoints[commit])
+
+
+@pytest.mark.parametrize("form", ["safetensors", "bin"])
+def test_an_adapter_and_its_base(form: str, hub: Hub, checkpoints: dict[str, Path], tmp_path: Path) -> None:
+    base, name = load_file(checkpoints[TAGGED] / "model.safetensors")["transformer.wte.weight"], f"adapter_model.{form}"
+    save = torch_files.save if form == "bin" else save_file
+    save({"base_model.model.transformer.wte.weight": base + 1}, tmp_path / name)
+    config = {"peft_type": "LORA", "base_model_name_or_path": REPOSITORY, "revision": "v1"}
+    hub.commits[MAIN] = {name: (tmp_path / name).read_bytes(), "adapter_config.json": json.dumps(config).encode()}
+    ((printed, embedding),) = open_all_from(hub, tmp_path / "cache", [(REPOSITORY, "main")])
+    assert "model.safetensors" in printed
+    assert np.array_equal(np.load(embedding), base + 1)
 
 
 def test_pickles_are_fetched_only_where_there_is_nothing_better(
