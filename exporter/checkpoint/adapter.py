@@ -253,9 +253,9 @@ class Adapter:
         alpha = next(
             (value for pattern, value in self.alphas if pattern.match(name)), self.settings.get("lora_alpha", 8)
         )
-        if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not abs(alpha) < _MOST_ALPHA:
+        if (number := as_alpha(alpha)) is None:
             raise CheckpointError(f"{self.folder / ADAPTER_CONFIG}: lora_alpha is {shown(alpha)}, not a number")
-        return alpha / (math.sqrt(rank) if self.settings.get("use_rslora") else rank)
+        return number / (math.sqrt(rank) if self.settings.get("use_rslora") else rank)
 
     def _tokens(self, module: str, count: int) -> list[int]:
         """Rows of an embedding that were trained alone."""
@@ -267,6 +267,12 @@ class Adapter:
                 f"{self.folder / ADAPTER_CONFIG}: trainable_token_indices are {shown(rows)}, not tokens of {module}"
             )
         return rows
+
+
+def as_alpha(value: object) -> float | None:
+    """LoRA's alpha; None for what is no number, or far too large a one."""
+    usable = isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < _MOST_ALPHA
+    return float(value) if usable else None  # type: ignore[arg-type]
 
 
 def _check_kind(settings: Mapping[str, Any], folder: Path) -> None:

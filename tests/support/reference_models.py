@@ -87,6 +87,60 @@ class GPTModel(nn.Module):
         return self.out_head(self.final_norm(self.trf_blocks(x)))
 
 
+class _FastAttention(nn.Module):
+    def __init__(self, width: int, heads: int, bias: bool) -> None:
+        super().__init__()
+        self.heads, self.qkv, self.proj = heads, nn.Linear(width, 3 * width, bias=bias), nn.Linear(width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.proj(_attend(*self.qkv(x).chunk(3, dim=-1), self.heads))
+
+
+def fast(model: GPTModel) -> GPTModel:
+    """The same with one matrix for queries, keys and values, and PyTorch's norms, as in the book's chapters 3 and 5 (bonus)."""
+    for block in model.trf_blocks:
+        width = block.att.out_proj.in_features
+        block.att = _FastAttention(width, block.att.heads, block.att.W_query.bias is not None)
+        block.norm1, block.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
+    model.final_norm = nn.LayerNorm(width)
+    return model
+
+
+class _LoRA(nn.Module):
+    def __init__(self, inputs: int, outputs: int, rank: int, alpha: float) -> None:
+        super().__init__()
+        self.A, self.B = nn.Parameter(torch.zeros(inputs, rank)), nn.Parameter(torch.zeros(rank, outputs))
+        self.scale = alpha / rank
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.scale * (x @ self.A @ self.B)
+
+
+class _LinearWithLoRA(nn.Module):
+    def __init__(self, linear: nn.Linear, rank: int, alpha: float) -> None:
+        super().__init__()
+        self.linear, self.lora = linear, _LoRA(linear.in_features, linear.out_features, rank, alpha)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear(x) + self.lora(x)
+
+
+def with_lora(model: nn.Module, rank: int, alpha: float) -> nn.Module:
+    """The same with each linear layer in one that adds LoRA, as in the book's appendix E."""
+    for name, module in model.named_children():
+        if isinstance(module, nn.Linear):
+            setattr(model, name, _LinearWithLoRA(module, rank, alpha))
+        else:
+            with_lora(module, rank, alpha)
+    return model
+
+
+def classifier(model: GPTModel, classes: int) -> GPTModel:
+    """The same with a head for classes, as in the book's chapter 6."""
+    model.out_head = nn.Linear(model.out_head.in_features, classes)
+    return model
+
+
 class _NanoAttention(nn.Module):
     def __init__(self, width: int, context: int, heads: int, bias: bool) -> None:
         super().__init__()
@@ -255,6 +309,10 @@ NETWORKS: dict[str, Callable[[], nn.Module]] = {
     "build_nanogpt_legacy.pt": lambda: far_from_zero(randomised(NanoGPT(**_SMALL, bias=True, approximate="tanh"))),
     "book.pth": lambda: randomised(GPTModel(**_SMALL)),
     "book_beside_an_optimizer.pth": lambda: randomised(GPTModel(**_SMALL, bias=True)),
+    "book_fast.pth": lambda: randomised(fast(GPTModel(**_SMALL, bias=True))),
+    "book_fast_without_bias.pth": lambda: randomised(fast(GPTModel(**_SMALL))),
+    "book_lora.pth": lambda: randomised(with_lora(GPTModel(**_SMALL), rank=3, alpha=6)),
+    "book_classifier.pth": lambda: randomised(classifier(GPTModel(**_SMALL), 2)),
 }
 
 

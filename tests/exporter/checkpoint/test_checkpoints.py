@@ -194,6 +194,9 @@ def test_a_missing_head_is_an_error_where_the_config_wants_one(folder: Path, sta
 NETWORKS = {
     "book.pth": (False, "gelu_new"),
     "book_beside_an_optimizer.pth": (False, "gelu_new"),
+    "book_fast.pth": (False, "gelu_new"),
+    "book_fast_without_bias.pth": (False, "gelu_new"),
+    "book_lora.pth": (False, "gelu_new"),
     "nanogpt.pt": (True, "gelu"),
     "nanogpt_compiled.pt": (True, "gelu"),
     "build_nanogpt.pt": (True, "gelu_pytorch_tanh"),
@@ -205,7 +208,7 @@ NETWORKS = {
 def test_other_layouts_compute_what_their_network_does(name: str, golden: Golden, tmp_path: Path) -> None:
     shutil.copy(FILES / name, tmp_path)
     if name.startswith("book"):
-        (tmp_path / "config.json").write_text('{"n_heads": 2}')
+        (tmp_path / "config.json").write_text('{"n_heads": 2, "lora_alpha": 6}')
     opened = Checkpoint.open(str(tmp_path))
     assert (opened.tied, opened.config.activation_function) == NETWORKS[name]
     byte_tokenizer(29).save(str(tmp_path / "tokenizer.json"))
@@ -229,6 +232,37 @@ def test_other_layouts_compute_what_their_network_does(name: str, golden: Golden
     assert_close(logits_of_prompt(bundle, ids[None]), expected, 2e-5)
     generated = gpt2onnx.load(bundle.folder, threads=1).generate(prompt, max_new_tokens=5, do_sample=False)
     assert generated.sequences[0].token_ids == golden.answer(["tokens of the network", name], greedy)
+
+
+def test_the_book_s_classifier_cannot_generate() -> None:
+    assert "is a classifier: out_head gives 2 numbers, not one for each of the 29 tokens" in refused(
+        FILES / "book_classifier.pth"
+    )
+
+
+def test_the_book_s_lora_layers_need_their_alpha(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    shutil.copy(FILES / "book_lora.pth", tmp_path)
+    (tmp_path / "config.json").write_text('{"n_head": 2}')
+    assert '{"lora_alpha": …}' in refused(tmp_path)
+    state = {name: array.read() for name, array in read_checkpoint_file(tmp_path / "book_lora.pth").items()}
+    for alpha in (6, 12):
+        torch_files.save(
+            {"model_state_dict": state, "lora_alpha": alpha, "config": {"n_heads": 2}}, tmp_path / "own.pth"
+        )
+        opened = Checkpoint.open(str(tmp_path / "own.pth"))
+        assert f"{alpha} / 3" in caplog.text
+        assert "lora_alpha" not in opened.raw_config
+        place = "trf_blocks.0.att.out_proj"
+        change = state[f"{place}.lora.A"] @ state[f"{place}.lora.B"] * (alpha / 3)
+        expected = state[f"{place}.linear.weight"].T + change
+        assert np.allclose(opened.tensor("h.0.attn.c_proj.weight"), expected, rtol=1e-5, atol=1e-6)
+    (tmp_path / "book_lora.pth").unlink()
+    for name, array, expected in (
+        (f"{place}.lora.A", np.ones((7, 3), np.float32), "has shape [7, 3]"),
+        (f"{place}.lora.B", np.ones((8,), np.float32), "has shape [8]"),
+    ):
+        torch_files.save({"model_state_dict": state | {name: array}, "lora_alpha": 6}, tmp_path / "own.pth")
+        assert expected in refused(tmp_path / "own.pth")
 
 
 def test_the_book_s_model_with_gpt2_s_weights_is_tied_and_has_gpt2_s_heads(tmp_path: Path) -> None:
