@@ -1,6 +1,6 @@
 """Converts a checkpoint's tokenizer, in any supported form, to the bundle's tokenizer.json.
 
-The files mean what they mean to transformers 5's GPT2Tokenizer, BertTokenizer and TokenizersBackend.
+The files mean what they mean to transformers 5's GPT2Tokenizer, BertTokenizer, EsmTokenizer and TokenizersBackend.
 """
 
 import json
@@ -41,7 +41,18 @@ _DEFAULT_TOKENS: Mapping[str, Mapping[str, Any]] = {
         "cls_token": "[CLS]",
         "mask_token": "[MASK]",
     },
+    "EsmTokenizer": {name: f"<{name[:3]}>" for name in ("eos_token", "unk_token", "pad_token", "cls_token")}
+    | {"mask_token": "<mask>"},
 }
+
+# Classes of transformers that are BertTokenizer by another name.
+_LIKE_BERT = {
+    f"{name}Tokenizer"
+    for name in (
+        "ConvBert", "DistilBert", "DPRContextEncoder", "DPRQuestionEncoder", "DPRReader", "Electra", "LayoutLM", "Lxmert",
+        "MobileBert", "Splinter", "SqueezeBert",
+    )
+}  # fmt: skip
 
 
 def write_tokenizer(checkpoint: Path, config: Mapping[str, Any], target: Path) -> bool:
@@ -66,14 +77,22 @@ def write_tokenizer(checkpoint: Path, config: Mapping[str, Any], target: Path) -
         tokenizer = files.from_tokenizer_json(target)
     elif files.class_name == "BertTokenizer" and (checkpoint / _WORD_PIECE_FILE).is_file():
         tokenizer = files.from_word_pieces()
+    elif files.class_name == "EsmTokenizer" and (checkpoint / _WORD_PIECE_FILE).is_file():
+        tokenizer = files.from_whole_tokens()
+        # EsmTokenizer itself reads no tokenizer.json.
+        roles = {role: _text(token) for role, token in files.special.items() if token is not None}
+        _write_settings(target, {**files.settings, **roles, "tokenizer_class": "PreTrainedTokenizerFast"})
     elif pair := next(
         (pair for pair in _BYTE_LEVEL_FILES if all((checkpoint / name).is_file() for name in pair)), None
     ):
         tokenizer = files.from_byte_level_bpe(*pair)
-    elif (checkpoint / _WORD_PIECE_FILE).is_file():
-        tokenizer = files.from_word_pieces()
     elif sentencepiece:
         tokenizer = _convert_sentencepiece(checkpoint, target)
+    elif (checkpoint / _WORD_PIECE_FILE).is_file():
+        raise CheckpointError(
+            f"{checkpoint}: {_WORD_PIECE_FILE} doesn't tell how a {shown(files.class_name)} cuts texts: put a tokenizer.json there,"
+            f" or take {_WORD_PIECE_FILE} away to export without a tokenizer"
+        )
     elif (checkpoint / CHARACTERS).is_file():
         tokenizer, files = characters(checkpoint / CHARACTERS), replace(files, class_name="PreTrainedTokenizerFast")
     elif config["vocab_size"] in GPT2_VOCABULARIES:
@@ -98,14 +117,17 @@ def write_tokenizer(checkpoint: Path, config: Mapping[str, Any], target: Path) -
         if (checkpoint / name).is_file() and not (target / name).exists():
             shutil.copyfile(checkpoint / name, target / name)
     if not (target / _SETTINGS).exists():
-        minimal = {"tokenizer_class": files.class_name, **_DEFAULT_TOKENS.get(files.class_name, {})}
-        (target / _SETTINGS).write_text(json.dumps(minimal, indent=2) + "\n", encoding="utf-8", newline="\n")
+        _write_settings(target, {"tokenizer_class": files.class_name, **_DEFAULT_TOKENS.get(files.class_name, {})})
     try:
         if not RuntimeTokenizer(target / TOKENIZER).reads_any_text:
             _log.warning("%s: the tokenizer has no token for unknown words: a text with one is an error", checkpoint)
     except BundleError as error:
         raise CheckpointError(str(error).replace(str(target), str(checkpoint))) from error
     return True
+
+
+def _write_settings(folder: Path, settings: Mapping[str, Any]) -> None:
+    (folder / _SETTINGS).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8", newline="\n")
 
 
 def _compact(content: dict[str, Any]) -> str:
@@ -178,6 +200,8 @@ class _TokenizerFiles:
             bert = (folder / _WORD_PIECE_FILE).is_file() and not (folder / "vocab.json").is_file()
             class_name = "BertTokenizer" if bert else "GPT2Tokenizer"
         class_name = class_name.removesuffix("Fast")
+        if class_name in _LIKE_BERT:
+            class_name = "BertTokenizer"
         special = dict(_DEFAULT_TOKENS.get(class_name, {}))
         special |= {name: settings[name] for name in settings if name.endswith("_token") and _is_token(settings[name])}
         special |= {name: None for name in _NAMED_TOKENS if settings.get(name, "") is None}
@@ -198,7 +222,7 @@ class _TokenizerFiles:
             in_order = sorted(((int(index), token) for index, token in pairs), key=lambda pair: pair[0])
             added = tuple(_added_token(token, special=False) for _, token in in_order)
         except (AttributeError, KeyError, OverflowError, TypeError, ValueError) as error:
-            raise CheckpointError(f"{folder}: the added tokens can't be read: {error!r}") from error
+            raise CheckpointError(f"{folder}: the added tokens can't be read: {shown(error)}") from error
         return cls(folder, class_name, settings, special, extra, added)
 
     def from_tokenizer_json(self, target: Path) -> Tokenizer:
@@ -246,6 +270,20 @@ class _TokenizerFiles:
         tokenizer.decoder = decoders.WordPiece(prefix="##")
         self._add_tokens(tokenizer)
         tokenizer.post_processor = self._template(tokenizer, self.special["cls_token"], self.special["sep_token"])
+        return tokenizer
+
+    def from_whole_tokens(self) -> Tokenizer:
+        """ESM's tokenizer of proteins: cuts texts at spaces, and at the tokens wherever they are."""
+        path = self.folder / _WORD_PIECE_FILE
+        with native.raising(lambda reason: CheckpointError(f"{path} doesn't make a tokenizer: {reason}")):
+            tokens = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
+            ids = {token: index for index, token in enumerate(tokens)}
+            tokenizer = Tokenizer(models.WordLevel(ids, unk_token=_text(self.special["unk_token"])))
+        tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+        self._add_tokens(tokenizer)
+        known = {token.content for token in tokenizer.get_added_tokens_decoder().values()}
+        tokenizer.add_tokens([AddedToken(token, normalized=False) for token in tokens if token not in known])
+        tokenizer.post_processor = self._template(tokenizer, self.special["cls_token"], self.special["eos_token"])
         return tokenizer
 
     def _template(self, tokenizer: Tokenizer, before: Any, after: Any) -> processors.TemplateProcessing:
@@ -340,7 +378,7 @@ def _convert_sentencepiece(checkpoint: Path, target: Path) -> Tokenizer:
         AutoTokenizer.from_pretrained(str(checkpoint), local_files_only=True).save_pretrained(str(target))
         return Tokenizer.from_file(str(target / TOKENIZER))
     except Exception as error:  # its many converters raise any type
-        reason = one_line(error)[:300]
+        reason = one_line(error)[:150]
         raise CheckpointError(
             f"{checkpoint}: transformers can't convert the sentencepiece tokenizer: {reason}"
         ) from error

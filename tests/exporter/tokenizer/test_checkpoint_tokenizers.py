@@ -266,6 +266,9 @@ PIECES = [
         {"clean_up_tokenization_spaces": True},
         {"do_lower_case": False, "clean_up_tokenization_spaces": True, "additional_special_tokens": ["[NEW]"]},
         {"tokenizer_class": "BertTokenizer", "do_lower_case": False, "init_inputs": [], "max_len": 1024},
+        {"tokenizer_class": "DistilBertTokenizer", "do_lower_case": False},
+        {"tokenizer_class": "ElectraTokenizerFast", "strip_accents": False},
+        {"tokenizer_class": "MobileBertTokenizer", "do_lower_case": True},
         {"tokenizer_class": "BertTokenizerFast", "bos_token": "[CLS]", "eos_token": "[SEP]", "pad_token": "<pad>"},
     ],
     ids=str,
@@ -282,6 +285,47 @@ def test_bert_s_word_pieces(form: str, settings: dict[str, Any] | None, judge: J
         judge.save(["pieces", settings], tmp_path)
         (tmp_path / "vocab.txt").unlink()
     judge.assert_agrees(["pieces", settings], tmp_path)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"tokenizer_class": "BertJapaneseTokenizer", "word_tokenizer_type": "mecab", "unk_token": "[UNK]"},
+        {"tokenizer_class": "RoFormerTokenizer"},
+        {"tokenizer_class": "GPT2Tokenizer"},
+    ],
+    ids=str,
+)
+def test_other_classes_with_word_pieces_are_refused(settings: dict[str, Any], tmp_path: Path) -> None:
+    """They cut words by rules of their own, such as MeCab's and jieba's."""
+    write(tmp_path, vocab_txt="\n".join(dict.fromkeys(PIECES)) + "\n", tokenizer_config_json=settings)
+    (tmp_path / "target").mkdir()
+    with pytest.raises(CheckpointError, match="doesn't tell how") as caught:
+        write_tokenizer(tmp_path, {"vocab_size": 50300}, tmp_path / "target")
+    assert settings["tokenizer_class"] in str(caught.value)
+    assert len(str(caught.value)) < 300
+    assert "\n" not in str(caught.value)
+
+
+PROTEINS = ["<cls>", "<pad>", "<eos>", "<unk>", *"LAGVSERTIDPKQNFYMHWCXBUZO.-", "<null_1>", "<mask>", "hello", "is"]
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"tokenizer_class": "EsmTokenizer"},
+        {
+            "tokenizer_class": "EsmTokenizer",
+            "cls_token": "<mask>",
+            "eos_token": "-",
+            "additional_special_tokens": ["<new>"],
+        },
+    ],
+    ids=str,
+)
+def test_esm_s_whole_tokens(settings: dict[str, Any], judge: Judge, tmp_path: Path) -> None:
+    write(tmp_path, vocab_txt="\n".join(PROTEINS) + "\n", tokenizer_config_json=settings)
+    judge.assert_agrees(["proteins", settings], tmp_path)
 
 
 def test_cleaned_text_grows_into_the_same_text(judge: Judge, tmp_path: Path) -> None:
