@@ -261,7 +261,9 @@ class Adapter:
         """Rows of an embedding that were trained alone."""
         rows = self.settings.get("trainable_token_indices")
         if isinstance(rows, dict):
-            rows = next((value for name, value in rows.items() if f"transformer.{module}".endswith(name)), None)
+            # A tied head has the embedding's.
+            names = [f"transformer.{module}", *([f"transformer.{_EMBEDDING}"] if module == _HEAD else [])]
+            rows = next((rows[key] for name in names for key in rows if name.endswith(key)), None)
         if not isinstance(rows, list) or not all(type(row) is int and 0 <= row < count for row in rows):
             raise CheckpointError(
                 f"{self.folder / ADAPTER_CONFIG}: trainable_token_indices are {shown(rows)}, not tokens of {module}"

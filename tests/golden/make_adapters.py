@@ -56,6 +56,7 @@ ADAPTERS: dict[str, Callable[[], PeftConfig]] = {
     "grown": lambda: lora(r=1, target_modules=["mlp.c_proj"]),
     "grown_lora": lambda: lora(target_modules=["wte"]),
     "grown_saved": lambda: lora(r=1, target_modules=["mlp.c_proj"], modules_to_save=["wte", "lm_head"]),
+    "grown_tokens": lambda: lora(r=1, target_modules=["mlp.c_proj"], trainable_token_indices={"wte": [21, 3]}),
     "tokens": lambda: lora(r=1, target_modules=["mlp.c_proj"], trainable_token_indices=[3, 18]),
     "untied_heads": lambda: lora(target_modules=["wte", "lm_head"]),
     "untied_ia3": lambda: IA3Config(task_type="CAUSAL_LM", target_modules=["lm_head"], feedforward_modules=[]),
@@ -80,6 +81,10 @@ def make(name: str) -> dict[str, np.ndarray]:
                 parameter.add_(0.3 * torch.randn_like(parameter))
     model.save_pretrained(name, safe_serialization=name != "dora")
     (Path(name) / "README.md").unlink()
+    # Sets have another order in each run.
+    config = json.loads((Path(name) / "adapter_config.json").read_text())
+    in_order = {key: sorted(value) if key.endswith("_modules") and value else value for key, value in config.items()}
+    (Path(name) / "adapter_config.json").write_text(json.dumps(in_order, indent=2) + "\n")
     before = load("untied" if name.startswith("untied") else "base").state_dict()
     after = PeftModel.from_pretrained(load(name), name).eval().merge_and_unload().state_dict()
     # A tied head is in the state, too.

@@ -5,6 +5,7 @@ test_formats.py has other programs' checkpoints.
 
 import json
 import shutil
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from safetensors.numpy import load_file, save_file
-from support.checkpoints import byte_tokenizer
+from support.checkpoints import MakeCheckpoint, byte_tokenizer
 from support.commands import CommandLine
 from support.fuzzing import damaged, ends_well, inputs
 from support.golden import FOLDER, Golden
@@ -95,6 +96,32 @@ def test_adapters_in_other_precisions(dtype: str, adapters: Path) -> None:
     for name, array in wanted(adapters, "lora").items():
         allowed = 2e-6 if dtype == "float64" else 2e-3
         assert np.abs(opened.tensor(name) - array).max() <= allowed * np.abs(array).max(), name
+
+
+def test_merging_keeps_no_weight_in_memory(make_checkpoint: MakeCheckpoint, tmp_path: Path) -> None:
+    base, (vocabulary, width) = make_checkpoint(vocab_size=20_000, n_embd=64, n_layer=4), (20_000, 64)
+    modules = {"wte": (vocabulary, width), **{f"h.{layer}.attn.c_attn": (width, 3 * width) for layer in range(4)}}
+    state: State = {}
+    random = np.random.default_rng(0)
+    for module, (rows, columns) in modules.items():
+        first, second = (
+            ("lora_embedding_A", "lora_embedding_B") if module == "wte" else ("lora_A.weight", "lora_B.weight")
+        )
+        place = f"base_model.model.transformer.{module}"
+        state[f"{place}.{first}"] = random.standard_normal((2, rows), np.float32)
+        state[f"{place}.{second}"] = random.standard_normal((columns, 2), np.float32)
+    (tmp_path / "adapter").mkdir()
+    save_file(state, tmp_path / "adapter" / "adapter_model.safetensors")
+    (tmp_path / "adapter" / CONFIG).write_text('{"peft_type": "LORA", "r": 2, "lora_alpha": 4}')
+    tracemalloc.start()
+    opened = Checkpoint.open(str(base), adapter=str(tmp_path / "adapter"))
+    for name in weight_shapes(opened.config, tied=opened.tied):
+        opened.tensor(name)
+    left, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    largest = 4 * vocabulary * width
+    assert left < largest / 5, f"{left} bytes are kept"
+    assert peak < 4 * largest, f"{peak} bytes for a weight of {largest}"
 
 
 def test_export_and_generate(adapters: Path, command_line: CommandLine, golden: Golden) -> None:
@@ -228,6 +255,7 @@ def test_tensors_that_do_not_fit(changes: dict[str, Any], expected: str, adapter
     ("tokens", {"trainable_token_indices": [3, 20]}, "trainable_token_indices are [3, 20], not tokens of wte"),
     ("tokens", {"trainable_token_indices": [3, -1]}, "not tokens of wte"),
     ("tokens", {"trainable_token_indices": [3]}, "has shape [2, 32], not [1, 32]"),
+    ("tokens", {"trainable_token_indices": {"wpe": [3, 18]}}, "not tokens of wte"),
     ("dora", {"base_model_name_or_path": 3}, "names none"),
 ])  # fmt: skip
 def test_settings_that_do_not_fit(name: str, settings: dict[str, Any], expected: str, adapters: Path) -> None:
