@@ -1,6 +1,6 @@
 """Adapters of peft are merged as peft merges them; golden/make_adapters.py had peft save and merge them.
 
-test_formats.py has other programs' checkpoints.
+test_fuzz_checkpoints.py has damaged ones.
 """
 
 import json
@@ -11,11 +11,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given
 from safetensors.numpy import load_file, save_file
 from support.checkpoints import MakeCheckpoint, byte_tokenizer
 from support.commands import CommandLine
-from support.fuzzing import damaged, ends_well, inputs
 from support.golden import FOLDER, Golden
 from support.weight_files import State, refused
 
@@ -267,24 +265,3 @@ def test_numbers_that_are_none_are_named(adapters: Path) -> None:
     change_tensors(adapters / "lora", attn__c_attn__lora_A__weight=np.full((4, 32), np.nan, np.float32))
     with pytest.raises(CheckpointError, match=r"h\.0\.attn\.c_attn\.weight"):
         Checkpoint.open("lora").tensor("h.0.attn.c_attn.weight")
-
-
-@pytest.mark.parametrize("file", ["adapter_model.safetensors", CONFIG])
-@pytest.mark.parametrize("name", ["lora", "ia3", "tokens", "grown_saved"])
-def test_damaged_adapters(name: str, file: str, adapters: Path) -> None:
-    path = adapters / name / file
-    content = path.read_bytes()
-
-    @inputs(few=40)
-    @given(damaged(content))
-    def check(broken: bytes) -> None:
-        path.write_bytes(broken)
-
-        def read() -> None:
-            opened = Checkpoint.open("base", adapter=name)
-            for weight in weight_shapes(opened.config, tied=opened.tied):
-                opened.tensor(weight)
-
-        ends_well(read)
-
-    check()

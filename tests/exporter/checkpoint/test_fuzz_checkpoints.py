@@ -11,6 +11,7 @@ import sys
 import textwrap
 import zipfile
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -21,9 +22,11 @@ from support.fuzzing import damaged, ends_well, inputs, odd_values, write_json
 from support.golden import FOLDER
 from support.weight_files import TINY
 
+from gpt2onnx.errors import CheckpointError
 from gpt2onnx.exporter.checkpoint.checkpoint import Checkpoint
 from gpt2onnx.exporter.checkpoint.formats import open_weights
 from gpt2onnx.exporter.checkpoint.torch_file import read_checkpoint_file
+from gpt2onnx.models.shapes import weight_shapes
 
 MEBIBYTE = 2**20
 # Importing what reads checkpoints takes some 250 MiB of addresses; what is left is for the file.
@@ -347,6 +350,52 @@ def test_configurations_that_cannot_be(
     config = json.loads((checkpoint / "config.json").read_text())
     write_json(folder / "config.json", config | changes)
     ends_well(lambda: gpt2onnx.export(folder, tmp_path_factory.getbasetemp() / "odd_bundle", force=True))
+
+
+# Adapters of peft
+
+
+ADAPTERS = FOLDER / "adapters"
+ADAPTER_OPTIONS = st.sampled_from(sorted(json.loads((ADAPTERS / "lora" / "adapter_config.json").read_text())))
+
+
+def merge(folder: Path) -> None:
+    """Opens a base with an adapter and reads its weights."""
+    opened = Checkpoint.open(str(ADAPTERS / "base"), adapter=str(folder))
+    for name in weight_shapes(opened.config, tied=opened.tied):
+        with suppress(CheckpointError):  # one that isn't finite
+            opened.tensor(name)
+
+
+@pytest.mark.parametrize("file", ["adapter_model.safetensors", "adapter_config.json"])
+@pytest.mark.parametrize("name", ["lora", "ia3", "tokens", "grown_saved"])
+def test_damaged_adapters(name: str, file: str, tmp_path: Path) -> None:
+    folder = shutil.copytree(ADAPTERS / name, tmp_path / name)
+
+    @inputs(few=40)
+    @given(damaged((ADAPTERS / name / file).read_bytes()))
+    def check(content: bytes) -> None:
+        (folder / file).write_bytes(content)
+        ends_well(lambda: merge(folder))
+
+    check()
+
+
+@pytest.mark.parametrize("name", ["lora", "dora_head", "tokens"])
+def test_adapters_with_odd_options(name: str, tmp_path: Path) -> None:
+    folder = shutil.copytree(ADAPTERS / name, tmp_path / name)
+    config = json.loads((folder / "adapter_config.json").read_text())
+
+    @inputs(few=60)
+    @given(st.dictionaries(ADAPTER_OPTIONS, odd_values, min_size=1, max_size=3), st.dictionaries(st.text(), odd_values))
+    @example({}, {"(.*a){4}b": 1, "(?i)x": 2, "a{99999999999}": 3})
+    @example({}, {"(" * 5000 + ")" * 5000: 1})
+    @example({}, {"[[a]": 1, "h.0": 10**400})
+    def check(changes: dict[str, object], patterns: dict[str, object]) -> None:
+        write_json(folder / "adapter_config.json", config | {"alpha_pattern": patterns} | changes)
+        ends_well(lambda: merge(folder))
+
+    check()
 
 
 # Made when they are needed: they are large.
