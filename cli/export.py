@@ -141,6 +141,8 @@ def command(
             click.echo(_quality_table(made.manifest.quality))
         if made.manifest.parity is not None and not quiet:
             click.echo(parity_report.table(made.manifest.parity))
+    if made.manifest.parity is not None:
+        parity_report.check_passed(made.manifest.parity)
 
 
 def _quality_table(quality: dict[str, Any]) -> str:

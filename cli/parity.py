@@ -23,9 +23,7 @@ from . import console
 )
 @click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
 @console.verbosity
-@click.pass_context
 def command(
-    ctx: click.Context,
     bundle: Path,
     source: str,
     revision: str | None,
@@ -52,7 +50,14 @@ def command(
         console.print_json(report, indent=2)
     elif not quiet:
         click.echo(table(report))
-    ctx.exit(0 if report["passed"] else 1)
+    check_passed(report)
+
+
+def check_passed(report: dict[str, Any]) -> None:
+    """Ends the command with exit code 1, and names the checks, if one has failed."""
+    if not report["passed"]:
+        failed = [name for name, part in report.items() if isinstance(part, dict) and part.get("passed") is False]
+        raise click.ClickException(f"parity with {report['reference']} failed: {', '.join(failed)}")
 
 
 def table(report: dict[str, Any]) -> str:

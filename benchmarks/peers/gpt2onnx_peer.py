@@ -25,7 +25,7 @@ class Driver:
             "do_sample": task.sampling is not None,
             **(task.sampling or {}),
         }
-        options = self.model.options(options)
+        options = self.model.generation_config.merged(options)
         requests = [Request(prompt, options, id=i) for i, prompt in enumerate(task.prompts)]
         rows = [[] for _ in requests]
         for request, result in self.model.complete(requests, batch_size=len(requests)):

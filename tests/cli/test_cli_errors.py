@@ -362,8 +362,10 @@ def test_a_working_folder_that_was_deleted(place: Path, command_line: CommandLin
 def test_packages_that_do_not_fit_into_memory(most: int, tales_bundle: Path) -> None:
     command = f"ulimit -v {most}000; exec {sys.executable} -m gpt2onnx verify {tales_bundle}"
     done = subprocess.run(["sh", "-c", command], capture_output=True, text=True, timeout=120, check=False)
-    assert_one_line(Finished(done.returncode, done.stdout, done.stderr), 1, "enough memory")
-    assert "pip install" not in done.stderr
+    assert (done.returncode, done.stdout) == (1, "")
+    # Before ours, ONNX Runtime may print a line of its own.
+    assert "enough memory" in done.stderr.splitlines()[-1]
+    assert not any(words in done.stderr for words in ("pip install", "Traceback"))
 
 
 @posix

@@ -280,6 +280,8 @@ def test_changed_weight_is_found(make_checkpoint: MakeCheckpoint, tmp_path: Path
     right = command_line("parity", tmp_path / "bundle", folder, "--json")
     assert right.code == 0, right.out + right.err
     wrong = command_line("parity", tmp_path / "bundle", changed, "--json")
+    assert wrong.err.startswith("gpt2onnx: parity with transformers")
+    assert wrong.err.count("\n") == 1
     assert wrong.code == 1
     report = json.loads(wrong.out)
     assert not report["whole"]["passed"]
