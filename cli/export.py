@@ -99,7 +99,7 @@ def command(
 
     SOURCE is the embedded model `tales`, a checkpoint folder or file, a Hugging Face id, or an adapter of
     peft, whose configuration names its base. A bundle that fails the comparison with PyTorch is kept; its
-    manifest says so.
+    manifest says so, and the exit code is 1.
 
     \b
     Examples:
