@@ -99,9 +99,9 @@ def command(
         raise click.UsageError(f"unexpected argument {more_names[0]!r}: the model is named by -m")
     if ssl_keyfile is not None and ssl_certfile is None:
         raise click.UsageError("--ssl-keyfile goes with --ssl-certfile")
-    from ..serving import server
     from ..serving.chat_template import ChatTemplate
-    from ..serving.guard import Admission, is_loopback
+    from ..serving.http import server
+    from ..serving.http.guard import Admission, is_loopback
     from ..serving.service import Limits
 
     keys = [] if api_key_file is None else server.read_keys(api_key_file)

@@ -18,7 +18,6 @@ from ..models.bundle import GENERATION_CONFIG, TOKENIZER, Bundle
 from ..models.config import read_json
 from ..models.messages import shown
 from .arrays import Tokens
-from .decoding.extensions import Extensions
 from .decoding.logprobs import PromptLogprobs
 from .decoding.start import start
 from .decoding.strategy import Strategy
@@ -27,6 +26,7 @@ from .engine import second_graph
 from .engine.drafting import Drafting
 from .engine.runner import Runner
 from .engine.scheduler import Scheduler
+from .extensions import Extensions
 from .generation import Generation
 from .options import GenerationConfig
 from .requests import GenerateOptions, Outcome, Prompt, Request, Result, Score, StreamOptions, split_seeds
@@ -100,7 +100,7 @@ class Model:
             options: those of `GenerationConfig`; one that isn't given is the bundle's own, None switches one off. A sampling
                 option without `do_sample` turns sampling on. Besides:
                 generation_config: options in place of the bundle's own.
-                logits_processor, stopping_criteria, prefix_allowed_tokens_fn: see `runtime.decoding.extensions`.
+                logits_processor, stopping_criteria, prefix_allowed_tokens_fn: see `runtime.extensions`.
                 seed: one for all prompts, with which equal prompts give equal continuations; or a list with one for each.
                 batch_size: prompts that are decoded together, 8 by default. In fp32 no result depends on it; kernels of lower
                 precision round one row in another way than several, which may decide a near tie.

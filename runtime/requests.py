@@ -10,8 +10,8 @@ from typing import Any, Literal, TypedDict
 
 from gpt2onnx.errors import Gpt2OnnxError, OptionError
 
-from .decoding.extensions import Extensions, LogitsProcessor, PrefixAllowedTokens, StoppingCriterion
 from .decoding.logprobs import TokenLogprobs
+from .extensions import Extensions, LogitsProcessor, PrefixAllowedTokens, StoppingCriterion
 from .jsontext import finite
 from .options import GenerationConfig
 

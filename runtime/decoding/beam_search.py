@@ -6,8 +6,8 @@ import numpy as np
 import numpy.typing as npt
 
 from ..arrays import Logits, Tokens
+from ..extensions import Extensions
 from ..options import GenerationConfig
-from .extensions import Extensions
 from .filters import warp
 from .logprobs import TokenLogprobs, scored_token
 from .strategy import Continuation, Decoding, Stop

@@ -6,8 +6,8 @@ Source: Su et al. 2022, "A Contrastive Framework for Neural Text Generation".
 import numpy as np
 
 from ..arrays import Float32Array, Logits, Tokens
+from ..extensions import Extensions
 from ..options import GenerationConfig
-from .extensions import Extensions
 from .logprobs import token_logprobs
 from .strategy import Continuation, Decoding, Stop
 from .torch_random import log_softmax

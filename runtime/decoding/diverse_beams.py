@@ -8,9 +8,9 @@ import numpy as np
 from gpt2onnx.errors import OptionError
 
 from ..arrays import Logits, Tokens
+from ..extensions import Extensions
 from ..options import GenerationConfig
 from .beam_search import NEVER
-from .extensions import Extensions
 from .logprobs import TokenLogprobs, scored_token
 from .strategy import Continuation, Decoding, Stop
 from .torch_random import log_softmax

@@ -5,8 +5,8 @@ from copy import copy
 import numpy as np
 
 from ..arrays import Logits, Tokens
+from ..extensions import Extensions
 from ..options import GenerationConfig
-from .extensions import Extensions
 from .filters import warp
 from .logprobs import token_logprobs
 from .prompt_lookup import PromptLookup

@@ -1,11 +1,11 @@
 """The strategy that generation options ask for."""
 
 from ..arrays import Tokens
+from ..extensions import Extensions
 from ..options import GenerationConfig
 from .beam_search import BeamSearch
 from .contrastive_search import ContrastiveSearch
 from .diverse_beams import DiverseBeams
-from .extensions import Extensions
 from .guidance import Guided
 from .sampling import Sampling
 from .strategy import Stop, Strategy

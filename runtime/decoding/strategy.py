@@ -13,8 +13,8 @@ from typing import Protocol
 import numpy as np
 
 from ..arrays import Logits, Tokens
+from ..extensions import Extensions
 from ..options import GenerationConfig
-from .extensions import Extensions
 from .filters import warpers
 from .logprobs import TokenLogprobs
 from .processors import guided, process, processors, renormalize

@@ -356,7 +356,7 @@ def test_a_port_is_taken_over_only_where_that_is_safe(
 ) -> None:
     """SO_REUSEADDR: POSIX lets a restarted server listen at once, Windows would let two servers have one port."""
     pytest.importorskip("uvicorn")
-    from gpt2onnx.serving.server import listen
+    from gpt2onnx.serving.http.server import listen
 
     options = []
 

@@ -20,7 +20,7 @@ from support.serving import Running, serving
 from support.systems import posix
 
 import gpt2onnx
-from gpt2onnx.serving.guard import Admission
+from gpt2onnx.serving.http.guard import Admission
 
 JSON = {"content-type": "application/json"}
 

@@ -15,7 +15,7 @@ from support.checkpoints import MakeCheckpoint
 from support.serving import Running, serving
 
 import gpt2onnx
-from gpt2onnx.serving.guard import Admission
+from gpt2onnx.serving.http.guard import Admission
 
 sync_api = pytest.importorskip("playwright.sync_api", reason="playwright (extra test) isn't installed")
 axe_playwright = pytest.importorskip("axe_playwright_python.sync_playwright")

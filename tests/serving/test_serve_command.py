@@ -13,8 +13,8 @@ import httpx
 import pytest
 from support.commands import CommandLine
 
-from gpt2onnx.serving import server as serving_server
-from gpt2onnx.serving.guard import Admission
+from gpt2onnx.serving.http import server as serving_server
+from gpt2onnx.serving.http.guard import Admission
 from gpt2onnx.serving.service import Limits
 
 

@@ -22,8 +22,8 @@ from support.serving import ControlledModel, Running, serving
 
 import gpt2onnx
 from gpt2onnx.errors import BackendError, OptionError
-from gpt2onnx.serving import server as serving_server
-from gpt2onnx.serving.guard import Admission, is_loopback
+from gpt2onnx.serving.http import server as serving_server
+from gpt2onnx.serving.http.guard import Admission, is_loopback
 from gpt2onnx.serving.service import Limits
 
 LONG: dict[str, Any] = {"max_tokens": 500, "eos_token_id": -1, "temperature": 0}

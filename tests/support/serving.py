@@ -11,7 +11,7 @@ from typing import Any
 import httpx
 
 import gpt2onnx
-from gpt2onnx.serving.server import Server, Settings, listen, make_server
+from gpt2onnx.serving.http.server import Server, Settings, listen, make_server
 from support.commands import wait_until
 
 

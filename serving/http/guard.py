@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from ..models.messages import shown
-from .metrics import Metrics
-from .responses import CLIENT_LEFT, ApiError
+from ...models.messages import shown
+from ..metrics import Metrics
+from ..responses import CLIENT_LEFT, ApiError
 
 # The page loads its own files only, and no inline scripts or styles.
 _HEADERS = {

@@ -13,15 +13,13 @@ from fastapi.responses import FileResponse
 from fastapi.security import HTTPBearer
 from starlette.exceptions import HTTPException
 
-from ..models.messages import shown
-from . import reference
-from .call import Call
-from .chat import prepare_chat
-from .completions import check_model, prepare, tokens_of
-from .engine import QueueFullError, UnavailableError
-from .guard import Admission, Guard
-from .metrics import Metrics
-from .protocol import (
+from ...models.messages import shown
+from ..call import Call
+from ..chat import prepare_chat
+from ..completions import check_model, prepare, tokens_of
+from ..engine import QueueFullError, UnavailableError
+from ..metrics import Metrics
+from ..protocol import (
     ChatCompletion,
     ChatRequest,
     Completion,
@@ -36,12 +34,14 @@ from .protocol import (
     TokenizeRequest,
     Tokens,
 )
-from .responses import ApiError, JsonResponse
-from .service import Service
+from ..responses import ApiError, JsonResponse
+from ..service import Service
+from . import reference
+from .guard import Admission, Guard
 from .stream import EventStream, whole
 
 _LONGEST_NAME = 80  # letters of an unknown field that an error names
-_PAGE = Path(__file__).parent / "page"
+_PAGE = Path(__file__).parents[1] / "page"
 
 _ERRORS = {
     400: "The request is wrong, or doesn't fit into the context window.",

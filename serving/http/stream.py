@@ -8,9 +8,9 @@ from starlette.requests import Request
 from starlette.responses import StreamingResponse
 from starlette.types import Receive, Scope, Send
 
-from .call import Call
-from .metrics import Metrics
-from .responses import CLIENT_LEFT, ApiError, JsonResponse, to_json
+from ..call import Call
+from ..metrics import Metrics
+from ..responses import CLIENT_LEFT, ApiError, JsonResponse, to_json
 
 # Proxies cut connections that are silent for a minute or so.
 _COMMENT_SECONDS = 15.0

@@ -22,14 +22,14 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from gpt2onnx.errors import OptionError
 
-from ..models import limits
-from ..runtime.model import Model
+from ...models import limits
+from ...runtime.model import Model
+from ..chat_template import ChatTemplate
+from ..engine import Engine
+from ..metrics import Metrics
+from ..service import Limits, Service
 from .app import make_app
-from .chat_template import ChatTemplate
-from .engine import Engine
 from .guard import Admission
-from .metrics import Metrics
-from .service import Limits, Service
 
 _log = logging.getLogger(__name__)
 _TICK_SECONDS = 0.02  # between two looks whether the last request is done

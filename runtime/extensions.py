@@ -13,7 +13,7 @@ import numpy.typing as npt
 
 from gpt2onnx.errors import OptionError
 
-from ..arrays import Logits, Tokens
+from .arrays import Logits, Tokens
 
 # (input_ids int64 [rows, length], scores float32 [rows, vocab]) -> scores float32 [rows, vocab]
 LogitsProcessor = Callable[[Tokens, Logits], Logits]

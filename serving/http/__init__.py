@@ -1,0 +1,1 @@
+"""The server itself: connections, who is let in, routes, streams of events."""
