@@ -69,7 +69,7 @@ def test_batches_and_drafts_on_a_device(
     requests = [
         Request(
             TEXTS[index % 3],
-            tales_model.options(
+            tales_model.generation_config.merged(
                 {"max_new_tokens": 5 + 6 * (index % 4)} | [*STRATEGIES, {"prompt_lookup": 4}][index % 5]
             ),
             index,
