@@ -29,15 +29,6 @@ OTHERS: list[dict[str, Any]] = [
 ]
 
 
-@pytest.fixture(scope="module")
-def pair(
-    make_checkpoint: MakeCheckpoint, reference_of: type[Reference], tmp_path_factory: pytest.TempPathFactory
-) -> tuple[gpt2onnx.Model, Reference]:
-    folder = make_checkpoint(vocab_size=97, weights_seed=6)
-    bundle = gpt2onnx.export(folder, tmp_path_factory.mktemp("bundle") / "fp32").folder
-    return gpt2onnx.load(bundle, threads=1), reference_of(folder)
-
-
 def assert_as_transformers(
     model: gpt2onnx.Model, reference: Reference, prompt: list[int], options: dict[str, Any]
 ) -> None:

@@ -4,7 +4,6 @@ from itertools import pairwise
 from typing import Any
 
 import pytest
-from support.checkpoints import MakeCheckpoint
 from support.reference import Reference
 from support.tokens import assert_same_tokens
 
@@ -25,15 +24,6 @@ OTHERS: list[dict[str, Any]] = [
     {"repetition_penalty": 1.4, "min_new_tokens": 5},
     {"no_repeat_ngram_size": 2, "sequence_bias": [[[3], 2.5], [[9, 9], -4.0]], "renormalize_logits": True},
 ]
-
-
-@pytest.fixture(scope="module")
-def pair(
-    make_checkpoint: MakeCheckpoint, reference_of: type[Reference], tmp_path_factory: pytest.TempPathFactory
-) -> tuple[gpt2onnx.Model, Reference]:
-    folder = make_checkpoint(vocab_size=97, weights_seed=6)
-    bundle = gpt2onnx.export(folder, tmp_path_factory.mktemp("bundle") / "fp32").folder
-    return gpt2onnx.load(bundle, threads=1), reference_of(folder)
 
 
 def assert_as_transformers(

@@ -4,7 +4,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support.checkpoints import MakeCheckpoint
 from support.commands import CommandLine
 from support.reference import Reference
 from support.tokens import assert_same_tokens
@@ -23,15 +22,6 @@ STRATEGIES: list[dict[str, Any]] = [
     {"num_beams": 3, "num_return_sequences": 2},
     {"num_beams": 4, "do_sample": True, "seed": 1, "eos_token_id": [4, 50]},
 ]
-
-
-@pytest.fixture(scope="module")
-def pair(
-    make_checkpoint: MakeCheckpoint, reference_of: type[Reference], tmp_path_factory: pytest.TempPathFactory
-) -> tuple[gpt2onnx.Model, Reference]:
-    folder = make_checkpoint(vocab_size=97, weights_seed=6)
-    bundle = gpt2onnx.export(folder, tmp_path_factory.mktemp("bundle") / "fp32").folder
-    return gpt2onnx.load(bundle, threads=1), reference_of(folder)
 
 
 def assert_as_transformers(
