@@ -332,7 +332,6 @@ def test_damaged_bundles(damage: str, place: Path, command_line: CommandLine, ma
     [
         (["generate", "-m", "BUNDLE", "--file", "/dev/zero"], "too many for a text"),
         (["eval", "-m", "BUNDLE", "/dev/zero"], "too many for a text"),
-        (["serve", "-m", "BUNDLE", "--api-key-file", "/dev/zero"], "is it another file?"),
         (["sweep", "/dev/zero", "-m", "BUNDLE", "--out", "sweep"], "too many for a text"),
     ],
 )

@@ -70,6 +70,9 @@ def test_keys(model: gpt2onnx.Model, tmp_path: Path, caplog: pytest.LogCaptureFi
         assert serving_server.read_keys(file) == [b"first-key", b"second-key"]
     assert ("other users can read" in caplog.text) == (sys.platform != "win32")
     caplog.clear()
+    (tmp_path / "large").write_bytes(bytes(2**20 + 1))
+    with pytest.raises(OptionError, match="is it another file"):
+        serving_server.read_keys(tmp_path / "large")
     file.chmod(0o600)
     keys = serving_server.read_keys(file)
     assert caplog.text == ""
