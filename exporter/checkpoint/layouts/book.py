@@ -130,7 +130,7 @@ def _without_lora(tensors: Tensors, alpha: object) -> dict[str, StoredArray]:
         arrays[f"{module}.weight"] = MergedArray(base.path, base.name, base.shape, Weight((base,)), change, base.dtype)
     for rank in sorted(ranks):
         _log.warning(
-            "%s: LoRA layers are merged with the factor alpha / rank = %s / %d, as the book's repository has it; in print it is alpha",
+            "%s: LoRA layers are merged with the factor alpha / rank = %s / %d, as the book's repository has it; an earlier version of it multiplied by alpha alone",
             tensors.path, alpha, rank
         )  # fmt: skip
     return arrays
