@@ -95,11 +95,12 @@ def make_app(service: Service, metrics: Metrics, admission: Admission) -> Guard:
 
 def _add_completions(app: FastAPI, service: Service, metrics: Metrics, key: list[Any]) -> None:
     success = {"description": "The completions; with stream, events.", "content": {"text/event-stream": {}}}
+    responses = _errors(400, 401, 403, 404, 408, 413, 415, 429, 500, 503, 504) | {200: success}
 
     @app.post(
         "/v1/completions",
         response_model=Completion,
-        responses=_errors(400, 401, 403, 404, 408, 413, 415, 429, 500, 503, 504) | {200: success},
+        responses=responses,
         summary="Continue prompts",
         dependencies=key,
     )
@@ -109,7 +110,7 @@ def _add_completions(app: FastAPI, service: Service, metrics: Metrics, key: list
     @app.post(
         "/v1/chat/completions",
         response_model=ChatCompletion,
-        responses=_errors(400, 401, 403, 404, 408, 413, 415, 429, 500, 503, 504) | {200: success},
+        responses=responses,
         summary="Answer in a conversation",
         dependencies=key,
     )

@@ -11,7 +11,6 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import httpx
 import pytest
@@ -23,11 +22,6 @@ import gpt2onnx
 from gpt2onnx.serving.http.guard import Admission
 
 JSON = {"content-type": "application/json"}
-
-
-@pytest.fixture(scope="module")
-def model(tales_bundle: Any) -> gpt2onnx.Model:
-    return gpt2onnx.load(tales_bundle, threads=1)
 
 
 @pytest.fixture(scope="module")

@@ -20,11 +20,6 @@ PROMPT = "Once upon a time"
 
 
 @pytest.fixture(scope="module")
-def model(tales_bundle: Any) -> gpt2onnx.Model:
-    return gpt2onnx.load(tales_bundle, threads=1)
-
-
-@pytest.fixture(scope="module")
 def server(model: gpt2onnx.Model) -> Iterator[Running]:
     with serving(model, max_batch=6) as running:
         yield running

@@ -30,11 +30,6 @@ LONG: dict[str, Any] = {"max_tokens": 500, "eos_token_id": -1, "temperature": 0}
 HEAD = b"POST /v1/completions HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\n"
 
 
-@pytest.fixture(scope="module")
-def model(tales_bundle: Path) -> gpt2onnx.Model:
-    return gpt2onnx.load(tales_bundle, threads=1)
-
-
 @pytest.fixture
 def slow_model(model: gpt2onnx.Model) -> ControlledModel:
     return ControlledModel(model, delay=0.01)
