@@ -5,9 +5,9 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from ..models.tables import aligned, table
 from . import console
 from .model_options import device_options, load, model_option
-from .tables import aligned, table
 
 if TYPE_CHECKING:
     from ..experiments.benchmark import Benchmark, Spread

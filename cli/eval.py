@@ -5,10 +5,10 @@ from typing import Literal
 
 import click
 
+from ..models.tables import table
 from . import console
 from .model_options import device_options, load, model_option
 from .prompt_options import encoding_option, file_text
-from .tables import table
 
 
 @click.command("eval")

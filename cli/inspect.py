@@ -5,9 +5,9 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from ..models.tables import aligned, table
 from . import console
 from . import parity as parity_report
-from .tables import aligned, table
 
 if TYPE_CHECKING:
     from ..models.bundle import Bundle, Manifest
@@ -32,7 +32,7 @@ def command(model: str, as_json: bool, quiet: bool) -> None:
     from gpt2onnx.loading import look_up
 
     from ..models.bundle import Bundle
-    from ..models.inspection import layers
+    from ..models.inspection import layers, summary
     from ..models.precision import DTYPES, memory
 
     found = look_up(model)
@@ -58,7 +58,7 @@ def command(model: str, as_json: bool, quiet: bool) -> None:
         [dtype, _bytes(each.weights), _bytes(each.cache_per_token), _bytes(each.cache_full)]
         for dtype, each in memories.items()
     ]
-    blocks = [] if quiet else [_summary(model, config)]
+    blocks = [] if quiet else [f"{model}: {summary(config)}"]
     blocks += [
         _tree(network, config),
         table(["memory", "weights", "KV cache a token", f"KV cache of {positions:,}"], rows),
@@ -67,38 +67,9 @@ def command(model: str, as_json: bool, quiet: bool) -> None:
     click.echo("\n\n".join(blocks))
 
 
-def _summary(model: str, config: "GPT2Config") -> str:
-    return (
-        f"{model}: GPT-2, {config.n_layer} layers, {config.n_head} heads of {config.head_size}, {config.n_embd} wide,"
-        f" {config.n_positions:,} positions, vocabulary of {config.vocab_size:,}, {config.activation_function}"
-    )
-
-
 def _tree(network: "Layer", config: "GPT2Config") -> str:
-    """Tree of the layers, one a line. Blocks after the first share its shapes and make one line."""
-    rows: list[list[str]] = []
-
-    def add(layer: "Layer", depth: int) -> None:
-        shapes = [_shape(layer.weights[name]) if name in layer.weights else "" for name in ("weight", "bias")]
-        if layer.tied_to is not None:
-            shapes[0] = layer.tied_to
-        rows.append(["  " * depth + layer.name, *shapes, f"{layer.parameters:,}"])
-        for inner in layer.layers:
-            add(inner, depth + 1)
-
-    blocks = [layer for layer in network.layers if layer.name.startswith("h.")]
-    for layer in network.layers:
-        if layer in blocks[1:]:
-            continue
-        add(layer, 0)
-        if layer is blocks[0] and len(blocks) > 1:
-            others = blocks[1].name if len(blocks) == 2 else f"{blocks[1].name} to {blocks[-1].name}"
-            rows.append([others, "each as h.0", "", f"{sum(block.parameters for block in blocks[1:]):,}"])
-    rows.append(["total", "", "", f"{network.parameters:,}"])
-    tree = table(["layer", "weight", "bias", "parameters"], rows, left=3)
-    if config.tie_word_embeddings:
-        tree += "\nThe head is tied: it multiplies by wte.weight, which is stored and counted once."
-    return tree
+    tied = "\nThe head is tied: it multiplies by wte.weight, which is stored and counted once."
+    return repr(network) + tied * config.tie_word_embeddings
 
 
 def _bundle(bundle: "Bundle") -> list[str]:
@@ -139,10 +110,6 @@ def _quality(quality: dict[str, Any]) -> str:
         f"quality against fp32, over {quality['tokens']:,} tokens of {quality['text']}: KL {quality['kl']:.2e} nats,"
         f" perplexity {quality['perplexity']:.4f} (fp32 {quality['reference_perplexity']:.4f})"
     )
-
-
-def _shape(shape: tuple[int, ...]) -> str:
-    return " x ".join(map(str, shape))
 
 
 def _bytes(size: int) -> str:

@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from ..models.tables import table
 from ..runtime.options import SAMPLING_OPTIONS
 from . import console, prompt_options
 from .generation_options import generation_options, token_ids
 from .model_options import device_options, load, model_option
-from .tables import table
 
 if TYPE_CHECKING:
     from ..experiments.next_token import Choice, Stage

@@ -1,19 +1,16 @@
 """gpt2onnx sweep"""
 
-import importlib.util
 from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 import click
 
-from gpt2onnx.errors import OutputError
-
+from ..models.tables import table
 from ..runtime.text_input import UTF_8
 from . import console, energy_options
 from .model_options import device_options, load, model_option
 from .prompt_options import argument
-from .tables import table
 
 
 @click.command("sweep")
@@ -65,51 +62,32 @@ def command(
     if energy is False and (country is not None or energy_seconds is not None):
         raise click.UsageError("--country and --energy-seconds exclude --no-energy")
 
-    from ..experiments import grid, report, sweep
+    from ..experiments import sweep
 
-    report.check()
-    results = folder / sweep.RESULTS
-    if results.exists() and not (resume or force):
-        raise OutputError(f"{results} exists: --resume continues it, --force replaces it")
-    wanted = energy or country is not None or energy_seconds is not None
-    tracker = None
-    if wanted or (energy is None and _has_codecarbon()):
-        from ..experiments.energy.tracker import EnergyTracker
-
-        tracker = EnergyTracker(**energy_options.settings(country, energy_seconds))
-    elif energy is None and not quiet:
+    if energy is None and country is None and energy_seconds is None and not quiet and not sweep.has_codecarbon():
         click.echo("energy isn't measured: it needs pip install 'gpt2onnx[energy]'", err=True)
     loaded = load(model, device, threads, wide_after=0)
-    prompts = tuple(argument(prompt, UTF_8) for prompt in prompts)
-    tried = grid.load(grid_file, loaded.generation_config, {"seed": seed, "max_new_tokens": max_new_tokens})
-    if not (prompts or tried.prompts):
-        raise click.UsageError("give --prompt, at least once")
-    plan = sweep.Sweep(loaded, prompts or tried.prompts, tried.strategies)
-
-    records: list[dict[str, Any]] = []
-    try:
-        with console.progress_bar(folder.name, "runs", quiet=quiet) as progress:
-            for record in sweep.run(plan, folder, tracker, resume=resume):
-                records.append(record)
-                if progress is not None:
-                    progress(len(records), len(plan))
-    finally:
-        # Also after Ctrl-C, for the finished runs.
-        if records:
-            sweep.write_files(records, folder)
+    with console.progress_bar(folder.name, "runs", quiet=quiet) as progress:
+        runs = sweep.sweep(
+            loaded,
+            [argument(prompt, UTF_8) for prompt in prompts],
+            grid=grid_file,
+            out=folder,
+            seed=seed,
+            max_new_tokens=max_new_tokens,
+            resume=resume,
+            force=force,
+            energy=energy,
+            country=country,
+            energy_seconds=energy_seconds,
+            progress=progress,
+        )
     if as_json:
-        console.print_json([sweep.summary(record) for record in records], indent=2)
+        console.print_json(runs.rows(), indent=2)
         return
-    click.echo(_tables([sweep.summary(record) for record in records]))
+    click.echo(_tables(runs.rows()))
     if not quiet:
-        click.echo(f"{folder / sweep.REPORT}: {len(records)} runs", err=True)
-
-
-def _has_codecarbon() -> bool:
-    try:
-        return importlib.util.find_spec("codecarbon") is not None
-    except ImportError:
-        return False
+        click.echo(f"{runs.report}: {len(runs)} runs", err=True)
 
 
 def _tables(rows: list[dict[str, Any]]) -> str:

@@ -2,9 +2,9 @@
 
 import click
 
+from ..models.tables import table
 from . import console, prompt_options
 from .model_options import model_option
-from .tables import table
 
 
 @click.command("tokens", cls=prompt_options.PromptCommand)

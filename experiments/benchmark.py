@@ -19,14 +19,13 @@ from gpt2onnx.errors import Gpt2OnnxError, OptionError
 
 from ..models.bundle import WEIGHTS, Bundle
 from ..models.precision import memory
+from ..runtime.host.progress import Progress
 from ..runtime.model import Model
 from ..runtime.options import GenerationConfig
 from ..runtime.ort import devices
 from ..runtime.requests import Prompt, Request
 from . import machine
 
-# Called with the runs made so far and in all.
-Progress = Callable[[int, int], None]
 Clock = Callable[[], float]
 
 

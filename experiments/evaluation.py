@@ -9,17 +9,16 @@ within it: a context of max_length - 1 here.
 """
 
 import math
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 from gpt2onnx.errors import OptionError, PromptError
 
+from ..runtime.host import progress as progress_bars
+from ..runtime.host.progress import Progress
 from ..runtime.model import Model
 
 DropLast = Literal["none", "train", "all"]
-# Called with the tokens predicted so far and in all.
-Progress = Callable[[int, int], None]
 
 
 @dataclass(frozen=True)
@@ -100,6 +99,10 @@ class Evaluation:
     drop_last: DropLast
     parts: dict[str, Loss]
 
+    def rows(self) -> list[dict[str, Any]]:
+        """A flat row for each part."""
+        return [{"part": name, **loss.to_dict()} for name, loss in self.parts.items()]
+
     def to_dict(self) -> dict[str, Any]:
         """As JSON holds it."""
         return asdict(self) | {"parts": {name: loss.to_dict() for name, loss in self.parts.items()}}
@@ -130,7 +133,7 @@ def evaluate(
             Each part is tokenized by itself.
         keep_short: whether a last window of fewer than `context` tokens counts.
         drop_last: parts without a last batch of fewer than `batch_size` windows: "none", "train" or "all".
-        progress: called after each window.
+        progress: called with the tokens predicted and all to predict after each window; a notebook shows a bar by default.
 
     Raises:
         OptionError: an option is out of range, or leaves nothing to predict.
@@ -157,6 +160,7 @@ def evaluate(
         for name, part in texts.items()
     }
     total = sum(plan.predicted for plan in plans.values())
+    progress = progress_bars.shown(progress, "Evaluating", "tokens")
     done = 0
     parts: dict[str, Loss] = {}
     for name, plan in plans.items():

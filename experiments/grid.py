@@ -13,13 +13,14 @@ top_p = [0.95, 0.5]                 # lists multiply: two values and two seeds m
 """
 
 import math
+import os
 import tomllib
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 from gpt2onnx.errors import OptionError, PromptError
 
@@ -27,6 +28,9 @@ from ..runtime.options import BY_NAME, SAMPLING_OPTIONS, GenerationConfig, sampl
 from ..runtime.text_input import read
 
 MOST_RUNS = 1000
+# A grid in Python: the content of a file, one strategy's options, or several of those with names.
+Table: TypeAlias = Mapping[str, Any]
+Source: TypeAlias = str | os.PathLike[str] | Table | Sequence[Table] | None
 _REFUSED = ("logprobs",)  # a sweep doesn't keep them
 
 
@@ -58,11 +62,12 @@ def built_in() -> str:
     return Path(__file__).with_name("notebooks.toml").read_text(encoding="utf-8")
 
 
-def load(path: Path | None, base: GenerationConfig, overrides: Mapping[str, Any] | None = None) -> Grid:
+def load(source: Source, base: GenerationConfig, overrides: Mapping[str, Any] | None = None) -> Grid:
     """Reads a grid.
 
     Args:
-        path: a TOML file; None for the built-in grid.
+        source: path of a TOML file, or its content as Python has it; the options of one strategy, or of several, each
+            with a "name"; None for the built-in grid.
         base: generation options that the grid doesn't set.
         overrides: generation options that replace those under [options].
 
@@ -70,9 +75,11 @@ def load(path: Path | None, base: GenerationConfig, overrides: Mapping[str, Any]
         OptionError: the file can't be read or isn't TOML; an option is unknown, of a wrong type, out of range or
             contradicts another; or there are too many runs.
     """
-    name = "the built-in grid" if path is None else str(path)
+    name = "the built-in grid" if source is None else "the grid"
+    if isinstance(source, str | os.PathLike):
+        name = os.fspath(source)
     try:
-        content = tomllib.loads(built_in() if path is None else read(path, name))
+        content = _content(source, name)
     except PromptError as error:
         raise OptionError(str(error)) from error
     except tomllib.TOMLDecodeError as error:
@@ -81,6 +88,22 @@ def load(path: Path | None, base: GenerationConfig, overrides: Mapping[str, Any]
         return _grid(content, base, {key: value for key, value in (overrides or {}).items() if value is not None})
     except OptionError as error:
         raise OptionError(f"{name}: {error}") from error
+
+
+def _content(source: Source, name: str) -> Table:
+    if source is None:
+        return tomllib.loads(built_in())
+    if isinstance(source, str | os.PathLike):
+        return tomllib.loads(read(Path(source), name))
+    if isinstance(source, Mapping) and "strategy" in source:
+        return source
+    return {"strategy": [_named(source)] if isinstance(source, Mapping) else list(source)}
+
+
+def _named(options: Table) -> Table:
+    """A single strategy, called after the options that it varies."""
+    varied = [_word(name) for name, value in options.items() if isinstance(value, list)]
+    return {"name": ", ".join(varied) or "options", **options}
 
 
 def _grid(content: Mapping[str, Any], base: GenerationConfig, overrides: Mapping[str, Any]) -> Grid:
@@ -92,7 +115,7 @@ def _grid(content: Mapping[str, Any], base: GenerationConfig, overrides: Mapping
         raise OptionError("prompts must be a list of texts, none of them empty")
     if not isinstance(common, dict):
         raise OptionError("options must be a table: [options]")
-    if not isinstance(tables, list) or not tables or not all(isinstance(table, dict) for table in tables):
+    if not isinstance(tables, list) or not tables or not all(isinstance(table, Mapping) for table in tables):
         raise OptionError("a grid needs at least one strategy: [[strategy]]")
     strategies: list[Strategy] = []
     for number, table in enumerate(tables, 1):

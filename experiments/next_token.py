@@ -20,12 +20,12 @@ from ..runtime.decoding.processors import process, processors
 from ..runtime.decoding.strategy import new_seed
 from ..runtime.decoding.torch_random import Candidates, Generator, softmax
 from ..runtime.decoding.torch_topk import largest
+from ..runtime.host import progress as progress_bars
+from ..runtime.host.progress import Progress
 from ..runtime.model import Model
 from ..runtime.options import OPTIONS, GenerationConfig
 from ..runtime.requests import Prompt
-
-# Called with the draws made so far and in all.
-Progress = Callable[[int, int], None]
+from ..runtime.tokenizer import Tokenizer
 
 # Filters in the order in which they apply, each with the value that filters nothing.
 FILTERS: dict[str, Any] = {
@@ -37,7 +37,7 @@ _ONE_DRAW: dict[str, Any] = {
 }  # fmt: skip
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Stage:
     """The candidates after one step.
 
@@ -52,8 +52,11 @@ class Stage:
     scores: Logits
     probabilities: Logits
 
+    def __repr__(self) -> str:
+        return f"{self.name}: {np.count_nonzero(self.scores > -np.inf):,} candidates"
 
-@dataclass(frozen=True)
+
+@dataclass(frozen=True, repr=False)
 class Choice:
     """Draw of the next token with one set of options.
 
@@ -78,23 +81,53 @@ class Choice:
         """The likeliest tokens by the network's own logits, the likeliest first."""
         return [int(token) for token in largest(self.stages[0].scores, count)]
 
+    def __repr__(self) -> str:
+        return f"temperature {self.options.temperature:g}: {'; '.join(map(repr, self.stages))}; {self.draws} draws"
+
     def rank(self, token: int) -> int:
         """A token's place by the network's own logits; 1 for the likeliest."""
         scores = self.stages[0].scores
         return 1 + int(np.count_nonzero(scores > scores[token]))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class NextToken:
     """Candidates for the token after a prompt.
 
     Attributes:
         prompt_ids: the prompt's tokens.
         choices: one for each temperature.
+        tokenizer: has the tokens' texts.
     """
 
     prompt_ids: list[int]
     choices: list[Choice]
+    tokenizer: Tokenizer
+
+    def rows(self, top: int = 10) -> list[dict[str, Any]]:
+        """A flat row for each of the likeliest tokens at each temperature.
+
+        Its columns: temperature, token_id, piece, rank and logit by the network, the probability after each stage as p_ and
+        the stage's name, the last one's as probability, and with draws how often it was drawn and how often that was to be expected.
+        """
+        return [self._row(choice, token) for choice in self.choices for token in choice.top(top)]
+
+    def _row(self, choice: Choice, token: int) -> dict[str, Any]:
+        probability = float(choice.probabilities[token])
+        drawn = {"drawn": int(choice.counts[token]), "expected": choice.draws * probability}
+        return {
+            "temperature": choice.options.temperature,
+            "token_id": token,
+            "piece": None if self.tokenizer.missing else self.tokenizer.piece(token),
+            "rank": choice.rank(token),
+            "logit": float(choice.stages[0].scores[token]),
+            **{f"p_{stage.name}": float(stage.probabilities[token]) for stage in choice.stages},
+            "probability": probability,
+            **(drawn if choice.draws else {}),
+        }
+
+    def __repr__(self) -> str:
+        return "\n".join(map(repr, self.choices))
 
 
 def next_token(
@@ -115,7 +148,7 @@ def next_token(
         temperatures: one choice for each.
         draws: number of draws for each temperature, each time from the same seed.
         seed: of the draws; None for a random one.
-        progress: called after every hundred draws.
+        progress: called with the draws made and all to make after every hundred; a notebook shows a bar by default.
         filters: options named in FILTERS.
 
     Raises:
@@ -142,6 +175,8 @@ def next_token(
         model.check_options(options, len(tokens))
     cache = model.runner.new_cache(1, len(tokens))
     logits = model.runner.forward(cache, slice(0, 1), tokens[None])[0].copy()
+    if draws:
+        progress = progress_bars.shown(progress, "Drawing", "draws")
     choices = []
     for index, options in enumerate(settings):
 
@@ -150,7 +185,7 @@ def next_token(
                 progress(before + done, draws * len(settings))
 
         choices.append(choose(logits, options, tokens=tokens, draws=draws, report=report))
-    return NextToken(tokens.tolist(), choices)
+    return NextToken(tokens.tolist(), choices, model.tokenizer)
 
 
 def choose(

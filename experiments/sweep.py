@@ -1,26 +1,35 @@
 """Sweep: runs every strategy of a grid on every prompt, one JSON line a run.
 
 results.jsonl is written during the sweep. All other files are made from it alone, so they can be made again at any time.
+`sweep` does all of it; `run` and `write_files` are its parts.
 """
 
 import hashlib
+import importlib.util
 import json
+import os
 from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
 from statistics import fmean
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from gpt2onnx.errors import OptionError, OutputError
 
+from ..runtime.host import progress as progress_bars
+from ..runtime.host.progress import Progress
 from ..runtime.jsontext import to_line
 from ..runtime.model import Model
 from ..runtime.requests import Result
-from . import grid, machine, report
+from . import machine, report
 from .energy.csvlog import to_csv
+from .energy.power import DEFAULT_SECONDS
 from .energy.tracker import EnergyTracker
-from .grid import Strategy
+from .grid import MOST_RUNS, Source, Strategy
+from .grid import load as load_grid
 from .metrics import METRICS, distinct, repeated
 
 RESULTS, EMISSIONS, SUMMARY, REPORT = "results.jsonl", "emissions.csv", "summary.csv", "report.html"
@@ -42,11 +51,11 @@ class Sweep:
 
     def __post_init__(self) -> None:
         if not self.prompts:
-            raise OptionError("a sweep needs a prompt")
+            raise OptionError("a sweep needs a prompt (--prompt), or a grid with prompts")
         if len(set(self.prompts)) < len(self.prompts):
             raise OptionError("a prompt is given twice")
-        if len(self) > grid.MOST_RUNS:
-            raise OptionError(f"{len(self):,} runs are more than {grid.MOST_RUNS}: fewer prompts, or a smaller grid")
+        if len(self) > MOST_RUNS:
+            raise OptionError(f"{len(self):,} runs are more than {MOST_RUNS}: fewer prompts, or a smaller grid")
 
     def __len__(self) -> int:
         return len(self.prompts) * len(self.strategies)
@@ -63,6 +72,104 @@ class Sweep:
             prompt, strategy.label, strategy.options.to_dict(),
         )  # fmt: skip
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
+
+
+@dataclass(frozen=True, repr=False)
+class Runs:
+    """Runs of a sweep.
+
+    Attributes:
+        records: of all runs, as results.jsonl has them.
+        report: the page about them; None where no folder was given.
+    """
+
+    records: list[Record]
+    report: Path | None
+
+    def rows(self) -> list[Record]:
+        """A flat row for each run: the first continuation's text, and all figures."""
+        return [summary(record) for record in self.records]
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    def __repr__(self) -> str:
+        return f"{len(self)} runs{'' if self.report is None else f', shown by {self.report}'}; gpt2onnx.to_pandas makes a table"
+
+
+def sweep(
+    model: Model,
+    prompts: str | Sequence[str] = (),
+    *,
+    grid: Source = None,
+    out: str | os.PathLike[str] | None = None,
+    seed: int | None = None,
+    max_new_tokens: int | None = None,
+    resume: bool = False,
+    force: bool = False,
+    energy: bool | None = None,
+    country: str | None = None,
+    energy_seconds: float | None = None,
+    progress: Progress | None = None,
+) -> Runs:
+    """Runs a grid of decoding strategies on prompts.
+
+    Args:
+        model: generates.
+        prompts: texts to continue; by default the grid's.
+        grid: the strategies: options with lists of values to try, such as `{"num_beams": [2, 6]}`; a list of such, each with
+            a "name"; the content or the path of a TOML file; or None for the built-in grid.
+        out: folder for results.jsonl, summary.csv, emissions.csv and report.html; None keeps the runs in memory only.
+        seed: of the random draws, in place of the grid's.
+        max_new_tokens: length of the texts, in place of the grid's.
+        resume: go on with the interrupted sweep in `out`.
+        force: replace the results of an earlier sweep in `out`.
+        energy: measure each run; by default where codecarbon is installed.
+        country, energy_seconds: as `country` and `seconds` of `track_energy`.
+        progress: called with the runs done and all runs after each; a notebook shows a bar by default.
+
+    Raises:
+        OptionError: the grid can't be used, there is no prompt, a prompt is given twice, or there are too many runs.
+        OutputError: `out` can't be written, or holds results, and neither `resume` nor `force` was given.
+        PromptError: a prompt is too long.
+        MissingExtraError: jinja2, which the report needs, or codecarbon isn't installed.
+        BackendError: ONNX Runtime or codecarbon failed.
+    """
+    asked = country is not None or energy_seconds is not None
+    if energy is False and asked:
+        raise OptionError("country and energy_seconds go with energy, which is switched off")
+    if out is not None:
+        report.check()
+        results = Path(out) / RESULTS
+        if results.exists() and not (resume or force):
+            raise OutputError(f"{results} exists: --resume (resume=True) continues it, --force (force=True) replaces it")
+    tracker = None
+    if energy or asked or (energy is None and has_codecarbon()):
+        tracker = EnergyTracker(country=country, seconds=DEFAULT_SECONDS if energy_seconds is None else energy_seconds)
+    tried = load_grid(grid, model.generation_config, {"seed": seed, "max_new_tokens": max_new_tokens})
+    plan = Sweep(model, ([prompts] if isinstance(prompts, str) else prompts) or tried.prompts, tried.strategies)
+    progress = progress_bars.shown(progress, "Sweep", "runs")
+    records: list[Record] = []
+    with ExitStack() as stack:
+        folder = Path(stack.enter_context(TemporaryDirectory()) if out is None else out)
+        try:
+            for record in run(plan, folder, tracker, resume=resume):
+                records.append(record)
+                if progress is not None:
+                    progress(len(records), len(plan))
+        finally:
+            # Also after Ctrl-C, for the finished runs.
+            if records and out is not None:
+                write_files(records, folder)
+    return Runs(records, None if out is None else folder / REPORT)
+
+
+def has_codecarbon() -> bool:
+    """Whether energy can be measured."""
+    try:
+        return importlib.util.find_spec("codecarbon") is not None
+    except ImportError:
+        return False
 
 
 def run(sweep: Sweep, folder: Path, tracker: EnergyTracker | None = None, *, resume: bool = False) -> Iterator[Record]:

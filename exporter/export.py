@@ -22,6 +22,8 @@ from ..models.bundle import Bundle, Manifest
 from ..models.precision import BLOCK_SIZES, DTYPES, QUANTIZED, blocks, default_block_size
 from ..models.shapes import weight_shapes
 from ..runtime import text_input
+from ..runtime.host import progress as progress_bars
+from ..runtime.host.progress import Progress
 
 try:
     from .checkpoint.checkpoint import Checkpoint
@@ -48,7 +50,6 @@ _TWIN_WEIGHTS = 20_000_000
 
 _log = logging.getLogger(__name__)
 
-Progress = Callable[[int, int], None]
 Share = Callable[[float], None]  # takes the share of a pass that is done
 
 
@@ -97,7 +98,8 @@ def export(
         n_head: number of attention heads, for weights without a configuration; by default one for each 64 of the width.
         adapter: an adapter of peft to merge into the source (LoRA, rsLoRA, DoRA, IA3), a folder or a Hugging Face id.
         force: replace an existing bundle.
-        progress: called with the bytes done and the bytes in all, of the weights in float32 times the passes over them.
+        progress: called with the bytes done and the bytes in all, of the weights in float32 times the passes over them; a
+            notebook shows a bar by default.
 
     Returns:
         The bundle, opened.
@@ -147,6 +149,7 @@ def export(
             block_size=block_size or default_block_size(checkpoint.config, dtype, pure=pure),
             files={},
         )
+        progress = progress_bars.shown(progress, f"Exporting {source}")
         passes = _Passes(progress, checkpoint, 1 + (calibrated or compared) + calibrated + drafted)
         reference = None
         if calibrated or compared:

@@ -17,9 +17,10 @@ if TYPE_CHECKING:
     # Below this folder only in the installed package, where mypy checks it.
     from .experiments.energy.tracker import track_energy as track_energy
     from .experiments.frames import to_pandas as to_pandas
+    from .experiments.sweep import sweep as sweep
     from .exporter.export import export as export
     from .loading import load as load
-    from .runtime.model import Model as Model
+    from .model import Model as Model
     from .runtime.options import GenerationConfig as GenerationConfig
     from .runtime.requests import Result as Result
 
@@ -33,14 +34,15 @@ if os.path.isfile(os.path.join(_CLONE, "pyproject.toml")):  # noqa: PTH113, PTH1
 _HOME = {
     "export": "exporter.export",
     "load": "loading",
-    "Model": "runtime.model",
+    "Model": "model",
     "Result": "runtime.requests",
     "GenerationConfig": "runtime.options",
+    "sweep": "experiments.sweep",
     "to_pandas": "experiments.frames",
     "track_energy": "experiments.energy.tracker",
 }
 
-__all__ = ["GenerationConfig", "Model", "Result", "__version__", "export", "load", "to_pandas", "track_energy"]
+__all__ = ["GenerationConfig", "Model", "Result", "__version__", "export", "load", "sweep", "to_pandas", "track_energy"]
 
 
 def __getattr__(name: str) -> Any:

@@ -13,7 +13,7 @@ from .models import bundle, tales, user_cache
 from .models.config import ADAPTER_CONFIG, GPT2Config, read_json
 
 if TYPE_CHECKING:
-    from .runtime.model import Model
+    from .model import Model
 
 
 def load(
@@ -53,7 +53,7 @@ def load(
         BackendError: the device isn't there or doesn't run this model, the model doesn't fit into memory, or ONNX
             Runtime can't load the graph.
     """
-    from .runtime.model import Model
+    from .model import Model
 
     folder = resolve(model)
     if verify:

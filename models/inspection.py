@@ -6,11 +6,12 @@ from typing import Any
 
 from .config import GPT2Config
 from .shapes import weight_shapes
+from .tables import table
 
 _HEAD = "lm_head"
 
 
-@dataclass
+@dataclass(repr=False)
 class Layer:
     """A layer and those inside it, under the names of transformers' GPT2LMHeadModel without `transformer`.
 
@@ -40,6 +41,39 @@ class Layer:
             | tied
             | {"layers": [layer.to_dict() for layer in self.layers]}
         )
+
+    def __repr__(self) -> str:
+        """A table with a line for each layer. Blocks after the first, which share its shapes, make one line."""
+        return table(["layer", "weight", "bias", "parameters"], self._rows(), left=3)
+
+    def _rows(self) -> list[list[str]]:
+        rows: list[list[str]] = []
+
+        def add(layer: Layer, depth: int) -> None:
+            shapes = [" x ".join(map(str, layer.weights.get(name, ()))) for name in ("weight", "bias")]
+            if layer.tied_to is not None:
+                shapes[0] = layer.tied_to
+            rows.append(["  " * depth + layer.name, *shapes, f"{layer.parameters:,}"])
+            for inner in layer.layers:
+                add(inner, depth + 1)
+
+        blocks = [layer for layer in self.layers if layer.name.startswith("h.")]
+        for layer in self.layers:
+            if layer in blocks[1:]:
+                continue
+            add(layer, 0)
+            if blocks[1:] and layer is blocks[0]:
+                others = blocks[1].name if len(blocks) == 2 else f"{blocks[1].name} to {blocks[-1].name}"
+                rows.append([others, "each as h.0", "", f"{sum(block.parameters for block in blocks[1:]):,}"])
+        return [*rows, ["total", "", "", f"{self.parameters:,}"]]
+
+
+def summary(config: GPT2Config) -> str:
+    """The architecture in one line."""
+    return (
+        f"GPT-2, {config.n_layer} layers, {config.n_head} heads of {config.head_size}, {config.n_embd} wide,"
+        f" {config.n_positions:,} positions, vocabulary of {config.vocab_size:,}, {config.activation_function}"
+    )
 
 
 def layers(config: GPT2Config) -> Layer:

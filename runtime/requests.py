@@ -218,6 +218,28 @@ class Result:
             "completion_tokens": sum(len(sequence.token_ids) for sequence in self.sequences),
         }
 
+    def rows(self) -> list[dict[str, Any]]:
+        """A flat row for each continuation; seconds, tokens_per_second and joules are of all of them together."""
+        tokens = self.usage["completion_tokens"]
+        shared = {
+            "seed": self.seed,
+            "seconds": self.seconds,
+            "tokens_per_second": tokens / self.seconds if self.seconds else None,
+        }
+        if self.energy is not None:
+            shared["joules"] = self.energy.joules
+        return [
+            {
+                "prompt": self.prompt,
+                "text": sequence.text,
+                "tokens": len(sequence.token_ids),
+                "finish_reason": sequence.finish_reason,
+                "score": sequence.score,
+                **shared,
+            }
+            for sequence in self.sequences
+        ]
+
     def to_dict(self) -> dict[str, Any]:
         """The result as JSON holds it."""
         return {

@@ -1,8 +1,16 @@
-"""Results in notebooks: as text, as HTML, as a table of pandas."""
+"""What notebooks see: results as text, as HTML and as tables of pandas, a model taken apart and measured, progress."""
 
 import html
+import json
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from support.commands import CommandLine
 
 import gpt2onnx
+from gpt2onnx.errors import OptionError, OutputError
 from gpt2onnx.runtime.requests import GeneratedSequence, Result
 
 
@@ -30,6 +38,76 @@ def test_texts_of_a_result() -> None:
 
 
 def test_names_of_the_package() -> None:
-    assert {"load", "export", "to_pandas", "track_energy", "Model", "GenerationConfig", "Result", "__version__"} <= set(
-        dir(gpt2onnx)
-    )
+    names = {
+        "load",
+        "export",
+        "sweep",
+        "to_pandas",
+        "track_energy",
+        "Model",
+        "GenerationConfig",
+        "Result",
+        "__version__",
+    }
+    assert names <= set(dir(gpt2onnx))
+
+
+def test_a_model_shows_what_inspect_prints(tales_model: gpt2onnx.Model, tales_bundle: Path, command_line: CommandLine) -> None:
+    assert tales_model.parameters() == json.loads(command_line("inspect", tales_bundle, "--json").out)["parameters"]
+    assert repr(tales_model.layers()) in command_line("inspect", tales_bundle).out
+    described = repr(tales_model)
+    for fact in ("tales", "6 layers", "fp32", "MB", "on cpu", "thread"):
+        assert fact in described
+
+
+def test_a_model_evaluates_and_shows_the_next_token(tales_model: gpt2onnx.Model) -> None:
+    evaluation = tales_model.evaluate("Once upon a time there was a king.", split=0.5)
+    table = gpt2onnx.to_pandas(evaluation)
+    assert list(table["part"]) == ["train", "validation"]
+    assert list(table["loss"]) == [loss.loss for loss in evaluation.parts.values()]
+    following = tales_model.next_token("Once upon a", temperatures=[0.5, 2], top_k=5, draws=20, seed=1)
+    table = gpt2onnx.to_pandas(following)
+    assert list(table["temperature"]) == [0.5] * 10 + [2] * 10
+    assert table["piece"][0] == tales_model.generate("Once upon a", max_new_tokens=1).text
+    for _, of_one in table.groupby("temperature"):
+        assert of_one["probability"].sum() == pytest.approx(1)
+        assert (of_one["drawn"].sum(), (of_one["probability"] > 0).sum()) == (20, 5)
+    assert len(repr(following)) < 300
+
+
+def test_a_sweep_from_python(tales_model: gpt2onnx.Model, tmp_path: Path) -> None:
+    seen: list[tuple[int, int]] = []
+    runs = gpt2onnx.sweep(
+        tales_model, "Once upon a time", grid={"num_beams": [1, 3]}, max_new_tokens=4, energy=False,
+        progress=lambda done, total: seen.append((done, total)),
+    )  # fmt: skip
+    assert seen == [(1, 2), (2, 2)]
+    table = gpt2onnx.to_pandas(runs)
+    assert list(table["strategy"]) == ["beams 1", "beams 3"]
+    assert list(table["text"]) == [
+        tales_model.generate("Once upon a time", num_beams=beams, max_new_tokens=4).text for beams in (1, 3)
+    ]
+    grids = {
+        "strategies": [{"name": "a", "top_k": 3, "seed": 1}, {"name": "b"}],
+        "file": {"prompts": ["Once"], "options": {"max_new_tokens": 2}, "strategy": [{"name": "a"}]},
+    }
+    kept = gpt2onnx.sweep(tales_model, "Once", grid=grids["strategies"], max_new_tokens=2, energy=False, out=tmp_path)
+    assert (len(kept), kept.report) == (2, tmp_path / "report.html")
+    assert {"results.jsonl", "report.html", "summary.csv"} <= {path.name for path in tmp_path.iterdir()}
+    with pytest.raises(OutputError, match="resume=True"):
+        gpt2onnx.sweep(tales_model, "Once", grid=grids["strategies"], energy=False, out=tmp_path)
+    assert [row["prompt"] for row in gpt2onnx.sweep(tales_model, grid=grids["file"], energy=False).rows()] == ["Once"]
+    with pytest.raises(OptionError, match="a sweep needs a prompt"):
+        gpt2onnx.sweep(tales_model, grid={"num_beams": [1, 2]}, energy=False)
+    with pytest.raises(OptionError, match="the grid: strategy 'options': unknown generation option 'num_beam'"):
+        gpt2onnx.sweep(tales_model, "Once", grid={"num_beam": 2}, energy=False)
+
+
+def test_a_notebook_shows_progress(
+    tales_model: gpt2onnx.Model, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    # IPython's shell in a terminal has no kernel, a notebook's has one.
+    for shell, shown in ((SimpleNamespace(), False), (SimpleNamespace(kernel=None), True)):
+        monkeypatch.setitem(sys.modules, "IPython", SimpleNamespace(get_ipython=lambda shell=shell: shell))
+        tales_model.evaluate("Once upon a time")
+        assert ("Evaluating: 100%" in capsys.readouterr().err) is shown

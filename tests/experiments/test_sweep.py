@@ -306,7 +306,7 @@ def test_the_command(command_line: CommandLine, tales_bundle: Path, small_grid: 
     assert all(record["strategy"] in done.out and record["energy"] is None for record in records)
     again = command_line(*command)
     assert (again.code, again.out) == (1, "")
-    assert "--resume continues it" in again.err
+    assert "--resume (resume=True) continues it" in again.err
     page = (out / "report.html").read_bytes()
     resumed = command_line(*command, "--resume", "--json")
     assert (resumed.code, resumed.err) == (0, "")
