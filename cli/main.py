@@ -6,6 +6,7 @@ Exit codes: 0 done, 1 an error of gpt2onnx's error tree, 2 wrong usage, 130 inte
 import gc
 import importlib
 import io
+import json
 import os
 import signal
 import sys
@@ -84,30 +85,30 @@ def main() -> None:
             click.echo(error.ctx.get_help(), err=True)
             sys.exit(2)
         help_hint = f" (see '{error.ctx.command_path} --help')" if error.ctx else ""
-        _fail(f"{' '.join(error.format_message().split())}{help_hint}", 2)
+        _fail(f"{' '.join(error.format_message().split())}{help_hint}", 2, "UsageError")
     except click.ClickException as error:
-        _fail(error.format_message(), error.exit_code)
+        _fail(error.format_message(), error.exit_code, type(error).__name__)
     except Gpt2OnnxError as error:
-        _fail(str(error), 1)
+        _fail(str(error), 1, type(error).__name__)
     except (KeyboardInterrupt, click.Abort):
-        _fail("interrupted", 130)
+        _fail("interrupted", 130, "Interrupted")
     except ImportError as error:
         cause = _root(error)
         if isinstance(cause, KeyboardInterrupt):
-            _fail("interrupted", 130)
-        _fail(f"a package can't be loaded, though it is installed; is there enough memory? {cause}", 1)
+            _fail("interrupted", 130, "Interrupted")
+        _fail(f"a package can't be loaded, though it is installed; is there enough memory? {cause}", 1, "BackendError")
     except BrokenPipeError:
         # Whoever read the output has left.
         _drop_output()
         sys.exit(1)
     except MemoryError as error:
-        _fail(f"there is not enough memory: {error}".removesuffix(": "), 1)
+        _fail(f"there is not enough memory: {error}".removesuffix(": "), 1, "MemoryError")
     except OSError as error:
         _drop_output()
         if not _working_folder_exists():
-            _fail("the folder that this was started in has been deleted: change to another", 1)
+            _fail("the folder that this was started in has been deleted: change to another", 1, "OutputError")
         place = "standard output" if error.filename is None else error.filename
-        _fail(f"can't read or write {place}: {error.strerror or error}", 1)
+        _fail(f"can't read or write {place}: {error.strerror or error}", 1, "OutputError")
 
 
 def _root(error: BaseException) -> BaseException:
@@ -142,8 +143,14 @@ def _drop_output() -> None:
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
-def _fail(message: str, code: int) -> None:
-    """The message in one line, without control characters: names from a file mustn't steer the terminal."""
+def _fail(message: str, code: int, kind: str) -> None:
+    """Prints the message in one line, with --json also as JSON on standard output, and exits.
+
+    It has no control characters: names from a file mustn't steer the terminal.
+    """
     line = "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in " ".join(message.split()))
-    click.echo(f"gpt2onnx: {line if len(line) <= _LONGEST_MESSAGE else line[:_LONGEST_MESSAGE] + '…'}", err=True)
+    line = line if len(line) <= _LONGEST_MESSAGE else line[:_LONGEST_MESSAGE] + "…"
+    click.echo(f"gpt2onnx: {line}", err=True)
+    if "--json" in sys.argv:
+        click.echo(json.dumps({"error": {"message": line, "kind": kind}}))
     sys.exit(code)

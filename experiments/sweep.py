@@ -142,7 +142,9 @@ def sweep(
         report.check()
         results = Path(out) / RESULTS
         if results.exists() and not (resume or force):
-            raise OutputError(f"{results} exists: --resume (resume=True) continues it, --force (force=True) replaces it")
+            raise OutputError(
+                f"{results} exists: --resume (resume=True) continues it, --force (force=True) replaces it"
+            )
     tracker = None
     if energy or asked or (energy is None and has_codecarbon()):
         tracker = EnergyTracker(country=country, seconds=DEFAULT_SECONDS if energy_seconds is None else energy_seconds)

@@ -273,7 +273,6 @@ def test_values_that_cannot_be_used(
         (["generate", "x", "--output", "f"], "--input"),
         (["generate", "--input", "f", "--resume"], "--output"),
         (["generate", "--input", "f", "--batch-size", 0], "--batch-size"),
-        (["generate", "x", "--stream", "--json"], "--stream"),
         (["export"], "SOURCE"),
         (["export", "tales"], "BUNDLE"),
         (["export", "tales", "bundle", "--dtype", "int2"], "int2"),
@@ -285,6 +284,23 @@ def test_wrong_usage(arguments: list[object], hint: str, place: Path, command_li
     before = snapshot(place)
     assert_one_line(command_line(*arguments), 2, hint)
     assert snapshot(place) == before
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "kind"),
+    [
+        (["generate", "x", "--stream", "--json"], 2, "UsageError"),
+        (["generate", "x", "-m", "no/model", "--json"], 1, "CheckpointError"),
+        (["generate", "x", "--num-beams", 0, "--json"], 1, "OptionError"),
+    ],
+)
+def test_an_error_under_json_is_json_as_well(
+    arguments: list[object], code: int, kind: str, command_line: CommandLine
+) -> None:
+    done = command_line(*arguments)
+    error = json.loads(done.out)["error"]
+    assert (done.code, error["kind"]) == (code, kind)
+    assert done.err == f"gpt2onnx: {error['message']}\n"
 
 
 def test_no_prompt_and_no_token_to_begin_with(

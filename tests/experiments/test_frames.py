@@ -52,7 +52,9 @@ def test_names_of_the_package() -> None:
     assert names <= set(dir(gpt2onnx))
 
 
-def test_a_model_shows_what_inspect_prints(tales_model: gpt2onnx.Model, tales_bundle: Path, command_line: CommandLine) -> None:
+def test_a_model_shows_what_inspect_prints(
+    tales_model: gpt2onnx.Model, tales_bundle: Path, command_line: CommandLine
+) -> None:
     assert tales_model.parameters() == json.loads(command_line("inspect", tales_bundle, "--json").out)["parameters"]
     assert repr(tales_model.layers()) in command_line("inspect", tales_bundle).out
     described = repr(tales_model)
