@@ -16,7 +16,7 @@ from .model_options import device_options, load, model_option
 
 if TYPE_CHECKING:
     from ..experiments.next_token import Choice, Stage
-    from ..runtime.tokenizer import Tokenizer
+    from ..runtime.text.tokenizer import Tokenizer
 
 _NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?")
 

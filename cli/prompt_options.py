@@ -10,7 +10,7 @@ from typing import Any
 
 import click
 
-from ..runtime.text_input import UTF_8, decode, read, undecoded
+from ..runtime.text.text_input import UTF_8, decode, read, undecoded
 
 _STANDARD_INPUT = Path("-")
 _ESCAPE = re.compile(rb"\\(?:x([0-9A-Fa-f]{2})|([nrt'\"\\]))")

@@ -7,7 +7,7 @@ from typing import Any
 import click
 
 from ..models.tables import table
-from ..runtime.text_input import UTF_8
+from ..runtime.text.text_input import UTF_8
 from . import console, energy_options
 from .model_options import device_options, load, model_option
 from .prompt_options import argument

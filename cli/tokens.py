@@ -27,7 +27,7 @@ def command(text: str | None, encoding: str, model: str, as_json: bool, quiet: b
     from gpt2onnx.loading import resolve
 
     from ..models.bundle import TOKENIZER
-    from ..runtime.tokenizer import Tokenizer
+    from ..runtime.text.tokenizer import Tokenizer
 
     if text is None:
         text = prompt_options.standard_input("give a text, or one on standard input", encoding)

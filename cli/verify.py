@@ -22,7 +22,7 @@ def command(bundle: Path, as_json: bool, quiet: bool) -> None:
     """
     from ..models.bundle import RAGGED_GRAPH, TOKENIZER, Bundle
     from ..runtime.engine.runner import Runner
-    from ..runtime.tokenizer import Tokenizer
+    from ..runtime.text.tokenizer import Tokenizer
 
     opened = Bundle.open(bundle)
     opened.verify()

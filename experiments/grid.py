@@ -25,7 +25,7 @@ from typing import Any, TypeAlias
 from gpt2onnx.errors import OptionError, PromptError
 
 from ..runtime.options import BY_NAME, SAMPLING_OPTIONS, GenerationConfig, sampling_options
-from ..runtime.text_input import read
+from ..runtime.text.text_input import read
 
 MOST_RUNS = 1000
 # A grid in Python: the content of a file, one strategy's options, or several of those with names.

@@ -25,7 +25,7 @@ from ..runtime.host.progress import Progress
 from ..runtime.model import Model
 from ..runtime.options import OPTIONS, GenerationConfig
 from ..runtime.requests import Prompt
-from ..runtime.tokenizer import Tokenizer
+from ..runtime.text.tokenizer import Tokenizer
 
 # Filters in the order in which they apply, each with the value that filters nothing.
 FILTERS: dict[str, Any] = {

@@ -21,9 +21,9 @@ from ..models import bundle
 from ..models.bundle import Bundle, Manifest
 from ..models.precision import BLOCK_SIZES, DTYPES, QUANTIZED, blocks, default_block_size
 from ..models.shapes import weight_shapes
-from ..runtime import text_input
 from ..runtime.host import progress as progress_bars
 from ..runtime.host.progress import Progress
+from ..runtime.text import text_input
 
 try:
     from .checkpoint.checkpoint import Checkpoint

@@ -11,7 +11,7 @@ from pyarrow import fs
 from gpt2onnx.errors import OutputError, PromptError
 
 from ..models.bundle import MANIFEST, sha256_of
-from ..runtime import text_input
+from ..runtime.text import text_input
 from .parts import Part, cut
 from .storage import Place, public, reading, unfinished_file, writing
 from .worker import Work

@@ -13,7 +13,7 @@ from ray.exceptions import NodeDiedError, OutOfMemoryError, RayError, RayTaskErr
 from gpt2onnx.errors import BackendError, Gpt2OnnxError, OptionError
 
 from ..models.bundle import Bundle
-from ..runtime.text_input import UTF_8
+from ..runtime.text.text_input import UTF_8
 from .bundle_copy import SharedBundle
 from .cluster import check, joined
 from .job import Job

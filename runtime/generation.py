@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from .decoding.logprobs import PromptLogprobs, TokenLogprobs
 from .decoding.strategy import Continuation, Strategy
 from .requests import GeneratedSequence, Request, Result
-from .tokenizer import Tokenizer
+from .text.tokenizer import Tokenizer
 
 
 class Generation:

@@ -31,7 +31,7 @@ from .generation import Generation
 from .options import GenerationConfig
 from .requests import GenerateOptions, Outcome, Prompt, Request, Result, Score, StreamOptions, split_seeds
 from .stream import Stream
-from .tokenizer import Tokenizer
+from .text.tokenizer import Tokenizer
 
 BATCH_SIZE = 8
 _LONG = 16  # letters for each position, above which a prompt's bytes are compared with those of the longest token

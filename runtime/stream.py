@@ -4,7 +4,7 @@ from collections.abc import Generator, Iterable, Iterator
 
 from .generation import Generation
 from .requests import Request, Result
-from .tokenizer import TextStream
+from .text.tokenizer import TextStream
 
 
 class Stream(Iterator[str]):

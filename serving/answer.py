@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..runtime.decoding.logprobs import TokenLogprobs
-from ..runtime.stop_strings import StopStrings
-from ..runtime.tokenizer import Tokenizer
+from ..runtime.text.stop_strings import StopStrings
+from ..runtime.text.tokenizer import Tokenizer
 from .engine import Piece
 
 Record = dict[str, Any]

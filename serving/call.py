@@ -12,7 +12,7 @@ from gpt2onnx.errors import OptionError
 
 from ..runtime.options import GenerationConfig
 from ..runtime.requests import Request
-from ..runtime.stop_strings import StopStrings
+from ..runtime.text.stop_strings import StopStrings
 from .answer import Answer, Record
 from .engine import Job, Piece, UnavailableError
 from .protocol import CompletionRequest

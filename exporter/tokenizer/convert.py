@@ -21,7 +21,7 @@ from ...models.bundle import CHAT_TEMPLATE, TOKENIZER
 from ...models.config import read_json
 from ...models.messages import one_line, shown
 from ...runtime.host import native
-from ...runtime.tokenizer import Tokenizer as RuntimeTokenizer
+from ...runtime.text.tokenizer import Tokenizer as RuntimeTokenizer
 from .known import CHARACTERS, END_OF_TEXT, GPT2_VOCABULARIES, characters, gpt2
 
 _SETTINGS = "tokenizer_config.json"

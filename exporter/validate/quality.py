@@ -19,7 +19,7 @@ from gpt2onnx.errors import OptionError
 from ...models.bundle import TOKENIZER, Bundle
 from ...runtime.engine.kv_cache import KVCache
 from ...runtime.engine.runner import Runner
-from ...runtime.tokenizer import Tokenizer
+from ...runtime.text.tokenizer import Tokenizer
 from ..quantize.statistics import sample
 from .logits import divergence, log_softmax
 

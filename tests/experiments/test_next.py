@@ -22,7 +22,7 @@ from gpt2onnx.errors import OptionError
 from gpt2onnx.experiments.next_token import choose, next_token, stages, token_of
 from gpt2onnx.models.tales import FOLDER
 from gpt2onnx.runtime.options import GenerationConfig
-from gpt2onnx.runtime.tokenizer import Tokenizer
+from gpt2onnx.runtime.text.tokenizer import Tokenizer
 
 PROMPT = "Once upon a time there was a"
 TEMPERATURES = (0.1, 1.0, 5.0)

@@ -42,8 +42,8 @@ from gpt2onnx.fleet.bundle_copy import SharedBundle
 from gpt2onnx.fleet.parts import Part, cut, encode
 from gpt2onnx.fleet.run import ATTEMPTS, Summary, run
 from gpt2onnx.fleet.worker import Work, carry_out
-from gpt2onnx.runtime import text_input
 from gpt2onnx.runtime.options import GenerationConfig
+from gpt2onnx.runtime.text import text_input
 
 Record = dict[str, Any]
 PART = 8

@@ -22,7 +22,7 @@ import gpt2onnx
 from gpt2onnx.models import contract
 from gpt2onnx.models.bundle import GRAPH, SECOND_GRAPH, TOKENIZER, Bundle
 from gpt2onnx.runtime.engine.runner import Runner
-from gpt2onnx.runtime.tokenizer import Tokenizer
+from gpt2onnx.runtime.text.tokenizer import Tokenizer
 
 TOKENS = 20
 PROMPT = "Once upon a time"

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from support.tokenizer_files import GPT2_FILES, gpt2_in_transformers
 
 from gpt2onnx.exporter.tokenizer.convert import write_tokenizer
-from gpt2onnx.runtime.tokenizer import Tokenizer
+from gpt2onnx.runtime.text.tokenizer import Tokenizer
 
 # Every character that UTF-8 can hold.
 text = st.text(st.characters(exclude_categories=["Cs"]), max_size=60)

@@ -8,7 +8,7 @@ from support.reference import Reference
 import gpt2onnx
 from gpt2onnx.errors import OptionError
 from gpt2onnx.runtime.requests import Request
-from gpt2onnx.runtime.stop_strings import StopStrings
+from gpt2onnx.runtime.text.stop_strings import StopStrings
 
 PROMPT = "Once upon a time"
 OPTIONS = [{}, {"do_sample": True, "seed": 1, "temperature": 1.4}, {"do_sample": True, "seed": 2, "top_k": 0, "prompt_lookup": 4}]  # fmt: skip

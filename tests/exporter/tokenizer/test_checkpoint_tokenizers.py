@@ -22,7 +22,7 @@ from tokenizers import decoders, models, normalizers, pre_tokenizers
 import gpt2onnx
 from gpt2onnx.errors import CheckpointError, MissingExtraError
 from gpt2onnx.exporter.tokenizer.convert import write_tokenizer
-from gpt2onnx.runtime.tokenizer import Tokenizer
+from gpt2onnx.runtime.text.tokenizer import Tokenizer
 
 END = 1000  # most tests need only the first merges of GPT-2's vocabulary
 

@@ -12,7 +12,7 @@ from typing import IO
 
 from gpt2onnx.errors import PromptError
 
-from ..models import limits
+from ...models import limits
 
 UTF_8 = "utf-8"
 # UTF-32's mark begins with that of UTF-16.

@@ -14,10 +14,10 @@ from tokenizers.models import BPE
 
 from gpt2onnx.errors import BundleError, CheckpointError, OptionError, PromptError
 
-from ..models.bundle import TOKENIZER_CONFIG
-from ..models.config import read_json
-from ..models.messages import shown
-from .host import native
+from ...models.bundle import TOKENIZER_CONFIG
+from ...models.config import read_json
+from ...models.messages import shown
+from ..host import native
 from .stop_strings import StopStrings
 
 # Replacements of transformers' `clean_up_tokenization`, in its order.

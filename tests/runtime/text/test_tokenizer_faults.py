@@ -14,7 +14,7 @@ from tokenizers.models import Unigram, WordLevel, WordPiece
 import gpt2onnx
 from gpt2onnx.errors import BundleError, CheckpointError, PromptError
 from gpt2onnx.models.bundle import TOKENIZER
-from gpt2onnx.runtime.tokenizer import Tokenizer
+from gpt2onnx.runtime.text.tokenizer import Tokenizer
 
 # Their vocabularies lack the token for unknown words.
 WITHOUT_UNKNOWN = {

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from gpt2onnx.errors import PromptError
-from gpt2onnx.runtime.text_input import decode, lines
+from gpt2onnx.runtime.text.text_input import decode, lines
 
 TEXT = "Zoë: „日本“ 😀\n\n  \nsecond\u2028still second\nlast"
 # A codec, the byte order mark to put before what it writes, and the codec that reads both.

@@ -12,8 +12,8 @@ from support.tokenizer_files import GPT2_FILES, gpt2_in_transformers, odd_texts
 import gpt2onnx
 from gpt2onnx.errors import BundleError
 from gpt2onnx.exporter.tokenizer.convert import write_tokenizer
-from gpt2onnx.runtime.stop_strings import StopStrings
-from gpt2onnx.runtime.tokenizer import Tokenizer
+from gpt2onnx.runtime.text.stop_strings import StopStrings
+from gpt2onnx.runtime.text.tokenizer import Tokenizer
 
 GPT2 = {"model_type": "gpt2", "vocab_size": 50257}  # its config.json, as far as it matters here
 

@@ -1,0 +1,1 @@
+"""Text at the edges of generation: bytes and pipes, token ids, stop strings."""
