@@ -13,9 +13,10 @@ import click
 
 from gpt2onnx.errors import OptionError, OutputError, PromptError
 
-from ..runtime import jobs, text_input
+from ..runtime import jobs
 from ..runtime.model import BATCH_SIZE, Model
 from ..runtime.options import GenerationConfig
+from ..runtime.text import text_input
 from . import console
 from .results import Results, holds_results
 
