@@ -18,7 +18,7 @@ OPTIMUM := build/peers/python
 FORMER := build/former
 LOWEST := build/lowest
 
-.PHONY: help demo test lint types unit reference lowest golden newest pins peers fuzz bench docs clean
+.PHONY: help demo test lint types unit reference system lowest golden newest pins peers fuzz bench docs clean
 
 help:
 	@sed -n 's/^\([a-z]*\):.*## /make \1: /p' Makefile
@@ -39,7 +39,7 @@ OPTIMUM_TESTS := checkpoint_tokenizers checkpoints generation graph portable ref
 # What only an older transformers can answer.
 FORMER_TESTS := contrastive_search diverse_beams
 
-reference: lowest $(REFERENCE)/installed $(OPTIMUM)/installed $(FORMER)/installed  ## compare with PyTorch: newest transformers, 4.57, 4.55, optimum; test the lowest versions
+reference: system lowest $(REFERENCE)/installed $(OPTIMUM)/installed $(FORMER)/installed  ## compare with PyTorch; run whole programs, and the lowest versions
 	$(call bin,$(REFERENCE))/python $(PYTEST) --golden check
 	GPT2ONNX_PEERS=build/peers $(call bin,$(OPTIMUM))/python $(PYTEST) --golden live $(call tests,$(OPTIMUM_TESTS))
 	$(call bin,$(FORMER))/python $(PYTEST) --golden check $(call tests,$(FORMER_TESTS))
@@ -72,6 +72,10 @@ types: $(VENV)/installed
 # Two files at a time: many tests wait, for servers, for signals, for their own processes.
 unit: $(VENV)/installed
 	$(BIN)/python $(PYTEST)
+
+# Whole programs from outside: kits, wheels, a cluster, the page in a browser, every example of the docs.
+system: $(VENV)/installed
+	$(BIN)/python $(PYTEST) -m system
 
 # The lowest versions that pyproject.toml allows, and what can be tested with them.
 LOWEST_TESTS := batching bundle cli_errors faults hub isolation jobs session speculation streaming

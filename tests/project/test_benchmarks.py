@@ -5,12 +5,14 @@ import os
 from pathlib import Path
 from typing import Any
 
+import pytest
 from support.benchmarks import CHECKPOINT, check_a_run, module, ours, succeed
 from support.checkpoints import MakeCheckpoint
 
 import gpt2onnx
 
 
+@pytest.mark.system
 def test_a_run_is_measured_resumed_and_reported(make_checkpoint: MakeCheckpoint, tmp_path: Path) -> None:
     """The peer is gpt2onnx once more: other runtimes aren't installed here."""
     bundle = gpt2onnx.export(make_checkpoint(**CHECKPOINT), tmp_path / "bundle", parity=False).folder

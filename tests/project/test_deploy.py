@@ -31,7 +31,10 @@ PYTHON = f"{sys.version_info.major}.{sys.version_info.minor}"
 HERE = f"linux-{platform.machine()}"
 TARGETS = {"linux-x86_64": "manylinux.*_x86_64", "linux-aarch64": "manylinux.*_aarch64", "windows-x86_64": "win_amd64"}
 
-pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="kits for Linux are built and installed here")
+pytestmark = [
+    pytest.mark.system,
+    pytest.mark.skipif(sys.platform != "linux", reason="kits for Linux are built and installed here"),
+]
 
 
 def run(*command: object, **settings: Any) -> subprocess.CompletedProcess[str]:

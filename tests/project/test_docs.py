@@ -28,6 +28,7 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @posix
+@pytest.mark.system
 def test_shell_examples_run(workplace: Path) -> None:
     commands = [line.split("#")[0].strip() for block in blocks("sh") for line in block.splitlines()]
     run = 0

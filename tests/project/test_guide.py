@@ -36,6 +36,7 @@ def one_in_the_last_digit(number: str) -> float:
     return 1.01 * 10.0 ** (int(exponent or 0) - decimals) if decimals else 0.0
 
 
+@pytest.mark.system
 def test_examples_are_what_the_commands_print_without_pytorch(tmp_path: Path) -> None:
     code, out, err = run(COG, without=REFERENCES, OMP_NUM_THREADS="1", HOME=str(tmp_path))
     assert (code, err) == (0, "")
@@ -67,6 +68,7 @@ def blocks(language: str, section: str) -> list[str]:
     return re.findall(rf"^```{language}\n(.*?)^```$", text, re.M | re.S)
 
 
+@pytest.mark.system
 def test_the_energy_example_runs(tmp_path: Path) -> None:
     """For one width, and measured once: what it shows of time and energy is no two runs' the same."""
     (loop,) = blocks("sh", "Energy")

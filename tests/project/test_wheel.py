@@ -14,6 +14,8 @@ import pytest
 from packaging.requirements import Requirement
 from support.paths import REPOSITORY
 
+pytestmark = pytest.mark.system
+
 # Every folder that is a package here is one in the wheel: X is gpt2onnx.X.
 PACKAGES = {
     path.parent.relative_to(REPOSITORY).as_posix(): f"gpt2onnx/{path.parent.relative_to(REPOSITORY).as_posix()}"

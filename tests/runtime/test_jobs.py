@@ -10,8 +10,9 @@ import pytest
 from support.commands import CommandLine
 
 import gpt2onnx
-from gpt2onnx.runtime import jobs, text_input
+from gpt2onnx.runtime import jobs
 from gpt2onnx.runtime.jsontext import to_line
+from gpt2onnx.runtime.text import text_input
 
 GOOD = '{"id": "good", "prompt": "Once upon a time", "max_new_tokens": 2}'
 BAD = {

