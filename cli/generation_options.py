@@ -4,6 +4,7 @@ import functools
 import json
 import re
 from collections.abc import Callable, Collection
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -11,6 +12,7 @@ from msgspec import inspect
 
 from ..runtime.option_table import Option
 from ..runtime.options import BY_NAME, OPTIONS
+from ..runtime.text import text_input
 
 _OFF = "none"  # switches an option off
 _PAIRS = re.compile(r"\d+=[-+]?[\d.]+(?:e[-+]?\d+)?(?:,\d+=[-+]?[\d.]+(?:e[-+]?\d+)?)*")
@@ -78,16 +80,24 @@ def _dashed(name: str) -> str:
 def _option(option: Option) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     name = _dashed(option.name)
     text = _UNDERSCORED.sub(lambda found: _dashed(found[0]) if found[0] in BY_NAME else found[0], option.help)
-    if option.example and option.name != "stop":
+    if option.example and not option.repeated:
         text += f" Example: {option.example}."
     kind, *others = option.kinds
     if isinstance(kind, inspect.BoolType) and not others:
         return click.option(f"{name}/--no-{name[2:]}", default=None, help=text)
     if isinstance(kind, inspect.LiteralType) and not others:
         return click.option(name, type=click.Choice([str(value) for value in kind.values]), help=text)
-    if option.name == "stop":
+    if option.repeated:
         return click.option(name, multiple=True, help=f"{text[:-1]}; may be given more than once.")
-    return click.option(name, type=_Value(option), default=None, help=text)
+    read = _content if option.name == "json_schema" else None
+    return click.option(name, type=_Value(option), default=None, help=text, callback=read)
+
+
+def _content(ctx: click.Context, parameter: click.Parameter, value: Any) -> Any:
+    """A schema on the command line is the name of a file."""
+    if value in (None, (None,)) or not isinstance(value[0], str):
+        return value
+    return (text_input.read(Path(value[0]), f"the schema {value[0]}"),)
 
 
 def generation_options(names: Collection[str] = BY_NAME.keys()) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
@@ -100,7 +110,7 @@ def generation_options(names: Collection[str] = BY_NAME.keys()) -> Callable[[Cal
             given: dict[str, Any] = {}
             for option in options:
                 value = values.pop(option.name)
-                if option.name == "stop":
+                if option.repeated:
                     if value:
                         given[option.name] = None if value == (_OFF,) else list(value)
                 elif value is not None:

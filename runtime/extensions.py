@@ -14,6 +14,7 @@ import numpy.typing as npt
 from gpt2onnx.errors import OptionError
 
 from .arrays import Logits, Tokens
+from .text.structured import Constraint
 
 # (input_ids int64 [rows, length], scores float32 [rows, vocab]) -> scores float32 [rows, vocab]
 LogitsProcessor = Callable[[Tokens, Logits], Logits]
@@ -32,12 +33,14 @@ class Extensions:
         stopping_criteria: end a sequence with the finish reason "stop".
         prefix_allowed_tokens_fn: forbids all tokens but the returned ones.
         index: of the prompt, for `prefix_allowed_tokens_fn`.
+        constraint: of the options that ask for structured output.
     """
 
     logits_processor: Sequence[LogitsProcessor] = ()
     stopping_criteria: Sequence[StoppingCriterion] = ()
     prefix_allowed_tokens_fn: PrefixAllowedTokens | None = None
     index: int = 0
+    constraint: Constraint | None = None
 
     def process(self, tokens: Tokens, scores: Logits) -> Logits:
         """Scores [rows, vocab] after the processors, for tokens [rows, length].

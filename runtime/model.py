@@ -19,7 +19,7 @@ from ..models.config import read_json
 from ..models.messages import shown
 from .arrays import Tokens
 from .decoding.logprobs import PromptLogprobs
-from .decoding.start import start
+from .decoding.start import check_vocabulary, start
 from .decoding.strategy import Strategy
 from .decoding.torch_random import log_softmax
 from .engine import second_graph
@@ -31,6 +31,7 @@ from .generation import Generation
 from .options import GenerationConfig
 from .requests import GenerateOptions, Outcome, Prompt, Request, Result, Score, StreamOptions, split_seeds
 from .stream import Stream
+from .text.structured import Constraint, Grammars
 from .text.tokenizer import Tokenizer
 
 BATCH_SIZE = 8
@@ -75,6 +76,7 @@ class Model:
         self.config = self.bundle.config
         self.tokenizer = Tokenizer((tokenizer or folder) / TOKENIZER)
         self.tokenizer.check(self.config.vocab_size)
+        self._grammars = Grammars(self.tokenizer)
         self.sha256 = self.bundle.sha256
         generation_config = read_json(folder / GENERATION_CONFIG)
         self.generation_config = GenerationConfig.from_file_content(generation_config)
@@ -287,8 +289,12 @@ class Model:
         options = self._drafting.options(request.options)
         ids = self.prompt_ids(request.prompt, options)
         self.check_options(options, len(ids))
-        stop = self.tokenizer.stop(options.stop_strings, ids.tolist())
-        strategy = start(ids, options, self.config.n_positions, stop, request.extensions, self._negative_ids(options))
+        stop, extensions = self.tokenizer.stop(options.stop_strings, ids.tolist()), request.extensions
+        if constraint := self._constraint(options, len(ids)):
+            extensions = replace(extensions, constraint=constraint)
+            if options.num_beam_groups == 1:  # diverse beams end by end tokens only
+                stop = constraint.or_complete(stop)
+        strategy = start(ids, options, self.config.n_positions, stop, extensions, self._negative_ids(options))
         self.runner.check_memory(strategy.rows, strategy.positions, self._scheduler.reserved_bytes)
         if request.prompt_logprobs is not None:
             strategy.reader = PromptLogprobs(ids, request.prompt_logprobs)
@@ -301,6 +307,7 @@ class Model:
                 f"max_length {options.max_length} leaves no room behind {prompt_length} tokens of the prompt"
             )
         self._negative_ids(options)
+        self._constraint(options, prompt_length)
         counts = {"logprobs": options.logprobs or 0}
         if options.strategy == "contrastive search":
             self.runner.check_hidden()
@@ -308,20 +315,7 @@ class Model:
         for name, count in counts.items():
             if count > self.config.vocab_size:
                 raise OptionError(f"{name} {count} is above the vocabulary's {self.config.vocab_size}", name)
-        begins = options.forced_bos_token_id if prompt_length == 1 else None
-        in_vocabulary: dict[str, Iterable[Sequence[int]]] = {
-            "bad_words_ids": options.bad_words_ids or (),
-            "logit_bias": ((token,) for token, _ in options.logit_bias or ()),
-            "sequence_bias": (ids for ids, _ in options.sequence_bias or ()),
-            "forced_bos_token_id": () if begins is None else [[begins]],
-            "forced_eos_token_id": [options.forced_eos_token_ids],
-        }
-        for name, sequences in in_vocabulary.items():
-            worst = max((token for ids in sequences for token in ids), default=0)
-            if worst >= self.config.vocab_size:
-                raise OptionError(
-                    f"{name} holds {worst}, but the vocabulary ends at {self.config.vocab_size - 1}", name
-                )
+        check_vocabulary(options, self.config.vocab_size, prompt_length)
 
     def prompt_ids(self, prompt: Prompt, options: GenerationConfig | None = None) -> Tokens:
         """The tokens of a prompt, int64 [length]; of an empty one the BOS token, as in transformers.
@@ -341,6 +335,12 @@ class Model:
             reason = "the model's generation_config.json names no bos_token_id to begin with"
             raise PromptError(f"the prompt is empty, and {reason}: give at least one token")
         return self._ids([self._bos_token_id])
+
+    def _constraint(self, options: GenerationConfig, prompt_length: int) -> Constraint | None:
+        if options.structure is None:
+            return None
+        beams = options.num_beams > 1
+        return self._grammars.constraint(*options.structure, options.eos_token_ids, prompt_length, beams=beams)
 
     def _negative_ids(self, options: GenerationConfig) -> Tokens | None:
         """The tokens of the negative prompt, int64 [length]; None: there is none."""

@@ -1,7 +1,8 @@
 """A table of options: the fields of a structure, with their types, ranges, defaults and help."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, get_type_hints
+from typing import Annotated, Any, get_type_hints
 
 import msgspec
 from msgspec import Meta, inspect
@@ -10,10 +11,37 @@ from gpt2onnx.errors import OptionError
 
 from ..models.messages import shown
 
+MAX_SEQUENCES = 1000  # of one prompt; each has a row of the KV cache
+# float32 holds logits multiplied or divided by numbers in this range.
+SMALLEST, LARGEST = 1e-30, 1e30
 
-def about(help: str, *, sampling: bool = False, example: str = "", off: object = None) -> Meta:  # noqa: A002
-    """A field's help, and whether it applies to sampling alone, how it is written on a command line, its value for None."""
-    return Meta(description=help, extra={"sampling": sampling, "example": example, "off": off})
+Count = Annotated[int, Meta(ge=0)]
+Length = Annotated[int, Meta(ge=1)]
+Rows = Annotated[int, Meta(ge=1, le=MAX_SEQUENCES)]
+TokenId = Annotated[int, Meta(ge=0, lt=2**31)]
+# transformers takes -1 for a token that never comes.
+TokenIdOrNone = Annotated[int, Meta(ge=-1, lt=2**31)]
+Words = Annotated[Sequence[TokenId], Meta(min_length=1)]
+Probability = Annotated[float, Meta(ge=0, le=1)]
+Share = Annotated[float, Meta(gt=0, le=1)]
+Penalty = Annotated[float, Meta(ge=SMALLEST, le=LARGEST)]
+Exponent = Annotated[float, Meta(ge=-LARGEST, le=LARGEST)]
+NotNegative = Annotated[float, Meta(ge=0, le=LARGEST)]
+Factor = Annotated[float, Meta(gt=0, le=LARGEST)]
+Text = Annotated[str, Meta(min_length=1)]
+
+
+def about(
+    help: str,  # noqa: A002
+    *,
+    sampling: bool = False,
+    example: str = "",
+    off: object = None,
+    repeated: bool = False,
+) -> Meta:
+    """A field's help, and the other attributes of its `Option`; `off` is the value for None."""
+    extra = {"sampling": sampling, "example": example, "off": off, "repeated": repeated}
+    return Meta(description=help, extra=extra)
 
 
 @dataclass(frozen=True)
@@ -28,6 +56,7 @@ class Option:
         help: a sentence.
         sampling: whether it applies to sampling alone, so that giving it turns sampling on.
         example: how it is written on a command line, where that isn't plain.
+        repeated: whether a command line gives its texts one by one.
         holder: a structure with a `value` of that type.
     """
 
@@ -38,6 +67,7 @@ class Option:
     help: str
     sampling: bool
     example: str
+    repeated: bool
     holder: Any
 
     def checked(self, value: Any) -> Any:
@@ -82,11 +112,11 @@ def table(options: type[msgspec.Struct]) -> tuple[Option, ...]:
     hints = get_type_hints(options, include_extras=True)
     for field in msgspec.structs.fields(options):
         (meta,) = (each for each in hints[field.name].__metadata__ if each.description)
-        off = field.default if meta.extra["off"] is None else meta.extra["off"]
-        sampling, example = meta.extra["sampling"], meta.extra["example"]
-        kind = hints[field.name]
+        extra, kind = dict(meta.extra), hints[field.name]
+        off = extra.pop("off")
+        off = field.default if off is None else off
         holder = msgspec.defstruct(field.name, [("value", kind)])
-        rows.append(Option(field.name, kind, field.default, off, meta.description, sampling, example, holder))
+        rows.append(Option(field.name, kind, field.default, off, meta.description, **extra, holder=holder))
     return tuple(rows)
 
 
@@ -109,6 +139,8 @@ def _in_words(kind: inspect.Type, example: str) -> str:
         return "true or false"
     if isinstance(kind, inspect.LiteralType):
         return " or ".join(map(repr, kind.values))
+    if isinstance(kind, inspect.DictType):
+        return "an object"
     if isinstance(kind, inspect.StrType):
         return "a text that isn't empty" if kind.min_length else "a text"
     if isinstance(kind, inspect.CollectionType):

@@ -6,7 +6,7 @@ types for type checkers and editors, which can't derive them; a test compares th
 """
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Annotated, Any, Literal
 
 import msgspec
@@ -15,28 +15,28 @@ from msgspec import Meta
 from gpt2onnx.errors import OptionError
 
 from ..models.messages import shown
-from .option_table import about, table
+from .option_table import (
+    SMALLEST,
+    Count,
+    Exponent,
+    Factor,
+    Length,
+    NotNegative,
+    Penalty,
+    Probability,
+    Rows,
+    Share,
+    Text,
+    TokenId,
+    TokenIdOrNone,
+    Words,
+    about,
+    table,
+)  # fmt: skip
 
 DEFAULT_NEW_TOKENS = 64
-MAX_SEQUENCES = 1000  # of one prompt; each has a row of the KV cache
-# float32 holds logits multiplied or divided by numbers in this range.
-SMALLEST, LARGEST = 1e-30, 1e30
-
-Count = Annotated[int, Meta(ge=0)]
-Length = Annotated[int, Meta(ge=1)]
-Rows = Annotated[int, Meta(ge=1, le=MAX_SEQUENCES)]
-TokenId = Annotated[int, Meta(ge=0, lt=2**31)]
-# transformers takes -1 for a token that never comes.
-TokenIdOrNone = Annotated[int, Meta(ge=-1, lt=2**31)]
-Words = Annotated[Sequence[TokenId], Meta(min_length=1)]
-Probability = Annotated[float, Meta(ge=0, le=1)]
-Share = Annotated[float, Meta(gt=0, le=1)]
-Penalty = Annotated[float, Meta(ge=SMALLEST, le=LARGEST)]
-Exponent = Annotated[float, Meta(ge=-LARGEST, le=LARGEST)]
-NotNegative = Annotated[float, Meta(ge=0, le=LARGEST)]
-Factor = Annotated[float, Meta(gt=0, le=LARGEST)]
-Text = Annotated[str, Meta(min_length=1)]
-
+# Options of which one at most says what a new text looks like.
+STRUCTURES = ("json_schema", "regex", "choice", "grammar")
 # Generation options of transformers that change tokens and aren't implemented, with the value that changes none.
 NOT_SUPPORTED = {
     "dola_layers": None,
@@ -187,8 +187,19 @@ class GenerationConfig(msgspec.Struct, frozen=True, kw_only=True):
     ] = None
     stop: Annotated[
         Text | Sequence[Text],
-        about("String or strings that end a sequence; the text is cut before them.", example="END"),
+        about("String or strings that end a sequence; the text is cut before them.", example="END", repeated=True),
     ] = ()
+    json_schema: Annotated[
+        dict[str, Any] | Text | None, about("JSON schema of the new text, or a file with it.", example="schema.json")
+    ] = None
+    regex: Annotated[
+        Text | None, about("Regular expression that the whole new text matches.", example="'[0-9]+ [a-z]+'")
+    ] = None
+    choice: Annotated[
+        Annotated[Sequence[Text], Meta(min_length=1)] | None,
+        about("Texts of which the new text is one.", example="yes", repeated=True),
+    ] = None
+    grammar: Annotated[Text | None, about("Grammar of the new text, in llguidance's form of Lark.")] = None
     logprobs: Annotated[
         Count | None, about("Return the log probability of each token, and of this many likeliest tokens.")
     ] = None
@@ -217,7 +228,9 @@ class GenerationConfig(msgspec.Struct, frozen=True, kw_only=True):
             raise OptionError(
                 f"temperature must be 0 (greedy search) or at least {SMALLEST:g}, not {self.temperature}", "temperature"
             )
-        self._check_together()
+        for conflict, message, name in self._conflicts():
+            if conflict:
+                raise OptionError(message, name)
 
     @property
     def strategy(self) -> str:
@@ -244,6 +257,11 @@ class GenerationConfig(msgspec.Struct, frozen=True, kw_only=True):
     def stop_strings(self) -> tuple[str, ...]:
         """The stop strings as a tuple."""
         return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
+
+    @property
+    def structure(self) -> tuple[str, Any] | None:
+        """The option that the new text's structure comes from, by name and value; None: any text will do."""
+        return next(((name, value) for name in STRUCTURES if (value := getattr(self, name)) is not None), None)
 
     def new_tokens(self, prompt_length: int) -> int:
         """Most new tokens after a prompt of this many tokens; below 1 if max_length is reached already."""
@@ -273,7 +291,7 @@ class GenerationConfig(msgspec.Struct, frozen=True, kw_only=True):
 
     def to_dict(self) -> dict[str, Any]:
         """All options by name, as JSON holds them."""
-        return {option.name: _plain(getattr(self, option.name)) for option in OPTIONS}
+        return dict(msgspec.json.decode(msgspec.json.encode(self)))
 
     def replaced(self, **options: Any) -> "GenerationConfig":
         """These options with others in their place, without the rules of `merged`."""
@@ -289,7 +307,9 @@ class GenerationConfig(msgspec.Struct, frozen=True, kw_only=True):
         """
         if unknown := given.keys() - BY_NAME.keys():
             raise OptionError(f"unknown generation option {min(unknown)!r}", min(unknown))
-        values = {name: BY_NAME[name].off if value is None else _pairs(value) for name, value in given.items()}
+        values = {name: BY_NAME[name].off if value is None else value for name, value in given.items()}
+        if isinstance(bias := values.get("logit_bias"), Mapping):  # OpenAI's form
+            values["logit_bias"] = [(int(id_) if str(id_).isdecimal() else id_, each) for id_, each in bias.items()]
         if values.get("max_length") is not None and values.get("max_new_tokens") is None:
             values["max_new_tokens"] = None
         if "do_sample" not in values and sampling_options(given):
@@ -321,50 +341,46 @@ class GenerationConfig(msgspec.Struct, frozen=True, kw_only=True):
                 del values[name]
         return cls(**values)
 
-    def _check_together(self) -> None:
-        if self.num_return_sequences > self.num_beams and self.num_beams > 1:
-            raise OptionError(
-                f"num_return_sequences {self.num_return_sequences} is more than num_beams {self.num_beams}",
-                "num_return_sequences",
-            )
-        if self.num_return_sequences > 1 and self.strategy in ("greedy", "contrastive search"):
-            raise OptionError(
-                f"num_return_sequences above 1 needs sampling or beams: {self.strategy} has one result",
-                "num_return_sequences",
-            )
-        if self.prompt_lookup and (self.num_beams > 1 or self.num_return_sequences > 1):
-            raise OptionError(
-                "prompt_lookup works on one sequence: not with num_beams or num_return_sequences above 1",
-                "prompt_lookup",
-            )
-        self._check_groups()
-        if self.strategy == "contrastive search" and self.guidance_scale != 1:
-            raise OptionError(
-                "contrastive search can't be guided: leave out penalty_alpha or guidance_scale", "penalty_alpha"
-            )
+    def _conflicts(self) -> Iterator[tuple[bool, str, str]]:
+        """Options that don't go together: whether they are given, the error, and the option at fault."""
+        beams, groups, several, strategy = (
+            self.num_beams,
+            self.num_beam_groups,
+            self.num_return_sequences,
+            self.strategy,
+        )
+        name = "num_return_sequences"
+        yield several > beams > 1, f"{name} {several} is more than num_beams {beams}", name
+        alone = strategy in ("greedy", "contrastive search")
+        yield several > 1 and alone, f"{name} above 1 needs sampling or beams: {strategy} has one result", name
+        name = "prompt_lookup"
+        one = beams == several == 1
+        yield (
+            bool(self.prompt_lookup) and not one,
+            f"{name} works on one sequence: not with num_beams or num_return_sequences above 1",
+            name,
+        )
+        first, *others = [each for each in STRUCTURES if getattr(self, each) is not None] or [""]
+        yield bool(others), f"{first} excludes {' and '.join(others)}: give one of them", first
+        name = "num_beam_groups"
+        both = f"{name} above 1 and a diversity_penalty go together: give both or none"
+        yield (groups == 1) != (self.diversity_penalty == 0), both, name
+        yield bool(beams % groups), f"num_beams {beams} can't be divided into {groups} {name}", name
+        diverse, guided = groups > 1, self.guidance_scale != 1
+        yield diverse and self.do_sample, f"diverse beams aren't sampled: leave out {name} or do_sample", name
+        ends = f"diverse beams end by end tokens only: leave out {name} or stop"
+        yield diverse and bool(self.stop_strings), ends, name
+        yield diverse and guided, f"diverse beams can't be guided: leave out {name} or guidance_scale", name
+        name = "penalty_alpha"
+        contrastive = f"contrastive search can't be guided: leave out {name} or guidance_scale"
+        yield strategy == "contrastive search" and guided, contrastive, name
         # transformers refuses these, too.
-        forced = {
-            "forced_bos_token_id": _ids(self.forced_bos_token_id),
-            "forced_eos_token_id": self.forced_eos_token_ids,
-        }
-        for name, ids in forced.items():
-            if ids and set(ids) <= set(self.suppress_tokens or ()):
-                raise OptionError(f"{name} {shown(list(ids))} is among suppress_tokens: leave one of them out", name)
-
-    def _check_groups(self) -> None:
-        groups, name = self.num_beam_groups, "num_beam_groups"
-        if groups == 1 and not self.diversity_penalty:
-            return
-        if (groups == 1) != (self.diversity_penalty == 0):
-            raise OptionError("num_beam_groups above 1 and a diversity_penalty go together: give both or none", name)
-        if self.num_beams % groups:
-            raise OptionError(f"num_beams {self.num_beams} can't be divided into {groups} num_beam_groups", name)
-        if self.do_sample:
-            raise OptionError("diverse beams aren't sampled: leave out num_beam_groups or do_sample", name)
-        if self.stop_strings:
-            raise OptionError("diverse beams end by end tokens only: leave out num_beam_groups or stop", name)
-        if self.guidance_scale != 1:
-            raise OptionError("diverse beams can't be guided: leave out num_beam_groups or guidance_scale", name)
+        for name, ids in (
+            ("forced_bos_token_id", _ids(self.forced_bos_token_id)),
+            ("forced_eos_token_id", self.forced_eos_token_ids),
+        ):
+            suppressed = bool(ids) and set(ids) <= set(self.suppress_tokens or ())
+            yield suppressed, f"{name} {shown(list(ids))} is among suppress_tokens: leave one of them out", name
 
 
 OPTIONS = table(GenerationConfig)
@@ -378,18 +394,7 @@ def sampling_options(given: Mapping[str, Any]) -> list[str]:
     return [name for name in SAMPLING_OPTIONS if given.get(name) is not None and name not in contrastive]
 
 
-def _pairs(value: Any) -> Any:
-    """A mapping from token ids to biases, OpenAI's form, as pairs; any other value as it is."""
-    if not isinstance(value, Mapping):
-        return value
-    return [(int(key) if isinstance(key, str) and key.isdecimal() else key, bias) for key, bias in value.items()]
-
-
 def _ids(ids: int | Sequence[int] | None) -> tuple[int, ...]:
     if ids is None:
         return ()
     return tuple(ids) if isinstance(ids, Sequence) else (ids,)
-
-
-def _plain(value: Any) -> Any:
-    return [_plain(each) for each in value] if isinstance(value, list | tuple) else value

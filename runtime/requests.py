@@ -63,6 +63,10 @@ class GenerationOptions(TypedDict, total=False):
     seed: int | Sequence[int] | None
     eos_token_id: int | Sequence[int] | None
     stop: str | Sequence[str] | None
+    json_schema: dict[str, Any] | str | None
+    regex: str | None
+    choice: Sequence[str] | None
+    grammar: str | None
     logprobs: int | None
     prompt_lookup: int | None
     skip_special_tokens: bool | None

@@ -66,7 +66,7 @@ def check_model(service: Service, name: str | None) -> None:
 
 
 def _options(service: Service, body: CompletionRequest, wanted: int, made: int) -> GenerationConfig:
-    given = given_options(body)
+    given = given_options(body) | body.structure
     options = {name: value for name, value in _DEFAULTS.items() if service.bundled_options.get(name) is None}
     if ((body.num_beams or 1) > 1 or body.penalty_alpha) and body.do_sample is None and not sampling_options(given):
         options = {"do_sample": False}

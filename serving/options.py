@@ -5,12 +5,14 @@ from typing import Annotated, Any, Literal, Union
 from msgspec import inspect
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, create_model
 
-from ..runtime.options import BY_NAME, MAX_SEQUENCES, OPTIONS
+from ..runtime.option_table import MAX_SEQUENCES
+from ..runtime.options import BY_NAME, OPTIONS
 
 # Each costs time in every step.
 _MAX_STRINGS, _MAX_LETTERS = 16, 1000
 _MAX_IDS = 1000
 _MAX_LOGPROBS = 100
+_MAX_GRAMMAR = 100_000  # letters
 
 
 def _whole(value: Any) -> Any:
@@ -29,6 +31,8 @@ _RANGES: dict[str, Any] = {
     "seed": Annotated[int, Field(ge=-(2**63), lt=2**63)],
     "logprobs": Annotated[int, Field(ge=0, le=_MAX_LOGPROBS)],
     "prompt_lookup": Annotated[int, Field(ge=0, le=_MAX_IDS)],
+    "json_schema": dict[str, Any] | Annotated[str, Field(min_length=1, max_length=_MAX_GRAMMAR)],
+    "grammar": Annotated[str, Field(min_length=1, max_length=_MAX_GRAMMAR)],
 }
 
 
@@ -65,7 +69,7 @@ def _annotation(kind: inspect.Type) -> Any:
 
 _FIELDS: Any = {
     option.name: (
-        _RANGES.get(option.name, _annotation(inspect.type_info(option.type))) | None,
+        (_RANGES.get(option.name) or _annotation(inspect.type_info(option.type))) | None,
         Field(None, description=option.help),
     )
     for option in OPTIONS

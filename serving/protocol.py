@@ -8,6 +8,7 @@ from .options import Count, GenerationOptions, Sequences, Strict, TokenId
 
 _MAX_PROMPTS = 1000
 _DEFAULT_TOKENS = 16  # OpenAI's
+_ANY_OBJECT = {"type": "object"}
 
 
 class StreamOptions(Strict):
@@ -18,10 +19,36 @@ class StreamOptions(Strict):
     include_obfuscation: bool | None = Field(None, description="Has no effect.")
 
 
-class TextFormat(Strict):
-    """The form of an answer: text."""
+class AnyFormat(Strict):
+    """The form of an answer: any text, or any object of JSON."""
 
-    type: Literal["text"]
+    type: Literal["text", "json_object"]
+
+
+class NamedSchema(Strict):
+    """A JSON schema, with what OpenAI's clients say about it."""
+
+    name: str = ""
+    description: str | None = None
+    schema_: dict[str, Any] = Field({}, alias="schema")
+    strict: bool | None = Field(None, description="Has no effect: the schema is always kept to.")
+
+
+class SchemaFormat(Strict):
+    """The form of an answer: JSON of a schema."""
+
+    type: Literal["json_schema"]
+    json_schema: NamedSchema
+
+
+class StructuredOutputs(Strict):
+    """The form of an answer, as vLLM has it; one of these."""
+
+    json_: dict[str, Any] | str | None = Field(None, alias="json", description="A JSON schema.")
+    json_object: bool | None = Field(None, description="Any object of JSON.")
+    regex: str | None = None
+    choice: list[str] | None = None
+    grammar: str | None = None
 
 
 class _Request(GenerationOptions):  # type: ignore[misc, valid-type]
@@ -46,14 +73,30 @@ class _Request(GenerationOptions):  # type: ignore[misc, valid-type]
     logit_bias: Annotated[dict[str, float], Field(max_length=1000)] | None = Field(
         None, description="Added to the logits of tokens, by their ids."
     )
-    response_format: TextFormat | None = Field(None, description='Not supported: only {"type": "text"}.')
+    response_format: SchemaFormat | AnyFormat | None = Field(None, description="The form of the answer.")
+    structured_outputs: StructuredOutputs | None = Field(None, description="The form of the answer; as vLLM.")
     user: str | None = Field(None, description="Has no effect.")
     store: bool | None = Field(None, description="Has no effect.")
     metadata: dict[str, str] | None = Field(None, description="Has no effect.")
     service_tier: str | None = Field(None, description="Has no effect.")
     cache_prompt: bool | None = Field(None, description="Has no effect: prompts share what they have in common anyway.")
 
-    UNSUPPORTED: ClassVar = ("suffix", "response_format", "tools")
+    UNSUPPORTED: ClassVar = ("suffix", "tools")
+
+    @property
+    def structure(self) -> dict[str, Any]:
+        """The generation options that response_format and structured_outputs stand for."""
+        found: dict[str, Any] = {}
+        if isinstance(self.response_format, SchemaFormat):
+            found["json_schema"] = self.response_format.json_schema.schema_
+        elif self.response_format is not None and self.response_format.type == "json_object":
+            found["json_schema"] = _ANY_OBJECT
+        if self.structured_outputs is not None:
+            asked = self.structured_outputs.model_dump(exclude_none=True)
+            renamed = {"json_": "json_schema", "json_object": "json_schema"}
+            found |= {renamed.get(name, name): value for name, value in asked.items() if value is not False}
+            found = {name: _ANY_OBJECT if value is True else value for name, value in found.items()}
+        return found
 
 
 class CompletionRequest(_Request):

@@ -12,7 +12,8 @@ from typing import Any
 import numpy as np
 
 from ..arrays import Logits
-from ..options import LARGEST, GenerationConfig
+from ..option_table import LARGEST
+from ..options import GenerationConfig
 from .torch_random import Candidates, log_softmax, softmax
 from .torch_topk import ascending, best, largest
 

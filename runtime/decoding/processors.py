@@ -11,7 +11,8 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from ..arrays import Logits, Tokens
-from ..options import LARGEST, GenerationConfig
+from ..option_table import LARGEST
+from ..options import GenerationConfig
 from .torch_random import log_softmax
 
 Processor = Callable[[Tokens, Logits], None]

@@ -55,8 +55,8 @@ class Sampling(Decoding):
         if len(self._results) > 1 or self._room < 1:
             return None
         forked = copy(self)
-        if self._extensions != Extensions():
-            forked._extensions = Extensions()
+        if self._extensions != (own := Extensions(constraint=self._extensions.constraint)):
+            forked._extensions = own
             forked._score = Scores(self._options, self.prompt, forked._extensions)
         forked._buffer = self._buffer.copy()
         forked._results = [Continuation(forked._buffer[0, : len(self._results[0].tokens)])]

@@ -1,5 +1,9 @@
 """The strategy that generation options ask for."""
 
+from collections.abc import Iterable, Sequence
+
+from gpt2onnx.errors import OptionError
+
 from ..arrays import Tokens
 from ..extensions import Extensions
 from ..options import GenerationConfig
@@ -45,3 +49,19 @@ def start(
     # The context window ends the sequences when the longer ones fill it.
     context -= max(0, len(negative) - len(prompt))
     return Guided(strategy(prompt, options, context, stop, extensions), negative)
+
+
+def check_vocabulary(options: GenerationConfig, vocab_size: int, prompt_length: int) -> None:
+    """Raises OptionError if an option names a token that the vocabulary doesn't have."""
+    begins = options.forced_bos_token_id if prompt_length == 1 else None
+    in_vocabulary: dict[str, Iterable[Sequence[int]]] = {
+        "bad_words_ids": options.bad_words_ids or (),
+        "logit_bias": ((token,) for token, _ in options.logit_bias or ()),
+        "sequence_bias": (ids for ids, _ in options.sequence_bias or ()),
+        "forced_bos_token_id": () if begins is None else [[begins]],
+        "forced_eos_token_id": [options.forced_eos_token_ids],
+    }
+    for name, sequences in in_vocabulary.items():
+        worst = max((token for ids in sequences for token in ids), default=0)
+        if worst >= vocab_size:
+            raise OptionError(f"{name} holds {worst}, but the vocabulary ends at {vocab_size - 1}", name)

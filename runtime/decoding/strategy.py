@@ -143,6 +143,8 @@ class Scores:
     def __init__(self, options: GenerationConfig, prompt: Tokens, extensions: Extensions) -> None:
         allowed = None if extensions.prefix_allowed_tokens_fn is None else extensions.forbid
         self._processors = processors(options, prompt, allowed)
+        if extensions.constraint is not None:
+            self._processors.append(extensions.constraint)
         self._guidance_scale = options.guidance_scale
         self._extensions = extensions
         # Sampling renormalises behind its filters.

@@ -108,6 +108,15 @@ class Tokenizer:
         if self._tokenizer.get_vocab() != other._tokenizer.get_vocab():
             raise OptionError(f"{other._path.parent} can't draft: its vocabulary isn't that of {self._path.parent}")
 
+    @property
+    def size(self) -> int:
+        """Number of tokens, special ones included."""
+        return int(self._tokenizer.get_vocab_size())
+
+    def to_json(self) -> str:
+        """The content of its tokenizer.json."""
+        return str(self._tokenizer.to_str())
+
     @cached_property
     def longest_token(self) -> int | None:
         """Bytes of the longest token; None where texts lose bytes before they are cut, so that it bounds nothing."""

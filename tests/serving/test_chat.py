@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -174,7 +175,13 @@ def test_content_in_parts_and_the_longest_answer(server: Running, model: gpt2onn
             "messages",
         ),
         ({"messages": TALK, "tools": [{"type": "function"}]}, 400, "tools"),
-        ({"messages": TALK, "response_format": {"type": "json_object"}}, 400, "response_format"),
+        (
+            {"messages": TALK, "response_format": {"type": "json_schema", "json_schema": {"schema": {"type": "x"}}}},
+            400,
+            "Invalid type: x",
+        ),
+        ({"messages": TALK, "structured_outputs": {"regex": "("}}, 400, "unclosed group"),
+        ({"messages": TALK, "structured_outputs": {"whitespace": " "}}, 400, "whitespace"),
         ({"messages": TALK, "top_logprobs": 2}, 400, "top_logprobs need logprobs"),
         ({"messages": TALK, "model": "gpt-4"}, 404, "only 'tales', 'other'"),
         ({"messages": TALK * 300}, 400, "context window"),
@@ -184,6 +191,30 @@ def test_refused(fields: dict[str, Any], status: int, hint: str, server: Running
     response = server.client.post("/v1/chat/completions", json=fields)
     assert response.status_code == status, response.text
     assert hint in response.json()["error"]["message"]
+
+
+def test_structured_output(server: Running) -> None:
+    schema = {"type": "object", "properties": {"a": {"enum": [1, 2]}}, "required": ["a"], "additionalProperties": False}
+
+    def text(**fields: Any) -> str:
+        body = {"messages": TALK, "temperature": 0, "max_tokens": 40, **fields}
+        answer = server.client.post("/v1/chat/completions", json=body)
+        assert answer.status_code == 200, answer.text
+        return str(answer.json()["choices"][0]["message"]["content"])
+
+    named = {"name": "thing", "schema": schema, "strict": True}
+    for fields in (
+        {"response_format": {"type": "json_schema", "json_schema": named}},
+        {"structured_outputs": {"json": schema}},
+        {"structured_outputs": {"json": json.dumps(schema)}},
+        {"json_schema": schema},
+    ):
+        assert json.loads(text(**fields))["a"] in (1, 2)
+    assert text(response_format={"type": "json_object"}, logit_bias={"0": -1}).startswith("{")
+    assert text(structured_outputs={"json_object": True}).startswith("{")
+    assert text(structured_outputs={"choice": ["red", "blue"]}) in ("red", "blue")
+    assert re.fullmatch("[0-9]{3}", text(structured_outputs={"regex": "[0-9]{3}"}))
+    assert text(structured_outputs={"grammar": 'start: "a" "b"'}) == "ab"
 
 
 def test_what_clients_send_and_means_nothing(server: Running) -> None:

@@ -1,0 +1,130 @@
+"""Structured output: texts that other libraries find valid, whatever chooses the tokens and whoever decodes beside it."""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+import pytest
+from support.commands import CommandLine
+from support.isolated import COMMAND_LINE, run
+
+import gpt2onnx
+from gpt2onnx.errors import OptionError
+
+PROMPT = "Once upon a time there was a"
+PERSON = {
+    "type": "object",
+    "properties": {
+        "name": {"type": "string", "maxLength": 12},
+        "age": {"type": "integer", "minimum": 0, "maximum": 99},
+        "tags": {"type": "array", "items": {"enum": ["old", "poor"]}, "maxItems": 2},
+    },
+    "required": ["name", "age", "tags"],
+    "additionalProperties": False,
+}
+CHOICES = ["a king", "a queen", 'a "line\nbreak"', "ein Kön"]
+STRUCTURES: dict[str, Any] = {
+    "json_schema": PERSON,
+    "regex": "[A-Z][a-z]{2,9} [0-9]{3}",
+    "choice": CHOICES,
+    "grammar": 'start: "(" word ("," word)* ")"\nword: /[a-z]{1,4}/',
+}
+STRATEGIES: list[dict[str, Any]] = [
+    {},
+    {"seed": 1},
+    {"seed": 2, "num_return_sequences": 3, "temperature": 2.0},
+    {"num_beams": 4, "num_return_sequences": 2},
+    {"num_beams": 3, "do_sample": True, "seed": 3},
+    {"num_beams": 4, "num_beam_groups": 2, "diversity_penalty": 1.0},
+    {"penalty_alpha": 0.6, "top_k": 4},
+    {"guidance_scale": 1.5},
+    {"repetition_penalty": 1.3, "no_repeat_ngram_size": 3},
+]
+
+
+def check(name: str, text: str) -> None:
+    """Raises if a complete text isn't what the option asks for, in the view of another library."""
+    if name == "json_schema":
+        jsonschema.validate(json.loads(text), PERSON)
+    else:
+        patterns = {"choice": "|".join(map(re.escape, CHOICES)), "grammar": r"\([a-z]{1,4}(,[a-z]{1,4})*\)"}
+        assert re.fullmatch(patterns.get(name, STRUCTURES["regex"]), text), text
+
+
+@pytest.mark.parametrize("options", STRATEGIES, ids=str)
+@pytest.mark.parametrize("name", STRUCTURES)
+def test_complete_texts_are_valid(tales_model: gpt2onnx.Model, name: str, options: dict[str, Any]) -> None:
+    if name == "json_schema" and "no_repeat_ngram_size" in options:
+        options = {"repetition_penalty": 1.3}  # JSON repeats its quotes
+    result = tales_model.generate(PROMPT, **{name: STRUCTURES[name]}, max_new_tokens=100, **options)
+    reasons = [sequence.finish_reason for sequence in result.sequences]
+    assert "stop" in reasons or name == "grammar"
+    for sequence in result.sequences:
+        if sequence.finish_reason == "stop" and (sequence.score is None or sequence.score > -1e6):
+            check(name, sequence.text)
+
+
+@pytest.mark.parametrize("name", STRUCTURES)
+def test_beside_others_streamed_and_drafted(tales_model: gpt2onnx.Model, name: str) -> None:
+    prompts = [PROMPT, "The king", "In the forest there lived"]
+    for options in ({}, {"seed": 9}):
+        given = {name: STRUCTURES[name], "max_new_tokens": 60, **options}
+        alone = [tales_model.generate(prompt, **given).sequences for prompt in prompts]
+        assert [result.sequences for result in tales_model.generate(prompts, **given)] == alone
+        assert [result.sequences for result in tales_model.generate(prompts, prompt_lookup=4, **given)] == alone
+        for prompt, (sequence,) in zip(prompts, alone, strict=True):
+            assert "".join(tales_model.stream(prompt, **given)) == sequence.text
+
+
+def test_a_draft_model_keeps_to_it(tales_model: gpt2onnx.Model, tales_int8_bundle: Path) -> None:
+    drafted = gpt2onnx.load(tales_model.bundle.folder, draft_model=tales_int8_bundle, draft_length=4)
+    for options in ({}, {"seed": 5}):
+        given = {"json_schema": PERSON, "max_new_tokens": 60, **options}
+        assert drafted.generate(PROMPT, **given).sequences == tales_model.generate(PROMPT, **given).sequences
+
+
+def test_ends_with_the_text_and_not_before(tales_model: gpt2onnx.Model) -> None:
+    cut = tales_model.generate(PROMPT, json_schema=PERSON, max_new_tokens=5).sequences[0]
+    assert cut.finish_reason == "length"
+    (whole,) = tales_model.generate(PROMPT, choice=["king"], max_new_tokens=30, eos_token_id=None).sequences
+    assert (whole.text, whole.finish_reason) == ("king", "stop")
+    longer = tales_model.generate(PROMPT, regex="(ha)+", max_new_tokens=6, eos_token_id=None).sequences[0]
+    assert (re.fullmatch("(ha)+|(ha)*h", longer.text) is not None, longer.finish_reason) == (True, "length")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"regex": "("}, "regex can't be used: .*unclosed group"),
+        ({"json_schema": "[1"}, "json_schema can't be used: EOF"),
+        ({"json_schema": {"type": "strng"}}, "json_schema can't be used: Invalid type: strng"),
+        ({"grammar": "x{"}, "grammar can't be used: "),
+        ({"choice": []}, "choice must be a list"),
+        ({"regex": "a", "choice": ["b"]}, "regex excludes choice"),
+        ({"choice": ["b"], "suppress_tokens": list(range(8192))}, "other options leave no token that choice allows"),
+    ],
+)
+def test_refused_in_one_line(tales_model: gpt2onnx.Model, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(OptionError, match=message):
+        tales_model.generate(PROMPT, **options)
+
+
+def test_command_line(command_line: CommandLine, tales_bundle: Path, tmp_path: Path) -> None:
+    schema = tmp_path / "schema.json"
+    schema.write_text(json.dumps(PERSON))
+    command = ["generate", PROMPT, "-m", tales_bundle, "--max-new-tokens", 80]
+    check("json_schema", command_line(*command, "--json-schema", schema).out.removesuffix("\n"))
+    check("regex", command_line(*command, "--regex", STRUCTURES["regex"]).out.removesuffix("\n"))
+    done = command_line(*command, "--choice", "yes", "--choice", "no", "--json")
+    assert json.loads(done.out)["sequences"][0]["text"] in ("yes", "no")
+    done = command_line(*command, "--json-schema", tmp_path / "none.json")
+    assert (done.code, done.err.count("\n")) == (1, 1)
+    assert "none.json" in done.err
+
+
+def test_needs_its_extra(tales_bundle: Path) -> None:
+    code, out, err = run(COMMAND_LINE, "generate", "a", "-m", tales_bundle, "--regex", "a", without=("llguidance",))
+    assert (code, out, err.count("\n")) == (1, "", 1)
+    assert "pip install 'gpt2onnx[structured]'" in err
