@@ -1,10 +1,13 @@
 """Report of a sweep: records in, one self-contained HTML page out.
 
 The page depends on the records alone and needs no other file. The template engine escapes all texts of models and users;
-the page's policy also forbids scripts and anything from elsewhere.
+the page's policy also forbids any script but its own, and anything from elsewhere.
 """
 
+import base64
+import hashlib
 import math
+import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -45,28 +48,37 @@ def render(records: Sequence[Record]) -> str:
         MissingExtraError: jinja2 isn't installed.
     """
     rows = _rows(records)
-    template = _engine().from_string(Path(__file__).with_name("report.html.jinja").read_text(encoding="utf-8"))
-    page: str = template.render(
-        model=records[0]["model"],
-        emissions=next((record["emissions"] for record in records if record["emissions"]), None),
-        measured=any(row.joules_per_token is not None for row in rows),
-        disturbed=sum(1 for record in records if _is_disturbed(record["emissions"])),
-        unreliable=sum(1 for record in records if record["energy"] and not record["energy"]["reliable"]),
-        rows=rows,
-        families=_families(rows),
-        winners=_winners(rows),
-        most={
-            "speed": max(row.tokens_per_second for row in rows),
-            "energy": max(row.joules_per_token or 0.0 for row in rows) or 1.0,
-        },
-        scatter=_scatter(rows),
-        beams=_beams(rows),
-        prompts=list(_by_prompt(records, rows).items()),
-        size={"width": charts.WIDTH, "height": charts.HEIGHT},
-        edges={"left": charts.LEFT, "right": charts.WIDTH - charts.RIGHT, "top": charts.TOP},
-        bottom=charts.HEIGHT - charts.BOTTOM,
-        shapes=_SHAPES,
-        colours=_COLOURS,
+    prompts = _by_prompt(records, rows)
+    template, script = (
+        Path(__file__).with_name(f"report.{kind}").read_text(encoding="utf-8") for kind in ("html.jinja", "js")
+    )
+    page: str = (
+        _engine()
+        .from_string(template)
+        .render(
+            model=records[0]["model"],
+            emissions=next((record["emissions"] for record in records if record["emissions"]), None),
+            measured=any(row.joules_per_token is not None for row in rows),
+            disturbed=sum(1 for record in records if _is_disturbed(record["emissions"])),
+            unreliable=sum(1 for record in records if record["energy"] and not record["energy"]["reliable"]),
+            rows=rows,
+            places={row.strategy: card.place for card in next(iter(prompts.values())) for row in card.rows},
+            winners=_winners(rows),
+            most={
+                "speed": max(row.tokens_per_second for row in rows),
+                "energy": max(row.joules_per_token or 0.0 for row in rows) or 1.0,
+            },
+            scatter=_scatter(rows),
+            beams=_beams(rows),
+            prompts=list(prompts.items()),
+            size={"width": charts.WIDTH, "height": charts.HEIGHT},
+            edges={"left": charts.LEFT, "right": charts.WIDTH - charts.RIGHT, "top": charts.TOP},
+            bottom=charts.HEIGHT - charts.BOTTOM,
+            script=script,
+            script_sha256=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
+            shapes=_SHAPES,
+            colours=_COLOURS,
+        )
     )
     return page
 
@@ -144,6 +156,7 @@ def _engine() -> Any:
         keep_trailing_newline=True,
     )
     engine.filters["number"] = number
+    engine.filters["repeats"] = repeats
     return engine
 
 
@@ -155,6 +168,27 @@ def number(value: float | None) -> str:
         return "0"
     places = min(max(2 - math.floor(math.log10(abs(value))), 0), 6)
     return f"{value:,.{places}f}".replace("-", "\N{MINUS SIGN}")
+
+
+def repeats(text: str, size: int = 4) -> list[tuple[str, bool]]:
+    """A text in parts, each with whether it repeats: its words belong to `size` in a row that stood before, in any case."""
+    pieces = re.findall(r"\s*\S+", text) or [text]
+    words = [piece.strip().lower() for piece in pieces]
+    seen: set[tuple[str, ...]] = set()
+    repeated = [False] * len(words)
+    for end in range(size, len(words) + 1):
+        ngram = tuple(words[end - size : end])
+        if ngram in seen:
+            repeated[end - size : end] = [True] * size
+        seen.add(ngram)
+    parts: list[tuple[str, bool]] = []
+    for piece, again in zip(pieces, repeated, strict=True):
+        if parts and parts[-1][1] == again:
+            parts[-1] = (parts[-1][0] + piece, again)
+        else:
+            parts.append((piece, again))
+    rest = text[sum(map(len, pieces)) :]
+    return [*parts, (rest, False)] if rest else parts
 
 
 def _rows(records: Sequence[Record]) -> list[Row]:
@@ -287,13 +321,20 @@ def _difference(options: Record, all_options: Sequence[Record]) -> str:
 
 
 class Card(NamedTuple):
-    """A run's record beside its strategy's figures."""
+    """A text of a prompt: its place in the page, the strategies that wrote it, and the record of the first of them."""
 
-    row: Row
+    place: str
+    rows: list[Row]
     record: Record
 
 
 def _by_prompt(records: Sequence[Record], rows: Sequence[Row]) -> dict[str, list[Card]]:
     row_of = {row.strategy: row for row in rows}
-    cards = (Card(row_of[record["strategy"]], record) for record in records)
-    return _grouped(cards, lambda card: str(card.record["prompt"]))
+    found = {}
+    for number, (prompt, of_prompt) in enumerate(_grouped(records, lambda record: str(record["prompt"])).items(), 1):
+        texts = _grouped(of_prompt, lambda record: repr([sequence["text"] for sequence in record["sequences"]]))
+        found[prompt] = [
+            Card(f"text-{number}-{index}", [row_of[record["strategy"]] for record in same], same[0])
+            for index, same in enumerate(texts.values(), 1)
+        ]
+    return found

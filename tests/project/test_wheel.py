@@ -22,7 +22,7 @@ PACKAGES = {
     for top in ("cli", "exporter", "experiments", "fleet", "models", "runtime", "serving")
     for path in (REPOSITORY / top).rglob("__init__.py")
 } | {"gpt2onnx": "gpt2onnx"}
-DATA = {".json", ".jinja", ".toml", ".txt", ".gz", ".bin", ".css", ".safetensors"}
+DATA = {".js", ".json", ".jinja", ".toml", ".txt", ".gz", ".bin", ".css", ".safetensors"}
 LARGEST_WHEEL = 25e6
 LARGEST_SITE = 230e6  # bytes
 
