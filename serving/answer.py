@@ -24,6 +24,7 @@ class Answer:
         ends: end tokens.
         skip_special_tokens: whether special tokens have no text.
         logprobs: whether to return log probabilities.
+        as_ids: whether these name tokens by their ids, as vLLM does: token_id:5.
         prompt: text to begin with (`echo`).
 
     Attributes:
@@ -40,13 +41,14 @@ class Answer:
         *,
         skip_special_tokens: bool,
         logprobs: bool,
+        as_ids: bool = False,
         prompt: str = "",
     ) -> None:
         self.index = index
         self.text = ""
         self.finish_reason: str | None = None
         self._tokenizer, self._ends = tokenizer, ends
-        self._skip_special_tokens = skip_special_tokens
+        self._skip_special_tokens, self._as_ids = skip_special_tokens, as_ids
         self._stream = tokenizer.stream(stop, skip_special_tokens=skip_special_tokens)
         self._new = prompt
         self._entries: list[_Entry] | None = [] if logprobs else None
@@ -115,6 +117,8 @@ class Answer:
         return {self._written(token): value for token, value in sorted(top, key=lambda entry: entry[1])}
 
     def _written(self, token: int) -> str:
+        if self._as_ids:
+            return f"token_id:{token}"
         piece = self._tokenizer.piece(token)
         return piece if isinstance(piece, str) else "bytes:" + "".join(f"\\x{byte:02x}" for byte in piece)
 

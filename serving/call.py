@@ -164,10 +164,11 @@ class Call:
         return Answer(
             self._service.model.tokenizer,
             index,
-            StopStrings(self._options.stop_strings, prompt.text),
+            StopStrings(self._options.stop_strings, prompt.text, included=bool(self.body.include_stop_str_in_output)),
             self._options.eos_token_ids,
             skip_special_tokens=self._options.skip_special_tokens,
             logprobs=self.body.logprobs is not None,
+            as_ids=bool(self.body.return_tokens_as_token_ids),
             prompt=prompt.text if self.body.echo else "",
         )
 

@@ -70,6 +70,8 @@ def _options(service: Service, body: CompletionRequest, wanted: int, made: int) 
     options = {name: value for name, value in _DEFAULTS.items() if service.bundled_options.get(name) is None}
     if ((body.num_beams or 1) > 1 or body.penalty_alpha) and body.do_sample is None and not sampling_options(given):
         options = {"do_sample": False}
+    if body.use_beam_search:
+        given |= {"num_beams": made, "do_sample": False}
     if body.seed is not None:
         given["seed"] = body.seed % 2**32
     # The runtime makes at least one token; `Call` drops that of max_tokens 0.

@@ -70,6 +70,13 @@ class _Request(GenerationOptions):  # type: ignore[misc, valid-type]
     truncate_prompt_tokens: Annotated[int, Field(ge=1, lt=2**31)] | None = Field(
         None, description="Keep the prompt's last tokens only, as many as these."
     )
+    include_stop_str_in_output: bool | None = Field(
+        None, description="End a text behind its stop string, not before it."
+    )
+    return_tokens_as_token_ids: bool | None = Field(
+        None, description="Name tokens in log probabilities by their ids: token_id:5."
+    )
+    use_beam_search: bool | None = Field(None, description="Beam search with n beams, all of which are returned.")
     logit_bias: Annotated[dict[str, float], Field(max_length=1000)] | None = Field(
         None, description="Added to the logits of tokens, by their ids."
     )

@@ -56,6 +56,16 @@ def test_fields_of_vllm_and_llama_cpp(server: Running, model: gpt2onnx.Model) ->
     prompt = "The old king said that once upon a time"
     last = model.tokenizer.encode(prompt)[-4:]
     assert server.text(prompt, **plain, truncate_prompt_tokens=4) == server.text(last, **plain)
+    stopped = server.choice(**plain, stop=text[8:11], include_stop_str_in_output=True)
+    assert (stopped["text"], stopped["finish_reason"]) == (text[: text.index(text[8:11]) + 3], "stop")
+    body = {"prompt": "Once upon a time", "stream": True, "stop": text[8:11], "include_stop_str_in_output": True}
+    events = server.client.post("/v1/completions", json=plain | body).text.split("data: ")[1:-1]
+    assert "".join(json.loads(event)["choices"][0]["text"] for event in events) == stopped["text"]
+    named = server.choice(**plain, logprobs=0, return_tokens_as_token_ids=True)["logprobs"]["tokens"]
+    assert named == [f"token_id:{token}" for token in ids]
+    beams = server.complete(**plain, n=3, use_beam_search=True).json()["choices"]
+    expected = model.generate("Once upon a time", num_beams=3, num_return_sequences=3, max_new_tokens=12)
+    assert [choice["text"] for choice in beams] == [sequence.text for sequence in expected.sequences]
     for nothing in ({"suffix": ""}, {"suffix": None}, {"stop": None}, {"temperature": 0.0, "model": ""}):
         assert server.text(**plain | nothing) == text
 
