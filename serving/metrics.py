@@ -1,15 +1,28 @@
 """Metrics for Prometheus."""
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from importlib.metadata import version
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector, generate_latest
+from prometheus_client.core import Metric
+from prometheus_client.registry import Collector
 
 from ..runtime.model import Model
 
 _SECONDS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30, 60, 120, 300, 600)
 _ROWS = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64, 128)
+# vLLM's names for what means the same, by ours: https://docs.vllm.ai/en/latest/usage/metrics.html
+_VLLM = {
+    "gpt2onnx_running": "vllm:num_requests_running",
+    "gpt2onnx_waiting": "vllm:num_requests_waiting",
+    "gpt2onnx_prompt_tokens": "vllm:prompt_tokens",
+    "gpt2onnx_completion_tokens": "vllm:generation_tokens",
+    "gpt2onnx_queue_seconds": "vllm:request_queue_time_seconds",
+    "gpt2onnx_first_token_seconds": "vllm:time_to_first_token_seconds",
+    "gpt2onnx_token_gap_seconds": "vllm:inter_token_latency_seconds",
+    "gpt2onnx_request_seconds": "vllm:e2e_request_latency_seconds",
+}
 
 
 class Metrics:
@@ -22,6 +35,7 @@ class Metrics:
     def __init__(self, joules: Callable[[], float] | None = None) -> None:
         self._read_joules, self._reading = joules, threading.Lock()
         self.registry = registry = CollectorRegistry()
+        self._vllm = CollectorRegistry()
         ProcessCollector(registry=registry)
 
         def counter(name: str, text: str, *labels: str) -> Counter:
@@ -54,10 +68,32 @@ class Metrics:
     def describe(self, name: str, model: Model) -> None:
         """Sets the facts of the served model."""
         self._info.labels(name, model.bundle.manifest.dtype, model.runner.device, version("gpt2onnx")).set(1)
+        self._vllm.register(_VllmNames(self.registry, name))
 
     def page(self) -> bytes:
         """All metrics in Prometheus' text format. Reads the energy, which may take a second: not for the event loop's thread."""
         if self._read_joules is not None and self._joules is not None:
             with self._reading:
                 self._joules.inc(self._read_joules())
-        return generate_latest(self.registry)
+        return generate_latest(self.registry) + generate_latest(self._vllm)
+
+
+class _VllmNames(Collector):
+    """Metrics of a registry by vLLM's names, so that its dashboards fit.
+
+    Args:
+        registry: has them by our names.
+        model: the label model_name.
+    """
+
+    def __init__(self, registry: CollectorRegistry, model: str) -> None:
+        self._registry, self._model = registry, model
+
+    def collect(self) -> Iterator[Metric]:
+        for metric in self._registry.collect():
+            if name := _VLLM.get(metric.name):
+                renamed = Metric(name, metric.documentation, metric.type)
+                for sample in metric.samples:
+                    labels = {**sample.labels, "model_name": self._model}
+                    renamed.add_sample(sample.name.replace(metric.name, name, 1), labels, sample.value)
+                yield renamed

@@ -17,6 +17,7 @@ from typing import Any
 
 import httpx
 import pytest
+from prometheus_client.parser import text_string_to_metric_families
 from support.commands import wait_until
 from support.serving import ControlledModel, Running, serving
 
@@ -364,3 +365,11 @@ def test_metrics(model: gpt2onnx.Model) -> None:
                     "first_token_seconds_count": 1, "request_seconds_count": 1, "token_gap_seconds_count": 6,
                     "batch_rows_sum": 6}  # fmt: skip
         assert {name: figures[f"gpt2onnx_{name}"] for name in expected} == expected
+        # Prometheus' own parser reads the page, with vLLM's names beside ours.
+        named = {sample.name: sample for family in text_string_to_metric_families(page) for sample in family.samples}
+        for name, value in {
+            "generation_tokens_total": 7, "prompt_tokens_total": 3, "time_to_first_token_seconds_count": 1,
+            "inter_token_latency_seconds_count": 6, "num_requests_running": 0, "num_requests_waiting": 0,
+        }.items():  # fmt: skip
+            sample = named[f"vllm:{name}"]
+            assert (sample.value, sample.labels["model_name"]) == (value, "tales")
