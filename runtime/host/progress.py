@@ -2,13 +2,16 @@
 
 import sys
 from collections.abc import Callable
+from importlib import import_module
+from importlib.util import find_spec
 
+_SECONDS = 1.0  # after which a bar shows
 # Takes what is done so far, and all there is to do.
 Progress = Callable[[int, int], None]
 
 
 def shown(progress: Progress | None, label: str, unit: str | None = None) -> Progress | None:
-    """The caller's progress. Where there is none: in a notebook a bar, elsewhere nothing.
+    """The caller's progress. Where there is none: in a notebook a bar, if it takes longer than a second; elsewhere nothing.
 
     Args:
         progress: the caller's.
@@ -17,9 +20,12 @@ def shown(progress: Progress | None, label: str, unit: str | None = None) -> Pro
     """
     if progress is not None or not _in_notebook():
         return progress
-    from tqdm.auto import tqdm
-
-    bar = tqdm(desc=label, unit="B" if unit is None else f" {unit}", unit_scale=unit is None)
+    # Without ipywidgets, tqdm's own choice of a bar prints a warning.
+    kind = "notebook" if find_spec("ipywidgets") else "std"
+    unit_of_bar = "B" if unit is None else f" {unit}"
+    bar = import_module(f"tqdm.{kind}").tqdm(
+        desc=label, unit=unit_of_bar, unit_scale=unit is None, delay=_SECONDS, leave=False
+    )
 
     def move(done: int, total: int) -> None:
         bar.total = total

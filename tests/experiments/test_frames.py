@@ -2,9 +2,7 @@
 
 import html
 import json
-import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 from support.commands import CommandLine
@@ -103,13 +101,3 @@ def test_a_sweep_from_python(tales_model: gpt2onnx.Model, tmp_path: Path) -> Non
         gpt2onnx.sweep(tales_model, grid={"num_beams": [1, 2]}, energy=False)
     with pytest.raises(OptionError, match="the grid: strategy 'options': unknown generation option 'num_beam'"):
         gpt2onnx.sweep(tales_model, "Once", grid={"num_beam": 2}, energy=False)
-
-
-def test_a_notebook_shows_progress(
-    tales_model: gpt2onnx.Model, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    # IPython's shell in a terminal has no kernel, a notebook's has one.
-    for shell, shown in ((SimpleNamespace(), False), (SimpleNamespace(kernel=None), True)):
-        monkeypatch.setitem(sys.modules, "IPython", SimpleNamespace(get_ipython=lambda shell=shell: shell))
-        tales_model.evaluate("Once upon a time")
-        assert ("Evaluating: 100%" in capsys.readouterr().err) is shown
