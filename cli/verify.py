@@ -4,6 +4,8 @@ from pathlib import Path
 
 import click
 
+from gpt2onnx.errors import BundleError, OptionError
+
 from . import console
 
 
@@ -20,8 +22,10 @@ def command(bundle: Path, as_json: bool, quiet: bool) -> None:
     Example:
       gpt2onnx verify ./tales
     """
-    from ..models.bundle import RAGGED_GRAPH, TOKENIZER, Bundle
+    from ..models.bundle import GENERATION_CONFIG, RAGGED_GRAPH, TOKENIZER, Bundle
+    from ..models.config import read_json
     from ..runtime.engine.runner import Runner
+    from ..runtime.options import GenerationConfig
     from ..runtime.text.tokenizer import Tokenizer
 
     opened = Bundle.open(bundle)
@@ -30,6 +34,10 @@ def command(bundle: Path, as_json: bool, quiet: bool) -> None:
     tokenizer.check(opened.config.vocab_size, thorough=True)
     if not tokenizer.reads_any_text:
         click.echo("warning: the tokenizer has no token for unknown words: a text with one is an error", err=True)
+    try:
+        GenerationConfig.from_file_content(read_json(bundle / GENERATION_CONFIG))
+    except OptionError as error:
+        raise BundleError(f"{bundle / GENERATION_CONFIG}: {error}") from error
     for each in (opened, opened.without(RAGGED_GRAPH)):  # the runtime's own graph, and the one for interchange
         Runner(each)
     if opened.has_twin:

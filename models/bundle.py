@@ -24,7 +24,7 @@ import msgspec
 
 from gpt2onnx.errors import BackendError, BundleError, CheckpointError
 
-from . import external_data, limits
+from . import external_data, graph_rules, limits
 from .config import GPT2Config, json_object, read_small
 from .messages import shown
 from .precision import BLOCK_SIZES, DTYPES, QUANTIZED
@@ -208,20 +208,23 @@ class Bundle:
         ONNX Runtime follows a graph's references to other files, before 1.24 wherever they lead, and runs any program in it.
 
         Raises:
-            BundleError: it is too large or no graph, takes weights from elsewhere, holds a program, or is of another precision.
+            BundleError: it is too large or no graph, takes weights from elsewhere, holds what no exported graph has, or is of another
+                precision.
         """
         path = self.folder / name
         try:
             if path.stat().st_size > limits.GRAPH:
                 raise BundleError(f"{path} has more than {limits.GRAPH:,} bytes: export the bundle again")
             content = path.read_bytes()
-            places, program = external_data.locations(content), external_data.program(content)
+            places = external_data.locations(content)
+            makes_weights = name == SECOND_GRAPH_WEIGHTS
+            fault = graph_rules.fault(content, self.config.n_positions, makes_weights=makes_weights)
         except OSError as error:
             raise BundleError(f"can't read {path}: {error.strerror}") from error
         except ValueError as error:
             raise BundleError(f"{path} is not an ONNX graph ({error}): export the bundle again") from error
-        if program:
-            raise BundleError(f"{path} has {program}, which no exported graph has: export the bundle again")
+        if fault:
+            raise BundleError(f"{path} has {fault}, which no exported graph has: export the bundle again")
         # Of the operators, only this one computes with quantised weights.
         quantized = self.manifest.dtype in QUANTIZED
         if name in (GRAPH, RAGGED_GRAPH) and (b"MatMulNBits" in content) != quantized:

@@ -1,6 +1,6 @@
-"""Where an ONNX graph takes its weights from, and whether it can run without end, read off the file without the onnx package.
+"""Where an ONNX graph takes its weights from, read off the file without the onnx package.
 
-Only the fields that lead to a tensor or a program are entered; their numbers are those of
+Only the fields that lead to a tensor are entered; their numbers are those of
 https://github.com/onnx/onnx/blob/main/onnx/onnx.proto.
 """
 
@@ -22,11 +22,6 @@ _WAYS: Mapping[str, _Fields] = {
     "Attribute": {5: "Tensor", 6: "Graph", 10: "Tensor", 11: "Graph", 22: "SparseTensor", 23: "SparseTensor"},
     "SparseTensor": {1: "Tensor", 2: "Tensor"},
 }
-# Fields that hold programs: functions, and graphs that an operator runs as often as it likes.
-_PROGRAMS: Mapping[str, _Fields] = {
-    "Model": {20: "a training graph", 25: "functions"},
-    "Attribute": {6: "loops or branches", 11: "loops or branches"},
-}
 _MOST_NESTED = 100  # protobuf's own limit
 
 
@@ -41,27 +36,6 @@ def locations(model: bytes) -> set[str]:
     """
     tensors = (_entries(model, begin, end) for begin, end in _tensors(model))
     return {value for entries in tensors for key, value in entries if key == _LOCATION}
-
-
-def program(model: bytes) -> str | None:
-    """Which parts of a model may run as often as they like; None where every operator runs once.
-
-    Args:
-        model: the content of a .onnx file.
-
-    Raises:
-        ValueError: it isn't a protobuf message.
-    """
-    pending = [("Model", 0, len(model))]
-    while pending:
-        kind, begin, end = pending.pop()
-        for number, place in protobuf.fields(model, begin, end):
-            if found := _PROGRAMS.get(kind, {}).get(number):
-                return found
-            inner = _WAYS[kind].get(number)
-            if isinstance(place, slice) and inner in ("Graph", "Node", "Attribute"):
-                pending.append((inner, place.start, place.stop))
-    return None
 
 
 def _tensors(model: bytes) -> Iterator[tuple[int, int]]:

@@ -11,10 +11,18 @@ PICKLE = 16 * MIB
 TENSOR_HEADER = 16 * MIB  # some 100 bytes for each tensor
 ARCHIVE_MANIFEST = MIB
 ARCHIVE_CONTENT = 10_000_000_000  # unless --max-size allows more
+# Numbers that a constant may have an operator of a graph make. Graphs of a network 12,288 wide ask for 4.7 million.
+CONSTANT = 2**26
+# Steps of a tokenizer, and how many letters they may make of one. ALBERT's has 7 steps, which may make 650.
+TOKENIZER_STEPS = 32
+TOKENIZER_GROWTH = 5000
 # Bytes of a text, a line of which is a request.
 TEXT = 256 * MIB
 LINE = 16 * MIB
 # Steps of a pickle: objects, and 64 bytes of text each.
 PICKLE_STEPS = 1_000_000
+# Entries of a generation option: strings and token sequences, each of which every step compares; and plain token ids.
+OPTION_SEQUENCES = 10_000
+OPTION_IDS = 1_000_000
 # Tokens of a prompt are counted only if it has no more letters than this for each position, and no more bytes than twice the longest token.
 LETTERS_PER_TOKEN = 1000

@@ -9,6 +9,7 @@ from msgspec import Meta, inspect
 
 from gpt2onnx.errors import OptionError
 
+from ..models import limits
 from ..models.messages import shown
 
 MAX_SEQUENCES = 1000  # of one prompt; each has a row of the KV cache
@@ -21,6 +22,7 @@ Rows = Annotated[int, Meta(ge=1, le=MAX_SEQUENCES)]
 TokenId = Annotated[int, Meta(ge=0, lt=2**31)]
 # transformers takes -1 for a token that never comes.
 TokenIdOrNone = Annotated[int, Meta(ge=-1, lt=2**31)]
+Ids = Annotated[Sequence[TokenIdOrNone], Meta(max_length=limits.OPTION_IDS)]
 Words = Annotated[Sequence[TokenId], Meta(min_length=1)]
 Probability = Annotated[float, Meta(ge=0, le=1)]
 Share = Annotated[float, Meta(gt=0, le=1)]
@@ -143,8 +145,11 @@ def _in_words(kind: inspect.Type, example: str) -> str:
         return "an object"
     if isinstance(kind, inspect.StrType):
         return "a text that isn't empty" if kind.min_length else "a text"
+    most = ""
     if isinstance(kind, inspect.CollectionType):
         (item,) = _alternatives(kind.item_type)
+        most = "" if kind.max_length is None else f"at most {kind.max_length:,} "
         if isinstance(item, inspect.IntType | inspect.StrType):
-            return f"a list of {'token ids' if isinstance(item, inspect.IntType) else 'such texts'}"
-    return f"a list such as {example if example.startswith('[') else f'[{example}]'}"
+            return f"a list of {most}{'token ids' if isinstance(item, inspect.IntType) else 'such texts'}"
+        most = most and f" with {most}entries"
+    return f"a list such as {example if example.startswith('[') else f'[{example}]'}{most}"

@@ -14,12 +14,14 @@ from msgspec import Meta
 
 from gpt2onnx.errors import OptionError
 
+from ..models import limits
 from ..models.messages import shown
 from .option_table import (
     SMALLEST,
     Count,
     Exponent,
     Factor,
+    Ids,
     Length,
     NotNegative,
     Penalty,
@@ -124,26 +126,22 @@ class GenerationConfig(msgspec.Struct, frozen=True, kw_only=True):
         Count, about("No n-gram of this size in the prompt occurs again; 0 for no limit.")
     ] = 0
     sequence_bias: Annotated[
-        Annotated[Sequence[tuple[Words, Exponent]], Meta(min_length=1)] | None,
+        Annotated[Sequence[tuple[Words, Exponent]], Meta(min_length=1, max_length=limits.OPTION_SEQUENCES)] | None,
         about(
             "Added to the logit of the last token of a sequence where the rest of it precedes.",
             example="[[[5,7],-2.5]]",
         ),
     ] = None
     logit_bias: Annotated[
-        Annotated[Sequence[tuple[TokenId, Exponent]], Meta(min_length=1)] | None,
+        Annotated[Sequence[tuple[TokenId, Exponent]], Meta(min_length=1, max_length=limits.OPTION_IDS)] | None,
         about("Added to the logits of tokens; in JSON also an object from ids to biases.", example="50256=-100,11=2.5"),
     ] = None
     bad_words_ids: Annotated[
-        Annotated[Sequence[Words], Meta(min_length=1)] | None,
+        Annotated[Sequence[Words], Meta(min_length=1, max_length=limits.OPTION_SEQUENCES)] | None,
         about("Token sequences that are never completed.", example="[[1,2],[3]]"),
     ] = None
-    suppress_tokens: Annotated[
-        Sequence[TokenIdOrNone] | None, about("Tokens that are never chosen.", example="1,2,3")
-    ] = None
-    begin_suppress_tokens: Annotated[
-        Sequence[TokenIdOrNone] | None, about("Tokens that are never chosen first.", example="1,2,3")
-    ] = None
+    suppress_tokens: Annotated[Ids | None, about("Tokens that are never chosen.", example="1,2,3")] = None
+    begin_suppress_tokens: Annotated[Ids | None, about("Tokens that are never chosen first.", example="1,2,3")] = None
     forced_bos_token_id: Annotated[TokenId | None, about("First new token after a prompt of one token.")] = None
     forced_eos_token_id: Annotated[
         TokenId | Sequence[TokenId] | None,
@@ -183,10 +181,10 @@ class GenerationConfig(msgspec.Struct, frozen=True, kw_only=True):
         ),
     ] = None
     eos_token_id: Annotated[
-        TokenIdOrNone | Sequence[TokenIdOrNone] | None, about("Token or tokens that end a sequence.", example="1,2")
+        TokenIdOrNone | Ids | None, about("Token or tokens that end a sequence.", example="1,2")
     ] = None
     stop: Annotated[
-        Text | Sequence[Text],
+        Text | Annotated[Sequence[Text], Meta(max_length=limits.OPTION_SEQUENCES)],
         about("String or strings that end a sequence; the text is cut before them.", example="END", repeated=True),
     ] = ()
     json_schema: Annotated[

@@ -16,7 +16,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre
 
 from gpt2onnx.errors import BundleError, CheckpointError, MissingExtraError
 
-from ...models import limits
+from ...models import limits, tokenizer_rules
 from ...models.bundle import CHAT_TEMPLATE, TOKENIZER
 from ...models.config import read_json
 from ...models.messages import one_line, shown
@@ -229,6 +229,8 @@ class _TokenizerFiles:
         """Takes tokenizer.json as it is, without white space, unless the settings change it."""
         path = self.folder / TOKENIZER
         content = read_json(path, limits.TOKENIZER_JSON)
+        if fault := tokenizer_rules.fault(content):
+            raise CheckpointError(f"{path} {fault}")
         with native.raising(lambda reason: CheckpointError(f"{path} can't be read: {reason}")):
             as_it_is = Tokenizer.from_str(json.dumps(content))
             tokenizer = Tokenizer.from_str(json.dumps(self._with_settings(content)))

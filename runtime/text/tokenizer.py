@@ -14,9 +14,10 @@ from tokenizers.models import BPE
 
 from gpt2onnx.errors import BundleError, CheckpointError, OptionError, PromptError
 
+from ...models import limits, tokenizer_rules
 from ...models.bundle import TOKENIZER_CONFIG
-from ...models.config import read_json
-from ...models.messages import shown
+from ...models.config import read_json, read_small
+from ...models.messages import one_line, shown
 from ..host import native
 from .stop_strings import StopStrings
 
@@ -68,14 +69,13 @@ class Tokenizer:
         reads_any_text: whether it has a token for letters that its vocabulary lacks; otherwise a text with one is an error.
 
     Raises:
-        BundleError: a file can't be read, or the tokenizer can't read a single letter.
+        BundleError: a file can't be read, or the tokenizer could make far too much of a text, or nothing of any.
     """
 
     def __init__(self, path: Path) -> None:
         self.missing = not path.exists()
         self._path = path
-        with native.raising(lambda reason: BundleError(f"{path} can't be read: {reason}")):
-            self._tokenizer = HuggingFaceTokenizer(BPE()) if self.missing else HuggingFaceTokenizer.from_file(str(path))
+        self._tokenizer = HuggingFaceTokenizer(BPE()) if self.missing else _open(path)
         # A regular expression of the author's own can take forever on some texts, which the library ends by a panic.
         parts = (self._tokenizer.normalizer, self._tokenizer.pre_tokenizer)
         self._may_panic = any(part is not None and b'"Regex"' in part.__getstate__() for part in parts)
@@ -302,6 +302,22 @@ class TextStream:
         new = text[self._shown : end]
         self._shown += len(new)
         return new
+
+
+def _open(path: Path) -> HuggingFaceTokenizer:
+    """Opens a tokenizer.json once its parts are known to keep texts short."""
+    try:
+        content = read_small(path, limits.TOKENIZER_JSON)
+    except CheckpointError as error:
+        raise BundleError(str(error)) from error
+    try:
+        fault = tokenizer_rules.fault(tokenizer_rules.parts(content))
+    except ValueError as error:
+        raise BundleError(f"{path} can't be read: {one_line(error)}") from error
+    if fault:
+        raise BundleError(f"{path} {fault}")
+    with native.raising(lambda reason: BundleError(f"{path} can't be read: {reason}")):
+        return HuggingFaceTokenizer.from_buffer(content)
 
 
 def _cleans_up(path: Path, tokenizer: HuggingFaceTokenizer) -> bool:

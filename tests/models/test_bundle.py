@@ -23,7 +23,7 @@ from support.systems import posix
 
 import gpt2onnx
 from gpt2onnx.errors import BackendError, BundleError
-from gpt2onnx.models import external_data
+from gpt2onnx.models import external_data, graph_rules
 from gpt2onnx.models.bundle import GRAPH, MANIFEST, RAGGED_GRAPH, TOKENIZER, WEIGHTS, Bundle, Manifest, describe_files
 from gpt2onnx.runtime.engine import loading
 
@@ -287,31 +287,6 @@ def test_locations_are_found_wherever_a_graph_can_hold_a_tensor() -> None:
     assert external_data.locations(b"\x3a" + bytes([len(body)]) + body) == {"outside"}
 
 
-def test_programs_in_a_graph_are_refused(copy: Path) -> None:
-    """What can run without end: ONNX Runtime would run it while it loads, deaf to Ctrl-C."""
-    body = onnx.GraphProto(node=[onnx.NodeProto(op_type="Identity")])
-    loop = onnx.NodeProto(op_type="Loop", attribute=[onnx.AttributeProto(name="body", g=body)])
-    several = onnx.NodeProto(op_type="Custom", attribute=[onnx.AttributeProto(name="bodies", graphs=[body])])
-    for found, model in (
-        ("loops or branches", onnx.ModelProto(graph=onnx.GraphProto(node=[loop]))),
-        ("loops or branches", onnx.ModelProto(graph=onnx.GraphProto(node=[several]))),
-        ("functions", onnx.ModelProto(functions=[onnx.FunctionProto(name="twice")])),
-        ("a training graph", onnx.ModelProto(training_info=[onnx.TrainingInfoProto(algorithm=body)])),
-    ):
-        assert external_data.program(model.SerializeToString()) == found
-        model.MergeFrom(onnx.load(copy / GRAPH, load_external_data=False))
-        assert external_data.program(model.SerializeToString()) == found
-    for name in (GRAPH, RAGGED_GRAPH):
-        model = onnx.load(copy / name, load_external_data=False)
-        whole = model.SerializeToString()
-        model.graph.node.append(loop)
-        (copy / name).write_bytes(model.SerializeToString())
-        sign(copy)
-        with pytest.raises(BundleError, match="has loops or branches"):
-            Bundle.open(copy).graph(name)
-        (copy / name).write_bytes(whole)
-
-
 def test_a_precision_that_is_not_the_graphs(copy: Path) -> None:
     manifest = Manifest.read(copy)
     dataclasses.replace(manifest, dtype="fp32").write(copy)
@@ -412,6 +387,6 @@ def test_damaged_graphs_end_in_one_line(copy: Path) -> None:
         broken = bytearray(content)
         for _ in range(3):
             broken[generator.randrange(len(content))] = generator.randrange(256)
-        for read in (external_data.locations, external_data.program):
+        for read in (external_data.locations, lambda graph: graph_rules.fault(graph, 64)):
             with contextlib.suppress(ValueError):
                 read(bytes(broken))

@@ -123,7 +123,13 @@ def test_defaults_are_those_of_transformers(golden: Golden) -> None:
         {"forced_bos_token_id": 5, "suppress_tokens": [4, 5]},
         {"forced_eos_token_id": [4, 5], "suppress_tokens": [5, 4, 6]},
         {"top_k": -(10**5000)},
+        {"bad_words_ids": [[5]] * 10_001},
+        {"sequence_bias": [[[5], 1.0]] * 10_001},
+        {"stop": ["x"] * 10_001},
+        {"suppress_tokens": [5] * 1_000_001},
+        {"eos_token_id": [5] * 1_000_001},
     ],
+    ids=lambda options: str(options)[:40],
 )
 def test_refused(options: dict[str, Any]) -> None:
     with pytest.raises(OptionError) as failure:

@@ -1,0 +1,207 @@
+"""What a bundle's graph may hold, read off the file before ONNX Runtime opens it.
+
+ONNX Runtime computes while it loads a graph, deaf to Ctrl-C: what depends on constants alone, loops among it. So a graph
+may hold what exported graphs hold, and nothing else: operators and attributes from a list, no programs, and of constants
+alone nothing that is larger than these. What operators make of weights and tokens later isn't bounded here.
+"""
+
+import math
+import struct
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+from . import limits, protobuf
+from .messages import shown
+
+_DOMAINS = frozenset({b"", b"ai.onnx", b"com.microsoft"})
+# Of fused and of portable graphs.
+_OPERATORS = frozenset(
+    b"Abs Add And Cast Clip Concat Constant ConstantOfShape DequantizeLinear Div DynamicQuantizeMatMul Equal Erf Exp Expand"
+    b" FastGelu Flatten Gather GatherBlockQuantized Gelu Gemm Greater GreaterOrEqual GroupQueryAttention HardSigmoid HardSwish"
+    b" Identity LayerNormalization LeakyRelu Less LessOrEqual Log MatMul MatMulNBits Max Min Mish Mul Neg Not Or Pad Pow"
+    b" QuantizeLinear QuickGelu Range ReduceMax ReduceMean ReduceSum Relu Reshape Shape Sigmoid Sign Slice Softmax Softplus"
+    b" Split Sqrt Squeeze Sub Sum Tanh Transpose Trilu Unsqueeze Where".split()
+)
+_ATTRIBUTES = frozenset(
+    b"K N accuracy_level allowzero alpha approximate axis beta bits block_size do_rotary end epsilon gather_axis keepdims"
+    b" kv_num_heads num_heads num_outputs perm quantize_axis saturate scale start stash_type to transA transB upper"
+    b" value".split()
+)
+# What exported graphs compute of constants alone: no more numbers than they take, or as many as a constant says.
+_OF_CONSTANTS = frozenset({b"Cast", b"ConstantOfShape", b"Neg"})
+# Operators that make as many numbers as an input says, and which input. It may also come from the inputs' shapes.
+_SIZES = {b"ConstantOfShape": 0, b"Expand": 1, b"Pad": 1}
+
+# Fields of ONNX' messages: https://github.com/onnx/onnx/blob/main/onnx/onnx.proto
+_MODEL_GRAPH, _MODEL_TRAINING, _MODEL_FUNCTIONS = 7, 20, 25
+_GRAPH_NODE, _GRAPH_INITIALIZER, _GRAPH_INPUT, _GRAPH_SPARSE = 1, 5, 11, 15
+_NODE_INPUT, _NODE_OUTPUT, _NODE_OPERATOR, _NODE_ATTRIBUTE, _NODE_DOMAIN = 1, 2, 4, 5, 7
+_ATTRIBUTE_NAME, _ATTRIBUTE_TENSOR, _ATTRIBUTE_PROGRAMS = 1, 5, (6, 11)
+_TENSOR_DIMS, _TENSOR_TYPE, _TENSOR_INT64S, _TENSOR_NAME, _TENSOR_RAW = 1, 2, 7, 8, 9
+_INT64 = 7
+_POSITIONS = b"wpe.weight"  # in the name of the table of positions
+
+
+class _NotExportedError(Exception):
+    """A graph holds what no exported graph has."""
+
+
+@dataclass
+class _Graph:
+    """A model's graph: its nodes in order, and what is known before the first of them.
+
+    Attributes:
+        nodes: each by its fields of texts and messages.
+        constants: initializers and results of Constant, by name; None where only the place of the data is known.
+        inputs: names.
+    """
+
+    nodes: list[dict[int, list[bytes]]] = field(default_factory=list)
+    constants: dict[bytes, memoryview] = field(default_factory=dict)
+    inputs: set[bytes] = field(default_factory=set)
+
+
+def fault(model: bytes, positions: int, *, makes_weights: bool = False) -> str | None:
+    """What a graph has that no exported graph has; None where there is nothing of the kind.
+
+    Args:
+        model: the content of a .onnx file.
+        positions: rows of the table of positions.
+        makes_weights: whether it is the graph that computes weights of weights, which isn't computed while it is opened.
+
+    Raises:
+        ValueError: it isn't a protobuf message.
+    """
+    try:
+        graph = _read(model)
+        _check_positions(graph, positions)
+        _check_nodes(graph, folds=not makes_weights)
+    except _NotExportedError as error:
+        return str(error)
+    return None
+
+
+def _read(model: bytes) -> _Graph:
+    graph, view = _Graph(), memoryview(model)
+    for kind, place in protobuf.fields(model, 0, len(model)):
+        if kind in (_MODEL_TRAINING, _MODEL_FUNCTIONS):
+            raise _NotExportedError("a training graph" if kind == _MODEL_TRAINING else "functions")
+        if kind != _MODEL_GRAPH or not isinstance(place, slice):
+            continue
+        for number, part in protobuf.fields(model, place.start, place.stop):
+            if number == _GRAPH_SPARSE:
+                raise _NotExportedError("sparse tensors")
+            if not isinstance(part, slice):
+                continue
+            if number == _GRAPH_NODE:
+                graph.nodes.append(protobuf.messages(model[part]))
+            elif number == _GRAPH_INITIALIZER:
+                graph.constants[_name(view[part], _TENSOR_NAME)] = view[part]
+            elif number == _GRAPH_INPUT:
+                graph.inputs.add(_name(view[part], 1))
+    return graph
+
+
+def _check_positions(graph: _Graph, positions: int) -> None:
+    for name, tensor in graph.constants.items():
+        if _POSITIONS in name and (rows := next(_integers(tensor, _TENSOR_DIMS), 0)) != positions:
+            raise _NotExportedError(f"{rows:,} positions where config.json says {positions:,}")
+
+
+def _check_nodes(graph: _Graph, *, folds: bool) -> None:
+    known = {b"", *graph.inputs, *graph.constants}
+    constant, taken = {b"", *graph.constants}, set[bytes]()
+    for node in graph.nodes:
+        operator, inputs, outputs = _last(node, _NODE_OPERATOR), node.get(_NODE_INPUT, []), node.get(_NODE_OUTPUT, [])
+        if operator not in _OPERATORS or _last(node, _NODE_DOMAIN) not in _DOMAINS:
+            raise _NotExportedError(f"the operator {_shown(operator)}")
+        for attribute in node.get(_NODE_ATTRIBUTE, []):
+            _check_attribute(attribute)
+        if not known.issuperset(inputs):
+            raise _NotExportedError("operators in another order")
+        if operator in _SIZES:
+            _check_size(graph, operator, inputs)
+        if operator == b"Constant":
+            graph.constants |= dict.fromkeys(outputs, _value(node))
+            constant.update(outputs)
+        elif constant.issuperset(inputs):
+            # Each constant goes into at most one, so that all of them together take no more memory than the file.
+            if folds and (operator not in _OF_CONSTANTS or taken.intersection(inputs)):
+                raise _NotExportedError(f"{_shown(operator)} of constants")
+            constant.update(outputs)
+            taken.update(inputs, outputs)
+        known.update(outputs)
+
+
+def _check_attribute(attribute: bytes) -> None:
+    for number, place in protobuf.fields(attribute, 0, len(attribute)):
+        if number in _ATTRIBUTE_PROGRAMS:
+            raise _NotExportedError("loops or branches")
+        if number == _ATTRIBUTE_NAME and isinstance(place, slice) and attribute[place] not in _ATTRIBUTES:
+            raise _NotExportedError(f"the attribute {_shown(attribute[place])}")
+
+
+def _check_size(graph: _Graph, operator: bytes, inputs: list[bytes]) -> None:
+    """Refuses a constant that asks for more numbers than there may be."""
+    name = inputs[_SIZES[operator]] if _SIZES[operator] < len(inputs) else b""
+    if name not in graph.constants:
+        return
+    numbers = _whole_numbers(graph.constants[name])
+    if numbers is None or math.prod(each for each in numbers if each > 1) > limits.CONSTANT:
+        raise _NotExportedError(f"{_shown(operator)} to more than {limits.CONSTANT:,} numbers")
+
+
+def _whole_numbers(tensor: memoryview) -> list[int] | None:
+    """The int64 numbers of a tensor; None where the file doesn't hold them, or holds others."""
+    found = list(_integers(tensor, _TENSOR_INT64S))
+    count = math.prod(_integers(tensor, _TENSOR_DIMS))
+    if list(_integers(tensor, _TENSOR_TYPE))[-1:] != [_INT64]:
+        return None
+    for number, place in protobuf.fields(tensor, 0, len(tensor)):
+        if number == _TENSOR_RAW and isinstance(place, slice):
+            raw = bytes(tensor[place])
+            found += [each for (each,) in struct.iter_unpack("<q", raw[: len(raw) // 8 * 8])]
+    return found if len(found) == count else None
+
+
+def _integers(message: memoryview, number: int) -> Iterator[int]:
+    """A repeated field of whole numbers, packed or not."""
+    for found, place in protobuf.fields(message, 0, len(message)):
+        if found != number:
+            continue
+        if not isinstance(place, slice):
+            yield _signed(place)
+            continue
+        begin = place.start
+        while begin < place.stop:
+            value, begin = protobuf.varint(message, begin, place.stop)
+            yield _signed(value)
+
+
+def _signed(value: int) -> int:
+    return value - 2**64 if value >= 2**63 else value
+
+
+def _value(node: dict[int, list[bytes]]) -> memoryview:
+    """The tensor of a Constant."""
+    for attribute in node.get(_NODE_ATTRIBUTE, []):
+        if tensors := protobuf.messages(attribute).get(_ATTRIBUTE_TENSOR):
+            return memoryview(tensors[-1])
+    raise _NotExportedError("a constant without a tensor")
+
+
+def _name(message: memoryview, number: int) -> bytes:
+    """The last of a message's texts with this number."""
+    name = b""
+    for found, place in protobuf.fields(message, 0, len(message)):
+        if found == number and isinstance(place, slice):
+            name = bytes(message[place])
+    return name
+
+
+def _last(node: dict[int, list[bytes]], number: int) -> bytes:
+    return node.get(number, [b""])[-1]
+
+
+def _shown(name: bytes) -> str:
+    return shown(name.decode("utf-8", "replace"))

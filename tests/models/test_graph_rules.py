@@ -1,0 +1,231 @@
+"""A graph that ONNX Runtime would compute on without end while it loads, or at the first token, is refused before."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+from collections.abc import Callable
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+from onnx import TensorProto, helper, numpy_helper
+from support.checkpoints import MakeCheckpoint
+from support.commands import CommandLine
+
+import gpt2onnx
+from gpt2onnx.errors import BundleError
+from gpt2onnx.models import graph_rules
+from gpt2onnx.models.bundle import (
+    CONFIG,
+    GENERATION_CONFIG,
+    GRAPH,
+    RAGGED_GRAPH,
+    SECOND_GRAPH_WEIGHTS,
+    Bundle,
+    Manifest,
+    describe_files,
+)
+from gpt2onnx.models.config import ACTIVATIONS
+
+Change = Callable[[onnx.ModelProto], object]
+
+
+@pytest.fixture(scope="module")
+def bundle(make_checkpoint: MakeCheckpoint, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return gpt2onnx.export(make_checkpoint(), tmp_path_factory.mktemp("whole") / "bundle", twin=False).folder
+
+
+@pytest.fixture
+def copy(bundle: Path, tmp_path: Path) -> Path:
+    return shutil.copytree(bundle, tmp_path / "bundle")
+
+
+def sign(folder: Path) -> None:
+    dataclasses.replace(Manifest.read(folder), files=describe_files(folder)).write(folder)
+
+
+def number(name: str, *values: int) -> onnx.TensorProto:
+    return numpy_helper.from_array(np.array(values, np.int64), name)
+
+
+def sized(kind: str, *shape: int) -> Change:
+    """The logits with a sum of as many zeros as the shape says."""
+
+    def change(model: onnx.ModelProto) -> None:
+        model.graph.initializer.append(number("size", *shape))
+        inputs = ["size"] if kind == "ConstantOfShape" else ["ids", "size"]
+        nodes = [
+            helper.make_node("Cast", ["input_ids"], ["ids"], to=TensorProto.FLOAT),
+            helper.make_node(kind, inputs, ["many"]),
+            helper.make_node("ReduceMax", ["many"], ["most"], keepdims=0),
+        ]
+        use(model, nodes, "most")
+
+    return change
+
+
+def use(model: onnx.ModelProto, nodes: list[onnx.NodeProto], name: str) -> None:
+    """Adds nodes in front, and what they come to to the logits."""
+    for node in model.graph.node:
+        node.output[:] = ["before" if output == "logits" else output for output in node.output]
+    whole = [*nodes, *model.graph.node, helper.make_node("Add", ["before", name], ["logits"])]
+    del model.graph.node[:]
+    model.graph.node.extend(whole)
+
+
+def outer_product(model: onnx.ModelProto) -> None:
+    for name, shape in (("column", (40_000, 1)), ("row", (1, 40_000))):
+        model.graph.initializer.append(numpy_helper.from_array(np.zeros(shape, np.float32), name))
+    nodes = [
+        helper.make_node("Add", ["column", "row"], ["many"]),
+        helper.make_node("ReduceMax", ["many"], ["most"], keepdims=0),
+    ]
+    use(model, nodes, "most")
+
+
+def copies_of_weights(model: onnx.ModelProto) -> None:
+    """Each copy is kept: a thousand take a thousand times the weights' memory."""
+    name = model.graph.initializer[0].name
+    use(model, [helper.make_node("Neg", [name], [f"copy.{index}"]) for index in range(1000)], "copy.0")
+
+
+def chain_of_copies(model: onnx.ModelProto) -> None:
+    names = [model.graph.initializer[0].name, *(f"copy.{index}" for index in range(1000))]
+    use(model, [helper.make_node("Neg", [one], [two]) for one, two in pairwise(names)], names[-1])
+
+
+def sparse(model: onnx.ModelProto) -> None:
+    values, places = helper.make_tensor("s", TensorProto.FLOAT, [1], [0.0]), helper.make_tensor("p", 7, [1], [0])
+    model.graph.sparse_initializer.append(helper.make_sparse_tensor(values, places, [40_000, 40_000]))
+
+
+def loop(model: onnx.ModelProto) -> None:
+    body = onnx.GraphProto(node=[onnx.NodeProto(op_type="Identity")])
+    model.graph.node.append(onnx.NodeProto(op_type="Identity", attribute=[onnx.AttributeProto(name="to", g=body)]))
+
+
+def branches(model: onnx.ModelProto) -> None:
+    body = onnx.GraphProto(node=[onnx.NodeProto(op_type="Identity")])
+    model.graph.node.append(
+        onnx.NodeProto(op_type="Identity", attribute=[onnx.AttributeProto(name="to", graphs=[body])])
+    )
+
+
+def backwards(model: onnx.ModelProto) -> None:
+    nodes = list(reversed(model.graph.node))
+    del model.graph.node[:]
+    model.graph.node.extend(nodes)
+
+
+# What is done to a graph, and what the message has to say.
+HOSTILE: dict[str, tuple[Change, str]] = {
+    "trillions of zeros": (sized("ConstantOfShape", 20_000, 20_000, 20_000), "'ConstantOfShape' to more than"),
+    "4 GB of zeros": (sized("ConstantOfShape", 10**9), "'ConstantOfShape' to more than"),
+    "an expansion": (sized("Expand", 20_000, 20_000, 20_000), "'Expand' to more than"),
+    "padding": (sized("Pad", 0, 0, 0, 2 * 10**9), "'Pad' to more than"),
+    "repetitions": (sized("Tile", 1000, 1000), "the operator 'Tile'"),
+    "an outer product": (outer_product, "'Add' of constants"),
+    "many copies of weights": (copies_of_weights, "'Neg' of constants"),
+    "copies of copies of weights": (chain_of_copies, "'Neg' of constants"),
+    "sparse weights": (sparse, "sparse tensors"),
+    "a loop": (loop, "loops or branches"),
+    "branches": (branches, "loops or branches"),
+    "a function": (lambda model: model.functions.append(onnx.FunctionProto(name="twice")), "functions"),
+    "a training graph": (lambda model: model.training_info.append(onnx.TrainingInfoProto()), "a training graph"),
+    "another domain": (
+        lambda model: model.graph.node.append(onnx.NodeProto(op_type="Cast", domain="mine")),
+        "the operator 'Cast'",
+    ),
+    "an attribute": (
+        lambda model: model.graph.node[0].attribute.append(helper.make_attribute("pads", [10**12])),
+        "the attribute 'pads'",
+    ),
+    "another order": (backwards, "operators in another order"),
+}
+
+
+@pytest.mark.parametrize("kind", HOSTILE)
+def test_graphs_that_could_run_without_end(kind: str, copy: Path) -> None:
+    change, reason = HOSTILE[kind]
+    for name in (GRAPH, RAGGED_GRAPH):
+        model = onnx.load(copy / name, load_external_data=False)
+        change(model)
+        (copy / name).write_bytes(model.SerializeToString())
+    sign(copy)
+    for refused in (Bundle.open(copy).verify, lambda: gpt2onnx.load(copy)):
+        with pytest.raises(BundleError, match=rf"\.onnx has {reason}.*, which no exported graph has") as caught:
+            refused()
+        assert "\n" not in str(caught.value)
+
+
+def test_more_positions_than_the_table_has(copy: Path, command_line: CommandLine) -> None:
+    config = json.loads((copy / CONFIG).read_text()) | {"n_positions": 10**9}
+    (copy / CONFIG).write_text(json.dumps(config))
+    sign(copy)
+    for arguments in (["verify", copy], ["generate", "-m", copy, "Once"]):
+        done = command_line(*arguments)
+        assert (done.code, done.err.count("\n")) == (1, 1)
+        assert "has 64 positions where config.json says 1,000,000,000" in done.err
+
+
+def test_more_bad_words_than_a_step_can_compare(copy: Path, command_line: CommandLine) -> None:
+    options = {"bad_words_ids": [[index % 250, index // 250] for index in range(50_000)]}
+    (copy / GENERATION_CONFIG).write_text(json.dumps(options))
+    sign(copy)
+    for arguments in (["verify", copy], ["generate", "-m", copy, "Once"]):
+        done = command_line(*arguments)
+        assert (done.code, done.err.count("\n")) == (1, 1)
+        assert "at most 10,000 entries" in done.err
+
+
+def test_more_weights_than_there_are(
+    make_checkpoint: MakeCheckpoint, tmp_path: Path, second_graph_at_any_width: None
+) -> None:
+    """The graph that makes the second one's weights runs unoptimised, once."""
+    folder = gpt2onnx.export(make_checkpoint(), tmp_path / "bundle", dtype="int8").folder
+    path = folder / SECOND_GRAPH_WEIGHTS
+    model = onnx.load(path, load_external_data=False)
+    next(each for each in model.graph.initializer if each.name.endswith("blocks")).CopyFrom(
+        number(next(each.name for each in model.graph.initializer if each.name.endswith("blocks")), 10**12)
+    )
+    path.write_bytes(model.SerializeToString())
+    sign(folder)
+    with pytest.raises(BundleError, match="'Expand' to more than"):
+        gpt2onnx.load(folder, wide_after=0)
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_every_exported_graph_is_allowed(activation: str, make_checkpoint: MakeCheckpoint, tmp_path: Path) -> None:
+    """All heads and layers that call for operators of their own; other precisions are exported by many tests."""
+    settings: dict[str, Any] = {"n_embd": 6, "n_head": 6, "n_layer": 1, "tie_word_embeddings": False}
+    source = make_checkpoint(activation_function=activation, scale_attn_by_inverse_layer_idx=True, **settings)
+    Bundle.open(gpt2onnx.export(source, tmp_path / "bundle", twin=False).folder).verify()
+
+
+def test_a_loop_in_a_second_part(copy: Path) -> None:
+    """Protobuf joins a message that comes in two parts."""
+    part = onnx.ModelProto(graph=onnx.GraphProto(node=[onnx.NodeProto(op_type="Loop")])).SerializeToString()
+    assert graph_rules.fault((copy / GRAPH).read_bytes(), 64) is None
+    for model in ((copy / GRAPH).read_bytes() + part, part + (copy / GRAPH).read_bytes()):
+        assert graph_rules.fault(model, 64) == "the operator 'Loop'"
+
+
+def test_numbers_of_all_forms_are_read() -> None:
+    """A size counts in whatever form protobuf has it; where the file doesn't hold it, it is none."""
+    plain = onnx.TensorProto(name="size", data_type=TensorProto.INT64, dims=[3], int64_data=[20_000] * 3)
+    raw = number("size", *[20_000] * 3)
+    elsewhere = onnx.TensorProto(name="size", data_type=TensorProto.INT64, dims=[3], data_location=1)
+    for size in (plain, raw, elsewhere):
+        node = helper.make_node("ConstantOfShape", ["size"], ["many"])
+        model = onnx.ModelProto(graph=onnx.GraphProto(initializer=[size], node=[node]))
+        constant = helper.make_node("Constant", [], ["size"], value=size)
+        inside = onnx.ModelProto(graph=onnx.GraphProto(node=[constant, node]))
+        for each in (model, inside):
+            assert "to more than" in str(graph_rules.fault(each.SerializeToString(), 64))
+    small = onnx.ModelProto(graph=onnx.GraphProto(initializer=[number("size", 3, 4)], node=[node]))
+    assert graph_rules.fault(small.SerializeToString(), 64) is None
