@@ -129,7 +129,6 @@ def test_defaults_are_those_of_transformers(golden: Golden) -> None:
         {"suppress_tokens": [5] * 1_000_001},
         {"eos_token_id": [5] * 1_000_001},
     ],
-    ids=lambda options: str(options)[:40],
 )
 def test_refused(options: dict[str, Any]) -> None:
     with pytest.raises(OptionError) as failure:
