@@ -200,7 +200,7 @@ def test_generation_config_file_counts_as_in_transformers(
 @pytest.mark.parametrize(
     ("content", "hint"),
     [
-        ({"eos_token_id": "<|endoftext|>"}, "eos_token_id must be a token id or a list of token ids"),
+        ({"eos_token_id": "<|endoftext|>"}, "eos_token_id must be a token id or a list of at most 1,000,000 token ids"),
         ({"do_sample": True, "temperature": -1.0}, "temperature must be a number from 0"),
         ({"min_length": -1}, "min_length must be a whole number from 0"),
     ],
