@@ -1,6 +1,7 @@
 """gpt2onnx serve"""
 
 import logging
+import os
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -135,7 +136,9 @@ def command(
             if not quiet:
                 click.echo(f"{settings.names[0]} is served at {address}", err=True)
 
-        server.serve(loaded, listener, replace(settings, chat_template=template), ready)
+        if server.serve(loaded, listener, replace(settings, chat_template=template), ready):
+            click.echo("gpt2onnx: a forward pass didn't end, so the server ended without it", err=True)
+            os._exit(1)  # Python can't stop it, and would abort if it ended while Python does
 
 
 def _joules() -> Callable[[], float]:

@@ -26,3 +26,8 @@ OPTION_SEQUENCES = 10_000
 OPTION_IDS = 1_000_000
 # Tokens of a prompt are counted only if it has no more letters than this for each position, and no more bytes than twice the longest token.
 LETTERS_PER_TOKEN = 1000
+# Connections of a server; never more than half of the process's open files. Bytes of bodies that haven't arrived as a whole.
+CONNECTIONS = 4096
+BODIES = 64 * MIB
+# Seconds of a step of the server's batch. 1,024 tokens are 3 TFLOP for GPT-2 XL: half a minute on two cores.
+PASS_SECONDS = 300.0

@@ -67,13 +67,15 @@ class Call:
             for number, prompt in enumerate(prompts)
         ]
 
-    def submit(self) -> None:
-        """Queues the prompts.
+    def submit(self, client: str) -> None:
+        """Queues the prompts of a client.
 
         Raises:
             QueueFullError: the queue has no room for all.
             UnavailableError: the engine takes no requests.
         """
+        for job in self._jobs:
+            job.client = client
         scored = self._options.logprobs if self.body.echo and self.body.logprobs is not None else None
         self._service.engine.submit(
             [

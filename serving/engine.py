@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 
 from gpt2onnx.errors import BackendError, Gpt2OnnxError
 
+from ..models import limits
 from ..runtime.decoding.logprobs import TokenLogprobs
 from ..runtime.generation import Generation
 from ..runtime.model import Model
@@ -22,6 +23,7 @@ _log = logging.getLogger(__name__)
 # Most prompt tokens computed between two decoding steps; docs/serve.md compares 32, 64 and no limit.
 _PREFILL_CHUNK = 64
 _SHARE_OF_SMALL_JOBS = 4  # one row for as many of the batch
+_SHARE_OF_OTHERS = 4
 _MAX_RETRY_SECONDS = 60
 _MAX_FAILURES = 3  # of the batch in a row: by then ONNX Runtime won't recover
 
@@ -66,6 +68,8 @@ class Job:
     Attributes:
         wake: called in the engine's thread when there is news.
         rows: sequences in the batch.
+        client: whose it is.
+        turn: how many jobs of the same client come before it.
         streamed: whether new tokens are news, or only the end.
         pieces: new tokens that `take` hasn't returned yet.
         prompt_logprobs: of each token of the prompt but the first, if the request asks for them.
@@ -87,6 +91,8 @@ class Job:
     ended: float | None = None
     cancelled: bool = False
     seen: list[int] = field(default_factory=list)
+    client: str = ""
+    turn: int = 0
 
     @property
     def done(self) -> bool:
@@ -110,14 +116,24 @@ class Engine:
         max_batch: most sequences in the batch; a quarter more for jobs of no more than that.
         max_queue: most prompts in the queue.
         metrics: counts prompts, tokens and times.
+        pass_seconds: longest time between two steps of the batch.
 
     Attributes:
-        failure: the exception that ended the thread.
+        failure: the exception that ended the thread, or its use.
     """
 
-    def __init__(self, model: Model, *, max_batch: int, max_queue: int, metrics: Metrics) -> None:
+    def __init__(
+        self,
+        model: Model,
+        *,
+        max_batch: int,
+        max_queue: int,
+        metrics: Metrics,
+        pass_seconds: float = limits.PASS_SECONDS,
+    ) -> None:
         self.max_batch, self.max_queue = max_batch, max_queue
         self.failure: Exception | None = None
+        self._pass_seconds, self._stepped = pass_seconds, time.monotonic()
         self._model, self._metrics = model, metrics
         self._changed = threading.Condition()
         self._waiting: deque[Request] = deque()
@@ -151,10 +167,10 @@ class Engine:
         self._thread.start()
 
     def submit(self, requests: list[Request]) -> None:
-        """Queues requests, each with a Job as its id: all or none.
+        """Queues requests of one client, each with a Job as its id: all or none.
 
         Raises:
-            QueueFullError: the queue has no room for all.
+            QueueFullError: the queue has no room for all, or only for those of other clients.
             UnavailableError: the engine takes no requests.
         """
         with self._changed:
@@ -162,9 +178,7 @@ class Engine:
                 raise UnavailableError("the model's thread has failed: restart the server")
             if self._stopping:
                 raise UnavailableError("the server is shutting down")
-            if len(self._waiting) + len(requests) > self.max_queue:
-                raise QueueFullError(self._retry_after())
-            self._waiting.extend(requests)
+            self._queue(requests)
             self._changed.notify()
 
     def cancel(self, job: Job) -> None:
@@ -186,6 +200,20 @@ class Engine:
     def join(self, seconds: float) -> None:
         """Waits for the thread's end, `seconds` at most."""
         self._thread.join(seconds)
+
+    @property
+    def alive(self) -> bool:
+        """Whether the thread runs."""
+        return self._thread.is_alive()
+
+    def fail_if_stuck(self) -> bool:
+        """Whether a forward pass takes too long. Then all jobs have failed, and no more are taken."""
+        if not self._active or time.monotonic() < self._stepped + self._pass_seconds:
+            return False
+        self.failure = BackendError(f"a forward pass hasn't ended after {self._pass_seconds:g} seconds")
+        _log.error("%s: the server ends", self.failure)
+        self._give_up(self.failure, also_waiting=True)
+        return True
 
     def _run(self) -> None:
         try:
@@ -216,7 +244,22 @@ class Engine:
                 if self._stopping and not self._waiting:
                     return
                 request = self._next()
+                self._stepped = time.monotonic()
             yield request
+
+    def _queue(self, requests: list[Request]) -> None:
+        """Queues requests of one client in turns: one of each client, a second of each, and so on."""
+        client = requests[0].id.client
+        own = [request.id.turn for request in self._waiting if request.id.client == client]
+        full = len(self._waiting) + len(requests) > self.max_queue
+        # The last quarter is for clients that haven't filled the others.
+        if full or (own and len(own) + len(requests) > self.max_queue - self.max_queue // _SHARE_OF_OTHERS):
+            raise QueueFullError(self._retry_after())
+        turn = max(own, default=sum(job.client == client for job in self._active) - 1)
+        for request in requests:
+            request.id.turn = turn = turn + 1
+            later = (index for index, other in enumerate(self._waiting) if other.id.turn > turn)
+            self._waiting.insert(next(later, len(self._waiting)), request)
 
     def _next(self) -> Request | None:
         """Takes the first job of the queue that may join the batch: in its turn, or a small one in the rows kept for those."""

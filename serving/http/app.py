@@ -81,6 +81,7 @@ def make_app(service: Service, metrics: Metrics, admission: Admission) -> Guard:
         lifespan=lifespan,
         docs_url=None,
         redoc_url=None,
+        redirect_slashes=False,  # to a host that the client names
     )
     # For the OpenAPI document; `Guard` checks the key.
     key = [Depends(HTTPBearer(auto_error=False))] if admission.keys else []
@@ -118,7 +119,7 @@ def _add_completions(app: FastAPI, service: Service, metrics: Metrics, key: list
         return await answer(await asyncio.to_thread(prepare_chat, service, body), request)
 
     async def answer(call: Call, request: Request) -> Response:
-        call.submit()
+        call.submit(request.client.host if request.client else "")
         if call.body.stream:
             return EventStream(call, metrics)
         try:

@@ -13,28 +13,30 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from types import FrameType
-from typing import Any, Literal
 
 import uvicorn
 from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp
-from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from gpt2onnx.errors import OptionError
 
-from ...models import limits
+from ...models.limits import BODIES, KEY_FILE, PASS_SECONDS
 from ...runtime.model import Model
 from ..chat_template import ChatTemplate
 from ..engine import Engine
 from ..metrics import Metrics
 from ..service import Limits, Service
 from .app import make_app
+from .connections import OncePerSecond, TimedConnection, Waiting, most
 from .guard import Admission
 
 _log = logging.getLogger(__name__)
 _TICK_SECONDS = 0.02  # between two looks whether the last request is done
+_JOIN_SECONDS = 5  # for the last step of the batch
 _KEEP_ALIVE_SECONDS = 30  # between two requests of a connection
 _BACKLOG = 2048  # uvicorn's default
+# asyncio accepts so many before it looks after those it has, which can then be cut off for later ones.
+_ACCEPTED_AT_ONCE = 8
 # Python's default, 5 ms, lets the event loop's thread hold the engine's up for longer than a step takes.
 _SWITCH_SECONDS = 0.001
 
@@ -58,6 +60,9 @@ class Settings:
         header_seconds: time for a request's headers to arrive.
         write_seconds: time for a client to read a full write buffer.
         shutdown_seconds: time for running requests to finish.
+        connections: most connections at once.
+        bodies: most bytes of bodies that haven't arrived as a whole, if that is room for two.
+        pass_seconds: time for a step of the batch; the server ends when one takes longer.
     """
 
     names: Sequence[str]
@@ -75,6 +80,9 @@ class Settings:
     header_seconds: float = 30.0
     write_seconds: float = 60.0
     shutdown_seconds: float = 30.0
+    connections: int = field(default_factory=most)
+    bodies: int = BODIES
+    pass_seconds: float = PASS_SECONDS
 
 
 def listen(host: str, port: int) -> socket.socket:
@@ -145,12 +153,12 @@ def read_keys(path: Path) -> list[bytes]:
     """
     try:
         with path.open("rb") as file:
-            content = file.read(limits.KEY_FILE + 1)
+            content = file.read(KEY_FILE + 1)
             readable = sys.platform != "win32" and os.fstat(file.fileno()).st_mode & 0o077
     except OSError as error:
         raise OptionError(f"can't read {path}: {error.strerror}") from error
-    if len(content) > limits.KEY_FILE:
-        raise OptionError(f"{path} has more than {limits.KEY_FILE:,} bytes: is it another file?")
+    if len(content) > KEY_FILE:
+        raise OptionError(f"{path} has more than {KEY_FILE:,} bytes: is it another file?")
     if readable:
         _log.warning("other users can read %s, which holds API keys: chmod 600 %s", path, path)
     keys = [line.strip() for line in content.splitlines() if line.strip()]
@@ -159,21 +167,26 @@ def read_keys(path: Path) -> list[bytes]:
     return keys
 
 
-def serve(model: Model, listener: socket.socket, settings: Settings, ready: Callable[[str], None]) -> None:
-    """Serves a model until SIGINT or SIGTERM.
+def serve(model: Model, listener: socket.socket, settings: Settings, ready: Callable[[str], None]) -> bool:
+    """Serves a model until SIGINT or SIGTERM, or until a forward pass doesn't end.
 
     Args:
         model: the served one.
         listener: from `listen`.
         settings: of the server.
         ready: called with the server's address once it takes requests.
+
+    Returns:
+        Whether the model's thread is still in a forward pass, so that Python can't end in order.
     """
     server = make_server(model, listener, settings, ready)
+    OncePerSecond().install()
     sys.setswitchinterval(_SWITCH_SECONDS)
     # The garbage collector then skips all objects so far, which live until the end.
     gc.collect()
     gc.freeze()
     server.run([listener])
+    return server.engine.alive
 
 
 def make_server(
@@ -182,7 +195,13 @@ def make_server(
     """Builds the server of `serve`; the caller runs it."""
     metrics = Metrics(settings.joules)
     metrics.describe(settings.names[0], model)
-    engine = Engine(model, max_batch=settings.max_batch, max_queue=settings.max_queue, metrics=metrics)
+    engine = Engine(
+        model,
+        max_batch=settings.max_batch,
+        max_queue=settings.max_queue,
+        metrics=metrics,
+        pass_seconds=settings.pass_seconds,
+    )
     service = Service(
         names=settings.names,
         model=model,
@@ -194,12 +213,16 @@ def make_server(
     app: ASGIApp = make_app(service, metrics, settings.admission)
     if settings.cors_origins:  # outside of the guard: browsers send no key with the request that asks for leave
         app = CORSMiddleware(app, settings.cors_origins, allow_methods=["*"], allow_headers=["*"], expose_headers=["*"])
+    waiting = Waiting(settings.connections, max(settings.bodies, 2 * settings.admission.body_bytes))
     config = uvicorn.Config(
         app,
         http=partial(  # type: ignore[arg-type]
-            TimedConnection, header_seconds=settings.header_seconds, write_seconds=settings.write_seconds
+            TimedConnection,
+            header_seconds=settings.header_seconds,
+            write_seconds=settings.write_seconds,
+            waiting=waiting,
         ),
-        backlog=_BACKLOG,
+        backlog=_ACCEPTED_AT_ONCE,
         ws="none",
         lifespan="on",
         log_config=None,
@@ -212,7 +235,7 @@ def make_server(
         ssl_keyfile=settings.private_key,
     )
     address = address_of(listener, "http" if settings.certificate is None else "https")
-    return Server(config, engine, settings.shutdown_seconds, lambda: ready(address))
+    return Server(config, engine, waiting, settings.shutdown_seconds, lambda: ready(address))
 
 
 class Server(uvicorn.Server):
@@ -221,21 +244,33 @@ class Server(uvicorn.Server):
     Args:
         config: of uvicorn.
         engine: started by the application.
+        waiting: the connections that wait for their clients.
         shutdown_seconds: time for running requests to finish.
         ready: called once the server listens.
     """
 
     def __init__(
-        self, config: uvicorn.Config, engine: Engine, shutdown_seconds: float, ready: Callable[[], None]
+        self,
+        config: uvicorn.Config,
+        engine: Engine,
+        waiting: Waiting,
+        shutdown_seconds: float,
+        ready: Callable[[], None],
     ) -> None:
         super().__init__(config)
-        self.engine = engine
+        self.engine, self._waiting = engine, waiting
         self._shutdown_seconds, self._ready = shutdown_seconds, ready
 
     async def startup(self, sockets: Sequence[socket.socket] | None = None) -> None:
         """Starts to listen, and calls `ready`."""
         await super().startup(None if sockets is None else list(sockets))
+        for listener in sockets or ():
+            listener.listen(_BACKLOG)  # asyncio has told the system how many it accepts at once
         self._ready()
+
+    async def on_tick(self, counter: int) -> bool:
+        """Looks whether it is time to end, ten times a second."""
+        return self.engine.fail_if_stuck() or await super().on_tick(counter)
 
     async def shutdown(self, sockets: Sequence[socket.socket] | None = None) -> None:
         """Refuses new requests; ends once the others are answered, or with errors after `shutdown_seconds`.
@@ -250,11 +285,12 @@ class Server(uvicorn.Server):
         )
         while (self.engine.running or self.engine.waiting) and not self.force_exit and loop.time() < deadline:
             await asyncio.sleep(_TICK_SECONDS)
+        self._waiting.cut_bodies()
         await super().shutdown(None if sockets is None else list(sockets))
         timer.cancel()
         self.engine.abandon()
-        if not self.force_exit:
-            await asyncio.to_thread(self.engine.join, 5)
+        if not self.force_exit and self.engine.failure is None:
+            await asyncio.to_thread(self.engine.join, min(_JOIN_SECONDS, self._shutdown_seconds))
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
@@ -268,55 +304,3 @@ class Server(uvicorn.Server):
         super().handle_exit(sig, frame)
         if self.force_exit:
             self.engine.abandon()
-
-
-class TimedConnection(H11Protocol):
-    """uvicorn's connection with two time limits that uvicorn lacks: it is cut if headers arrive, or responses are read, too slowly.
-
-    Args:
-        header_seconds: time for the headers of a request.
-        write_seconds: time for the client to read a full write buffer.
-        arguments: uvicorn's.
-    """
-
-    def __init__(self, *, header_seconds: float, write_seconds: float, **arguments: Any) -> None:
-        super().__init__(**arguments)
-        self._seconds = {"headers": header_seconds, "write": write_seconds}
-        self._timers: dict[str, asyncio.TimerHandle] = {}
-
-    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        super().connection_made(transport)
-        self._start("headers")
-
-    def data_received(self, data: bytes) -> None:
-        super().data_received(data)
-        if self.cycle is not None and not self.cycle.response_complete:
-            self._stop("headers")
-        else:
-            self._start("headers")
-
-    def on_response_complete(self) -> None:
-        super().on_response_complete()
-        self._stop("headers")  # from here on, uvicorn's keep-alive time counts
-
-    def pause_writing(self) -> None:
-        super().pause_writing()
-        self._start("write")
-
-    def resume_writing(self) -> None:
-        self._stop("write")
-        super().resume_writing()
-
-    def connection_lost(self, exc: Exception | None) -> None:
-        self._stop("headers")
-        self._stop("write")
-        super().connection_lost(exc)
-
-    def _start(self, limit: Literal["headers", "write"]) -> None:
-        """Starts a time limit unless it runs: headers in parts get no more time than headers at once."""
-        if limit not in self._timers:
-            self._timers[limit] = self.loop.call_later(self._seconds[limit], self.transport.abort)
-
-    def _stop(self, limit: Literal["headers", "write"]) -> None:
-        if limit in self._timers:
-            self._timers.pop(limit).cancel()
