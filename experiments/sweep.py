@@ -68,7 +68,7 @@ class Sweep:
         """Hash of all that decides a run's results."""
         runner = self.model.runner
         parts = (
-            self.model.bundle.sha256, runner.device, runner.threads,
+            self.model.sha256, runner.device, runner.threads,
             prompt, strategy.label, strategy.options.to_dict(),
         )  # fmt: skip
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]

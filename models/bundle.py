@@ -196,11 +196,18 @@ class Bundle:
         """Whether a quantised twin drafts for it."""
         return TWIN_GRAPH in self.manifest.files
 
-    @property
-    def sha256(self) -> str:
-        """Hash over all files but the manifest, which also holds reports."""
-        hashes = sorted((name, record.sha256) for name, record in self.manifest.files.items())
-        return hashlib.sha256(json.dumps(hashes).encode()).hexdigest()
+    def sha256(self, tokenizer: Path | None = None) -> str:
+        """Hash over all files but the manifest, which also holds reports.
+
+        Args:
+            tokenizer: folder of a tokenizer in place of the bundle's own.
+        """
+        hashes = {name: record.sha256 for name, record in self.manifest.files.items()}
+        for name in () if tokenizer is None else (TOKENIZER, TOKENIZER_CONFIG):
+            hashes.pop(name, None)
+            if (tokenizer / name).exists():
+                hashes[name] = sha256_of(tokenizer / name)
+        return hashlib.sha256(json.dumps(sorted(hashes.items())).encode()).hexdigest()
 
     def graph(self, name: str) -> Path:
         """The file of a graph, once it is known that ONNX Runtime may open it.

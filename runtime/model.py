@@ -77,7 +77,7 @@ class Model:
         self.tokenizer = Tokenizer((tokenizer or folder) / TOKENIZER)
         self.tokenizer.check(self.config.vocab_size)
         self._grammars = Grammars(self.tokenizer)
-        self.sha256 = self.bundle.sha256
+        self.sha256 = self.bundle.sha256(tokenizer)
         generation_config = read_json(folder / GENERATION_CONFIG)
         self.generation_config = GenerationConfig.from_file_content(generation_config)
         self._bos_token_id = generation_config.get("bos_token_id")

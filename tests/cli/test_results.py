@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,6 +16,7 @@ from support.commands import CommandLine, Finished, wait_until
 from support.systems import posix
 
 import gpt2onnx
+from gpt2onnx.models.bundle import TOKENIZER, TOKENIZER_CONFIG
 
 Request = dict[str, Any]
 REQUESTS: list[Request] = [
@@ -185,6 +187,21 @@ def test_options_of_the_command_and_the_model_count(
     done = job.run(REQUESTS, "--resume", "--repetition-penalty", 1.5)
     assert f"0 kept, {len(first)} computed anew" in done.err
     assert not set(job.lines) & set(second)
+
+
+def test_the_tokenizer_counts(job: Job, tmp_path: Path) -> None:
+    """One of the same files is the same; one that numbers tokens in another way makes other results."""
+    first, own = job.lines, tmp_path / "tokenizer"
+    own.mkdir()
+    for name in (TOKENIZER, TOKENIZER_CONFIG):
+        shutil.copy(job.bundle / name, own)
+    assert f"{len(first)} kept" in job.run(REQUESTS, "--resume", "--tokenizer", own).err
+    content = json.loads((own / TOKENIZER).read_text("utf-8"))
+    vocabulary = content["model"]["vocab"]
+    vocabulary["a"], vocabulary["b"] = vocabulary["b"], vocabulary["a"]
+    (own / TOKENIZER).write_text(json.dumps(content), "utf-8")
+    assert f"0 kept, {len(first)} computed anew" in job.run(REQUESTS, "--resume", "--tokenizer", own).err
+    assert not set(job.lines) & set(first)
 
 
 def test_equal_requests_keep_results_of_their_own(job: Job) -> None:

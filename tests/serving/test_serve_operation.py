@@ -209,7 +209,7 @@ def test_rows_count(slow_model: ControlledModel) -> None:
 def test_vanished_clients_free_their_rows(
     slow_model: ControlledModel, connections: contextlib.ExitStack, streamed: bool
 ) -> None:
-    with serving(slow_model, max_batch=2, max_queue=4) as server:
+    with serving(slow_model, max_batch=2, max_queue=8) as server:
         for _ in range(4):
             connect(server, connections, post(prompt="A", stream=streamed, **LONG))
         server.wait_for_state(2, 2)
