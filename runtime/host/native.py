@@ -24,7 +24,7 @@ def raising(error: Callable[[str], Exception], *, silently: bool = True) -> Iter
         silently: drop the trace that a panic prints, and what other threads print meanwhile.
     """
     try:
-        with _silenced_stderr() if silently else nullcontext():
+        with silenced_stderr() if silently else nullcontext():
             yield
     except BaseException as reason:
         if not (isinstance(reason, Exception) or is_panic(reason)):
@@ -33,7 +33,8 @@ def raising(error: Callable[[str], Exception], *, silently: bool = True) -> Iter
 
 
 @contextmanager
-def _silenced_stderr() -> Iterator[None]:
+def silenced_stderr() -> Iterator[None]:
+    """Drops what is written to standard error, by other threads, too."""
     nowhere = os.open(os.devnull, os.O_WRONLY)
     try:
         with _stderr_to(nowhere):

@@ -20,12 +20,13 @@ from gpt2onnx.errors import BackendError, MissingExtraError
 
 from ...models.messages import one_line
 from ..host import resources
-from ..host.native import captured_stderr
+from ..host.native import captured_stderr, silenced_stderr
 from . import devices, forks
 from .signature import Declared
 
 try:
-    import onnxruntime as ort
+    with silenced_stderr():  # lines about processors and devices that it can't look at, as in a sandbox without /proc
+        import onnxruntime as ort
 except ModuleNotFoundError as error:
     raise MissingExtraError("Generating", "onnxruntime", "cpu") from error
 
