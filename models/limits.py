@@ -7,6 +7,7 @@ JSON = 16 * MIB
 TOKENIZER_JSON = 64 * MIB
 GRAPH = 64 * MIB  # without its weights
 KEY_FILE = MIB
+TEMPLATE = MIB
 PICKLE = 16 * MIB
 TENSOR_HEADER = 16 * MIB  # some 100 bytes for each tensor
 ARCHIVE_MANIFEST = MIB

@@ -15,6 +15,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from gpt2onnx.errors import BundleError, OptionError, PromptError
 
+from ..models import limits
 from ..models.bundle import CHAT_TEMPLATE, TOKENIZER_CONFIG
 from ..models.config import read_json
 from ..models.messages import one_line
@@ -98,8 +99,12 @@ def _text(token: Any) -> str:
 
 def _read(named: str) -> str:
     try:
-        return Path(named).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
+        with Path(named).open("rb") as file:
+            content = file.read(limits.TEMPLATE + 1)
+        if len(content) > limits.TEMPLATE:
+            raise ValueError(f"it has more than {limits.TEMPLATE:,} bytes")
+        return content.decode("utf-8")
+    except (OSError, ValueError) as error:
         known = ", ".join(BUILT_IN)
         raise OptionError(f"no chat template {named!r}: name a file, or {known} ({one_line(error)})") from error
 

@@ -53,7 +53,7 @@ class CsvLog:
     def _check_header(self, file: IO[bytes]) -> None:
         header = to_csv([self.columns]).encode()
         file.seek(0)
-        first = file.readline()
+        first = file.readline(2 * len(header))  # never all of a file that has no lines
         if not first:
             _write(file, header)
         elif first.replace(b"\r", b"") != header:
