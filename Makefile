@@ -103,7 +103,7 @@ peers: $(VENV)/installed $(OPTIMUM)/installed
 N ?= 5000
 fuzz: $(VENV)/installed
 	GPT2ONNX_FUZZ=$(N) GPT2ONNX_FAULTS=2000 GPT2ONNX_FLIPS=all $(BIN)/python -m pytest -s tests/*/test_fuzz_*.py tests/*/*/test_fuzz_*.py \
-		tests/exporter/test_faults.py tests/models/test_bundle.py
+		tests/exporter/test_faults.py tests/exporter/checkpoint/test_formats.py tests/models/test_bundle.py
 
 # Writes what docs/cli.md and docs/guide.md show of the commands anew, from the commands themselves.
 docs: $(VENV)/installed

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from support.checkpoints import MakeCheckpoint
 from support.commands import CommandLine
+from support.fuzzing import ASKED
 from support.golden import FOLDER
 from support.isolated import COMMAND_LINE, run
 from support.weight_files import State, refused
@@ -165,10 +166,12 @@ def test_a_state_dict_without_a_configuration(
 
 
 def flipped(content: bytes) -> list[bytes]:
-    """The content damaged in many ways."""
-    generator = random.Random(0)
+    """The content damaged in many ways, in other ones in each run of `make fuzz`."""
+    seed = random.randrange(2**32) if ASKED else 0
+    print(f"seed {seed}")
+    generator = random.Random(seed)
     made = [content[:size] for size in (0, 1, 40, len(content) // 2, len(content) - 1)]
-    for _ in range(150):
+    for _ in range(int(ASKED or 150)):
         broken = bytearray(content)
         # Mostly in front, where the structure is.
         for _ in range(generator.choice((1, 1, 4))):
