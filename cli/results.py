@@ -10,12 +10,10 @@ from typing import IO
 
 from gpt2onnx.errors import OutputError, PromptError
 
-from ..models.limits import MIB
+from ..models import limits
 from ..runtime import jobs
 from ..runtime.host import locks
 from ..runtime.jsontext import to_line
-
-_MOST_READ = 64 * MIB  # bytes of a result that are looked at to tell it from other files
 
 # The key of a request line's result; None: the request can't be carried out.
 Key = Callable[[str | PromptError], str | None]
@@ -24,7 +22,7 @@ Key = Callable[[str | PromptError], str | None]
 def holds_results(path: Path) -> bool:
     """Whether a file is empty or holds results, whole ones or the beginning of one."""
     with path.open("rb") as file:
-        first = file.readline(_MOST_READ)
+        first = file.readline(limits.RESULT)
     record = jobs.load(first.decode("utf-8", "replace"))
     if isinstance(record, dict):
         return "sequences" in record or record.keys() == {"id", "error"}

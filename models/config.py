@@ -12,9 +12,6 @@ from . import limits
 from .messages import shown
 
 ADAPTER_CONFIG = "adapter_config.json"  # of an adapter that peft saved
-# No real network comes near these; a number without end would only be found out after memory has run out.
-_MOST, _MOST_LAYERS = 2**31 - 1, 10_000
-_DEEPEST_JSON = 100
 
 # Names of transformers' ACT2FN. It also has prelu and xielu, which bring weights of their own.
 ACTIVATIONS = (
@@ -62,7 +59,7 @@ class GPT2Config:
                 continue
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise CheckpointError(f"config.json: {name} must be a positive whole number, not {shown(value)}")
-            most = _MOST_LAYERS if name == "n_layer" else _MOST
+            most = limits.LAYERS if name == "n_layer" else limits.DIMENSION
             if value > most:
                 raise CheckpointError(f"config.json: {name} {shown(value)} is more than the {most} that can be used")
         for name in ("scale_attn_weights", "scale_attn_by_inverse_layer_idx", "tie_word_embeddings"):
@@ -151,7 +148,7 @@ def json_object(text: bytes, path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise CheckpointError(f"{path} should hold a JSON object, but holds a {type(content).__name__}")
     level: list[Any] = [content]
-    for _ in range(_DEEPEST_JSON):
+    for _ in range(limits.JSON_LEVELS):
         level = [part for whole in level for part in _parts(whole) if isinstance(part, dict | list)]
     if level:
         raise CheckpointError(f"{path} is nested too deep")

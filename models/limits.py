@@ -4,6 +4,7 @@ MIB = 2**20
 
 # Bytes of files. JSON takes up to some twenty times its size in memory; the largest vocabularies have 35 million.
 JSON = 16 * MIB
+JSON_LEVELS = 100
 TOKENIZER_JSON = 64 * MIB
 GRAPH = 64 * MIB  # without its weights
 KEY_FILE = MIB
@@ -12,6 +13,9 @@ PICKLE = 16 * MIB
 TENSOR_HEADER = 16 * MIB  # some 100 bytes for each tensor
 ARCHIVE_MANIFEST = MIB
 ARCHIVE_CONTENT = 10_000_000_000  # unless --max-size allows more
+# Numbers in config.json. No real network comes near these; one without end would only be found out after memory has run out.
+LAYERS = 10_000
+DIMENSION = 2**31 - 1
 # Numbers that a constant may have an operator of a graph make. Graphs of a network 12,288 wide ask for 4.7 million.
 CONSTANT = 2**26
 # Steps of a tokenizer, and how many letters they may make of one. ALBERT's has 7 steps, which may make 650.
@@ -20,11 +24,13 @@ TOKENIZER_GROWTH = 5000
 # Bytes of a text, a line of which is a request.
 TEXT = 256 * MIB
 LINE = 16 * MIB
+RESULT = 64 * MIB  # what is looked at to tell results from other files
 # Steps of a pickle: objects, and 64 bytes of text each.
 PICKLE_STEPS = 1_000_000
 # Entries of a generation option: strings and token sequences, each of which every step compares; and plain token ids.
 OPTION_SEQUENCES = 10_000
 OPTION_IDS = 1_000_000
+SEQUENCES = 1000  # of one prompt; each has a row of the KV cache
 # Tokens of a prompt are counted only if it has no more letters than this for each position, and no more bytes than twice the longest token.
 LETTERS_PER_TOKEN = 1000
 # Connections of a server; never more than half of the process's open files. Bytes of bodies that haven't arrived as a whole.
@@ -32,3 +38,8 @@ CONNECTIONS = 4096
 BODIES = 64 * MIB
 # Seconds of a step of the server's batch. 1,024 tokens are 3 TFLOP for GPT-2 XL: half a minute on two cores.
 PASS_SECONDS = 300.0
+# Seconds for a request's headers, its body, a client to read what fills the buffer, and between two requests of a connection.
+HEADER_SECONDS = 30.0
+BODY_SECONDS = 30.0
+WRITE_SECONDS = 60.0
+IDLE_SECONDS = 30

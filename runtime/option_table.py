@@ -12,13 +12,12 @@ from gpt2onnx.errors import OptionError
 from ..models import limits
 from ..models.messages import shown
 
-MAX_SEQUENCES = 1000  # of one prompt; each has a row of the KV cache
 # float32 holds logits multiplied or divided by numbers in this range.
 SMALLEST, LARGEST = 1e-30, 1e30
 
 Count = Annotated[int, Meta(ge=0)]
 Length = Annotated[int, Meta(ge=1)]
-Rows = Annotated[int, Meta(ge=1, le=MAX_SEQUENCES)]
+Rows = Annotated[int, Meta(ge=1, le=limits.SEQUENCES)]
 TokenId = Annotated[int, Meta(ge=0, lt=2**31)]
 # transformers takes -1 for a token that never comes.
 TokenIdOrNone = Annotated[int, Meta(ge=-1, lt=2**31)]

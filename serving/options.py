@@ -5,7 +5,7 @@ from typing import Annotated, Any, Literal, Union
 from msgspec import inspect
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, create_model
 
-from ..runtime.option_table import MAX_SEQUENCES
+from ..models import limits
 from ..runtime.options import BY_NAME, OPTIONS
 
 # Each costs time in every step.
@@ -23,7 +23,7 @@ def _whole(value: Any) -> Any:
 _Int = Annotated[int, BeforeValidator(_whole)]
 TokenId = Annotated[int, Field(ge=0, lt=2**31)]
 Count = Annotated[_Int, Field(ge=0, lt=2**31)]
-Sequences = Annotated[_Int, Field(ge=1, le=MAX_SEQUENCES)]
+Sequences = Annotated[_Int, Field(ge=1, le=limits.SEQUENCES)]
 
 # OpenAI has other names for these: max_tokens and n.
 _RENAMED = ("max_new_tokens", "max_length", "num_return_sequences")

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from ...models import limits
 from ...models.messages import shown
 from ..metrics import Metrics
 from ..responses import CLIENT_LEFT, ApiError
@@ -47,7 +48,7 @@ class Admission:
     only_local: bool = True
     hosts: Sequence[str] = ()
     body_bytes: int = 2**20
-    body_seconds: float = 30.0
+    body_seconds: float = limits.BODY_SECONDS
 
     def accepts(self, key: bytes) -> bool:
         """Whether a key is one of the keys. All are compared in full, so that the time tells nothing about them."""

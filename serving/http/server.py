@@ -20,7 +20,7 @@ from starlette.types import ASGIApp
 
 from gpt2onnx.errors import OptionError
 
-from ...models.limits import BODIES, KEY_FILE, PASS_SECONDS
+from ...models.limits import BODIES, HEADER_SECONDS, IDLE_SECONDS, KEY_FILE, PASS_SECONDS, WRITE_SECONDS
 from ...runtime.model import Model
 from ..chat_template import ChatTemplate
 from ..engine import Engine
@@ -33,7 +33,6 @@ from .guard import Admission
 _log = logging.getLogger(__name__)
 _TICK_SECONDS = 0.02  # between two looks whether the last request is done
 _JOIN_SECONDS = 5  # for the last step of the batch
-_KEEP_ALIVE_SECONDS = 30  # between two requests of a connection
 _BACKLOG = 2048  # uvicorn's default
 # asyncio accepts so many before it looks after those it has, which can then be cut off for later ones.
 _ACCEPTED_AT_ONCE = 8
@@ -77,8 +76,8 @@ class Settings:
     admission: Admission = field(default_factory=Admission)
     joules: Callable[[], float] | None = None
     log_prompts: bool = False
-    header_seconds: float = 30.0
-    write_seconds: float = 60.0
+    header_seconds: float = HEADER_SECONDS
+    write_seconds: float = WRITE_SECONDS
     shutdown_seconds: float = 30.0
     connections: int = field(default_factory=most)
     bodies: int = BODIES
@@ -228,7 +227,7 @@ def make_server(
         log_config=None,
         server_header=False,
         proxy_headers=False,
-        timeout_keep_alive=_KEEP_ALIVE_SECONDS,
+        timeout_keep_alive=IDLE_SECONDS,
         timeout_graceful_shutdown=int(settings.shutdown_seconds) + 5,
         root_path=settings.root_path,
         ssl_certfile=settings.certificate,
