@@ -51,7 +51,8 @@ class GGUFArray:
         try:
             raw = np.fromfile(self.path, np.uint8, self.size, offset=self.offset)
             stored = raw.reshape(quant_shape_to_byte_shape(self.shape, kind))
-            array: npt.NDArray[np.generic] = dequantize(stored, kind).reshape(self.shape)
+            with np.errstate(all="ignore"):  # of scales that are infinite
+                array: npt.NDArray[np.generic] = dequantize(stored, kind).reshape(self.shape)
         except OSError as error:
             raise CheckpointError(f"{self.path}: can't read tensor {self.name}: {error.strerror or error}") from error
         except (ValueError, NotImplementedError) as error:

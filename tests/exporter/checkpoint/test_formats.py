@@ -208,6 +208,14 @@ def test_damaged_files(name: str, tmp_path: Path, numbers: State) -> None:
     assert False in outcomes
 
 
+def test_gguf_with_infinite_scales(tmp_path: Path, numbers: State) -> None:
+    content = (FILES / "Q8_0.gguf").read_bytes()
+    (tmp_path / "odd.gguf").write_bytes(content[:-4096] + b"\x00\x7c" * 2048)  # infinity in half precision
+    error, read = attempt(tmp_path / "odd.gguf", list(numbers))
+    assert error is None
+    assert not all(np.isfinite(array).all() for array in read.values())
+
+
 @pytest.mark.parametrize(("source", "package"), [("tensorflow", "google_crc32c"), ("F32.gguf", "gguf")])
 def test_the_package_that_a_format_needs(source: str, package: str, tmp_path: Path) -> None:
     status, out, err = run(COMMAND_LINE, "export", FILES / source, tmp_path / "bundle", without=(package,))
