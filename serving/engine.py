@@ -270,7 +270,10 @@ class Engine:
             if rows > self._reserved:
                 fits = index == 0 and large + rows <= self.max_batch
             elif index == 0:
-                fits = self._rows + rows <= self.max_batch + self._reserved
+                client = request.id.client
+                own = sum(job.rows for job in self._active if job.rows <= self._reserved and job.client == client)
+                # The rows that are kept for small jobs are also kept for other clients.
+                fits = own + rows <= self.max_batch and self._rows + rows <= self.max_batch + self._reserved
             else:
                 fits = small + rows <= self._reserved
             if fits:

@@ -211,9 +211,9 @@ def test_damaged_files(name: str, tmp_path: Path, numbers: State) -> None:
 def test_gguf_with_infinite_scales(tmp_path: Path, numbers: State) -> None:
     content = (FILES / "Q8_0.gguf").read_bytes()
     (tmp_path / "odd.gguf").write_bytes(content[:-4096] + b"\x00\x7c" * 2048)  # infinity in half precision
-    error, read = attempt(tmp_path / "odd.gguf", list(numbers))
-    assert error is None
-    assert not all(np.isfinite(array).all() for array in read.values())
+    error, _ = attempt(tmp_path / "odd.gguf", list(numbers))
+    assert error is not None
+    assert "infinite numbers" in error
 
 
 @pytest.mark.parametrize(("source", "package"), [("tensorflow", "google_crc32c"), ("F32.gguf", "gguf")])
