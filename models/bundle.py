@@ -203,10 +203,11 @@ class Bundle:
             tokenizer: folder of a tokenizer in place of the bundle's own.
         """
         hashes = {name: record.sha256 for name, record in self.manifest.files.items()}
-        for name in () if tokenizer is None else (TOKENIZER, TOKENIZER_CONFIG):
-            hashes.pop(name, None)
-            if (tokenizer / name).exists():
-                hashes[name] = sha256_of(tokenizer / name)
+        if tokenizer is not None:
+            for name in (TOKENIZER, TOKENIZER_CONFIG):
+                hashes.pop(name, None)
+                if (tokenizer / name).exists():
+                    hashes[name] = sha256_of(tokenizer / name)
         return hashlib.sha256(json.dumps(sorted(hashes.items())).encode()).hexdigest()
 
     def graph(self, name: str) -> Path:
