@@ -194,7 +194,7 @@ class GenerationConfig(msgspec.Struct, frozen=True, kw_only=True):
         Text | None, about("Regular expression that the whole new text matches.", example="'[0-9]+ [a-z]+'")
     ] = None
     choice: Annotated[
-        Annotated[Sequence[Text], Meta(min_length=1)] | None,
+        Annotated[Sequence[Text], Meta(min_length=1, max_length=limits.OPTION_SEQUENCES)] | None,
         about("Texts of which the new text is one.", example="yes", repeated=True),
     ] = None
     grammar: Annotated[Text | None, about("Grammar of the new text, in llguidance's form of Lark.")] = None

@@ -21,7 +21,7 @@ import gpt2onnx
 from gpt2onnx.models import limits
 from gpt2onnx.models.bundle import GRAPH, RAGGED_GRAPH, TOKENIZER, Bundle, Manifest, describe_files
 from gpt2onnx.runtime.ort import devices, providers
-from gpt2onnx.runtime.tokenizer import Tokenizer
+from gpt2onnx.runtime.text.tokenizer import Tokenizer
 
 WHOLE = json.loads(byte_tokenizer(ALL_BYTES_AND_END).to_str())
 SOME = st.sampled_from(["", "a", "aa", "ab", "İ", "ﷺ", "한", "\0", "a" * 40, "a" * 3000])
