@@ -16,11 +16,12 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre
 
 from gpt2onnx.errors import BundleError, CheckpointError, MissingExtraError
 
-from ...models import limits, tokenizer_rules
+from ...models import limits
 from ...models.bundle import CHAT_TEMPLATE, TOKENIZER
 from ...models.config import read_json
 from ...models.messages import one_line, shown
 from ...runtime.host import native
+from ...runtime.text import tokenizer_rules
 from ...runtime.text.tokenizer import Tokenizer as RuntimeTokenizer
 from .known import CHARACTERS, END_OF_TEXT, GPT2_VOCABULARIES, characters, gpt2
 

@@ -14,11 +14,12 @@ from tokenizers.models import BPE
 
 from gpt2onnx.errors import BundleError, CheckpointError, OptionError, PromptError
 
-from ...models import limits, tokenizer_rules
+from ...models import limits
 from ...models.bundle import TOKENIZER_CONFIG
 from ...models.config import read_json, read_small
 from ...models.messages import one_line, shown
 from ..host import native
+from . import tokenizer_rules
 from .stop_strings import StopStrings
 
 # Replacements of transformers' `clean_up_tokenization`, in its order.

@@ -12,7 +12,7 @@ from typing import Any
 
 import msgspec
 
-from . import limits
+from ...models import limits
 
 PARTS = ("normalizer", "pre_tokenizer", "post_processor", "decoder")
 # Most letters that a step makes of one, where the file doesn't say; 1 for the others.
