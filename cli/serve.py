@@ -1,19 +1,33 @@
 """gpt2onnx serve"""
 
+import functools
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
 from . import console
-from .model_options import device_options, load, model_option
+from .model_options import bundle_folder, device_options, load
+
+if TYPE_CHECKING:
+    from ..serving.pool import Unloaded
 
 
 @click.command("serve")
-@model_option
+@click.option(
+    "-m",
+    "--model",
+    "models",
+    multiple=True,
+    metavar="[NAME=]MODEL",
+    default=["tales"],
+    show_default="tales",
+    help="A bundle, or a source that is exported once into the cache. Further ones (-m a=DIR -m b=DIR) are loaded when they are asked for.",
+)
 @click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on.")
 @click.option("--port", type=click.IntRange(0, 65535), default=8000, show_default=True, help="0 for any free one.")
 @click.option(
@@ -83,31 +97,36 @@ def command(
     root_path: str, ssl_certfile: Path | None, ssl_keyfile: Path | None, cors_origins: tuple[str, ...], hosts: tuple[str, ...],
     api_key_file: Path | None, max_batch: int, max_queue: int,
     max_prompt_tokens: int | None, max_tokens: int | None, max_body: int, timeout: float, shutdown_timeout: float,
-    energy: bool, log_prompts: bool, model: str, device: str, threads: int | None, quiet: bool,
+    energy: bool, log_prompts: bool, models: tuple[str, ...], device: str, threads: int | None, quiet: bool,
 ) -> None:  # fmt: skip
-    """Serve a model over HTTP, with OpenAI's completions interface.
+    """Serve models over HTTP, with OpenAI's interfaces for completions and chats.
 
     Requests join and leave one running batch (continuous batching). The address shows a page to try
     the model; /docs describes the interface. SIGTERM or Ctrl-C finishes the running requests, then ends.
+    Requests name one of several models; where memory is short, the one idle for longest makes room.
 
     \b
     Examples:
       gpt2onnx serve -m tales
       gpt2onnx serve -m tales --port 8080 --max-batch 32 --api-key-file key.txt
+      gpt2onnx serve -m small=./gpt2-int8 -m large=./gpt2-large-int4
       curl localhost:8000/v1/completions -H 'Content-Type: application/json' -d '{"prompt": "Once upon a time"}'
     """
     if more_names and name is None:
         raise click.UsageError(f"unexpected argument {more_names[0]!r}: the model is named by -m")
     if ssl_keyfile is not None and ssl_certfile is None:
         raise click.UsageError("--ssl-keyfile goes with --ssl-certfile")
-    from ..serving.chat_template import ChatTemplate
+    (own, model), *others = map(_named, models)
+    if others and name is not None:
+        raise click.UsageError("--served-model-name goes with one model: name several by -m NAME=MODEL")
     from ..serving.http import server
     from ..serving.http.guard import Admission, is_loopback
     from ..serving.service import Limits
 
     keys = [] if api_key_file is None else server.read_keys(api_key_file)
     settings = server.Settings(
-        names=[name, *more_names] if name else [Path(model).name],
+        names=[name, *more_names] if name else [own],
+        chat_template=chat_template,
         cors_origins=cors_origins,
         root_path=root_path,
         certificate=ssl_certfile,
@@ -129,16 +148,43 @@ def command(
         if log_prompts:
             logging.getLogger("gpt2onnx.serving").setLevel(logging.INFO)
         loaded = load(model, device, threads, wide_after=0)
-
-        template = ChatTemplate.of_bundle(loaded.bundle.folder, chat_template)
+        settings = replace(settings, others=_on_demand(settings.names, others, device, threads))
 
         def ready(address: str) -> None:
             if not quiet:
-                click.echo(f"{settings.names[0]} is served at {address}", err=True)
+                several = f" and {len(others)} more" if others else ""
+                click.echo(f"{settings.names[0]}{several} {'are' if others else 'is'} served at {address}", err=True)
 
-        if server.serve(loaded, listener, replace(settings, chat_template=template), ready):
+        if server.serve(loaded, listener, settings, ready):
             click.echo("gpt2onnx: a forward pass didn't end, so the server ended without it", err=True)
             os._exit(1)  # Python can't stop it, and would abort if it ended while Python does
+
+
+def _named(model: str) -> tuple[str, str]:
+    """A model's name for clients, and what it is loaded from."""
+    name, equals, source = model.partition("=")
+    if equals and name and source and Path(name).name == name and not Path(model).exists():
+        return name, source
+    return Path(model).name, model
+
+
+def _on_demand(
+    taken: Sequence[str], others: Sequence[tuple[str, str]], device: str, threads: int | None
+) -> dict[str, "Unloaded"]:
+    """Models that are loaded with their first request, by name. Sources are exported now."""
+    from gpt2onnx.loading import load as load_model
+
+    from ..models.bundle import Bundle
+    from ..serving.pool import Unloaded
+
+    found: dict[str, Unloaded] = {}
+    for name, source in others:
+        if name in taken or name in found:
+            raise click.UsageError(f"two models are called {name!r}: name them by -m NAME=MODEL")
+        folder = bundle_folder(source)
+        load = functools.partial(load_model, folder, device=device, threads=threads, wide_after=0)
+        found[name] = Unloaded(Bundle.open(folder), load)
+    return found
 
 
 def _joules() -> Callable[[], float]:

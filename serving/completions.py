@@ -5,7 +5,6 @@ from typing import Any
 
 from gpt2onnx.errors import OptionError, PromptError
 
-from ..models.messages import shown
 from ..runtime.options import GenerationConfig, sampling_options
 from .call import Call, Prompt
 from .options import given_options
@@ -28,7 +27,6 @@ def prepare(service: Service, body: CompletionRequest, kind: type[Call] = Call) 
     Raises:
         ApiError: the request can't be carried out.
     """
-    check_model(service, body.model)
     wanted = body.n or 1
     made = body.best_of or wanted
     if made < wanted:
@@ -56,13 +54,6 @@ def prepare(service: Service, body: CompletionRequest, kind: type[Call] = Call) 
     for prompt in prompts:
         _check_length(service, len(prompt.ids), options.max_new_tokens or 0)
     return kind(service, body, prompts, options, rows)
-
-
-def check_model(service: Service, name: str | None) -> None:
-    """Raises ApiError if a name isn't one of the served model's; none and an empty one are taken for it."""
-    if name and name not in service.names:
-        served = ", ".join(map(repr, service.names))
-        raise ApiError(404, f"the model {shown(name)} isn't served, only {served}", "model", "model_not_found")
 
 
 def _options(service: Service, body: CompletionRequest, wanted: int, made: int) -> GenerationConfig:
@@ -150,7 +141,6 @@ def tokens_of(service: Service, body: TokenizeRequest) -> dict[str, Any]:
     Raises:
         ApiError: neither or both are given, or it can't be read.
     """
-    check_model(service, body.model)
     if (body.prompt is None) == (body.messages is None):
         raise ApiError(400, "give a prompt or messages, and not both", "prompt")
     tokenizer = service.model.tokenizer

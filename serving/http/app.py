@@ -16,9 +16,10 @@ from starlette.exceptions import HTTPException
 from ...models.messages import shown
 from ..call import Call
 from ..chat import prepare_chat
-from ..completions import check_model, prepare, tokens_of
+from ..completions import prepare, tokens_of
 from ..engine import QueueFullError, UnavailableError
 from ..metrics import Metrics
+from ..pool import Pool
 from ..protocol import (
     ChatCompletion,
     ChatRequest,
@@ -35,7 +36,6 @@ from ..protocol import (
     Tokens,
 )
 from ..responses import ApiError, JsonResponse
-from ..service import Service
 from . import reference
 from .guard import Admission, Guard
 from .stream import EventStream, whole
@@ -59,25 +59,25 @@ _ERRORS = {
 _Routes = dict[int | str, dict[str, Any]]
 
 
-def make_app(service: Service, metrics: Metrics, admission: Admission) -> Guard:
+def make_app(pool: Pool, metrics: Metrics, admission: Admission) -> Guard:
     """Builds the application behind its guard.
 
     Args:
-        service: runs completions.
+        pool: has the models.
         metrics: shown at /metrics.
         admission: which requests are let in.
     """
 
     @contextlib.asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
-        service.notifier.open()
-        service.engine.start()
+        pool.first.notifier.open()
+        pool.first.engine.start()
         yield
 
     app = FastAPI(
         title="gpt2onnx",
         version=version("gpt2onnx"),
-        summary=f"OpenAI's completions interface to {service.name}.",
+        summary=f"OpenAI's completions interface to {pool.first.name}.",
         lifespan=lifespan,
         docs_url=None,
         redoc_url=None,
@@ -85,16 +85,16 @@ def make_app(service: Service, metrics: Metrics, admission: Admission) -> Guard:
     )
     # For the OpenAPI document; `Guard` checks the key.
     key = [Depends(HTTPBearer(auto_error=False))] if admission.keys else []
-    _add_completions(app, service, metrics, key)
-    _add_tokenizer(app, service, key)
-    _add_models(app, service, key)
-    _add_operation(app, service, metrics, key)
+    _add_completions(app, pool, metrics, key)
+    _add_tokenizer(app, pool, key)
+    _add_models(app, pool, key)
+    _add_operation(app, pool, metrics, key)
     _add_pages(app)
     _add_errors(app)
     return Guard(app, admission, metrics)
 
 
-def _add_completions(app: FastAPI, service: Service, metrics: Metrics, key: list[Any]) -> None:
+def _add_completions(app: FastAPI, pool: Pool, metrics: Metrics, key: list[Any]) -> None:
     success = {"description": "The completions; with stream, events.", "content": {"text/event-stream": {}}}
     responses = _errors(400, 401, 403, 404, 408, 413, 415, 429, 500, 503, 504) | {200: success}
 
@@ -106,7 +106,7 @@ def _add_completions(app: FastAPI, service: Service, metrics: Metrics, key: list
         dependencies=key,
     )
     async def completions(body: CompletionRequest, request: Request) -> Response:
-        return await answer(await asyncio.to_thread(prepare, service, body), request)
+        return await answer(await asyncio.to_thread(lambda: prepare(pool.service(body.model), body)), request)
 
     @app.post(
         "/v1/chat/completions",
@@ -116,7 +116,7 @@ def _add_completions(app: FastAPI, service: Service, metrics: Metrics, key: list
         dependencies=key,
     )
     async def chat(body: ChatRequest, request: Request) -> Response:
-        return await answer(await asyncio.to_thread(prepare_chat, service, body), request)
+        return await answer(await asyncio.to_thread(lambda: prepare_chat(pool.service(body.model), body)), request)
 
     async def answer(call: Call, request: Request) -> Response:
         call.submit(request.client.host if request.client else "")
@@ -128,7 +128,7 @@ def _add_completions(app: FastAPI, service: Service, metrics: Metrics, key: list
             call.close()
 
 
-def _add_tokenizer(app: FastAPI, service: Service, key: list[Any]) -> None:
+def _add_tokenizer(app: FastAPI, pool: Pool, key: list[Any]) -> None:
     """vLLM's routes."""
 
     @app.post(
@@ -139,7 +139,7 @@ def _add_tokenizer(app: FastAPI, service: Service, key: list[Any]) -> None:
         dependencies=key,
     )
     async def tokenize(body: TokenizeRequest) -> Response:
-        return JsonResponse(await asyncio.to_thread(tokens_of, service, body))
+        return JsonResponse(await asyncio.to_thread(lambda: tokens_of(pool.service(body.model), body)))
 
     @app.post(
         "/detokenize",
@@ -149,31 +149,34 @@ def _add_tokenizer(app: FastAPI, service: Service, key: list[Any]) -> None:
         dependencies=key,
     )
     async def detokenize(body: DetokenizeRequest) -> Response:
-        check_model(service, body.model)
-        return JsonResponse({"prompt": await asyncio.to_thread(service.model.tokenizer.decode, body.tokens)})
+        decode = lambda: pool.service(body.model).model.tokenizer.decode(body.tokens)  # noqa: E731
+        return JsonResponse({"prompt": await asyncio.to_thread(decode)})
 
 
-def _add_models(app: FastAPI, service: Service, key: list[Any]) -> None:
-    facts = {
-        "object": "model",
-        "created": service.created,
-        "owned_by": "gpt2onnx",
-        "context_length": service.model.config.n_positions,
-        "max_model_len": service.model.config.n_positions,
-        "vocab_size": service.model.config.vocab_size,
-        "dtype": service.model.bundle.manifest.dtype,
-        "device": service.model.runner.device,
-    }
+def _add_models(app: FastAPI, pool: Pool, key: list[Any]) -> None:
+    def facts(name: str) -> dict[str, Any]:
+        bundle = pool.bundle(name)
+        return {
+            "id": name,
+            "object": "model",
+            "created": pool.first.created,
+            "owned_by": "gpt2onnx",
+            "context_length": bundle.config.n_positions,
+            "max_model_len": bundle.config.n_positions,
+            "vocab_size": bundle.config.vocab_size,
+            "dtype": bundle.manifest.dtype,
+            "device": pool.first.model.runner.device,
+        }
 
     @app.get(
         "/v1/models",
         response_model=ServedModels,
         responses=_errors(401, 403),
-        summary="List the model",
+        summary="List the models",
         dependencies=key,
     )
     async def models() -> Response:
-        return JsonResponse({"object": "list", "data": [{"id": name} | facts for name in service.names]})
+        return JsonResponse({"object": "list", "data": [facts(name) for name in pool.names]})
 
     _add_probes(app, models, "/v1/models")
 
@@ -181,15 +184,14 @@ def _add_models(app: FastAPI, service: Service, key: list[Any]) -> None:
         "/v1/models/{model:path}",
         response_model=ServedModel,
         responses=_errors(401, 403, 404),
-        summary="Describe the model",
+        summary="Describe a model",
         dependencies=key,
     )
     async def model(model: str) -> Response:
-        check_model(service, model)
-        return JsonResponse({"id": model} | facts)
+        return JsonResponse(facts(model))
 
 
-def _add_operation(app: FastAPI, service: Service, metrics: Metrics, key: list[Any]) -> None:
+def _add_operation(app: FastAPI, pool: Pool, metrics: Metrics, key: list[Any]) -> None:
     @app.get(
         "/health",
         response_model=Health,
@@ -197,9 +199,12 @@ def _add_operation(app: FastAPI, service: Service, metrics: Metrics, key: list[A
         summary="Tell whether requests are taken",
     )
     async def health() -> Response:
-        engine = service.engine
-        status = "failed" if engine.failure is not None else "stopping" if engine.stopping else "ok"
-        content = {"status": status, "running": engine.running, "waiting": engine.waiting}
+        engines = pool.engines
+        status = "failed" if any(engine.failure is not None for engine in engines) else "ok"
+        if status == "ok" and pool.first.engine.stopping:
+            status = "stopping"
+        running, waiting = (sum(getattr(engine, name) for engine in engines) for name in ("running", "waiting"))
+        content = {"status": status, "running": running, "waiting": waiting}
         return JsonResponse(content, 200 if status == "ok" else 503)
 
     _add_probes(app, health, "/health", "/ping", "/healthz")
@@ -216,8 +221,8 @@ def _add_operation(app: FastAPI, service: Service, metrics: Metrics, key: list[A
         dependencies=key,
     )
     async def figures() -> Response:
-        metrics.running.set(service.engine.running)
-        metrics.waiting.set(service.engine.waiting)
+        metrics.running.set(sum(engine.running for engine in pool.engines))
+        metrics.waiting.set(sum(engine.waiting for engine in pool.engines))
         page = await asyncio.to_thread(metrics.page)
         return Response(page, media_type="text/plain; version=0.0.4; charset=utf-8")
 

@@ -8,7 +8,7 @@ import logging
 import os
 import socket
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -25,7 +25,8 @@ from ...runtime.model import Model
 from ..chat_template import ChatTemplate
 from ..engine import Engine
 from ..metrics import Metrics
-from ..service import Limits, Service
+from ..pool import Pool, Unloaded
+from ..service import Limits, Notifier, Service
 from .app import make_app
 from .connections import OncePerSecond, TimedConnection, Waiting, most
 from .guard import Admission
@@ -45,8 +46,9 @@ class Settings:
     """Settings of a server.
 
     Attributes:
-        names: the model's, for clients; responses have the first.
-        chat_template: makes prompts of conversations; None if the model has none.
+        names: the first model's, for clients; responses have the first of them.
+        others: further models, by their names.
+        chat_template: template of chats in place of the models' own: a file, or "turns".
         cors_origins: web pages that may use the server from a browser; "*" for all.
         root_path: of the server behind a proxy.
         certificate, private_key: files for TLS; None: plain HTTP.
@@ -65,7 +67,8 @@ class Settings:
     """
 
     names: Sequence[str]
-    chat_template: ChatTemplate | None = None
+    others: Mapping[str, Unloaded] = field(default_factory=dict)
+    chat_template: str | None = None
     cors_origins: Sequence[str] = ()
     root_path: str = ""
     certificate: Path | None = None
@@ -185,31 +188,36 @@ def serve(model: Model, listener: socket.socket, settings: Settings, ready: Call
     gc.collect()
     gc.freeze()
     server.run([listener])
-    return server.engine.alive
+    return any(engine.alive for engine in server.pool.engines)
 
 
 def make_server(
     model: Model, listener: socket.socket, settings: Settings, ready: Callable[[str], None] = lambda address: None
 ) -> "Server":
     """Builds the server of `serve`; the caller runs it."""
-    metrics = Metrics(settings.joules)
-    metrics.describe(settings.names[0], model)
-    engine = Engine(
-        model,
-        max_batch=settings.max_batch,
-        max_queue=settings.max_queue,
-        metrics=metrics,
-        pass_seconds=settings.pass_seconds,
-    )
-    service = Service(
-        names=settings.names,
-        model=model,
-        engine=engine,
-        limits=settings.limits,
-        log_prompts=settings.log_prompts,
-        chat_template=settings.chat_template,
-    )
-    app: ASGIApp = make_app(service, metrics, settings.admission)
+    metrics, notifier = Metrics(settings.joules), Notifier()
+
+    def serve_model(names: Sequence[str], model: Model) -> Service:
+        metrics.describe(names[0], model)
+        engine = Engine(
+            model,
+            max_batch=settings.max_batch,
+            max_queue=settings.max_queue,
+            metrics=metrics,
+            pass_seconds=settings.pass_seconds,
+        )
+        return Service(
+            names=names,
+            model=model,
+            engine=engine,
+            limits=settings.limits,
+            log_prompts=settings.log_prompts,
+            chat_template=ChatTemplate.of_bundle(model.bundle.folder, settings.chat_template),
+            notifier=notifier,
+        )
+
+    pool = Pool(serve_model(settings.names, model), settings.others, serve_model)
+    app: ASGIApp = make_app(pool, metrics, settings.admission)
     if settings.cors_origins:  # outside of the guard: browsers send no key with the request that asks for leave
         app = CORSMiddleware(app, settings.cors_origins, allow_methods=["*"], allow_headers=["*"], expose_headers=["*"])
     waiting = Waiting(settings.connections, max(settings.bodies, 2 * settings.admission.body_bytes))
@@ -234,15 +242,15 @@ def make_server(
         ssl_keyfile=settings.private_key,
     )
     address = address_of(listener, "http" if settings.certificate is None else "https")
-    return Server(config, engine, waiting, settings.shutdown_seconds, lambda: ready(address))
+    return Server(config, pool, waiting, settings.shutdown_seconds, lambda: ready(address))
 
 
 class Server(uvicorn.Server):
-    """uvicorn's server, which also ends the engine: running requests finish, then the thread.
+    """uvicorn's server, which also ends the engines: running requests finish, then the threads.
 
     Args:
         config: of uvicorn.
-        engine: started by the application.
+        pool: the models; the first one's engine is started by the application.
         waiting: the connections that wait for their clients.
         shutdown_seconds: time for running requests to finish.
         ready: called once the server listens.
@@ -251,13 +259,13 @@ class Server(uvicorn.Server):
     def __init__(
         self,
         config: uvicorn.Config,
-        engine: Engine,
+        pool: Pool,
         waiting: Waiting,
         shutdown_seconds: float,
         ready: Callable[[], None],
     ) -> None:
         super().__init__(config)
-        self.engine, self._waiting = engine, waiting
+        self.pool, self._waiting = pool, waiting
         self._shutdown_seconds, self._ready = shutdown_seconds, ready
 
     async def startup(self, sockets: Sequence[socket.socket] | None = None) -> None:
@@ -269,27 +277,31 @@ class Server(uvicorn.Server):
 
     async def on_tick(self, counter: int) -> bool:
         """Looks whether it is time to end, ten times a second."""
-        return self.engine.fail_if_stuck() or await super().on_tick(counter)
+        return any(engine.fail_if_stuck() for engine in self.pool.engines) or await super().on_tick(counter)
 
     async def shutdown(self, sockets: Sequence[socket.socket] | None = None) -> None:
         """Refuses new requests; ends once the others are answered, or with errors after `shutdown_seconds`.
 
         Until then it listens, so that /health and new requests get their 503.
         """
-        self.engine.close()
+        engines = self.pool.engines
+        for engine in engines:
+            engine.close()
         loop = asyncio.get_running_loop()
-        timer, deadline = (
-            loop.call_later(self._shutdown_seconds, self.engine.abandon),
-            loop.time() + self._shutdown_seconds,
-        )
-        while (self.engine.running or self.engine.waiting) and not self.force_exit and loop.time() < deadline:
+        timer, deadline = loop.call_later(self._shutdown_seconds, self._abandon), loop.time() + self._shutdown_seconds
+        while any(each.running or each.waiting for each in engines) and not self.force_exit and loop.time() < deadline:
             await asyncio.sleep(_TICK_SECONDS)
         self._waiting.cut_bodies()
         await super().shutdown(None if sockets is None else list(sockets))
         timer.cancel()
-        self.engine.abandon()
-        if not self.force_exit and self.engine.failure is None:
-            await asyncio.to_thread(self.engine.join, min(_JOIN_SECONDS, self._shutdown_seconds))
+        self._abandon()
+        for engine in engines:
+            if not self.force_exit and engine.failure is None:
+                await asyncio.to_thread(engine.join, min(_JOIN_SECONDS, self._shutdown_seconds))
+
+    def _abandon(self) -> None:
+        for engine in self.pool.engines:
+            engine.abandon()
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
@@ -302,4 +314,4 @@ class Server(uvicorn.Server):
         """Shuts down; at once on a second Ctrl-C."""
         super().handle_exit(sig, frame)
         if self.force_exit:
-            self.engine.abandon()
+            self._abandon()

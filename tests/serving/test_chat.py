@@ -93,8 +93,7 @@ def test_where_the_template_comes_from(tmp_path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def server(model: gpt2onnx.Model) -> Iterator[Running]:
-    template = ChatTemplate.of_bundle(model.bundle.folder, "turns")
-    with serving(model, names=["tales", "other"], max_batch=6, chat_template=template) as running:
+    with serving(model, names=["tales", "other"], max_batch=6, chat_template="turns") as running:
         yield running
 
 

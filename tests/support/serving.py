@@ -37,7 +37,7 @@ class Running:
     """A running server and a client."""
 
     def __init__(self, server: Server, address: str) -> None:
-        self.server, self.engine, self.address = server, server.engine, address
+        self.server, self.engine, self.address = server, server.pool.first.engine, address
         self.client = httpx.Client(base_url=address, timeout=60)
 
     def complete(self, prompt: Any = "Once upon a time", **fields: Any) -> httpx.Response:

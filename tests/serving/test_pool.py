@@ -1,0 +1,98 @@
+"""Several models in one server: each answers by its name, is loaded when it is asked for, and makes room when it is idle."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from support.commands import CommandLine
+from support.serving import ControlledModel, serving
+
+import gpt2onnx
+from gpt2onnx.errors import BackendError
+from gpt2onnx.models.bundle import Bundle
+from gpt2onnx.serving.pool import Unloaded
+
+GREEDY = {"temperature": 0, "max_tokens": 8}
+
+
+@pytest.fixture
+def unloaded(tales_int8_bundle: Path) -> Callable[[list[str]], Unloaded]:
+    """A model that notes when it is loaded."""
+
+    def make(loads: list[str], name: str = "int8") -> Unloaded:
+        def load() -> gpt2onnx.Model:
+            loads.append(name)
+            return gpt2onnx.load(tales_int8_bundle, threads=1, wide_after=0)
+
+        return Unloaded(Bundle.open(tales_int8_bundle), load)
+
+    return make
+
+
+def test_models_answer_by_their_names(
+    tales_model: gpt2onnx.Model, tales_int8_bundle: Path, unloaded: Callable[[list[str]], Unloaded]
+) -> None:
+    loads: list[str] = []
+    small = gpt2onnx.load(tales_int8_bundle, threads=1, wide_after=0)
+    expected = {"tales": tales_model, "int8": small}
+    with serving(tales_model, others={"int8": unloaded(loads)}, chat_template="turns") as server:
+        listed = server.client.get("/v1/models").json()["data"]
+        assert [(one["id"], one["dtype"]) for one in listed] == [("tales", "fp32"), ("int8", "int8")]
+        assert server.client.get("/v1/models/int8").json() == listed[1]
+        assert loads == []
+        for name in ("int8", "tales", "int8", ""):
+            text = server.text("The old king", model=name, **GREEDY)
+            assert text == expected[name or "tales"].generate("The old king", max_new_tokens=8).text
+        assert loads == ["int8"]
+        talk = {"messages": [{"role": "user", "content": "Hello"}], **GREEDY}
+        assert server.client.post("/v1/chat/completions", json=talk | {"model": "int8"}).json()["model"] == "int8"
+        assert server.client.post("/tokenize", json={"prompt": "a", "model": "int8"}).status_code == 200
+        refused = server.complete(model="other")
+        assert (refused.status_code, refused.json()["error"]["code"]) == (404, "model_not_found")
+        assert "only 'tales', 'int8'" in refused.json()["error"]["message"]
+        assert server.client.get("/health").json() == {"status": "ok", "running": 0, "waiting": 0}
+
+
+def test_the_idle_model_makes_room(tales_model: gpt2onnx.Model, unloaded: Callable[[list[str]], Unloaded]) -> None:
+    loads: list[str] = []
+    first = unloaded(loads)
+
+    def load_with_room_for_one() -> gpt2onnx.Model:
+        if len(server.server.pool.engines) > 1:
+            raise BackendError("needs at least 1 GB more")
+        return first.load()
+
+    others = {name: Unloaded(first.bundle, load_with_room_for_one) for name in ("a", "b")}
+    with serving(tales_model, others=others) as server:
+        for name in ("a", "b", "a"):
+            assert server.text(model=name, **GREEDY)
+        assert len(loads) == 3
+        assert len(server.server.pool.engines) == 2
+        assert server.text(model="tales", **GREEDY)
+
+
+def test_no_model_is_dropped_while_it_works(
+    tales_model: gpt2onnx.Model, unloaded: Callable[[list[str]], Unloaded]
+) -> None:
+    one = unloaded([])
+    slow = Unloaded(one.bundle, lambda: ControlledModel(one.load(), delay=0.02))  # type: ignore[arg-type, return-value]
+
+    def refuse() -> gpt2onnx.Model:
+        raise BackendError("needs at least 1 GB more")
+
+    with serving(tales_model, others={"slow": slow, "large": Unloaded(one.bundle, refuse)}) as server:
+        body = {"model": "slow", "prompt": "Once", "stream": True, "temperature": 0, "max_tokens": 40}
+        with server.client.stream("POST", "/v1/completions", json=body) as stream:
+            next(stream.iter_lines())
+            answer = server.complete(model="large")
+        assert answer.status_code == 503
+        assert "'large' can't be loaded: needs at least 1 GB more" in answer.json()["error"]["message"]
+
+
+def test_names_on_the_command_line(command_line: CommandLine, tales_bundle: Path) -> None:
+    done = command_line("serve", "-m", f"a={tales_bundle}", "-m", f"a={tales_bundle}", "--port", 0)
+    assert (done.code, "two models are called 'a'" in done.err) == (2, True)
+    done = command_line("serve", "-m", "a=x", "-m", "b=y", "--served-model-name", "c")
+    assert (done.code, "--served-model-name goes with one model" in done.err) == (2, True)
