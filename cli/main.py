@@ -29,6 +29,7 @@ COMMANDS = {
     "sweep": "Compare decoding strategies.",
     "bench": "Measure a model's speed and memory.",
     "serve": "Serve a model over HTTP.",
+    "web": "Write a model as a folder that a browser runs.",
     "devices": "Tell what models can run on here.",
     "pack": "Pack a bundle into one file.",
     "unpack": "Unpack a bundle that was packed.",

@@ -72,13 +72,13 @@ def load(
         )
 
 
-def resolve(model: str | os.PathLike[str]) -> Path:
-    """The bundle folder of a model: its own, or that of its export in the user's cache."""
+def resolve(model: str | os.PathLike[str], dtype: str = "fp32") -> Path:
+    """The bundle folder of a model: its own, or that of its export in the user's cache, in a precision."""
     folder = Path(model)
     if bundle.is_bundle(folder):
         return folder
     source = os.fspath(model)
-    target = user_cache.folder() / _cache_name(source)
+    target = user_cache.folder() / _cache_name(source, dtype)
     try:
         bundle.Bundle.open(target)
     except BundleError:
@@ -87,7 +87,7 @@ def resolve(model: str | os.PathLike[str]) -> Path:
 
         user_cache.made()
         try:
-            export(source, target, force=True)
+            export(source, target, dtype=dtype, force=True)
         except OutputError:
             if not bundle.is_bundle(target):  # otherwise another process has just made the same
                 raise
@@ -138,10 +138,10 @@ def look_up(model: str | os.PathLike[str]) -> "bundle.Bundle | GPT2Config":
     return Checkpoint.open(source).config
 
 
-def _cache_name(source: str) -> str:
-    """A folder name for a source and, where that lies on this machine, for the state it is in."""
+def _cache_name(source: str, dtype: str = "fp32") -> str:
+    """A folder name for a source in a precision and, where it lies on this machine, for the state it is in."""
     place = os.fspath(tales.FOLDER) if source == "tales" else os.path.abspath(source)  # noqa: PTH100
-    state = [f"format {bundle.FORMAT_VERSION}", source]
+    state = [f"format {bundle.FORMAT_VERSION}", dtype, source]
     places = [place]
     if os.path.isfile(adapter := os.path.join(place, ADAPTER_CONFIG)):  # noqa: PTH113, PTH118
         base = read_json(Path(adapter)).get("base_model_name_or_path")

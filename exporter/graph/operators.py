@@ -74,6 +74,18 @@ class Nodes:
         self.initializers.append(numpy_helper.from_array(array, name))
         return name
 
+    def reshape(self, x: str, name: str, *shape: int) -> str:
+        """Reshape; 0 keeps a dimension, one -1 takes the rest."""
+        return self.op("Reshape", [x, self.constant(f"{name}.shape", np.array(shape, np.int64))], name)
+
+    def first(self, x: str, name: str, count: int) -> str:
+        """The first entries along the last axis."""
+        limits = [
+            self.constant(f"{name}.{side}", np.array([value], np.int64))
+            for side, value in (("start", 0), ("end", count), ("axis", -1))
+        ]
+        return self.op("Slice", [x, *limits], name)
+
 
 @dataclass(kw_only=True)
 class Graph(Nodes):
@@ -173,22 +185,10 @@ class Graph(Nodes):
         # ONNX Runtime would fuse an Add with the norm to SkipLayerNormalization, which takes its CPU three times as long.
         return self.op("Sum", [x, residual], f"{following}.sum")
 
-    def reshape(self, x: str, name: str, *shape: int) -> str:
-        """Reshape; 0 keeps a dimension, one -1 takes the rest."""
-        return self.op("Reshape", [x, self.constant(f"{name}.shape", np.array(shape, np.int64))], name)
-
     def pad_end(self, x: str, name: str, count: int) -> str:
         """Zeros behind the last of four axes."""
         pads = self.constant(f"{name}.pads", np.array([0] * 7 + [count], np.int64))
         return self.op("Pad", [x, pads], name)
-
-    def first(self, x: str, name: str, count: int) -> str:
-        """The first entries along the last axis."""
-        limits = [
-            self.constant(f"{name}.{side}", np.array([value], np.int64))
-            for side, value in (("start", 0), ("end", count), ("axis", -1))
-        ]
-        return self.op("Slice", [x, *limits], name)
 
 
 def as_model(graph: GraphProto, opset: int = OPSET) -> ModelProto:

@@ -1,6 +1,6 @@
 // The page: settings in, two texts out. The settings live in the form, and in the address after the #.
 
-import { complete, Failure, scored, servedModel } from "./client.js";
+import * as client from "./client.js"; // over HTTP; gpt2onnx web has another
 import { element, TokenText } from "./tokens.js";
 
 const ALTERNATIVES = 5;
@@ -74,7 +74,7 @@ class Side {
       await this.receive(request, figures, signal);
       if (request.num_beams && request.prompt && !signal.aborted) await this.colour(request, signal);
     } catch (problem) {
-      if (!(problem instanceof Failure)) throw problem;
+      if (!(problem instanceof client.Failure)) throw problem;
       if (signal.aborted) figures.finish = "you";
       else this.find(".error").textContent = problem.message;
       if (problem.status === 401) askForKey();
@@ -87,7 +87,7 @@ class Side {
 
   async receive(request, figures, signal) {
     let drawing;
-    for await (const { choices, usage } of complete(request, key.value, signal)) {
+    for await (const { choices, usage } of client.complete(request, key.value, signal)) {
       if (usage) figures.tokens = usage.completion_tokens;
       for (const choice of choices) {
         this.tokens.add(choice);
@@ -106,7 +106,7 @@ class Side {
 
   /** Beams come without probabilities, so those of the finished text are asked for. */
   async colour(request, signal) {
-    const choice = await scored(request.model, request.prompt, this.tokens.content, ALTERNATIVES, key.value, signal);
+    const choice = await client.scored(request.model, request.prompt, this.tokens.content, ALTERNATIVES, key.value, signal);
     this.tokens.clear(request.prompt);
     this.tokens.add(choice);
   }
@@ -168,7 +168,7 @@ function restore() {
 
 async function meetModel() {
   try {
-    model = await servedModel(key.value);
+    model = await client.servedModel(key.value);
   } catch (problem) {
     if (problem.status === 401) askForKey();
     return;

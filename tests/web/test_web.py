@@ -1,0 +1,290 @@
+"""`gpt2onnx web` in a real browser: from a bundle to a story, with the tokens of Python's runtime, also without a network."""
+
+from __future__ import annotations
+
+import functools
+import http.server
+import json
+import re
+import shutil
+import subprocess
+import sys
+import threading
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import gpt2onnx
+from gpt2onnx.runtime.decoding.filters import warp, warpers
+from gpt2onnx.runtime.options import GenerationConfig
+
+sync_api = pytest.importorskip("playwright.sync_api", reason="playwright (extra test) isn't installed")
+expect = sync_api.expect
+
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+NPM = shutil.which("npm")
+pytestmark = [
+    pytest.mark.skipif(CHROMIUM is None, reason="there is no chromium on this machine"),
+    pytest.mark.skipif(NPM is None, reason="there is no npm on this machine"),
+]
+
+PROMPT = "The old king"
+PHONE = {"width": 390, "height": 844}
+
+LOAD = "async (folder) => (globalThis.model = await (await import(`${folder}gpt2onnx.js`)).load())"
+
+# The answers to requests, one after another, by the module that pages import.
+ANSWER = """async (requests) => {
+    const answers = [];
+    for (const request of requests) {
+        const answer = { pieces: [], token_ids: [], token_logprobs: [], top_logprobs: [] };
+        try {
+            for await (const { choice, usage } of model.complete(request)) {
+                if (usage) Object.assign(answer, usage);
+                else {
+                    answer.pieces.push(choice.text);
+                    answer.token_ids.push(...choice.token_ids);
+                    answer.token_logprobs.push(...(choice.logprobs?.token_logprobs ?? []));
+                    answer.top_logprobs.push(...(choice.logprobs?.top_logprobs ?? []));
+                    answer.finish_reason = choice.finish_reason;
+                }
+            }
+        } catch (error) {
+            answer.error = error.message;
+        }
+        answers.push(answer);
+    }
+    return answers;
+}"""
+
+
+class Site:
+    """A server of static files, as `python -m http.server` is, that can go off the network."""
+
+    def __init__(self, root: Path) -> None:
+        class Handler(http.server.SimpleHTTPRequestHandler):
+            def log_message(self, *_: object) -> None: ...
+
+        self._server = http.server.ThreadingHTTPServer(
+            ("127.0.0.1", 0), functools.partial(Handler, directory=str(root))
+        )
+        self.address = f"http://127.0.0.1:{self._server.server_port}/"
+        threading.Thread(target=self._server.serve_forever, daemon=True).start()
+
+    def close(self) -> None:
+        self._server.shutdown()
+        self._server.server_close()
+
+
+MakeSite = Callable[[Path], Path]
+
+
+@pytest.fixture(scope="module")
+def make_site(tmp_path_factory: pytest.TempPathFactory) -> MakeSite:
+    """Writes a bundle's web folder by the command; npm fetches its packages once."""
+    root = tmp_path_factory.mktemp("sites")
+
+    @functools.cache
+    def make(bundle: Path) -> Path:
+        target = root / bundle.name
+        command = [sys.executable, "-m", "gpt2onnx", "web", str(bundle), str(target), "--json"]
+        done = subprocess.run(command, cwd=root, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+        written = {path.relative_to(target).as_posix(): path.stat().st_size for path in target.rglob("*.*")}
+        assert json.loads(done.stdout)["files"].items() <= written.items()
+        return target
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    expect.set_options(timeout=20_000)
+    with sync_api.sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--disable-gpu"])
+        yield browser
+        browser.close()
+
+
+@contextmanager
+def opened(browser: Any, **options: Any) -> Iterator[Any]:
+    """A page in which nothing may go wrong unnoticed."""
+    problems: list[str] = []
+    context = browser.new_context(**options)
+    page = context.new_page()
+    page.set_default_timeout(20_000)
+    page.on("pageerror", lambda error: problems.append(str(error)))
+    page.on("console", lambda line: problems.append(line.text))
+    yield page
+    context.close()
+    assert problems == []
+
+
+@contextmanager
+def embedded(browser: Any, folder: Path) -> Iterator[Any]:
+    """A page of someone else's, which loads the model from a web folder beside it."""
+    (folder.parent / "other.html").write_text("<!DOCTYPE html><link rel=icon href=data:,>")
+    running = Site(folder.parent)
+    with opened(browser) as page:
+        page.goto(f"{running.address}other.html")
+        page.evaluate(LOAD, f"./{folder.name}/")
+        yield page
+    running.close()
+
+
+@pytest.fixture(scope="module")
+def page(browser: Any, make_site: MakeSite, tales_bundle: Path) -> Iterator[Any]:
+    """Such a page with the embedded model in fp32."""
+    with embedded(browser, make_site(tales_bundle)) as page:
+        yield page
+
+
+def python(model: gpt2onnx.Model, prompt: str = PROMPT, **options: Any) -> Any:
+    """What Python's runtime writes."""
+    return model.generate(prompt, **options).sequences[0]
+
+
+@pytest.fixture
+def phone(browser: Any) -> Iterator[Any]:
+    with opened(browser, viewport=PHONE) as page:
+        yield page
+
+
+def test_a_story_on_a_phone_also_without_a_network(
+    phone: Any, make_site: MakeSite, tales_bundle: Path, tales_model: gpt2onnx.Model
+) -> None:
+    page, running = phone, Site(make_site(tales_bundle))
+    loaded: list[str] = []
+    page.on("request", lambda request: loaded.append(request.url))
+    page.goto(f"{running.address}#max_tokens=64&a.strategy=greedy")
+    expect(page.locator("#model")).to_have_text("tales, fp32 on WebAssembly, 1 thread")
+    page.fill("textarea", PROMPT)
+    expected = python(tales_model, max_new_tokens=64, do_sample=False).text
+
+    def story() -> str:
+        page.click("text=Generate")
+        expect(page.get_by_role("status")).to_contain_text("Strategy A: 64 tokens")
+        return str(page.locator(".tokens").first.evaluate("box => box.textContent"))
+
+    assert story() == expected
+    assert page.evaluate("document.documentElement.scrollWidth <= innerWidth"), "wider than the phone"
+    for absent in ("API", "Beam search", "Typical-p", "Length penalty"):
+        expect(page.get_by_text(absent, exact=True)).to_have_count(0)
+    assert not page.evaluate("crossOriginIsolated"), "the server sends no headers"
+
+    running.close()
+    page.reload()
+    expect(page.locator("#model")).to_contain_text("WebAssembly")
+    page.fill("textarea", PROMPT)
+    assert story() == expected
+    assert page.evaluate("crossOriginIsolated"), "the service worker adds the headers"
+    elsewhere = [url for url in loaded if not url.startswith((running.address, "blob:", "data:"))]
+    assert elsewhere == []
+
+
+def test_greedy_tokens_and_their_probabilities_are_those_of_python(page: Any, tales_model: gpt2onnx.Model) -> None:
+    asked: list[dict[str, Any]] = [
+        {"prompt": PROMPT, "max_new_tokens": 60, "logprobs": 5},
+        {"prompt": PROMPT, "max_new_tokens": 60, "no_repeat_ngram_size": 2},
+        {"prompt": PROMPT, "max_new_tokens": 60, "repetition_penalty": 1.3},
+        {"prompt": "", "max_new_tokens": 30},
+        {"prompt": "“Zwölf Brüder”, naïve 🦊 ", "max_new_tokens": 30},
+        {"prompt": PROMPT, "max_new_tokens": 60, "stop": ["people", "."]},
+        {"prompt": "One day " * 250, "max_new_tokens": 60},
+    ]
+    greedy = {"do_sample": False}
+    answers = page.evaluate(ANSWER, [each | greedy for each in asked])
+    for request, answer in zip(asked, answers, strict=True):
+        options = {name: value for name, value in request.items() if name != "prompt"}
+        expected = python(tales_model, request["prompt"], **options, **greedy)
+        assert answer["token_ids"] == expected.token_ids, request
+        assert "".join(answer["pieces"]) == expected.text, request
+        assert answer["finish_reason"] == expected.finish_reason, request
+        assert len(answer["pieces"]) > 5
+    for token, logprob, top in zip(
+        python(tales_model, logprobs=5, max_new_tokens=60, **greedy).logprobs,
+        answers[0]["token_logprobs"],
+        answers[0]["top_logprobs"],
+        strict=True,
+    ):
+        assert logprob == pytest.approx(token.logprob, abs=1e-4)
+        expected_top = {
+            tales_model.tokenizer.decode([each], skip_special_tokens=False): value for each, value in token.top
+        }
+        assert top == pytest.approx(expected_top, abs=1e-4)
+
+
+def test_draws_come_from_what_the_filters_of_python_leave_and_repeat_with_their_seed(
+    page: Any, tales_model: gpt2onnx.Model
+) -> None:
+    options = {"temperature": 1.5, "top_k": 40, "top_p": 0.9, "min_p": 0.01}
+    seeded = [{"prompt": PROMPT, "max_new_tokens": 12, "seed": seed} | options for seed in (3, 3, 2**40)]
+    one, same, other = page.evaluate(ANSWER, seeded)
+    assert one == same
+    assert one["token_ids"] != other["token_ids"]
+    assert one["seed"] == 3
+    draws = """async ([logits, options, count]) => {
+        const { draw } = await import("./fp32/sampling.js");
+        return Array.from({ length: count }, (_, i) => draw(Float32Array.from(logits), options, () => (i + 0.5) / count));
+    }"""
+    logits = np.random.default_rng(5).normal(0, 3, 300).astype(np.float32)
+    count = 4000
+    for given in (options, {"top_k": 7}, {"top_p": 0.5}, {"min_p": 0.2, "top_k": 0}, {"temperature": 0.4, "top_k": 0}):
+        left = warp(warpers(GenerationConfig(do_sample=True, **given)), logits)
+        weights = np.exp(left.scores.astype(np.float64))
+        expected = dict(zip(left.indices.tolist(), count * weights / weights.sum(), strict=True))
+        drawn = Counter(page.evaluate(draws, [logits.tolist(), {"top_k": 50} | given, count]))
+        # Even steps over the whole range hit each token as often as it is likely, give or take one.
+        assert drawn.keys() <= expected.keys(), given
+        assert all(abs(drawn[token] - times) <= 1 for token, times in expected.items()), given
+
+
+@pytest.mark.parametrize("dtype", ["fp16", "int8"])
+def test_smaller_weights_are_unpacked_in_the_browser(
+    dtype: str, browser: Any, make_site: MakeSite, tmp_path_factory: pytest.TempPathFactory, tales_int8_bundle: Path
+) -> None:
+    bundle = tales_int8_bundle
+    if dtype == "fp16":
+        bundle = gpt2onnx.export("tales", tmp_path_factory.mktemp("tales") / "fp16", dtype="fp16").folder
+    folder = make_site(bundle)
+    sizes = json.loads((folder / "web.json").read_text())["files"]
+    assert sizes["model/onnx/model.onnx_data"] < {"fp16": 0.51, "int8": 0.3}[dtype] * 28.1e6
+    with embedded(browser, folder) as page:
+        (answer,) = page.evaluate(ANSWER, [{"prompt": PROMPT, "max_new_tokens": 40, "logprobs": 1}])
+    # The likeliest tokens of the same weights: Python rounds activations as well, so probabilities differ a little.
+    model = gpt2onnx.load(bundle, threads=1)
+    ids = model.tokenizer.encode(PROMPT)
+    assert len(answer["token_ids"]) == 40
+    scored = model.score(PROMPT + "".join(answer["pieces"]))
+    assert answer["token_logprobs"] == pytest.approx(scored.logprobs[len(ids) - 1 :], abs=0.1)
+
+
+def test_errors_are_sentences_and_leaving_a_stream_ends_it(page: Any) -> None:
+    wrong = [
+        ({"top_q": 1}, r"There is no option top_q: there are max_new_tokens, .*\."),
+        ({"top_p": 2}, r"Top_p=2 is out of range\."),
+        ({"max_new_tokens": 1.5}, r"Max_new_tokens=1\.5 is out of range\."),
+        ({"prompt": "One day " * 400}, r"The prompt has \d+ tokens, the context window 512\."),
+    ]
+    answers = page.evaluate(ANSWER, [{"prompt": PROMPT} | given for given, _ in wrong])
+    for (_, message), answer in zip(wrong, answers, strict=True):
+        assert re.fullmatch(message, answer["error"])
+    left = """async () => {
+        let first = "";
+        for await (const piece of model.stream("The old", { max_new_tokens: 400, seed: 1 })) {
+            first += piece;
+            if (first.length > 30) break;
+        }
+        const started = performance.now();
+        for await (const _ of model.stream("The old", { max_new_tokens: 1 }));
+        return [first, performance.now() - started, model.device, model.threads];
+    }"""
+    first, milliseconds, device, threads = page.evaluate(left)
+    assert 30 < len(first) < 60
+    assert milliseconds < 2000, "400 tokens take longer: they were still being generated"
+    assert (device, threads) == ("wasm", 1)

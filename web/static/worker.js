@@ -1,0 +1,146 @@
+// The worker: transformers.js with the model. Takes requests, posts the chunks of their texts.
+
+import {
+  AutoModelForCausalLM,
+  AutoTokenizer,
+  env,
+  InterruptableStoppingCriteria,
+  LogitsProcessor,
+  LogitsProcessorList,
+  random,
+} from "./runtime/transformers.min.js";
+import { complete } from "./options.js";
+import { draw } from "./sampling.js";
+import { TextStream } from "./text-stream.js";
+
+const HERE = new URL("./", self.location.href);
+// Below this, a pass is so short that starting the operators on a GPU would take longest.
+const LEAST_BYTES_FOR_GPU = 100e6;
+
+let model, tokenizer, facts;
+const running = new Map(); // what interrupts a request, by its number
+
+/** Loads everything; posts the bytes that have arrived meanwhile. */
+async function load({ device, threads }) {
+  facts = await (await fetch(new URL("web.json", HERE))).json();
+  facts.device = device === "auto" ? await fastestDevice() : device;
+  const runtime = `runtime/ort-wasm-simd-threaded${facts.device === "webgpu" ? ".asyncify" : ""}`;
+  const needed = Object.entries(facts.files).filter(([name]) => name.startsWith("model/") || name === `${runtime}.wasm`);
+  const fetchCounted = counted(needed.reduce((sum, [, bytes]) => sum + bytes, 0));
+
+  Object.assign(env, { allowRemoteModels: false, allowLocalModels: true, localModelPath: HERE.pathname, fetch: fetchCounted });
+  env.useBrowserCache = env.useWasmCache = false; // the service worker keeps files
+  const { wasm } = env.backends.onnx;
+  wasm.wasmPaths = { mjs: new URL(`${runtime}.mjs`, HERE).href };
+  wasm.wasmBinary = await (await fetchCounted(new URL(`${runtime}.wasm`, HERE))).arrayBuffer();
+  wasm.numThreads = self.crossOriginIsolated ? (threads ?? Math.min(4, Math.ceil(navigator.hardwareConcurrency / 2))) : 1;
+
+  tokenizer = await AutoTokenizer.from_pretrained("model");
+  model = await AutoModelForCausalLM.from_pretrained("model", {
+    device: facts.device,
+    dtype: "fp32", // the name of its file, model.onnx: what it computes in
+    use_external_data_format: true,
+    // Unpacks quantised weights once, as it loads, rather than in each pass.
+    session_options: { extra: { session: { disable_quant_qdq: "1" } } },
+  });
+  const { id, dtype, context_length } = facts;
+  return { id, dtype, context_length, device: facts.device, threads: wasm.numThreads };
+}
+
+async function fastestDevice() {
+  if (facts.float_bytes < LEAST_BYTES_FOR_GPU) return "wasm";
+  const adapter = await navigator.gpu?.requestAdapter();
+  return adapter && !adapter.info?.isFallbackAdapter ? "webgpu" : "wasm";
+}
+
+/** A fetch that posts how many bytes of a total have come. */
+function counted(total) {
+  let loaded = 0;
+  return async (...request) => {
+    const response = await fetch(...request);
+    if (!response.ok || !response.body) return response;
+    const count = new TransformStream({
+      transform(part, controller) {
+        loaded += part.byteLength;
+        postMessage({ progress: { loaded: Math.min(loaded, total), total } });
+        controller.enqueue(part);
+      },
+    });
+    return new Response(response.body.pipeThrough(count), response);
+  };
+}
+
+/** Leaves only the token that it draws. */
+class Sampler extends LogitsProcessor {
+  constructor(options) {
+    super();
+    this.options = options;
+    this.generator = new random.Random(options.seed);
+  }
+
+  _call(_, logits) {
+    const token = draw(logits.data, this.options, () => this.generator.random());
+    logits.data.fill(-Infinity);
+    logits.data[token] = 0;
+    return logits;
+  }
+}
+
+/** Generates a text, and posts each piece of it. */
+async function answer(id, { prompt, ...given }) {
+  const options = complete(given, model.generation_config ?? {});
+  const { input_ids, attention_mask } = tokenizer(prompt || tokenizer.bos_token || tokenizer.eos_token, { add_special_tokens: false });
+  const room = facts.context_length + 1 - input_ids.dims[1]; // the last token is in no later pass
+  if (room < 1) throw new RangeError(`the prompt has ${input_ids.dims[1]} tokens, the context window ${facts.context_length}`);
+  const interrupt = new InterruptableStoppingCriteria();
+  running.set(id, interrupt);
+  const { do_sample, temperature, top_k, top_p, min_p, stop, seed, logprobs, ...others } = options;
+  const max_new_tokens = Math.min(options.max_new_tokens, room);
+  const limit = max_new_tokens < options.max_new_tokens ? "context" : "length";
+  const endTokens = [model.generation_config?.eos_token_id ?? model.config.eos_token_id].flat();
+  const report = (choice) => postMessage({ id, choice });
+  const stream = new TextStream(tokenizer, endTokens, { stop, logprobs, limit }, report);
+  const processors = new LogitsProcessorList();
+  if (do_sample) processors.push(new Sampler(options));
+  const request = Object.create(model);
+  request.forward = async (inputs) => {
+    await nextTurn();
+    const outputs = await model.forward(inputs);
+    if (logprobs !== undefined) stream.logits = outputs.logits.slice(null, -1, null).data.slice();
+    return outputs;
+  };
+  stream.onStop = () => interrupt.interrupt();
+  await request.generate({
+    ...others,
+    max_new_tokens,
+    input_ids,
+    attention_mask,
+    do_sample: false, // the sampler has drawn
+    logits_processor: processors,
+    stopping_criteria: interrupt,
+    streamer: stream,
+  });
+  return { prompt_tokens: input_ids.dims[1], completion_tokens: stream.ids.length, seed };
+}
+
+/** Lets messages and other requests come in between two tokens: a timer would wait for 4 ms. */
+function nextTurn() {
+  const { port1, port2 } = new MessageChannel();
+  return new Promise((resolve) => {
+    port1.onmessage = () => {
+      port1.close();
+      resolve();
+    };
+    port2.postMessage(null);
+  });
+}
+
+self.onmessage = async ({ data: { id, load: settings, request, stop } }) => {
+  if (stop) return running.get(id)?.interrupt();
+  try {
+    postMessage(settings ? { id, model: await load(settings) } : { id, usage: await answer(id, request) });
+  } catch (error) {
+    postMessage({ id, error: String(error?.message ?? error) });
+  }
+  running.delete(id);
+};
