@@ -27,6 +27,7 @@ _FACTS = "web.json"
 _STATIC = Path(__file__).parent / "static"
 _PAGE = Path(__file__).parents[1] / "serving" / "page"
 _MODEL = (bundle.CONFIG, bundle.GENERATION_CONFIG, bundle.TOKENIZER, bundle.TOKENIZER_CONFIG, bundle.WEIGHTS)
+_UNPACKED = "onnx/unpacked.onnx"
 _LARGEST = 3_000_000_000  # bytes of weights in float32: WebAssembly has 4 GB, and unpacks into them
 
 
@@ -68,13 +69,14 @@ def write(made: Bundle, target: Path, *, npm: Path | None = None, force: bool = 
             place = folder / "model" / name
             place.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(made.folder / name, place)
-        _write_graph(made, folder / "model")
+        graphs = _write_graphs(made, folder / "model")
         sizes = {name: record.size for name, record in bundle.describe_files(folder).items()}
         facts = {
             "id": Path(made.manifest.source).name,
             "dtype": made.manifest.dtype,
             "context_length": made.config.n_positions,
             "float_bytes": floats,
+            "graphs": graphs,
             "files": {name: size for name, size in sizes.items() if "/" in name},
         }
         (folder / _FACTS).write_text(json.dumps(facts, indent=1), encoding="utf-8")
@@ -82,23 +84,27 @@ def write(made: Bundle, target: Path, *, npm: Path | None = None, force: bool = 
     return sizes
 
 
-def _write_graph(made: Bundle, folder: Path) -> None:
-    """Writes a graph that computes in float32, and says so in config.json."""
-    source = made.graph(bundle.GRAPH)
-    if made.manifest.dtype == "fp32":
+def _write_graphs(made: Bundle, folder: Path) -> dict[str, str]:
+    """Writes the graphs that compute in float32; returns their names by device."""
+    source, dtype = made.graph(bundle.GRAPH), made.manifest.dtype
+    if dtype != "fp16":
         shutil.copyfile(source, folder / bundle.GRAPH)
-        return
+    if dtype == "fp32":
+        return dict.fromkeys(("wasm", "webgpu"), Path(bundle.GRAPH).stem)
     try:
         import onnx
 
         from ..exporter.graph import unpacked
     except ModuleNotFoundError as error:
-        raise MissingExtraError(f"A web folder of {made.manifest.dtype}", error.name or "onnx", "export") from error
+        raise MissingExtraError(f"A web folder of {dtype}", error.name or "onnx", "export") from error
     model = unpacked.build(onnx.load(source, load_external_data=False))
-    (folder / bundle.GRAPH).write_bytes(model.SerializeToString())
+    (folder / _UNPACKED).write_bytes(model.SerializeToString())
     config = read_json(folder / bundle.CONFIG)
     config["transformers.js_config"].pop("kv_cache_dtype", None)
     (folder / bundle.CONFIG).write_text(json.dumps(config, indent=2), encoding="utf-8")
+    # WebGPU has a kernel for quantised weights, and may lack float16.
+    gpu = _UNPACKED if dtype == "fp16" else bundle.GRAPH
+    return {"wasm": Path(_UNPACKED).stem, "webgpu": Path(gpu).stem}
 
 
 def _write_version(folder: Path, shell: list[str]) -> None:

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 import numpy as np
 from onnx import ModelProto, NodeProto, TensorProto, helper
 
-from .operators import Nodes, as_model
+from .operators import MICROSOFT, Nodes, as_model
 
 _OPSET = 21  # the first whose DequantizeLinear takes blocks and numbers of 4 bits
 
@@ -65,12 +65,13 @@ def _multiply(unpacked: Nodes, node: NodeProto, stored: Mapping[str, TensorProto
     whole = unpacked.op("DequantizeLinear", [packed.name, scales, middle], matrix, axis=1, block_size=block_size)
     if width % block_size:
         whole = unpacked.first(whole, f"{matrix}.unpadded", width)
-    columns = unpacked.op("Transpose", [whole], f"{matrix}.columns", perm=[1, 0])
+    # MatMul wants [in, out]: a Transpose would be computed at loading, too, while both matrices are in memory.
+    kind, outputs = "FusedMatMul", [node.output[0]]
     if not bias:
-        unpacked.op("MatMul", [x, columns], name, outputs=[node.output[0]])
+        unpacked.op(kind, [x, whole], name, domain=MICROSOFT, outputs=outputs, transB=1)
         return
-    product = unpacked.op("MatMul", [x, columns], f"{name}.product")
-    unpacked.op("Add", [product, bias], name, outputs=[node.output[0]])
+    product = unpacked.op(kind, [x, whole], f"{name}.product", domain=MICROSOFT, transB=1)
+    unpacked.op("Add", [product, bias], name, outputs=outputs)
 
 
 def _in_float32(stored: list[TensorProto], nodes: list[NodeProto]) -> tuple[list[NodeProto], list[TensorProto]]:

@@ -14,6 +14,7 @@ import { draw } from "./sampling.js";
 import { TextStream } from "./text-stream.js";
 
 const HERE = new URL("./", self.location.href);
+const WEIGHTS = "onnx/model.onnx_data";
 // Below this, a pass is so short that starting the operators on a GPU would take longest.
 const LEAST_BYTES_FOR_GPU = 100e6;
 
@@ -38,10 +39,13 @@ async function load({ device, threads }) {
   tokenizer = await AutoTokenizer.from_pretrained("model");
   model = await AutoModelForCausalLM.from_pretrained("model", {
     device: facts.device,
-    dtype: "fp32", // the name of its file, model.onnx: what it computes in
-    use_external_data_format: true,
-    // Unpacks quantised weights once, as it loads, rather than in each pass.
-    session_options: { extra: { session: { disable_quant_qdq: "1" } } },
+    dtype: "fp32", // what it computes in; it also means that the file's name has no suffix
+    model_file_name: facts.graphs[facts.device],
+    use_external_data_format: false,
+    session_options: {
+      externalData: [{ path: WEIGHTS.split("/").at(-1), data: WEIGHTS }], // of both graphs
+      extra: { session: { disable_quant_qdq: "1" } }, // unpacks weights once, as it loads, rather than in each pass
+    },
   });
   const { id, dtype, context_length } = facts;
   return { id, dtype, context_length, device: facts.device, threads: wasm.numThreads };
