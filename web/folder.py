@@ -60,9 +60,7 @@ def write(made: Bundle, target: Path, *, npm: Path | None = None, force: bool = 
     with replacing(target, lambda: _check_target(target, force=force)) as folder:
         for source in (_PAGE, _STATIC):  # the second has the browser's client.js
             shutil.copytree(source, folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns("__pycache__"))
-        shell = sorted(
-            path.name for path in folder.iterdir() if path.suffix == ".js" or path.suffix in (".html", ".css")
-        )
+        shell = sorted(path.name for path in folder.iterdir() if path.suffix in (".html", ".css", ".js"))
         (folder / "runtime").mkdir()
         packages.put(folder / "runtime", npm)
         for name in filter(made.manifest.files.__contains__, _MODEL):

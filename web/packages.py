@@ -74,5 +74,6 @@ def _collect(node_modules: Path, target: Path) -> None:
         text = (own if own.is_file() else _LOCKED / "onnxruntime.LICENSE.txt").read_text("utf-8")
         licenses.append(f"{package} {version} ({facts['license']})\n\n{text.strip()}\n")
         for name in _FILES.get(package, ()):
-            shutil.copyfile(folder / "dist" / name, target / name)
+            # Some servers, nginx for one, don't know that .mjs is JavaScript.
+            shutil.copyfile(folder / "dist" / name, target / name.replace(".mjs", ".js"))
     (target / "LICENSES.txt").write_text(f"\n{'-' * 80}\n\n".join(licenses), encoding="utf-8")

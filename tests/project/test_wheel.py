@@ -19,7 +19,7 @@ pytestmark = pytest.mark.system
 # Every folder that is a package here is one in the wheel: X is gpt2onnx.X.
 PACKAGES = {
     path.parent.relative_to(REPOSITORY).as_posix(): f"gpt2onnx/{path.parent.relative_to(REPOSITORY).as_posix()}"
-    for top in ("cli", "exporter", "experiments", "fleet", "models", "runtime", "serving")
+    for top in ("cli", "exporter", "experiments", "fleet", "models", "runtime", "serving", "web")
     for path in (REPOSITORY / top).rglob("__init__.py")
 } | {"gpt2onnx": "gpt2onnx"}
 DATA = {".js", ".json", ".jinja", ".toml", ".txt", ".gz", ".bin", ".css", ".safetensors"}
@@ -116,6 +116,9 @@ def test_wheel_holds_every_module_and_the_embedded_model(wheel: Path) -> None:
     tales = {"config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"}
     assert {f"gpt2onnx/models/tales/{name}" for name in tales} | {"gpt2onnx/py.typed"} <= names
     assert {f"gpt2onnx/experiments/{name}" for name in ("notebooks.toml", "report.html.jinja")} <= names
+    for folder in ("serving/page", "web/static", "web/npm"):
+        files = {path for path in (REPOSITORY / folder).rglob("*") if path.is_file()}
+        assert {f"gpt2onnx/{path.relative_to(REPOSITORY).as_posix()}" for path in files} <= names
     assert {name.split("/")[0] for name in names} == {
         "gpt2onnx",
         next(n for n in names if "dist-info" in n).split("/")[0],

@@ -32,7 +32,7 @@ async function load({ device, threads }) {
   Object.assign(env, { allowRemoteModels: false, allowLocalModels: true, localModelPath: HERE.pathname, fetch: fetchCounted });
   env.useBrowserCache = env.useWasmCache = false; // the service worker keeps files
   const { wasm } = env.backends.onnx;
-  wasm.wasmPaths = { mjs: new URL(`${runtime}.mjs`, HERE).href };
+  wasm.wasmPaths = { mjs: new URL(`${runtime}.js`, HERE).href };
   wasm.wasmBinary = await (await fetchCounted(new URL(`${runtime}.wasm`, HERE))).arrayBuffer();
   wasm.numThreads = self.crossOriginIsolated ? (threads ?? Math.min(4, Math.ceil(navigator.hardwareConcurrency / 2))) : 1;
 
