@@ -74,8 +74,7 @@ def write(made: Bundle, target: Path, *, npm: Path | None = None, force: bool = 
             "dtype": made.manifest.dtype,
             "context_length": made.config.n_positions,
             "float_bytes": floats,
-            "graphs": graphs,
-            "files": {name: size for name, size in sizes.items() if "/" in name},
+            "devices": {device: _device(device, graph, sizes) for device, graph in graphs.items()},
         }
         (folder / _FACTS).write_text(json.dumps(facts, indent=1), encoding="utf-8")
         _write_version(folder, [*shell, _FACTS])
@@ -103,6 +102,14 @@ def _write_graphs(made: Bundle, folder: Path) -> dict[str, str]:
     # WebGPU has a kernel for quantised weights, and may lack float16.
     gpu = _UNPACKED if dtype == "fp16" else bundle.GRAPH
     return {"wasm": Path(_UNPACKED).stem, "webgpu": Path(gpu).stem}
+
+
+def _device(device: str, graph: str, sizes: dict[str, int]) -> dict[str, str | int]:
+    """What a browser loads for a device: names, and bytes of all files that it fetches for the model."""
+    runtime = packages.RUNTIMES[device]
+    needed = sizes[f"runtime/{runtime}.wasm"] + sizes[f"model/onnx/{graph}.onnx"]
+    needed += sum(size for name, size in sizes.items() if name.startswith("model/") and not name.endswith(".onnx"))
+    return {"runtime": runtime, "graph": graph, "bytes": needed}
 
 
 def _write_version(folder: Path, shell: list[str]) -> None:

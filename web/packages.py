@@ -14,10 +14,11 @@ from ..models import user_cache
 
 _LOCKED, _LOCK = Path(__file__).parent / "npm", "package-lock.json"
 _TRANSFORMERS, _RUNTIME = "@huggingface/transformers", "onnxruntime-web"
-# The second pair has WebGPU; a browser fetches one of them.
+# ONNX Runtime by device, a module and its WebAssembly; a browser fetches one of them.
+RUNTIMES = {"wasm": "ort-wasm-simd-threaded", "webgpu": "ort-wasm-simd-threaded.asyncify"}
 _FILES = {
     _TRANSFORMERS: ["transformers.min.js"],
-    _RUNTIME: [f"ort-wasm-simd-threaded{kind}.{end}" for kind in ("", ".asyncify") for end in ("mjs", "wasm")],
+    _RUNTIME: [f"{name}.{end}" for name in RUNTIMES.values() for end in ("mjs", "wasm")],
 }
 # Packages whose code is in these files. Those of ONNX Runtime come without the text of their licence.
 _LICENSED = [_TRANSFORMERS, "@huggingface/jinja", "@huggingface/tokenizers", _RUNTIME, "onnxruntime-common"]

@@ -54,9 +54,12 @@ def test_a_source_comes_in_int8_with_licences_and_the_size_of_each_file(
     sizes = json.loads(finished.out)["files"]
     facts = json.loads((tmp_path / "site" / "web.json").read_text())
     assert facts["dtype"] == "int8"
-    assert facts["graphs"] == {"wasm": "unpacked", "webgpu": "model"}
-    for name, size in facts["files"].items():
-        assert (tmp_path / "site" / name).stat().st_size == size == sizes[name]
+    assert {device: each["graph"] for device, each in facts["devices"].items()} == {
+        "wasm": "unpacked",
+        "webgpu": "model",
+    }
+    for name, size in sizes.items():
+        assert (tmp_path / "site" / name).stat().st_size == size
     licenses = (tmp_path / "site" / "runtime" / "LICENSES.txt").read_text()
     for name in ("@huggingface/transformers", "@huggingface/jinja", "@huggingface/tokenizers", "onnxruntime-web"):
         assert f"You may use {name}." in licenses

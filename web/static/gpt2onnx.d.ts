@@ -16,7 +16,7 @@ export interface GenerationOptions {
   repetition_penalty?: number;
   /** No sequence of this many tokens comes twice; 0 for no limit. */
   no_repeat_ngram_size?: number;
-  /** Gives the same text again, in the same browser or another; it isn't the text that Python draws. */
+  /** Gives the same text again in the same browser; it isn't the text that Python draws. */
   seed?: number;
   /** End before any of these texts. */
   stop?: string | string[];

@@ -40,6 +40,7 @@ class Calls {
   #worker;
   #open = new Map(); // takers of messages, by call
   #last = 0;
+  #end; // why there are no more answers
 
   constructor(worker, onProgress) {
     this.#worker = worker;
@@ -49,6 +50,7 @@ class Calls {
 
   /** The messages that answer a call, until the one that ends it. */
   async *run(call) {
+    if (this.#end) throw new Failure(sentence(this.#end));
     const id = ++this.#last;
     const messages = [];
     let wake = () => {};
@@ -78,6 +80,7 @@ class Calls {
   }
 
   #fail(error) {
+    this.#end = error;
     for (const take of this.#open.values()) take({ error });
   }
 }

@@ -25,22 +25,21 @@ const running = new Map(); // what interrupts a request, by its number
 async function load({ device, threads }) {
   facts = await (await fetch(new URL("web.json", HERE))).json();
   facts.device = device === "auto" ? await fastestDevice() : device;
-  const runtime = `runtime/ort-wasm-simd-threaded${facts.device === "webgpu" ? ".asyncify" : ""}`;
-  const needed = Object.entries(facts.files).filter(([name]) => name.startsWith("model/") || name === `${runtime}.wasm`);
-  const fetchCounted = counted(needed.reduce((sum, [, bytes]) => sum + bytes, 0));
+  const { runtime, graph, bytes } = facts.devices[facts.device];
+  const fetchCounted = counted(bytes);
 
   Object.assign(env, { allowRemoteModels: false, allowLocalModels: true, localModelPath: HERE.pathname, fetch: fetchCounted });
   env.useBrowserCache = env.useWasmCache = false; // the service worker keeps files
   const { wasm } = env.backends.onnx;
-  wasm.wasmPaths = { mjs: new URL(`${runtime}.js`, HERE).href };
-  wasm.wasmBinary = await (await fetchCounted(new URL(`${runtime}.wasm`, HERE))).arrayBuffer();
+  wasm.wasmPaths = { mjs: new URL(`runtime/${runtime}.js`, HERE).href };
+  wasm.wasmBinary = await (await fetchCounted(new URL(`runtime/${runtime}.wasm`, HERE))).arrayBuffer();
   wasm.numThreads = self.crossOriginIsolated ? (threads ?? Math.min(4, Math.ceil(navigator.hardwareConcurrency / 2))) : 1;
 
   tokenizer = await AutoTokenizer.from_pretrained("model");
   model = await AutoModelForCausalLM.from_pretrained("model", {
     device: facts.device,
     dtype: "fp32", // what it computes in; it also means that the file's name has no suffix
-    model_file_name: facts.graphs[facts.device],
+    model_file_name: graph,
     use_external_data_format: false,
     session_options: {
       externalData: [{ path: WEIGHTS.split("/").at(-1), data: WEIGHTS }], // of both graphs
@@ -66,7 +65,7 @@ function counted(total) {
     const count = new TransformStream({
       transform(part, controller) {
         loaded += part.byteLength;
-        postMessage({ progress: { loaded: Math.min(loaded, total), total } });
+        postMessage({ progress: { loaded, total } });
         controller.enqueue(part);
       },
     });
@@ -144,7 +143,9 @@ self.onmessage = async ({ data: { id, load: settings, request, stop } }) => {
   try {
     postMessage(settings ? { id, model: await load(settings) } : { id, usage: await answer(id, request) });
   } catch (error) {
-    postMessage({ id, error: String(error?.message ?? error) });
+    // WebAssembly throws a number where its memory is full.
+    const message = typeof error === "number" ? "this browser has too little memory for the model" : error.message;
+    postMessage({ id, error: message });
   }
   running.delete(id);
 };
