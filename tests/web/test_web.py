@@ -30,6 +30,7 @@ expect = sync_api.expect
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 NPM = shutil.which("npm")
 pytestmark = [
+    pytest.mark.system,
     pytest.mark.skipif(CHROMIUM is None, reason="there is no chromium on this machine"),
     pytest.mark.skipif(NPM is None, reason="there is no npm on this machine"),
 ]

@@ -44,9 +44,7 @@ def test_logits_are_those_of_the_stored_weights(
     expected = in_numpy(checkpoint, weights_of(made)).logits(tokens[None])
     np.testing.assert_allclose(run(session, made, tokens[None]), expected, atol=1e-4)
     operators = {node.op_type for node in onnx.load(tmp_path / "optimized.onnx", load_external_data=False).graph.node}
-    assert operators & {"DequantizeLinear", "MatMulNBits"} == set(), (
-        "unpacked at loading, not in each pass"
-    )
+    assert operators & {"DequantizeLinear", "MatMulNBits"} == set(), "unpacked at loading, not in each pass"
 
 
 def run(session: onnxruntime.InferenceSession, made: Bundle, tokens: np.ndarray) -> np.ndarray:
