@@ -1,4 +1,4 @@
-"""The npm packages of the web folder: transformers.js, and ONNX Runtime's WebAssembly, in the versions of npm/package-lock.json."""
+"""The npm packages of a web folder: transformers.js and ONNX Runtime, in the versions of npm/package-lock.json."""
 
 import hashlib
 import json

@@ -28,12 +28,14 @@ async function load({ device, threads }) {
   const { runtime, graph, bytes } = facts.devices[facts.device];
   const fetchCounted = counted(bytes);
 
-  Object.assign(env, { allowRemoteModels: false, allowLocalModels: true, localModelPath: HERE.pathname, fetch: fetchCounted });
+  Object.assign(env, { allowRemoteModels: false, allowLocalModels: true, localModelPath: HERE.pathname });
   env.useBrowserCache = env.useWasmCache = false; // the service worker keeps files
+  env.fetch = fetchCounted;
   const { wasm } = env.backends.onnx;
   wasm.wasmPaths = { mjs: new URL(`runtime/${runtime}.js`, HERE).href };
   wasm.wasmBinary = await (await fetchCounted(new URL(`runtime/${runtime}.wasm`, HERE))).arrayBuffer();
-  wasm.numThreads = self.crossOriginIsolated ? (threads ?? Math.min(4, Math.ceil(navigator.hardwareConcurrency / 2))) : 1;
+  threads ??= Math.min(4, Math.ceil(navigator.hardwareConcurrency / 2)); // as ONNX Runtime chooses
+  wasm.numThreads = self.crossOriginIsolated ? threads : 1;
 
   tokenizer = await AutoTokenizer.from_pretrained("model");
   model = await AutoModelForCausalLM.from_pretrained("model", {
@@ -92,9 +94,11 @@ class Sampler extends LogitsProcessor {
 /** Generates a text, and posts each piece of it. */
 async function answer(id, { prompt, ...given }) {
   const options = complete(given, model.generation_config ?? {});
-  const { input_ids, attention_mask } = tokenizer(prompt || tokenizer.bos_token || tokenizer.eos_token, { add_special_tokens: false });
-  const room = facts.context_length + 1 - input_ids.dims[1]; // the last token is in no later pass
-  if (room < 1) throw new RangeError(`the prompt has ${input_ids.dims[1]} tokens, the context window ${facts.context_length}`);
+  const text = prompt || tokenizer.bos_token || tokenizer.eos_token;
+  const { input_ids, attention_mask } = tokenizer(text, { add_special_tokens: false });
+  const prompt_tokens = input_ids.dims[1];
+  const room = facts.context_length + 1 - prompt_tokens; // the last token is in no later pass
+  if (room < 1) throw new RangeError(`the prompt has ${prompt_tokens} tokens, the context window ${facts.context_length}`);
   const interrupt = new InterruptableStoppingCriteria();
   running.set(id, interrupt);
   const { do_sample, temperature, top_k, top_p, min_p, stop, seed, logprobs, ...others } = options;
@@ -123,7 +127,7 @@ async function answer(id, { prompt, ...given }) {
     stopping_criteria: interrupt,
     streamer: stream,
   });
-  return { prompt_tokens: input_ids.dims[1], completion_tokens: stream.ids.length, seed };
+  return { prompt_tokens, completion_tokens: stream.ids.length, seed };
 }
 
 /** Lets messages and other requests come in between two tokens: a timer would wait for 4 ms. */
