@@ -95,9 +95,9 @@ pins: $(VENV)/uv-installed
 	$(UV) pip compile --quiet --upgrade --universal --python-version 3.11 --extra dev --no-header --no-annotate \
 		--output-file tests/pins.txt pyproject.toml
 
-# The bundle in optimum, onnxruntime-genai and transformers.js: needs Node and the npm registry, too.
+# The bundle in optimum, onnxruntime-genai and transformers.js, and the server's clients: needs Node and the npm registry, too.
 peers: $(VENV)/installed $(OPTIMUM)/installed
-	GPT2ONNX_PEERS=build/peers $(BIN)/python -m pytest tests/project/test_other_runtimes.py
+	GPT2ONNX_PEERS=build/peers $(BIN)/python -m pytest -s tests/project/test_other_runtimes.py tests/serving/test_real_clients.py
 
 # Damaged, hostile and absurd input, N of each kind, faults at every step, every byte flipped: docs/reliability.md.
 N ?= 5000

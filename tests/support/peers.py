@@ -19,6 +19,7 @@ from support.paths import REPOSITORY
 TORCH = "torch==2.13.0"
 # optimum's ONNX export stops short of transformers 5.
 PYTHON_PACKAGES = ["transformers>=4.57,<4.58", "onnxruntime-genai>=0.8"]
+CLIENTS = ["langchain-openai", "litellm", "llm"]
 NODE_PACKAGE = "@huggingface/transformers"
 
 
@@ -31,17 +32,32 @@ def _folder() -> Path:
 
 def python() -> Path:
     """The interpreter of an environment with gpt2onnx and its extra `optimum`, and onnxruntime-genai."""
-    environment = _folder() / "python"
+    return _interpreter("python", *PYTHON_PACKAGES, "--editable", f"{REPOSITORY}[cpu,export,optimum]", torch=True)
+
+
+def clients() -> Path:
+    """The interpreter of an environment with clients of OpenAI's interface, each in its newest version."""
+    return _interpreter("clients", *CLIENTS)
+
+
+def lm_eval() -> Path:
+    """The interpreter of an environment with lm-eval and PyTorch."""
+    return _interpreter("lm-eval", "lm-eval[api,hf]", torch=True)
+
+
+def _interpreter(name: str, *packages: str, torch: bool = False) -> Path:
+    environment = _folder() / name
     interpreter = environment / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
     if not (environment / "installed").exists():
         _run([sys.executable, "-m", "venv", str(environment)])
         install = [sys.executable, "-m", "uv", "pip", "install", "--quiet", "--python", str(interpreter)]
-        try:
-            # The CPU build from PyTorch's own index, where that can be reached: PyPI's brings CUDA along.
-            _run([*install, "--torch-backend", "cpu", TORCH])
-        except AssertionError:
-            _run([*install, TORCH])
-        _run([*install, TORCH, *PYTHON_PACKAGES, "--editable", f"{REPOSITORY}[cpu,export,optimum]"])
+        if torch:
+            try:
+                # The CPU build from PyTorch's own index, where that can be reached: PyPI's brings CUDA along.
+                _run([*install, "--torch-backend", "cpu", TORCH])
+            except AssertionError:
+                _run([*install, TORCH])
+        _run([*install, *([TORCH] if torch else []), *packages])
         (environment / "installed").touch()
     return interpreter
 
@@ -59,9 +75,9 @@ def node() -> Path:
     return environment
 
 
-def run_python(program: str, *arguments: object) -> Any:
-    """Runs a program in the peers' environment and returns what it prints, last, as JSON."""
-    return _last_json(_run([str(python()), "-c", program, *map(str, arguments)]))
+def run_python(program: str, *arguments: object, interpreter: Path | None = None, **settings: str) -> Any:
+    """Runs a program in an environment, by default the peers', and returns what it prints, last, as JSON."""
+    return _last_json(_run([str(interpreter or python()), "-c", program, *map(str, arguments)], **settings))
 
 
 def run_node(program: str, *arguments: object) -> Any:
@@ -71,9 +87,11 @@ def run_node(program: str, *arguments: object) -> Any:
     return _last_json(_run(["node", str(environment / "program.mjs"), *map(str, arguments)]))
 
 
-def _run(command: list[str], cwd: Path | None = None) -> str:
+def _run(command: list[str], cwd: Path | None = None, **settings: str) -> str:
     offline = {"HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": "", "PIP_DISABLE_PIP_VERSION_CHECK": "1"}
-    done = subprocess.run(command, cwd=cwd, env=os.environ | offline, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        command, cwd=cwd, env=os.environ | offline | settings, capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0, (
         f"{command[0]} failed ({done.returncode}):\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
     )
@@ -81,4 +99,7 @@ def _run(command: list[str], cwd: Path | None = None) -> str:
 
 
 def _last_json(output: str) -> Any:
-    return json.loads(output.strip().splitlines()[-1])
+    """The last line as JSON; what stands before it, such as a version, is printed."""
+    *others, last = output.strip().splitlines()
+    print(*others[-1:])
+    return json.loads(last)
