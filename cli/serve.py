@@ -124,6 +124,8 @@ def command(
     from ..serving.service import Limits
 
     keys = [] if api_key_file is None else server.read_keys(api_key_file)
+    if ssl_certfile is not None:
+        server.check_certificate(ssl_certfile, ssl_keyfile)
     settings = server.Settings(
         names=[name, *more_names] if name else [own],
         chat_template=chat_template,

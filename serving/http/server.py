@@ -7,6 +7,7 @@ import gc
 import logging
 import os
 import socket
+import ssl
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -167,6 +168,17 @@ def read_keys(path: Path) -> list[bytes]:
     if not keys:
         raise OptionError(f"{path} holds no API key: write one a line into it")
     return keys
+
+
+def check_certificate(certificate: Path, private_key: Path | None) -> None:
+    """Raises OptionError if TLS can't be spoken with a certificate and its key."""
+    try:
+        ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(certificate, private_key)
+    except OSError as error:
+        reason = getattr(error, "reason", None) or error.strerror or error
+        raise OptionError(
+            f"can't use {certificate} for TLS: {reason}; it has to be PEM, with its private key"
+        ) from error
 
 
 def serve(model: Model, listener: socket.socket, settings: Settings, ready: Callable[[str], None]) -> bool:

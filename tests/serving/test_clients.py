@@ -14,7 +14,7 @@ from pathlib import Path
 
 import httpx
 import pytest
-from support.commands import wait_until
+from support.commands import CommandLine, wait_until
 from support.serving import Running, serving
 from support.systems import posix
 
@@ -259,3 +259,10 @@ def test_tls(tales_bundle: Path, tmp_path: Path) -> None:
     finally:
         process.terminate()
         process.communicate(timeout=60)
+
+
+def test_a_certificate_that_is_none(command_line: CommandLine, tales_bundle: Path, tmp_path: Path) -> None:
+    (tmp_path / "cert.pem").write_text("no certificate")
+    done = command_line("serve", "-m", tales_bundle, "--port", 0, "--ssl-certfile", tmp_path / "cert.pem")
+    assert (done.code, done.err.count("\n")) == (1, 1)
+    assert f"can't use {tmp_path / 'cert.pem'} for TLS" in done.err
