@@ -5,12 +5,13 @@ https://protobuf.dev/programming-guides/encoding/
 """
 
 from collections.abc import Iterator
+from mmap import mmap
 
 _LONGEST_NUMBER = 70  # bits
 _FIXED = {1: 8, 5: 4}  # bytes of numbers by their kind
 
 
-def fields(content: bytes | memoryview, begin: int, end: int) -> Iterator[tuple[int, int | slice]]:
+def fields(content: bytes | memoryview | mmap, begin: int, end: int) -> Iterator[tuple[int, int | slice]]:
     """The fields of the message between two offsets: number, and the value; of a text or a message its place.
 
     Raises:
@@ -59,7 +60,7 @@ def messages(message: bytes) -> dict[int, list[bytes]]:
     return found
 
 
-def varint(content: bytes | memoryview, begin: int, end: int) -> tuple[int, int]:
+def varint(content: bytes | memoryview | mmap, begin: int, end: int) -> tuple[int, int]:
     """A number in groups of 7 bits, lowest first, and where the next field begins.
 
     Raises:

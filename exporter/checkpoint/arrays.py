@@ -1,5 +1,7 @@
 """Arrays in checkpoint files, read one at a time. Knows no network."""
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -107,6 +109,44 @@ class StridedArray:
 
 
 @dataclass(frozen=True)
+class ReshapedArray:
+    """An array that its file stores in another shape, of as many numbers."""
+
+    stored: StoredArray
+    shape: tuple[int, ...]
+
+    @property
+    def path(self) -> Path:
+        return self.stored.path
+
+    @property
+    def name(self) -> str:
+        return self.stored.name
+
+    @property
+    def dtype(self) -> str:
+        return self.stored.dtype
+
+    def read(self) -> npt.NDArray[np.generic]:
+        return self.stored.read().reshape(self.shape)
+
+    def same_bytes(self, other: StoredArray) -> bool:
+        return isinstance(other, ReshapedArray) and self.stored.same_bytes(other.stored)
+
+
+def without_first_axis(array: StoredArray, axes: int) -> StoredArray:
+    """The array without a first axis of length 1.
+
+    Raises:
+        CheckpointError: it hasn't that axis, and so many others.
+    """
+    if len(array.shape) != 1 + axes or array.shape[0] != 1:
+        wanted = ", ".join(["1", *"nm"[:axes]])
+        raise CheckpointError(f"{array.path}: tensor {array.name} has shape {list(array.shape)}, not [{wanted}]")
+    return ReshapedArray(array, array.shape[1:])
+
+
+@dataclass(frozen=True)
 class ZeroArray:
     """Zeros: the biases of a network that was built without them."""
 
@@ -125,6 +165,11 @@ class ZeroArray:
 def item_size(dtype: str) -> int:
     """Bytes of one number."""
     return np.dtype(dtype).itemsize
+
+
+def dense_strides(shape: Sequence[int]) -> tuple[int, ...]:
+    """Strides, in numbers, of an array whose numbers lie one behind another, those of the last axis first."""
+    return tuple(math.prod(shape[axis + 1 :]) for axis in range(len(shape)))
 
 
 def extent(shape: tuple[int, ...], strides: tuple[int, ...]) -> int:

@@ -12,7 +12,7 @@ from ...models.bundle import CONFIG
 from ...models.config import ADAPTER_CONFIG
 from ...models.messages import one_line
 from .formats import SUFFIXES
-from .tensorflow_file import INDEX
+from .formats.tensorflow_file import INDEX
 
 # Files to fetch: the small ones, then the weights in one format.
 _SMALL = ["*.json", "*.jinja", "merges.txt", "vocab.txt", "*.model"]

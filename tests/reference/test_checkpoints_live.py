@@ -16,7 +16,7 @@ from support import torch_files
 from support.checkpoints import MakeCheckpoint
 
 from gpt2onnx.errors import CheckpointError
-from gpt2onnx.exporter.checkpoint.torch_file import read_checkpoint_file
+from gpt2onnx.exporter.checkpoint.formats.torch_file import read_checkpoint_file
 
 State = dict[str, torch.Tensor]
 

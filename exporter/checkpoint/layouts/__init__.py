@@ -11,7 +11,7 @@ from gpt2onnx.errors import CheckpointError
 
 from ..formats import SavedWeights
 from ..weight import Weight
-from . import book, hugging_face, llama_cpp, nanogpt, openai
+from . import book, hugging_face, llama_cpp, mingpt, mlx, nanogpt, openai
 from .tensors import Tensors
 
 
@@ -48,11 +48,12 @@ class Layout(Protocol):
 
 
 # The first that recognises a checkpoint reads it.
-LAYOUTS: tuple[Layout, ...] = (book, openai, llama_cpp, nanogpt, hugging_face)
+LAYOUTS: tuple[Layout, ...] = (mingpt, book, openai, llama_cpp, nanogpt, hugging_face)
 
 # Wrappers put a prefix before every name: torch.compile `_orig_mod.`, DistributedDataParallel `module.`, others the name of
 # the attribute that holds the network. GPT2LMHeadModel puts `transformer.` before every name but its head's.
 _TRANSFORMER = "transformer."
+_QUANTISED = ".qweight"
 _EMBEDDINGS = "|".join(re.escape(layout.EMBEDDING) for layout in LAYOUTS)
 _WRAPPED = re.compile(rf"^(.*?)(?:{re.escape(_TRANSFORMER)})?(?:{_EMBEDDINGS})$")
 
@@ -70,8 +71,13 @@ def arrange(saved: SavedWeights, config: Mapping[str, Any] | None) -> tuple[dict
     Raises:
         CheckpointError: the scheme or the architecture isn't known.
     """
-    prefix = next((match[1] for name in saved.arrays if (match := _WRAPPED.match(name))), "")
-    arrays = {name.removeprefix(prefix).removeprefix(_TRANSFORMER): array for name, array in saved.arrays.items()}
+    if quantised := next((name for name in saved.arrays if name.endswith(_QUANTISED)), None):
+        raise CheckpointError(
+            f"{saved.path}: the weights are quantised by GPTQ or AWQ, as {quantised} shows: export the checkpoint that they were made from"
+        )
+    plain = mlx.dequantised(saved.arrays, config)
+    prefix = next((match[1] for name in plain if (match := _WRAPPED.match(name))), "")
+    arrays = {name.removeprefix(prefix).removeprefix(_TRANSFORMER): array for name, array in plain.items()}
     tensors = Tensors(saved.path, arrays, saved.settings)
     for layout in LAYOUTS:
         if layout.recognises(tensors):

@@ -8,6 +8,8 @@ from .tensors import Tensors
 
 NAME = "Hugging Face's"
 EMBEDDING = "wte.weight"
+# In a graph that PyTorch exported the output head, its only matrix that PyTorch has to transpose, has no name of its own.
+_ONNX_HEAD = "onnx::MatMul_"
 _POSITIONS = {"n_positions", "max_position_embeddings"}
 _LAYERS = {"n_layer", "num_hidden_layers", "n_layers"}
 
@@ -20,6 +22,8 @@ def recognises(tensors: Tensors) -> bool:
 def arrange(tensors: Tensors, config: Mapping[str, Any] | None) -> tuple[dict[str, Any], dict[str, Weight]]:
     """Takes the weights as they are; without a config.json, their shapes tell the architecture."""
     weights = {name: Weight((array,)) for name, array in tensors.arrays.items()}
+    if head := next((name for name in weights if name.startswith(_ONNX_HEAD)), None):
+        weights["lm_head.weight"] = Weight(weights.pop(head).parts, transposed=True)
     if config is None or not config.keys() & _LAYERS:
         (vocabulary, width), inner = tensors.matrix_shape(EMBEDDING), tensors.matrix_shape("h.0.mlp.c_fc.weight")[1]
         architecture = {

@@ -10,7 +10,7 @@ from typing import Any
 from gpt2onnx.errors import CheckpointError
 
 from ....models.messages import shown
-from ..gguf_file import ARCHITECTURE
+from ..formats.gguf_file import ARCHITECTURE
 from ..weight import Weight
 from .tensors import Tensors
 

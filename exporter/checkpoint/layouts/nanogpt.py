@@ -35,8 +35,7 @@ def arrange(tensors: Tensors, config: Mapping[str, Any] | None) -> tuple[dict[st
         "n_positions": tensors.matrix_shape("wpe.weight")[0],
         "n_embd": width,
         "n_layer": tensors.count_blocks("h."),
-        # build-nanogpt saves no model_args.
-        "activation_function": "gelu" if n_head is None or "model_args" in saved else "gelu_pytorch_tanh",
+        "activation_function": _activation(tensors, saved, config or {}),
     }
     full = tensors.config(architecture, n_head, config)
     weights = {
@@ -48,3 +47,17 @@ def arrange(tensors: Tensors, config: Mapping[str, Any] | None) -> tuple[dict[st
             if name.endswith(".bias"):
                 weights.setdefault(name, Weight((ZeroArray(tensors.path, name, shape),)))
     return full, weights
+
+
+def _activation(tensors: Tensors, saved: Mapping[str, Any], config: Mapping[str, Any]) -> str:
+    """What a network has whose config.json names none.
+
+    nanoGPT has the exact GELU, the others its approximation: build-nanogpt and llm.c, which save no model_args, and minGPT.
+
+    Networks with masks, alone in a file, are minGPT's: nanoGPT has had none since before it took the exact one.
+    """
+    if config.get("model_type") == "gpt2":  # by MLX, with transformers' config.json
+        return "gelu_new"
+    alone = not saved.keys() & {"model_args", "config"}
+    approximate = "h.0.attn.bias" in tensors.arrays if alone else "model_args" not in saved
+    return "gelu_pytorch_tanh" if approximate else "gelu"

@@ -5,12 +5,9 @@ https://github.com/openai/gpt-2/blob/master/src/model.py
 
 import re
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import Any
 
-from gpt2onnx.errors import CheckpointError
-
-from ..tensorflow_file import TensorFlowArray
+from ..arrays import without_first_axis
 from ..weight import Weight
 from .tensors import Tensors
 
@@ -35,10 +32,8 @@ def arrange(tensors: Tensors, config: Mapping[str, Any] | None) -> tuple[dict[st
     for name, array in tensors.arrays.items():
         if not (match := _NAME.fullmatch(name)):
             continue
-        if match[5] == "w" and isinstance(array, TensorFlowArray):
-            if len(array.shape) != 3 or array.shape[0] != 1:
-                raise CheckpointError(f"{array.path}: tensor {name} has shape {list(array.shape)}, not [1, in, out]")
-            array = replace(array, shape=array.shape[1:])
+        if match[5] == "w":
+            array = without_first_axis(array, 2)
         place = "" if match[3] is None else f"h.{int(match[3])}."
         ours = f"{match[1]}.weight" if match[5] is None else f"{place}{match[4].replace('/', '.')}.{_KINDS[match[5]]}"
         arrays[ours] = array

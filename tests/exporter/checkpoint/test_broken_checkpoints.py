@@ -20,7 +20,7 @@ from support.weight_files import SAVE, State, book_state, refused
 
 from gpt2onnx.errors import CheckpointError
 from gpt2onnx.exporter.checkpoint.checkpoint import Checkpoint
-from gpt2onnx.exporter.checkpoint.torch_file import read_checkpoint_file
+from gpt2onnx.exporter.checkpoint.formats.torch_file import read_checkpoint_file
 from gpt2onnx.models.config import GPT2Config
 
 # Made by PyTorch: golden/make_torch_files.py.

@@ -26,7 +26,7 @@ from support.weight_files import SAVE, TINY, State, assert_reads, book_state, na
 import gpt2onnx
 from gpt2onnx.errors import CheckpointError
 from gpt2onnx.exporter.checkpoint.checkpoint import Checkpoint
-from gpt2onnx.exporter.checkpoint.torch_file import read_checkpoint_file
+from gpt2onnx.exporter.checkpoint.formats.torch_file import read_checkpoint_file
 
 # Made by PyTorch: golden/make_torch_files.py.
 FILES = FOLDER / "torch_files"

@@ -25,7 +25,7 @@ from support.weight_files import TINY
 from gpt2onnx.errors import CheckpointError
 from gpt2onnx.exporter.checkpoint.checkpoint import Checkpoint
 from gpt2onnx.exporter.checkpoint.formats import open_weights
-from gpt2onnx.exporter.checkpoint.torch_file import read_checkpoint_file
+from gpt2onnx.exporter.checkpoint.formats.torch_file import read_checkpoint_file
 from gpt2onnx.models.shapes import weight_shapes
 
 MEBIBYTE = 2**20
@@ -350,6 +350,33 @@ def test_configurations_that_cannot_be(
     config = json.loads((checkpoint / "config.json").read_text())
     write_json(folder / "config.json", config | changes)
     ends_well(lambda: gpt2onnx.export(folder, tmp_path_factory.getbasetemp() / "odd_bundle", force=True))
+
+
+# Other programs' files
+
+
+OTHERS = FOLDER / "other_formats"
+OTHER_FILES = [
+    "llm_c_bf16/gpt2.bin",
+    "mingpt_2020/model.pt",
+    "mlx_3bit/model.safetensors",
+    "mlx_3bit/config.json",
+    "onnx/model.onnx",
+]
+
+
+@pytest.mark.parametrize("name", OTHER_FILES)
+def test_damaged_files_of_other_programs(name: str, tmp_path: Path) -> None:
+    part, file = name.split("/", 1)
+    folder = shutil.copytree(OTHERS / part, tmp_path / part)
+
+    @inputs(few=60)
+    @given(damaged((OTHERS / name).read_bytes()))
+    def check(content: bytes) -> None:
+        (folder / file).write_bytes(content)
+        ends_well(lambda: read_all(folder))
+
+    check()
 
 
 # Adapters of peft

@@ -15,10 +15,10 @@ import numpy.typing as npt
 
 from gpt2onnx.errors import CheckpointError, MissingExtraError
 
-from ...models.messages import one_line
-from .arrays import StoredArray
+from ....models.messages import one_line
+from ..arrays import StoredArray
+from .saved import SavedWeights
 
-SUFFIX = ".gguf"
 ARCHITECTURE = "general.architecture"
 _TOKENS, _MERGES, _TOKEN_TYPES = "tokenizer.ggml.tokens", "tokenizer.ggml.merges", "tokenizer.ggml.token_type"
 # How a text is cut before merges: GPT-2's way. Files from before 2024 don't say.
@@ -63,8 +63,8 @@ class GGUFArray:
         return isinstance(other, GGUFArray) and (self.path, self.offset) == (other.path, other.offset)
 
 
-def open_gguf(path: Path) -> tuple[dict[str, StoredArray], dict[str, Any]]:
-    """The arrays of a file by name, and its settings.
+def open_gguf(path: Path) -> SavedWeights:
+    """The arrays of a file, its settings and its tokenizer.
 
     Raises:
         CheckpointError: the file is damaged or truncated.
@@ -101,10 +101,10 @@ def open_gguf(path: Path) -> tuple[dict[str, StoredArray], dict[str, Any]]:
         raise CheckpointError(f"{path} is not a whole GGUF file: {one_line(error)}") from error
     if any(math.prod(array.shape) == 0 for array in arrays.values()):
         raise CheckpointError(f"{path} is not a whole GGUF file: a tensor is empty")
-    return arrays, settings
+    return SavedWeights(path, arrays, settings, _tokenizer_files(settings))
 
 
-def tokenizer_files(settings: Mapping[str, Any]) -> dict[str, str]:
+def _tokenizer_files(settings: Mapping[str, Any]) -> dict[str, str]:
     """The tokenizer among the settings, as the files that other checkpoints have; none if it isn't one like GPT-2's."""
     tokens, merges = settings.get(_TOKENS), settings.get(_MERGES)
     if not isinstance(tokens, list) or not isinstance(merges, list) or settings.get(_CUT) not in _LIKE_GPT2:

@@ -16,10 +16,10 @@ from typing import Any
 
 from gpt2onnx.errors import CheckpointError
 
-from ...models import limits
-from ...models.messages import one_line, shown
+from ....models import limits
+from ....models.messages import one_line, shown
+from ..arrays import StoredArray, StridedArray, extent, item_size
 from . import unpickle
-from .arrays import StoredArray, StridedArray, extent, item_size
 from .unpickle import Call, PickleError, Record, RecordType, UnsupportedPickleError
 
 _ZIP_START = b"PK\x03\x04"

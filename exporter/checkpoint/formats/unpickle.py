@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import IO, Any
 
-from ...models import limits
+from ....models import limits
 
 # An instruction, a copied item and these bytes of text are a step each, so that time and memory are bounded to seconds and
 # some hundred megabytes. A large model with its optimizer takes a tenth of the steps.

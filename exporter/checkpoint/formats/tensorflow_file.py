@@ -16,8 +16,10 @@ import numpy.typing as npt
 
 from gpt2onnx.errors import CheckpointError, MissingExtraError
 
-from ...models import limits, protobuf
-from .arrays import StoredArray, item_size
+from ....models import limits, protobuf
+from ....models.config import read_json
+from ..arrays import StoredArray, item_size
+from .saved import SavedWeights
 
 INDEX = ".index"
 # The file that names a folder's latest checkpoint, and how.
@@ -82,8 +84,8 @@ def latest(folder: Path) -> Path | None:
     return next(iter(indices.values()), None)
 
 
-def open_tensorflow(index: Path) -> dict[str, StoredArray]:
-    """The tensors of a checkpoint by name.
+def open_tensorflow(index: Path) -> SavedWeights:
+    """The tensors of a checkpoint by name, and the settings of hparams.json beside it.
 
     Args:
         index: the file NAME.index; the others lie beside it.
@@ -101,11 +103,14 @@ def open_tensorflow(index: Path) -> dict[str, StoredArray]:
         facts = protobuf.numbers(header)
         if facts.get(_ENDIANNESS):
             raise CheckpointError(f"{index} was written on a big-endian machine")
-        return {name: _array(index, facts.get(_SHARDS, 1), name, entry) for name, entry in entries}
+        arrays = {name: _array(index, facts.get(_SHARDS, 1), name, entry) for name, entry in entries}
     except OSError as error:
         raise CheckpointError(f"can't read {index}: {error.strerror}") from error
     except (ValueError, IndexError) as error:
         raise CheckpointError(f"{index} is not a whole index of a TensorFlow checkpoint: {error}") from error
+    # gpt-2-simple and the like copy OpenAI's settings beside their checkpoints.
+    hparams = index.parent / "hparams.json"
+    return SavedWeights(index, arrays, {"hparams": read_json(hparams)} if hparams.is_file() else {})
 
 
 def _array(index: Path, shards: int, name: str, entry: bytes) -> TensorFlowArray:

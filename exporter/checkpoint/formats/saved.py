@@ -1,0 +1,25 @@
+"""What a reader of weight files gives."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ..arrays import StoredArray
+
+
+@dataclass(frozen=True)
+class SavedWeights:
+    """The content of a checkpoint's weight files.
+
+    Attributes:
+        path: the file, or the index of several.
+        arrays: by their names in the files.
+        settings: whatever else was saved in the same file.
+        tokenizer_files: a tokenizer in the same file, as the files that other checkpoints have: name and content.
+    """
+
+    path: Path
+    arrays: Mapping[str, StoredArray]
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    tokenizer_files: Mapping[str, str] = field(default_factory=dict)

@@ -1,0 +1,142 @@
+"""One small network as other programs save it: the exported graph gives the logits that each program itself gave.
+
+golden/make_other_formats.py had the programs write the files.
+"""
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+from safetensors.numpy import save_file
+from support.golden import FOLDER
+from support.graphs import logits_of_prompt
+from support.weight_files import refused
+
+import gpt2onnx
+from gpt2onnx.exporter.checkpoint.checkpoint import Checkpoint
+
+FILES = FOLDER / "other_formats"
+TOKENS = [3, 60, 0, 17, 17, 42]
+# What a user names, from the part's folder on.
+SOURCES = {
+    "llm_c": "gpt2.bin",
+    "llm_c_bf16": "gpt2.bin",
+    "mingpt_2020": "model.pt",
+    "mingpt_2022": "model.pt",
+    "mlx": "",
+    "mlx_3bit": "",
+    "mlx_4bit": "",
+    "mlx_8bit": "",
+    "onnx": "",
+    "onnx_untied": "",
+}
+
+
+# Those that don't tell the number of attention heads.
+WITHOUT_HEADS = {"mingpt_2020", "mingpt_2022"}
+
+
+@pytest.mark.parametrize("part", SOURCES)
+def test_logits(part: str, tmp_path: Path) -> None:
+    shutil.copytree(FILES / part, tmp_path / part)
+    heads = 2 if part in WITHOUT_HEADS else None
+    bundle = gpt2onnx.export(tmp_path / part / SOURCES[part], tmp_path / "bundle", n_head=heads)
+    expected = np.load(FILES / part / "logits.npy")
+    difference = np.abs(logits_of_prompt(bundle, np.array([TOKENS]))[0] - expected).max()
+    print(f"{part}: {difference:.1e}")
+    assert difference < 1e-5 * np.abs(expected).max()
+    assert np.abs(expected).max() > 1
+
+
+# llm.c
+
+
+def test_llm_c_knows_its_other_files(tmp_path: Path) -> None:
+    content = (FILES / "llm_c" / "gpt2.bin").read_bytes()
+    path = tmp_path / "gpt2.bin"
+
+    def changed(place: int, number: int) -> str:
+        path.write_bytes(content[: 4 * place] + number.to_bytes(4, "little") + content[4 * place + 4 :])
+        return refused(path)
+
+    assert "is llm.c's tokenizer: name the file with the weights" in changed(0, 20240328)
+    assert "has version 1 of llm.c's format, not 3 or 5" in changed(1, 1)
+    assert f"has {len(content):,} bytes, not" in changed(4, 1)
+    path.write_bytes(content[:-1])
+    assert f"has {len(content) - 1:,} bytes, not {len(content):,}" in refused(path)
+
+
+# minGPT
+
+
+@pytest.mark.parametrize("part", ["mingpt_2020", "mingpt_2022"])
+@pytest.mark.parametrize("model", [{"n_head": 4, "model_type": None}, {"n_head": None, "model_type": "gpt-micro"}])
+def test_mingpt_tells_its_heads_in_config_json(part: str, model: dict[str, object], tmp_path: Path) -> None:
+    shutil.copytree(FILES / part, tmp_path, dirs_exist_ok=True)
+    assert "the number of attention heads can't be read off the weights" in refused(tmp_path)
+    # As projects/chargpt writes it.
+    config = {"system": {"seed": 3407}, "data": {"block_size": 8}, "model": model, "trainer": {"num_workers": 4}}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert Checkpoint.open(str(tmp_path)).config.n_head == 4
+
+
+# MLX, and other quantised weights
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"bits": 3}, "doesn't fit its scales [96, 1] and 3 bits"),
+        ({"mode": "mxfp4", "bits": None}, "is quantised in a way that can't be read (bits None, mode 'mxfp4')"),
+    ],
+)
+def test_mlx_quantised_otherwise(change: dict[str, object], message: str, tmp_path: Path) -> None:
+    folder = shutil.copytree(FILES / "mlx_4bit", tmp_path / "mlx")
+    config = json.loads((folder / "config.json").read_text())
+    own = {"model.h.0.attn.c_attn": config["quantization"] | change}
+    (folder / "config.json").write_text(json.dumps(config | {"quantization": config["quantization"] | own}))
+    assert message in refused(folder)
+
+
+def test_weights_that_gptq_quantised(tmp_path: Path) -> None:
+    save_file({"transformer.h.0.attn.c_attn.qweight": np.zeros((2, 2), np.int32)}, tmp_path / "model.safetensors")
+    assert "the weights are quantised by GPTQ or AWQ, as transformer.h.0.attn.c_attn.qweight shows" in refused(tmp_path)
+
+
+# ONNX
+
+
+def test_the_head_of_an_onnx_graph() -> None:
+    assert Checkpoint.open(str(FILES / "onnx")).tied
+    assert not Checkpoint.open(str(FILES / "onnx_untied")).tied
+
+
+def test_an_onnx_graph_as_transformers_js_has_it(tmp_path: Path) -> None:
+    (tmp_path / "onnx").mkdir()
+    graph = onnx.load(FILES / "onnx" / "model.onnx")
+    path = tmp_path / "onnx" / "decoder_model_merged.onnx"
+    onnx.save(graph, path, save_as_external_data=True, location="merged.onnx_data", size_threshold=0)
+    shutil.copy(FILES / "onnx" / "config.json", tmp_path)
+    mine, whole = Checkpoint.open(str(tmp_path)), Checkpoint.open(str(FILES / "onnx"))
+    for name in ("wte.weight", "h.1.mlp.c_fc.weight", "h.1.mlp.c_fc.bias"):
+        assert np.array_equal(mine.tensor(name), whole.tensor(name))
+    (tmp_path / "onnx" / "merged.onnx_data").write_bytes(b"short")
+    assert "merged.onnx_data is truncated" in refused(tmp_path)
+    onnx.save(graph, path)
+    path.write_bytes(path.read_bytes().replace(b"transformer.wte.weight", b"transformer._quantized"))
+    assert "the weights are quantised, as transformer._quantized shows" in refused(tmp_path)
+
+
+def test_an_onnx_graph_elsewhere(tmp_path: Path) -> None:
+    place = onnx.TensorProto(name="wte.weight", data_type=1, dims=[1], data_location=onnx.TensorProto.EXTERNAL)
+    place.external_data.add(key="location", value="../../etc/passwd")
+    onnx.save(onnx.ModelProto(graph=onnx.GraphProto(initializer=[place])), tmp_path / "model.onnx")
+    assert "names a file outside its folder: ../../etc/passwd" in refused(tmp_path)
+
+
+def test_a_bundle_is_no_checkpoint(tmp_path: Path) -> None:
+    gpt2onnx.export(FILES / "onnx", tmp_path / "bundle")
+    assert "is a bundle itself: export the checkpoint" in refused(tmp_path / "bundle")
