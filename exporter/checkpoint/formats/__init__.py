@@ -10,8 +10,10 @@ from gpt2onnx.errors import CheckpointError
 
 from ....models.config import read_json
 from ..arrays import open_safetensors
+from .flax_file import open_flax
 from .folder import weights_of
 from .gguf_file import open_gguf
+from .hdf5_file import open_hdf5
 from .llm_c_file import is_llm_c, open_llm_c
 from .onnx_file import open_onnx
 from .saved import SavedWeights
@@ -67,5 +69,7 @@ _READERS: Mapping[str, Callable[[Path], SavedWeights]] = {
     INDEX: open_tensorflow,
     ".gguf": open_gguf,
     ".onnx": open_onnx,
+    ".h5": open_hdf5,
+    ".msgpack": open_flax,
 }
 SUFFIXES = tuple(_READERS)

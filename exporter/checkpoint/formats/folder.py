@@ -11,6 +11,8 @@ from .tensorflow_file import latest
 
 # The first that exists is taken. safetensors holds nothing but arrays, and shows whether it is whole.
 _NAMES = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
+# transformers 4's, which people kept beside PyTorch's.
+_OTHERS = ("tf_model.h5", "flax_model.msgpack")
 # Made of the others, by optimum and transformers.js; each name also in the folder `onnx`.
 _GRAPHS = ("model.onnx", "decoder_model_merged.onnx", "decoder_model.onnx")
 # First words of the files that transformers' Trainer and accelerate write beside the weights.
@@ -39,6 +41,9 @@ def weights_of(folder: Path, suffixes: tuple[str, ...]) -> Path:
         return index
     if (folder / MANIFEST).is_file():
         raise CheckpointError(f"{folder} is a bundle itself: export the checkpoint that it was made from")
+    for name in _OTHERS:
+        if (folder / name).is_file():
+            return folder / name
     for name in _GRAPHS:
         for place in (folder, folder / "onnx"):
             if (place / name).is_file():

@@ -76,7 +76,7 @@ def _array(path: Path, content: mmap.mmap, place: slice) -> StridedArray | None:
 
 
 def _packed(content: mmap.mmap, place: slice) -> list[int]:
-    found, at = [], place.start
+    found, at = list[int](), place.start
     while at < place.stop and len(found) < 3:  # a third axis is enough to know that it is no matrix
         number, at = protobuf.varint(content, at, place.stop)
         found.append(number)

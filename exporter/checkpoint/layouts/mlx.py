@@ -77,14 +77,15 @@ def dequantised(arrays: Mapping[str, StoredArray], config: Mapping[str, Any] | N
             arrays.get(module + _PACKED),
             plain.pop(module + _OFFSETS, None),
         )
-        own = settings.get(module, settings) if isinstance(settings, dict) else {}
-        bits = own.get("bits") if isinstance(own, dict) else None
-        if packed is None or offsets is None or bits not in _BITS or isinstance(bits, bool):
+        own = settings.get(module, settings) if isinstance(settings, dict) else None
+        own = own if isinstance(own, dict) else {}
+        bits, mode = own.get("bits"), own.get("mode", "affine")
+        if packed is None or offsets is None or not isinstance(bits, int) or bits not in _BITS:
             raise CheckpointError(
                 f"{scales.path}: {module} is quantised in a way that can't be read (bits {shown(bits)}, mode"
-                f" {shown((own or {}).get('mode', 'affine'))}): export the checkpoint that it was made from"
+                f" {shown(mode)}): export the checkpoint that it was made from"
             )
-        plain[module + _PACKED] = _checked(packed, scales, offsets, int(bits))
+        plain[module + _PACKED] = _checked(packed, scales, offsets, bits)
     return plain
 
 

@@ -362,6 +362,9 @@ OTHER_FILES = [
     "mlx_3bit/model.safetensors",
     "mlx_3bit/config.json",
     "onnx/model.onnx",
+    "h5/tf_model.h5",
+    "keras_preset/model.weights.h5",
+    "flax/flax_model.msgpack",
 ]
 
 

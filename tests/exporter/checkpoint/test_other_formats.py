@@ -7,12 +7,14 @@ import json
 import shutil
 from pathlib import Path
 
+import h5py
 import numpy as np
 import onnx
 import pytest
-from safetensors.numpy import save_file
+from safetensors.numpy import load_file, save_file
 from support.golden import FOLDER
 from support.graphs import logits_of_prompt
+from support.isolated import COMMAND_LINE, run
 from support.weight_files import refused
 
 import gpt2onnx
@@ -32,6 +34,10 @@ SOURCES = {
     "mlx_8bit": "",
     "onnx": "",
     "onnx_untied": "",
+    "h5": "",
+    "flax": "",
+    "keras": "model.weights.h5",
+    "keras_preset": "",
 }
 
 
@@ -140,3 +146,39 @@ def test_an_onnx_graph_elsewhere(tmp_path: Path) -> None:
 def test_a_bundle_is_no_checkpoint(tmp_path: Path) -> None:
     gpt2onnx.export(FILES / "onnx", tmp_path / "bundle")
     assert "is a bundle itself: export the checkpoint" in refused(tmp_path / "bundle")
+
+
+# TensorFlow, Flax and Keras
+
+
+@pytest.mark.parametrize(
+    ("part", "file"),
+    [("h5", "tf_model.h5"), ("flax", "flax_model.msgpack"), ("keras", "model.weights.h5"), ("onnx", "model.onnx")],
+)
+@pytest.mark.parametrize("size", [0, 100, -1])
+def test_truncated_files(part: str, file: str, size: int, tmp_path: Path) -> None:
+    folder = shutil.copytree(FILES / part, tmp_path / part)
+    (folder / file).write_bytes((FILES / part / file).read_bytes()[:size])
+    assert file in refused(folder)
+
+
+def test_an_hdf5_file_that_leads_elsewhere(tmp_path: Path) -> None:
+    (tmp_path / "secret").write_bytes(bytes(4096))
+    with h5py.File(tmp_path / "tf_model.h5", "w") as file:
+        file["wpe/embeddings:0"] = h5py.ExternalLink(tmp_path / "other.h5", "x")
+        shape = (4, 4)
+        file.create_dataset("wte/embeddings:0", shape, "float32", external=[(tmp_path / "secret", 0, 4096)])
+    assert "tensor wte/embeddings:0 isn't stored whole in this file" in refused(tmp_path)
+
+
+def test_the_package_that_hdf5_needs(tmp_path: Path) -> None:
+    status, out, err = run(COMMAND_LINE, "export", FILES / "h5", tmp_path / "bundle", without=("h5py",))
+    assert (status, out, err.count("\n")) == (1, "", 1)
+    assert "pip install 'gpt2onnx[formats]'" in err
+
+
+def test_pytorchs_weights_come_before_others(tmp_path: Path) -> None:
+    folder = shutil.copytree(FILES / "h5", tmp_path / "both")
+    state = {name: array + 1 for name, array in load_file(FILES / "mlx" / "model.safetensors").items()}
+    save_file(state, folder / "model.safetensors")
+    assert np.array_equal(Checkpoint.open(str(folder)).tensor("wte.weight"), state["model.wte.weight"])
