@@ -18,6 +18,7 @@ from .formats.tensorflow_file import INDEX
 _SMALL = ["*.json", "*.jinja", "merges.txt", "vocab.txt", "*.model"]
 _SAFETENSORS = ["model.safetensors", "model-*.safetensors", "adapter_model.safetensors"]
 _PICKLES = ["pytorch_model.bin", "pytorch_model-*.bin", "adapter_model.bin"]
+_OTHERS = ["tf_model.h5"], ["flax_model.msgpack"]
 
 
 def find(source: str, revision: str | None) -> Path:
@@ -72,14 +73,14 @@ def _download(repository: str, revision: str | None) -> Path:
     folder = _fetch(repository, revision, _SMALL + _SAFETENSORS)
     if not any((folder / name).is_file() for name in (CONFIG, ADAPTER_CONFIG)):
         raise CheckpointError(f"the repository {repository!r} has no {CONFIG}: it holds no GPT-2 for transformers")
-    if not _has_weights(folder, _SAFETENSORS):
+    if _has_weights(folder, _SAFETENSORS):
+        return folder
+    for patterns in (_PICKLES, *_OTHERS):
         # The folder's name is the commit, so both halves are of one state.
-        folder = _fetch(repository, folder.name, _SMALL + _PICKLES)
-    if not _has_weights(folder, _SAFETENSORS + _PICKLES):
-        raise CheckpointError(
-            f"the repository {repository!r} has no weights of a known format, at least not in its root"
-        )
-    return folder
+        folder = _fetch(repository, folder.name, _SMALL + patterns)
+        if _has_weights(folder, patterns):
+            return folder
+    raise CheckpointError(f"the repository {repository!r} has no weights of a known format, at least not in its root")
 
 
 def _has_weights(folder: Path, patterns: list[str]) -> bool:

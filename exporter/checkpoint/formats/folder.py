@@ -14,10 +14,13 @@ _NAMES = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bi
 # transformers 4's, which people kept beside PyTorch's.
 _OTHERS = ("tf_model.h5", "flax_model.msgpack")
 # Made of the others, by optimum and transformers.js; each name also in the folder `onnx`.
-_GRAPHS = ("model.onnx", "decoder_model_merged.onnx", "decoder_model.onnx")
-# First words of the files that transformers' Trainer and accelerate write beside the weights.
-_NO_WEIGHTS = ("training_args", "optimizer", "scheduler", "scaler", "rng_state", "random_states")
+_GRAPH, _GRAPHS = ".onnx", ("model.onnx", "decoder_model_merged.onnx", "decoder_model.onnx")
+# First words of the files that transformers' Trainer, accelerate and Megatron-LM write.
+_NO_WEIGHTS = ("training_args", "optimizer", "scheduler", "scaler", "rng_state", "random_states", "model_optim_rng")
 _STEP, _TRAINER_STATE = re.compile(r"checkpoint-(\d{1,9})"), "trainer_state.json"  # the Trainer's
+
+# DeepSpeed's: the file that names the latest step, and the ending of a piece of stage 3's.
+_DEEPSPEED_LATEST, _ZERO_3, _LONGEST_NAME = "latest", "zero_pp_rank_0_mp_rank_00_model_states.pt", 1024
 
 
 def weights_of(folder: Path, suffixes: tuple[str, ...]) -> Path:
@@ -44,26 +47,70 @@ def weights_of(folder: Path, suffixes: tuple[str, ...]) -> Path:
     for name in _OTHERS:
         if (folder / name).is_file():
             return folder / name
-    for name in _GRAPHS:
-        for place in (folder, folder / "onnx"):
-            if (place / name).is_file():
-                return place / name
+    if states := _deepspeed(folder):
+        return states
     others = [
         path
         for path in sorted(folder.iterdir())
-        if path.suffix in suffixes and not path.name.startswith(_NO_WEIGHTS) and path.is_file()
+        if path.suffix in suffixes
+        and path.suffix != _GRAPH
+        and not path.name.startswith(_NO_WEIGHTS)
+        and path.is_file()
     ]
     if len(others) == 1:
         return others[0]
     if others:
         raise CheckpointError(f"{folder} holds {', '.join(path.name for path in others)}: name the one to export")
+    for name in _GRAPHS:
+        for place in (folder, folder / "onnx"):
+            if (place / name).is_file():
+                return place / name
     if steps := _saved_steps(folder):
         raise CheckpointError(
             f"{folder} has no weights itself, but {', '.join(path.name for path in steps)}: name one, such as {_best(steps)}"
         )
+    _refuse_shards(folder)
     raise CheckpointError(
         f"{folder} has no weights: none of {', '.join(_NAMES)}, nor another {' '.join(suffixes)} file"
     )
+
+
+def _deepspeed(folder: Path) -> Path | None:
+    """The file in which DeepSpeed's stages 0 to 2 keep the network; None if the folder isn't DeepSpeed's.
+
+    https://github.com/deepspeedai/DeepSpeed/blob/master/deepspeed/runtime/engine.py (save_checkpoint)
+    """
+    latest_step = folder / _DEEPSPEED_LATEST
+    if latest_step.is_file():
+        with latest_step.open("rb") as file:
+            step = folder / PurePath(file.read(_LONGEST_NAME).decode("utf-8", "replace").strip()).name
+    else:
+        step = folder
+    parts = sorted(step.glob("mp_rank_*_model_states.pt"))
+    if len(parts) > 1:
+        raise CheckpointError(
+            f"{step} has the parts of {len(parts)} devices: run DeepSpeed's ds_to_universal.py, or train on one"
+        )
+    if not parts and any(step.glob(f"*{_ZERO_3}")):
+        raise CheckpointError(
+            f"{step} has the weights in DeepSpeed's pieces: run python zero_to_fp32.py . weights, in the folder above it, and export that"
+        )
+    return parts[0] if parts else None
+
+
+def _refuse_shards(folder: Path) -> None:
+    """Says how to make one checkpoint of what several devices saved."""
+    for place in (folder, *sorted(path for path in folder.glob("*") if path.is_dir())):
+        if (place / ".metadata").is_file() and any(place.glob("*.distcp")):
+            raise CheckpointError(
+                f"{place} is a checkpoint of torch.distributed.checkpoint (FSDP): run python -m"
+                f" torch.distributed.checkpoint.format_utils dcp_to_torch {place} {folder / 'model.pt'}, and export that"
+            )
+        if (place / "model_optim_rng.pt").is_file() or any(place.glob("mp_rank_*/model_optim_rng.pt")):
+            raise CheckpointError(
+                f"{place} is a checkpoint of Megatron-LM: convert it with transformers'"
+                " models/megatron_gpt2/convert_megatron_gpt2_checkpoint.py or Megatron's tools/checkpoint, and export that"
+            )
 
 
 def _saved_steps(folder: Path) -> list[Path]:

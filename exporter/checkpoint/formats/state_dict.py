@@ -9,7 +9,7 @@ from .saved import SavedWeights
 from .torch_file import read_checkpoint_file
 from .unpickle import Record
 
-_STATE_DICTS = ("model_state_dict", "state_dict", "model")
+_STATE_DICTS = ("model_state_dict", "state_dict", "model", "module")  # the last is DeepSpeed's
 
 
 def open_state_dict(path: Path) -> SavedWeights:

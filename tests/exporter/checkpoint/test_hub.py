@@ -13,7 +13,10 @@ import pytest
 from packaging.version import Version
 from safetensors.numpy import load_file, save_file
 from support import torch_files
+from support.golden import FOLDER
 from support.hub import MAIN, REPOSITORY, TAGGED, Hub, checkpoints, hub
+
+from gpt2onnx.exporter.checkpoint.checkpoint import Checkpoint
 
 __all__ = ["checkpoints", "hub"]  # fixtures
 
@@ -118,6 +121,16 @@ def test_pickles_are_fetched_only_where_there_is_nothing_better(
     # Nothing but the cache is needed from now on.
     printed, embedding = open_from(hub, tmp_path / "another cache", HF_HUB_OFFLINE="1")
     assert_embedding(embedding, checkpoints[MAIN])
+
+
+@pytest.mark.parametrize(("form", "name"), [("h5", "tf_model.h5"), ("flax", "flax_model.msgpack")])
+def test_weights_for_other_frameworks_are_fetched_where_there_are_no_more(
+    form: str, name: str, hub: Hub, tmp_path: Path
+) -> None:
+    files = FOLDER / "other_formats" / form
+    hub.commits[MAIN] = {each: (files / each).read_bytes() for each in ("config.json", name)}
+    _, embedding = open_from(hub, tmp_path / "cache")
+    assert np.array_equal(np.load(embedding), Checkpoint.open(str(files)).tensor("wte.weight"))
 
 
 MISSING = {

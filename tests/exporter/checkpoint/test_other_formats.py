@@ -12,6 +12,7 @@ import numpy as np
 import onnx
 import pytest
 from safetensors.numpy import load_file, save_file
+from support import torch_files
 from support.golden import FOLDER
 from support.graphs import logits_of_prompt
 from support.isolated import COMMAND_LINE, run
@@ -182,3 +183,64 @@ def test_pytorchs_weights_come_before_others(tmp_path: Path) -> None:
     state = {name: array + 1 for name, array in load_file(FILES / "mlx" / "model.safetensors").items()}
     save_file(state, folder / "model.safetensors")
     assert np.array_equal(Checkpoint.open(str(folder)).tensor("wte.weight"), state["model.wte.weight"])
+
+
+# What several devices saved
+
+
+def test_pieces_of_fsdp(tmp_path: Path) -> None:
+    folder = shutil.copytree(FILES / "fsdp", tmp_path / "fsdp")
+    pieces = folder / "pytorch_model_fsdp_0"
+    command = f"python -m torch.distributed.checkpoint.format_utils dcp_to_torch {pieces}"
+    assert f"run {command} {folder / 'model.pt'}, and export that" in refused(folder)
+    assert f"run {command} {pieces / 'model.pt'}, and export that" in refused(pieces)
+
+
+@pytest.mark.parametrize("place", ["", "iter_0000100/mp_rank_00", "mp_rank_00"])
+def test_pieces_of_megatron(place: str, tmp_path: Path) -> None:
+    (tmp_path / place).mkdir(parents=True, exist_ok=True)
+    (tmp_path / place / "model_optim_rng.pt").touch()
+    assert "is a checkpoint of Megatron-LM: convert it with" in refused(tmp_path)
+
+
+# Written down as DeepSpeed's save_checkpoint does it, not by DeepSpeed itself.
+
+
+@pytest.fixture
+def deepspeed(tmp_path: Path) -> Path:
+    state = load_file(FILES / "mlx" / "model.safetensors")
+    names = {name: name.replace("model.", "transformer.", 1) for name in state}
+    module = {
+        names[name]: array.T.copy() if ".h." in name and array.ndim == 2 else array for name, array in state.items()
+    }
+    for step in (1, 2):
+        folder = tmp_path / f"global_step{step}"
+        folder.mkdir()
+        content = {
+            "module": {name: array + step for name, array in module.items()},
+            "ds_config": {"train_batch_size": 1},
+        }
+        torch_files.save(content | {"optimizer": None, "global_steps": step}, folder / "mp_rank_00_model_states.pt")
+        torch_files.save({}, folder / "zero_pp_rank_0_mp_rank_00_optim_states.pt")
+    (tmp_path / "latest").write_text("global_step1")
+    shutil.copy(FILES / "mlx" / "config.json", tmp_path)
+    return tmp_path
+
+
+def test_deepspeed(deepspeed: Path) -> None:
+    stored = load_file(FILES / "mlx" / "model.safetensors")
+    opened = Checkpoint.open(str(deepspeed))
+    assert np.array_equal(opened.tensor("wte.weight"), stored["model.wte.weight"] + 1)
+    assert np.array_equal(opened.tensor("h.1.mlp.c_fc.weight"), stored["model.h.1.mlp.c_fc.weight"].T + 1)
+    later = Checkpoint.open(str(deepspeed / "global_step2"), n_head=2)
+    assert np.array_equal(later.tensor("ln_f.bias"), stored["model.ln_f.bias"] + 2)
+
+
+def test_pieces_of_deepspeed(deepspeed: Path) -> None:
+    step = deepspeed / "global_step1"
+    weights = step / "mp_rank_00_model_states.pt"
+    shutil.copy(weights, step / "mp_rank_01_model_states.pt")
+    assert f"{step} has the parts of 2 devices" in refused(deepspeed)
+    (step / "mp_rank_01_model_states.pt").unlink()
+    weights.rename(step / "zero_pp_rank_0_mp_rank_00_model_states.pt")
+    assert f"{step} has the weights in DeepSpeed's pieces: run python zero_to_fp32.py" in refused(deepspeed)
