@@ -108,8 +108,8 @@ def _refuse_shards(folder: Path) -> None:
             )
         if (place / "model_optim_rng.pt").is_file() or any(place.glob("mp_rank_*/model_optim_rng.pt")):
             raise CheckpointError(
-                f"{place} is a checkpoint of Megatron-LM: convert it with transformers'"
-                " models/megatron_gpt2/convert_megatron_gpt2_checkpoint.py or Megatron's tools/checkpoint, and export that"
+                f"{place} is a checkpoint of Megatron-LM: convert it to a Hugging Face folder with Megatron-LM's"
+                " tools/checkpoint, and export that"
             )
 
 
