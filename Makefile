@@ -17,8 +17,10 @@ REFERENCE := build/reference
 OPTIMUM := build/peers/python
 FORMER := build/former
 LOWEST := build/lowest
+# Environment of `make site`.
+MKDOCS := build/mkdocs
 
-.PHONY: help demo test lint types unit reference system lowest golden newest pins peers fuzz bench docs clean
+.PHONY: help demo test lint types unit reference system lowest golden newest pins peers fuzz bench docs site clean
 
 help:
 	@sed -n 's/^\([a-z]*\):.*## /make \1: /p' Makefile
@@ -58,7 +60,7 @@ bench: $(VENV)/installed  ## side by side with other runtimes; about an hour the
 lint: $(VENV)/installed
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
-	$(BIN)/cog --check docs/cli.md
+	$(BIN)/cog --check -I . docs/cli.md docs/precision.md docs/python.md
 
 # The installed package is checked from another folder, which also proves that it is whole.
 types: $(VENV)/installed
@@ -105,9 +107,13 @@ fuzz: $(VENV)/installed
 	GPT2ONNX_FUZZ=$(N) GPT2ONNX_FAULTS=2000 GPT2ONNX_FLIPS=all $(BIN)/python -m pytest -s tests/*/test_fuzz_*.py tests/*/*/test_fuzz_*.py \
 		tests/exporter/test_faults.py tests/exporter/checkpoint/test_formats.py tests/models/test_bundle.py
 
-# Writes what docs/cli.md and docs/guide.md show of the commands anew, from the commands themselves.
+# Writes what docs/cli.md, docs/guide.md and docs/python.md show anew, from the commands and docstrings themselves.
 docs: $(VENV)/installed
-	$(BIN)/cog -r docs/cli.md docs/guide.md
+	$(BIN)/cog -r -I . docs/cli.md docs/guide.md docs/precision.md docs/python.md
+
+# The docs as a site, in build/docs; a link that leads nowhere is an error.
+site: $(MKDOCS)/installed
+	NO_MKDOCS_2_WARNING=1 $(call bin,$(MKDOCS))/mkdocs build --strict
 
 $(VENV)/pyvenv.cfg:
 	$(PYTHON) -m venv $(VENV)
@@ -153,6 +159,11 @@ $(LOWEST)/installed: pyproject.toml | $(VENV)/uv-installed
 	$(UV) venv --quiet --clear --python 3.11 $(LOWEST)
 	$(UV) pip install --quiet --python $(LOWEST) --resolution lowest-direct --editable '.[cpu,export,energy,sweep]'
 	$(UV) pip install --quiet --python $(LOWEST) hypothesis packaging pytest pytest-xdist
+	touch $@
+
+$(MKDOCS)/installed: pyproject.toml | $(VENV)/uv-installed
+	$(UV) venv --quiet --clear --python $(PYTHON) $(MKDOCS)
+	$(UV) pip install --quiet --python $(MKDOCS) '.[docs]'
 	touch $@
 
 clean:

@@ -102,7 +102,7 @@ class Model:
             options: those of `GenerationConfig`; one that isn't given is the bundle's own, None switches one off. A sampling
                 option without `do_sample` turns sampling on. Besides:
                 generation_config: options in place of the bundle's own.
-                logits_processor, stopping_criteria, prefix_allowed_tokens_fn: see `runtime.extensions`.
+                logits_processor, stopping_criteria, prefix_allowed_tokens_fn: your own functions (docs/extend.md).
                 seed: one for all prompts, with which equal prompts give equal continuations; or a list with one for each.
                 batch_size: prompts that are decoded together, 8 by default. In fp32 no result depends on it; kernels of lower
                 precision round one row in another way than several, which may decide a near tie.

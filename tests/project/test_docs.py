@@ -1,4 +1,4 @@
-"""The README's examples run as they stand."""
+"""The examples of the README and of docs run as they stand; messages that the docs explain are those of the code."""
 
 import re
 import shlex
@@ -8,12 +8,12 @@ import sys
 from pathlib import Path
 
 import pytest
-from support.paths import README
+from support.paths import DOCS, README, REPOSITORY
 from support.systems import posix
 
 
-def blocks(language: str) -> list[str]:
-    return re.findall(rf"^```{language}\n(.*?)^```$", README.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
+def blocks(language: str, page: Path = README) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```$", page.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
 
 
 @pytest.fixture(scope="module")
@@ -55,6 +55,28 @@ def test_python_examples_run(workplace: Path) -> None:
         done = subprocess.run([sys.executable, "-c", code], cwd=workplace, capture_output=True, text=True, timeout=300)
         assert done.returncode == 0, done.stderr
         assert done.stdout.strip()
+
+
+@pytest.mark.parametrize("page", ["from-transformers.md", "python.md"])
+def test_the_python_of_a_page_runs(page: str, workplace: Path) -> None:
+    code = "\n".join(blocks("python", DOCS / page))
+    done = subprocess.run([sys.executable, "-c", code], cwd=workplace, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert len(done.stdout.splitlines()) >= code.count("print(")
+
+
+def test_messages_of_the_troubleshooting_page_are_those_of_the_code() -> None:
+    # Literals that stand one below the other are one message.
+    source = "".join(
+        re.sub(r'"\s*\n\s*f?"', "", path.read_text(encoding="utf-8"))
+        for path in REPOSITORY.glob("*/**/*.py")
+        if path.relative_to(REPOSITORY).parts[0] not in {"build", "tests", ".venv", ".refenv"}
+    )
+    messages = re.findall(r"^\| `(.*?)` \|", (DOCS / "troubleshooting.md").read_text(encoding="utf-8"), re.MULTILINE)
+    assert len(messages) >= 20
+    for message in messages:
+        for part in message.split("…"):
+            assert part in source, message
 
 
 def test_the_demo_tells_the_story_of_the_readme(tmp_path: Path) -> None:
