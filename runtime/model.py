@@ -234,6 +234,8 @@ class Model:
     def _split(self, given: dict[str, Any]) -> tuple[GenerationConfig, Extensions]:
         """Keyword arguments of `generate` as options and the caller's own functions."""
         config = given.pop("generation_config", None)
+        if not isinstance(config, GenerationConfig | None):
+            raise OptionError(f"generation_config must be a gpt2onnx.GenerationConfig, not {shown(config)}")
         extensions = Extensions(
             tuple(given.pop("logits_processor", ())),
             tuple(given.pop("stopping_criteria", ())),

@@ -31,6 +31,19 @@ NotNegative = Annotated[float, Meta(ge=0, le=LARGEST)]
 Factor = Annotated[float, Meta(gt=0, le=LARGEST)]
 Text = Annotated[str, Meta(min_length=1)]
 
+# Generation options of transformers that change tokens and aren't implemented, with the value that changes none.
+NOT_SUPPORTED = {
+    "dola_layers": None,
+    "force_words_ids": None,
+    "remove_invalid_values": False,
+    "token_healing": False,
+    "watermarking_config": None,
+}
+# What callers of transformers give and nothing here depends on.
+NEEDLESS = frozenset(
+    {"attention_mask", "pad_token_id", "return_dict_in_generate", "synced_gpus", "use_cache", "use_model_defaults"}
+)
+
 
 def about(
     help: str,  # noqa: A002

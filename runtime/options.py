@@ -17,6 +17,8 @@ from gpt2onnx.errors import OptionError
 from ..models import limits
 from ..models.messages import shown
 from .option_table import (
+    NEEDLESS,
+    NOT_SUPPORTED,
     SMALLEST,
     Count,
     Exponent,
@@ -39,15 +41,6 @@ from .option_table import (
 DEFAULT_NEW_TOKENS = 64
 # Options of which one at most says what a new text looks like.
 STRUCTURES = ("json_schema", "regex", "choice", "grammar")
-# Generation options of transformers that change tokens and aren't implemented, with the value that changes none.
-NOT_SUPPORTED = {
-    "dola_layers": None,
-    "force_words_ids": None,
-    "remove_invalid_values": False,
-    "token_healing": False,
-    "watermarking_config": None,
-}
-
 _log = logging.getLogger(__name__)
 
 
@@ -303,8 +296,12 @@ class GenerationConfig(msgspec.Struct, frozen=True, kw_only=True):
         Raises:
             OptionError: an unknown name, a value out of range, or a contradiction.
         """
-        if unknown := given.keys() - BY_NAME.keys():
-            raise OptionError(f"unknown generation option {min(unknown)!r}", min(unknown))
+        if unknown := min(given.keys() - BY_NAME.keys(), default=None):
+            needless = unknown in NEEDLESS
+            raise OptionError(
+                f"{unknown} isn't needed here: leave it out" if needless else f"unknown generation option {unknown!r}",
+                unknown,
+            )
         values = {name: BY_NAME[name].off if value is None else value for name, value in given.items()}
         if isinstance(bias := values.get("logit_bias"), Mapping):  # OpenAI's form
             values["logit_bias"] = [(int(id_) if str(id_).isdecimal() else id_, each) for id_, each in bias.items()]

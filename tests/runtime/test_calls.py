@@ -10,6 +10,7 @@ from support.reference import Reference
 from support.tokens import assert_same_tokens
 
 import gpt2onnx
+from gpt2onnx.errors import OptionError
 
 
 @pytest.mark.parametrize("prompt", ["", np.zeros(0, np.int64)], ids=["text", "ids"])
@@ -70,3 +71,16 @@ def test_max_time(tales_model: gpt2onnx.Model, tales_reference: Reference, optio
     found = tales_model.generate(prompt, max_new_tokens=9, max_time=0.75, logits_processor=[slow], **options).sequences
     assert all(1 <= len(one.token_ids) <= 3 for one in found)
     assert {one.finish_reason for one in found} == {"time"}
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"pad_token_id": 0}, "pad_token_id isn't needed here: leave it out"),
+        ({"use_cache": True}, "use_cache isn't needed here"),
+        ({"generation_config": {"num_beams": 2}}, "generation_config must be a gpt2onnx.GenerationConfig"),
+    ],
+)
+def test_what_callers_of_transformers_bring(tales_model: gpt2onnx.Model, given: dict[str, Any], message: str) -> None:
+    with pytest.raises(OptionError, match=message):
+        tales_model.generate("Once", **given)

@@ -16,7 +16,8 @@ from support.versions import skip_with_transformers_4
 
 import gpt2onnx
 from gpt2onnx.errors import CheckpointError, OptionError
-from gpt2onnx.runtime.options import BY_NAME, NOT_SUPPORTED, OPTIONS, SAMPLING_OPTIONS, GenerationConfig
+from gpt2onnx.runtime.option_table import NOT_SUPPORTED
+from gpt2onnx.runtime.options import BY_NAME, OPTIONS, SAMPLING_OPTIONS, GenerationConfig
 from gpt2onnx.runtime.requests import GenerationOptions
 
 PROMPT = [40, 41, 42]
