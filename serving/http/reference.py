@@ -48,4 +48,9 @@ def _type(document: Record, schema: Record) -> str:
         return f"[{', '.join(_type(document, part) for part in parts)}]"
     name = str(schema.get("const", schema.get("type", "any")))
     low, high = schema.get("minimum", schema.get("exclusiveMinimum")), schema.get("maximum")
-    return name + (f" from {low:g}" if low is not None else "") + (f" to {high:g}" if high is not None else "")
+    return name + _limit("from", low) + _limit("to", high)
+
+
+def _limit(word: str, value: float | None) -> str:
+    """One end of a range; those of 64-bit numbers and beyond limit nobody."""
+    return "" if value is None or abs(value) >= 2**53 else f" {word} {value:g}"

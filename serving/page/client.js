@@ -1,5 +1,7 @@
 // The server's interface as the page uses it. Knows no elements.
 
+const COMPLETIONS = "v1/completions";
+
 /** What went wrong, as a sentence; `status` is the response's, 0 where there was none. */
 export class Failure extends Error {
   constructor(message, status = 0) {
@@ -16,7 +18,7 @@ export async function servedModel(key) {
 
 /** The chunks of a streamed completion. Aborted, it ends with a failure. */
 export async function* complete(request, key, signal) {
-  const { body } = await post({ ...request, stream: true, stream_options: { include_usage: true } }, key, signal);
+  const { body } = await post(COMPLETIONS, { ...request, stream: true, stream_options: { include_usage: true } }, key, signal);
   try {
     for await (const data of events(body)) {
       if (data === "[DONE]") return;
@@ -33,18 +35,24 @@ export async function* complete(request, key, signal) {
 /** The text after a prompt as a choice with the probabilities of its tokens. */
 export async function scored(model, prompt, text, alternatives, key, signal) {
   const request = { model, prompt: prompt + text, max_tokens: 0, echo: true, logprobs: alternatives };
-  const { logprobs } = (await (await post(request, key, signal)).json()).choices[0];
+  const { logprobs } = (await (await post(COMPLETIONS, request, key, signal)).json()).choices[0];
   const first = logprobs.text_offset.findIndex((offset) => offset >= [...prompt].length); // it counts whole characters
   for (const name in logprobs) logprobs[name].splice(0, first);
   return { text, logprobs };
+}
+
+/** How many tokens a text has. */
+export async function countTokens(model, prompt, key) {
+  const response = await post("tokenize", { model, prompt }, key);
+  return (await response.json()).count;
 }
 
 function headers(key) {
   return { "Content-Type": "application/json", ...(key && { Authorization: `Bearer ${key}` }) };
 }
 
-function post(body, key, signal) {
-  return ask("v1/completions", { method: "POST", headers: headers(key), body: JSON.stringify(body), signal });
+function post(path, body, key, signal) {
+  return ask(path, { method: "POST", headers: headers(key), body: JSON.stringify(body), signal });
 }
 
 async function ask(path, options) {

@@ -1,17 +1,11 @@
 // A text made of tokens, each shown with its probability, and the alternatives to one of them.
 
+import { button, element } from "./elements.js";
+
 const LEAST_OF_CLASS = [0, 0.05, 0.2, 0.5, 0.8]; // p1 to p5, as the legend says
 const BYTES = /^bytes:((?:\\x[0-9a-f]{2})+)$/i; // how the interface writes a token that is no whole character
 const WHITE = { " ": "␣", "\n": "↵", "\t": "⇥", "\u00a0": "⍽" };
 const percent = new Intl.NumberFormat("en", { style: "percent", maximumSignificantDigits: 2 });
-
-/** An element with a class, and texts or elements in it. */
-export function element(tag, name, ...content) {
-  const made = document.createElement(tag);
-  made.className = name;
-  made.append(...content);
-  return made;
-}
 
 function shown(probability) {
   if (probability < 0.0001) return "<0.01%";
@@ -27,20 +21,28 @@ function readable(piece) {
 
 /** A text that grows by the chunks of a completion; the alternatives to a token appear where it is pointed at. */
 export class TokenText {
-  constructor(place, id) {
+  /** `goOn` takes the text up to an alternative that is picked, and that alternative. */
+  constructor(place, id, goOn) {
     this.place = place;
     this.alternatives = element("div", "alternatives");
     this.alternatives.id = id;
     this.clear("");
     place.addEventListener("mouseover", (event) => this.#point(event.target));
     place.addEventListener("focusin", (event) => this.#point(event.target));
-    place.addEventListener("mouseleave", () => this.#show(this.spans.indexOf(document.activeElement)));
-    place.addEventListener("focusout", () => this.#show(-1));
+    place.addEventListener("mouseleave", () => this.#leave(document.activeElement));
+    place.addEventListener("focusout", (event) => this.#leave(event.relatedTarget));
     place.addEventListener("keydown", (event) => this.#walk(event));
+    // Else the token would lose its focus, and the alternatives go before the click.
+    this.alternatives.addEventListener("mousedown", (event) => event.preventDefault());
+    this.alternatives.addEventListener("click", (event) => {
+      const picked = event.target.closest("button");
+      if (picked) goOn(this.#before(this.spans.indexOf(this.current)) + picked.value);
+    });
   }
 
   /** Begins anew after a prompt, of which the end is shown. */
   clear(prompt) {
+    this.prompt = prompt;
     this.tokens = [];
     this.spans = [];
     this.box = element("span", "tokens");
@@ -88,6 +90,18 @@ export class TokenText {
     this.tokens.push({ piece, probability, top });
   }
 
+  /** The text before a token, with the prompt. */
+  #before(index) {
+    const nodes = [...this.box.childNodes];
+    const before = nodes.slice(0, nodes.indexOf(this.spans[index]));
+    return this.prompt + before.map((node) => node.textContent).join("");
+  }
+
+  /** Where the focus stays in the alternatives, so do they. */
+  #leave(focused) {
+    if (!this.alternatives.contains(focused)) this.#show(this.spans.indexOf(focused));
+  }
+
   #point(target) {
     const index = this.spans.indexOf(target);
     if (index >= 0) this.#show(index);
@@ -95,7 +109,10 @@ export class TokenText {
 
   #walk(event) {
     const now = this.spans.indexOf(document.activeElement);
-    if (event.key === "Escape") this.#show(-1);
+    if (event.key === "Escape") {
+      if (this.alternatives.contains(document.activeElement)) this.current.focus();
+      this.#show(-1);
+    }
     if (now < 0 || event.ctrlKey || event.altKey || event.metaKey) return;
     const places = { ArrowRight: now + 1, ArrowLeft: now - 1, Home: 0, End: this.spans.length - 1 };
     const next = this.spans[places[event.key] ?? this.#nextLine(now, { ArrowDown: 1, ArrowUp: -1 }[event.key])];
@@ -132,7 +149,9 @@ export class TokenText {
     if (!this.current) return;
     this.current.classList.add("current");
     this.current.ariaSelected = "true";
-    this.alternatives.replaceChildren(...description(this.tokens[index], index));
+    // Within a character that takes several tokens there is no text to go on from.
+    const whole = index === 0 || this.spans[index - 1].textContent !== "";
+    this.alternatives.replaceChildren(...description(this.tokens[index], index, whole));
     const [frame, at] = [this.place.getBoundingClientRect(), [...this.current.getClientRects()].at(-1)];
     const { offsetWidth, offsetHeight, style } = this.alternatives;
     const above = at.bottom + offsetHeight > innerHeight && at.top > offsetHeight;
@@ -141,20 +160,25 @@ export class TokenText {
   }
 }
 
-/** A token and its alternatives, likeliest first, and all other tokens as one. */
-function description({ piece, probability, top }, index) {
+/** A token and its alternatives, likeliest first, and all other tokens as one. Those that are text can be picked. */
+function description({ piece, probability, top }, index, whole) {
   const rows = Object.entries(top).map(([other, logprob]) => [other, Math.exp(logprob)]);
   rows.sort((one, other) => other[1] - one[1]);
   const rest = 1 - rows.reduce((sum, row) => sum + row[1], 0);
   const list = element("ol", "");
-  for (const [other, p] of rows) list.append(row(readable(other), p, other === piece ? "chosen" : ""));
-  if (rest > 0.00005) list.append(row("all others", rest, "others"));
-  return [element("p", "", `Token ${index + 1}: `, element("b", "piece", readable(piece)), ` ${shown(probability)}`), list];
+  for (const [other, p] of rows) {
+    const choice = whole && !BYTES.test(other) ? button("") : element("div", "");
+    choice.value = other;
+    list.append(row(choice, readable(other), p, other === piece ? "chosen" : ""));
+  }
+  if (rest > 0.00005) list.append(row(element("div", ""), "all others", rest, "others"));
+  const title = element("p", "", `Token ${index + 1}: `, element("b", "piece", readable(piece)), ` ${shown(probability)}`);
+  return [title, list, element("p", "soft", "Pick one to go on from it.")];
 }
 
-function row(label, probability, name) {
+function row(choice, label, probability, name) {
   const bar = element("span", "bar");
   bar.style.width = `${100 * probability}%`;
-  const parts = [element("span", "piece", label), element("span", "track", bar), element("span", "share", shown(probability))];
-  return element("li", name, ...parts);
+  choice.append(element("span", "piece", label), element("span", "track", bar), element("span", "share", shown(probability)));
+  return element("li", name, choice);
 }

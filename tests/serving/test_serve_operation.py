@@ -133,6 +133,8 @@ def test_browsers_are_kept_in_bounds(model: gpt2onnx.Model) -> None:
         for field in ("max_tokens", "no_repeat_ngram_size", "Retry-After"):
             assert field in docs.text
         assert "any]" not in docs.text, "a list of nobody knows what"
+        assert "<td>seed</td><td>integer</td>" in docs.text
+        assert "e+" not in docs.text, "a range that limits nobody"
 
 
 def test_large_bodies(model: gpt2onnx.Model, connections: contextlib.ExitStack) -> None:

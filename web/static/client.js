@@ -34,6 +34,11 @@ export async function* complete({ model: _, max_tokens: max_new_tokens, ...reque
   }
 }
 
+/** How many tokens a text has. */
+export async function countTokens(_, text) {
+  return (await loading).countTokens(text);
+}
+
 function show({ loaded, total }) {
   about.textContent = `Loading the model: ${megabytes(loaded)} of ${megabytes(total)} MB`;
   if (!progress.parentElement) about.after(progress);

@@ -65,6 +65,8 @@ export interface Model {
   stream(prompt: string, options?: GenerationOptions): AsyncGenerator<string, void>;
   /** The same with tokens and probabilities: messages with a choice, at the end one with the usage. */
   complete(request: Request): AsyncGenerator<{ choice?: Choice; usage?: Usage }, void>;
+  /** How many tokens a text has. */
+  countTokens(text: string): Promise<number>;
   /** Ends what runs, and frees the memory. */
   close(): void;
 }

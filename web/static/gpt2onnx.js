@@ -29,6 +29,11 @@ class Model {
     return this.#calls.run({ request });
   }
 
+  /** How many tokens a text has. */
+  async countTokens(text) {
+    for await (const { count } of this.#calls.run({ text })) return count;
+  }
+
   /** Ends the worker, and frees the memory. */
   close() {
     this.#calls.close();

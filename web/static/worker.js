@@ -91,11 +91,15 @@ class Sampler extends LogitsProcessor {
   }
 }
 
+function encoded(text) {
+  return tokenizer(text, { add_special_tokens: false });
+}
+
 /** Generates a text, and posts each piece of it. */
 async function answer(id, { prompt, ...given }) {
   const options = complete(given, model.generation_config ?? {});
   const text = prompt || tokenizer.bos_token || tokenizer.eos_token;
-  const { input_ids, attention_mask } = tokenizer(text, { add_special_tokens: false });
+  const { input_ids, attention_mask } = encoded(text);
   const prompt_tokens = input_ids.dims[1];
   const room = facts.context_length + 1 - prompt_tokens; // the last token is in no later pass
   if (room < 1) throw new RangeError(`the prompt has ${prompt_tokens} tokens, the context window ${facts.context_length}`);
@@ -142,10 +146,12 @@ function nextTurn() {
   });
 }
 
-self.onmessage = async ({ data: { id, load: settings, request, stop } }) => {
+self.onmessage = async ({ data: { id, load: settings, text, request, stop } }) => {
   if (stop) return running.get(id)?.interrupt();
   try {
-    postMessage(settings ? { id, model: await load(settings) } : { id, usage: await answer(id, request) });
+    if (settings) postMessage({ id, model: await load(settings) });
+    else if (text !== undefined) postMessage({ id, count: encoded(text).input_ids.dims[1] });
+    else postMessage({ id, usage: await answer(id, request) });
   } catch (error) {
     // WebAssembly throws a number where its memory is full.
     const message = typeof error === "number" ? "this browser has too little memory for the model" : error.message;
