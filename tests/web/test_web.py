@@ -187,7 +187,9 @@ def test_a_story_on_a_phone_also_without_a_network(
 
     assert story() == expected
     assert page.evaluate("document.documentElement.scrollWidth <= innerWidth"), "wider than the phone"
-    for absent in ("API", "Beam search", "Typical-p", "Length penalty"):
+    expect(page.locator("#count")).to_have_text(f"{len(tales_model.tokenizer.encode(PROMPT))} of 512 tokens")
+    expect(page.locator("[data-code=python] pre").first).to_contain_text('gpt2onnx.load("tales")')
+    for absent in ("API", "Beam search", "Typical-p", "Length penalty", "Beams", "curl"):
         expect(page.get_by_text(absent, exact=True)).to_have_count(0)
     assert not page.evaluate("crossOriginIsolated"), "the server sends no headers"
 
@@ -196,6 +198,8 @@ def test_a_story_on_a_phone_also_without_a_network(
     expect(page.locator("#model")).to_contain_text("WebAssembly")
     page.fill("textarea", PROMPT)
     assert story() == expected
+    page.locator("#history summary").click()
+    expect(page.locator("#history p")).to_have_text([f"greedy: {expected}"] * 2)
     assert page.evaluate("crossOriginIsolated"), "the service worker adds the headers"
     elsewhere = [url for url in loaded if not url.startswith((running.address, "blob:", "data:"))]
     assert elsewhere == []
