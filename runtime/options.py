@@ -296,7 +296,7 @@ class GenerationConfig(msgspec.Struct, frozen=True, kw_only=True):
         Raises:
             OptionError: an unknown name, a value out of range, or a contradiction.
         """
-        if unknown := min(given.keys() - BY_NAME.keys(), default=None):
+        if (unknown := min(given.keys() - BY_NAME.keys(), default=None)) is not None:
             needless = unknown in NEEDLESS
             raise OptionError(
                 f"{unknown} isn't needed here: leave it out" if needless else f"unknown generation option {unknown!r}",

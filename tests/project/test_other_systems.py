@@ -381,7 +381,7 @@ def test_the_workflow_holds_nothing_but_calls_of_the_makefile() -> None:
     targets = re.search(r"^\.PHONY: (.*)$", (root / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)
     assert targets
     calls = re.findall(r"^ *(?:- )?run: (.*)$", workflow, re.MULTILINE)
-    assert calls == [f"make {target} PYTHON=python" for target in ("test", "reference", "newest")]
+    assert calls == [f"make {target} PYTHON=python" for target in ("test", "reference", "site", "newest")]
     assert {call.split()[1] for call in calls} <= set(targets[1].split())
     used = set(re.findall(r"^ *(?:- )?uses: (.*)@v\d+$", workflow, re.MULTILINE))
     assert used == {"actions/checkout", "actions/setup-python"}

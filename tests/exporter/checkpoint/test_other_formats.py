@@ -200,7 +200,10 @@ def test_pieces_of_fsdp(tmp_path: Path) -> None:
 def test_pieces_of_megatron(place: str, tmp_path: Path) -> None:
     (tmp_path / place).mkdir(parents=True, exist_ok=True)
     (tmp_path / place / "model_optim_rng.pt").touch()
-    assert "is a checkpoint of Megatron-LM: convert it with" in refused(tmp_path)
+    assert (
+        "is a checkpoint of Megatron-LM: convert it to a Hugging Face folder with Megatron-LM's tools/checkpoint"
+        in refused(tmp_path)
+    )
 
 
 # Written down as DeepSpeed's save_checkpoint does it, not by DeepSpeed itself.

@@ -220,7 +220,7 @@ def test_what_cannot_draft_is_refused(drafted: Path, tales_bundle: Path, tales_i
 def test_numbers_are_those_of_the_documents() -> None:
     text = " ".join((REPOSITORY / "docs" / "export.md").read_text().split())
     assert f"It is opened after {speculation.WORTH} tokens" in text
-    assert f"Drafts have 0 to {speculation.LONGEST} tokens" in text
+    assert f"A draft has 0 to {speculation.LONGEST} tokens" in text
 
 
 @pytest.mark.parametrize(
