@@ -87,8 +87,8 @@ def main() -> None:
             sys.exit(2)
         help_hint = f" (see '{error.ctx.command_path} --help')" if error.ctx else ""
         _fail(f"{' '.join(error.format_message().split())}{help_hint}", 2, "UsageError")
-    except click.ClickException as error:
-        _fail(error.format_message(), error.exit_code, type(error).__name__)
+    except click.ClickException as error:  # of a check that has failed; its report has been printed
+        _fail(error.format_message(), error.exit_code, None)
     except Gpt2OnnxError as error:
         _fail(str(error), 1, type(error).__name__)
     except (KeyboardInterrupt, click.Abort):
@@ -144,7 +144,7 @@ def _drop_output() -> None:
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
-def _fail(message: str, code: int, kind: str) -> None:
+def _fail(message: str, code: int, kind: str | None) -> None:
     """Prints the message in one line, with --json also as JSON on standard output, and exits.
 
     It has no control characters: names from a file mustn't steer the terminal.
@@ -152,6 +152,6 @@ def _fail(message: str, code: int, kind: str) -> None:
     line = "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in " ".join(message.split()))
     line = line if len(line) <= _LONGEST_MESSAGE else line[:_LONGEST_MESSAGE] + "…"
     click.echo(f"gpt2onnx: {line}", err=True)
-    if "--json" in sys.argv:
+    if kind is not None and "--json" in sys.argv:
         click.echo(json.dumps({"error": {"message": line, "kind": kind}}))
     sys.exit(code)
