@@ -9,7 +9,7 @@ function sort(heading, column) {
   const falling = heading.ariaSort !== "descending";
   for (const other of document.querySelectorAll(".all thead th")) other.removeAttribute("aria-sort");
   heading.ariaSort = falling ? "descending" : "ascending";
-  const value = (row) => Number(row.cells[column].dataset.value ?? NaN);
+  const value = (row) => parseFloat(row.cells[column].dataset.value); // NaN where there is no figure
   const order = (a, b) =>
     column === 0 ? rows.indexOf(a) - rows.indexOf(b) : (value(a) - value(b) || rows.indexOf(a) - rows.indexOf(b));
   const known = rows.filter((row) => column === 0 || !Number.isNaN(value(row))).sort(order);

@@ -10,6 +10,7 @@ import math
 import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 from statistics import fmean
 from typing import Any, NamedTuple, TypeVar
@@ -181,12 +182,8 @@ def repeats(text: str, size: int = 4) -> list[tuple[str, bool]]:
         if ngram in seen:
             repeated[end - size : end] = [True] * size
         seen.add(ngram)
-    parts: list[tuple[str, bool]] = []
-    for piece, again in zip(pieces, repeated, strict=True):
-        if parts and parts[-1][1] == again:
-            parts[-1] = (parts[-1][0] + piece, again)
-        else:
-            parts.append((piece, again))
+    runs = groupby(zip(pieces, repeated, strict=True), key=lambda pair: pair[1])
+    parts = [("".join(piece for piece, _ in run), again) for again, run in runs]
     rest = text[sum(map(len, pieces)) :]
     return [*parts, (rest, False)] if rest else parts
 

@@ -68,7 +68,7 @@ class Job:
     Attributes:
         wake: called in the engine's thread when there is news.
         rows: sequences in the batch.
-        client: whose it is.
+        client: address of the client that asked for it.
         turn: how many jobs of the same client come before it.
         streamed: whether new tokens are news, or only the end.
         pieces: new tokens that `take` hasn't returned yet.

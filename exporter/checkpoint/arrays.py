@@ -138,7 +138,7 @@ def without_first_axis(array: StoredArray, axes: int) -> StoredArray:
     """The array without a first axis of length 1.
 
     Raises:
-        CheckpointError: it hasn't that axis, and so many others.
+        CheckpointError: it has another number of axes, or its first one isn't of length 1.
     """
     if len(array.shape) != 1 + axes or array.shape[0] != 1:
         wanted = ", ".join(["1", *"nm"[:axes]])

@@ -67,7 +67,7 @@ class Waiting:
         self._total = 0
 
     def add(self, connection: "TimedConnection", received: int = 0) -> None:
-        """Waits for a connection's client, which has sent so many more bytes of a body."""
+        """Waits for a connection's client; `received` bytes of a body have come since the last call."""
         self._bytes[connection] = self._bytes.get(connection, 0) + received
         self._total += received
         while self._total > self._most_bytes:

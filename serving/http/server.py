@@ -36,7 +36,7 @@ _log = logging.getLogger(__name__)
 _TICK_SECONDS = 0.02  # between two looks whether the last request is done
 _JOIN_SECONDS = 5  # for the last step of the batch
 _BACKLOG = 2048  # uvicorn's default
-# asyncio accepts so many before it looks after those it has, which can then be cut off for later ones.
+# Connections that asyncio accepts in a row. Between two rows the server cuts off old ones, so that new ones find a descriptor.
 _ACCEPTED_AT_ONCE = 8
 # Python's default, 5 ms, lets the event loop's thread hold the engine's up for longer than a step takes.
 _SWITCH_SECONDS = 0.001
