@@ -73,6 +73,8 @@ class Guard:
             await self._app(scope, receive, send)
             return
 
+        # uvicorn puts the root path before the path, although the proxy has taken it away.
+        path = scope["path"].removeprefix(scope.get("root_path", ""))
         # The client's own, or a new one.
         request_id = Headers(scope=scope).get("x-request-id", "")[:_LONGEST_ID] or secrets.token_hex(8)
 
@@ -82,12 +84,12 @@ class Guard:
                 for name, value in _HEADERS.items():
                     headers.setdefault(name, value)
                 headers.setdefault("x-request-id", request_id)
-                if scope["path"] in _COMPLETIONS:
+                if path in _COMPLETIONS:
                     self._count(message["status"])
             await send(message)
 
         try:
-            self._check(scope["method"], scope["path"], Headers(scope=scope))
+            self._check(scope["method"], path, Headers(scope=scope))
         except ApiError as error:
             await error.response()(scope, receive, answer)
         else:
