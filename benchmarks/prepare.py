@@ -122,18 +122,22 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=default_work(), help="work folder (%(default)s)")
     parser.add_argument("--list", action="store_true", help="print the names")
     arguments = parser.parse_args()
-    known = [*BUILDERS, *ENVIRONMENTS, CHECKPOINT, *models()]
+    known = [*BUILDERS, *ENVIRONMENTS, environments.LLAMA_SERVER, CHECKPOINT, *models()]
     if unknown := set(arguments.names) - set(known):
         parser.error(f"unknown: {', '.join(sorted(unknown))}; known are {', '.join(known)}")
     if arguments.list:
         print("\n".join(known))
         return
-    wanted = arguments.names or known
+    wanted = arguments.names or [
+        name for name in known if name != environments.LLAMA_SERVER
+    ]  # only serve_load.py needs it
     work = arguments.work.resolve()
     (work / "models").mkdir(parents=True, exist_ok=True)
     for name in BUILDERS | ENVIRONMENTS:
         if name in wanted:
             environments.create(work, name)
+    if environments.LLAMA_SERVER in wanted:
+        environments.make_llama_server(work)
     if CHECKPOINT in wanted or any(name in models() or models_of(name) for name in wanted):
         make_checkpoint(work)
     for name in models():

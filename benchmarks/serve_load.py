@@ -3,32 +3,45 @@
     python benchmarks/serve_load.py -m tales-int8 --clients 1 4 16 64 --seconds 8
     python benchmarks/serve_load.py -m tales-int8 --soak 40000        # requests in a row: does memory grow?
     python benchmarks/serve_load.py -m tales-int8 --join 400          # does a long prompt delay running requests?
+    python benchmarks/serve_load.py -m WORK/models/gpt2onnx-int8 --peers WORK --clients 1 8 32 --max-batch 32
 
 Starts the server with its own --max-batch and --max-queue and the given --server-options. The clients share one asyncio
 process; each sends its next request when the last one is done. A gap is the time between two pieces of a text; a piece
 holds several tokens if the server has fallen behind. "One by one" is the same prompts through `Model.stream` in this
 process, before the server starts.
+
+`--peers` compares with llama.cpp's server and OpenVINO's continuous batching (benchmarks/peers/openvino_server.py), in int8, from
+the work folder of `benchmarks.prepare` (`python -m benchmarks.prepare llama-server` builds the first). All servers hold the
+model; in each round each has its turn, while the others are stopped. Decoding is greedy there, so that no sampler is measured.
+Inter-token latency is a request's mean.
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
 import json
 import os
 import random
 import shlex
 import signal
+import socket
 import statistics
 import subprocess
 import sys
 import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import gpt2onnx
 
+ROUNDS = 3  # of a comparison
+START_SECONDS = 120
 WORDS = ["the", "old", "king", "had", "three", "sons", "and", "a", "castle", "by", "sea", "once", "upon", "time"]
 
 
@@ -39,10 +52,15 @@ def prompt(random_: random.Random, words: int) -> str:
 class Client:
     """A kept connection, with its times and count of tokens."""
 
-    def __init__(self, port: int, tokens: int, words: int, seed: int) -> None:
+    def __init__(self, port: int, tokens: int, words: int, seed: int, fields: dict[str, Any] | None = None) -> None:
         self.port, self.tokens, self.words, self.random = port, tokens, words, random.Random(seed)
+        self.fields = fields or {}
+        self.reset()
+
+    def reset(self) -> None:
         self.first: list[float] = []
         self.gaps: list[float] = []
+        self.steps: list[float] = []
         self.count = 0
 
     async def open(self) -> None:
@@ -50,8 +68,8 @@ class Client:
 
     async def ask(self, words: int | None = None, stream: bool = True) -> None:
         text = prompt(self.random, words or self.words)
-        fields = {"prompt": text, "max_tokens": self.tokens, "eos_token_id": -1, "stream": stream}
-        body = json.dumps(fields | {"seed": self.random.randrange(2**31)}).encode()
+        fields = {"prompt": text, "max_tokens": self.tokens, "ignore_eos": True, "stream": stream}
+        body = json.dumps(fields | {"seed": self.random.randrange(2**31)} | self.fields).encode()
         head = f"POST /v1/completions HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\ncontent-length: {len(body)}\r\n\r\n"
         last = time.perf_counter()
         self.writer.write(head.encode() + body)
@@ -62,26 +80,30 @@ class Client:
             await self.reader.readexactly(int(length.split(b":")[1]))
             self.count += self.tokens
             return
-        started, first = last, True
+        started, first, begun = last, True, 0.0
         while size := int(await self.reader.readuntil(b"\r\n"), 16):
             chunk = await self.reader.readexactly(size + 2)
             if b'"text":' not in chunk:
                 continue
             now = time.perf_counter()
             (self.first if first else self.gaps).append(now - (started if first else last))
-            last, first = now, False
+            last, first, begun = now, False, begun or now
         await self.reader.readexactly(2)
+        self.steps.append((last - begun) / max(1, self.tokens - 1))
         self.count += self.tokens  # no end token: always the full length
+        if b"\nconnection: close" in status.lower():  # llama.cpp's, after some requests
+            self.writer.close()
+            await self.open()
 
 
-async def load(port: int, clients: int, seconds: float, tokens: int, words: int) -> dict[str, Any]:
-    everyone = [Client(port, tokens, words, seed) for seed in range(clients)]
+async def load(port: int, clients: int, seconds: float, tokens: int, words: int, **fields: Any) -> dict[str, Any]:
+    everyone = [Client(port, tokens, words, seed, fields) for seed in range(clients)]
     for client in everyone:
         await client.open()
         await asyncio.sleep(0)
     await asyncio.gather(*(client.ask() for client in everyone))  # warm
     for client in everyone:
-        client.first, client.gaps, client.count = [], [], 0
+        client.reset()
     started = time.perf_counter()
 
     async def go_on(client: Client) -> None:
@@ -92,17 +114,19 @@ async def load(port: int, clients: int, seconds: float, tokens: int, words: int)
     elapsed = time.perf_counter() - started
     for client in everyone:
         client.writer.close()
-    first, gaps = (
-        sorted(value for client in everyone for value in getattr(client, name)) for name in ("first", "gaps")
+    first, gaps, steps = (
+        sorted(value for client in everyone for value in getattr(client, name)) for name in ("first", "gaps", "steps")
     )
     return {
         "clients": clients,
         "requests": len(first),
+        "requests_per_second": len(first) / elapsed,
         "tokens_per_second": sum(client.count for client in everyone) / elapsed,
         "first_p50": quantile(first, 0.5),
         "first_p99": quantile(first, 0.99),
         "gap_p50": quantile(gaps, 0.5),
         "gap_p99": quantile(gaps, 0.99),
+        "inter_token_p50": quantile(steps, 0.5),
     }
 
 
@@ -159,7 +183,7 @@ async def soak(port: int, requests: int, pid: int) -> list[tuple[int, float]]:
                     asking.cancel()
                     gone.writer.close()
                 await client.ask(client.random.randrange(1, 60), stream=client.random.random() < 0.5)
-                client.first, client.gaps = [], []
+                client.reset()
 
         await asyncio.gather(*map(work, everyone))
         memory.append((requests - left, resident(pid)))
@@ -203,6 +227,68 @@ def one_by_one(model: str, threads: int, seconds: float, tokens: int, words: int
     }
 
 
+def peers(work: Path, batch: int, threads: int) -> dict[str, list[str]]:
+    """Command lines of the other servers, by name."""
+    environments, models, here = work / "environments", work / "models", Path(__file__).parent
+    llama = [environments / "llama-server", "--model", models / "gpt2-q8_0.gguf", "--parallel", batch, "--ctx-size", 256 * batch,
+             "--threads", threads, "--threads-batch", threads, "--no-webui"]  # fmt: skip
+    openvino = [environments / "openvino/bin/python", here / "peers/openvino_server.py", models / "openvino-int8",
+                "--max-batch", batch, "--threads", threads]  # fmt: skip
+    return {"llama.cpp q8_0": list(map(str, llama)), "OpenVINO int8": list(map(str, openvino))}
+
+
+@contextlib.contextmanager
+def started(name: str, command: list[str]) -> Iterator[tuple[int, subprocess.Popen[bytes]]]:
+    """A server's port and process, once it answers."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    with subprocess.Popen([*command, "--port", str(port)], **quiet) as server:  # type: ignore[call-overload]
+        try:
+            deadline = time.monotonic() + START_SECONDS
+            while True:
+                with contextlib.suppress(urllib.error.URLError, ConnectionError):
+                    urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5).close()
+                    break
+                if server.poll() is not None or time.monotonic() > deadline:
+                    raise SystemExit(f"{name} didn't start: {shlex.join(command)}")
+                time.sleep(0.1)
+            yield port, server
+        finally:
+            server.kill()
+
+
+def compare(commands: dict[str, list[str]], clients: list[int], seconds: float, *shape: int) -> list[dict[str, Any]]:
+    """Loads of all servers, in turns; the first one's ratios to the others are of the same rounds."""
+    found: list[dict[str, Any]] = []
+    with contextlib.ExitStack() as stack:
+        servers = {name: stack.enter_context(started(name, command)) for name, command in commands.items()}
+        for _, process in servers.values():
+            process.send_signal(signal.SIGSTOP)
+        for count in clients:
+            rows: dict[str, list[dict[str, Any]]] = {name: [] for name in servers}
+            for _ in range(ROUNDS):
+                for name, (port, process) in servers.items():
+                    process.send_signal(signal.SIGCONT)
+                    rows[name].append(asyncio.run(load(port, count, seconds, *shape, temperature=0)))
+                    process.send_signal(signal.SIGSTOP)
+            ours = next(iter(rows.values()))
+            for name, theirs in rows.items():
+                row: dict[str, Any] = {"server": name, "clients": count}
+                for figure in ("requests_per_second", "first_p50", "inter_token_p50"):
+                    row[figure] = statistics.median(one[figure] for one in theirs)
+                    pairs = zip(ours, theirs, strict=True)
+                    row[f"ours/theirs {figure}"] = statistics.median(
+                        one[figure] / other[figure] for one, other in pairs
+                    )
+                row["rounds"] = theirs
+                found.append(row)
+                print("  ".join(f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}"
+                                for key, value in row.items() if key != "rounds"), flush=True)  # fmt: skip
+    return found
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("-m", "--model", default="tales")
@@ -215,22 +301,35 @@ def main() -> None:
     parser.add_argument("--join", type=int, help="words of a long prompt")
     parser.add_argument("--soak", type=int, help="requests")
     parser.add_argument("--server-options", default="")
+    parser.add_argument("--peers", type=Path, metavar="WORK", help="compare with other servers, from this work folder")
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     shape = arguments.tokens, arguments.words
     report: dict[str, Any] = {"command": shlex.join(sys.argv)}
+    ours = [sys.executable, "-m", "gpt2onnx", "serve", "-m", arguments.model, "--max-queue", "256", "--max-batch",
+            str(arguments.max_batch), *shlex.split(arguments.server_options)]  # fmt: skip
+    ours += ["--threads", str(arguments.threads)] if arguments.threads else []
+    if arguments.peers:
+        others = peers(arguments.peers.resolve(), arguments.max_batch, arguments.threads or os.cpu_count() or 1)
+        report["servers"] = compare({"gpt2onnx": ours} | others, arguments.clients, arguments.seconds, *shape)
+    else:
+        report |= measure(arguments, ours, shape)
+    if arguments.json:
+        arguments.json.write_text(json.dumps(report, indent=1) + "\n")
+
+
+def measure(arguments: argparse.Namespace, command: list[str], shape: tuple[int, int]) -> dict[str, Any]:
+    """Figures of our own server."""
+    report: dict[str, Any] = {}
     if arguments.clients:
         report["one_by_one"] = one_by_one(arguments.model, arguments.threads, arguments.seconds, *shape)
         print("one by one", report["one_by_one"], flush=True)
-    command = [sys.executable, "-m", "gpt2onnx", "serve", "-m", arguments.model, "--port", "0", "--max-queue", "256",
-               "--max-batch", str(arguments.max_batch), *shlex.split(arguments.server_options)]  # fmt: skip
-    command += ["--threads", str(arguments.threads)] if arguments.threads else []
-    started = time.perf_counter()
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=os.environ) as server:
+    began = time.perf_counter()
+    with subprocess.Popen([*command, "--port", "0"], stderr=subprocess.PIPE, text=True, env=os.environ) as server:
         try:
             assert server.stderr is not None
             line = server.stderr.readline()
-            report["start_seconds"] = time.perf_counter() - started
+            report["start_seconds"] = time.perf_counter() - began
             port = int(line.rpartition(":")[2])
             report["idle_megabytes"] = resident(server.pid)
             print(f"ready after {report['start_seconds']:.2f} s, {report['idle_megabytes']:.0f} MB", flush=True)
@@ -246,13 +345,12 @@ def main() -> None:
                 report["soak"] = asyncio.run(soak(port, arguments.soak, server.pid))
                 print("requests, MB:", "  ".join(f"{count} {size:.1f}" for count, size in report["soak"]))
             server.send_signal(signal.SIGTERM)
-            started = time.perf_counter()
+            began = time.perf_counter()
             report["exit"] = server.wait(60)
-            report["stop_seconds"] = time.perf_counter() - started
+            report["stop_seconds"] = time.perf_counter() - began
         finally:
             server.kill()
-    if arguments.json:
-        arguments.json.write_text(json.dumps(report, indent=1) + "\n")
+    return report
 
 
 if __name__ == "__main__":
