@@ -2,7 +2,7 @@
 
 import codecs
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from ..runtime.decoding.logprobs import TokenLogprobs
@@ -12,6 +12,30 @@ from .engine import Piece
 
 Record = dict[str, Any]
 _UNFINISHED = "\ufffd"
+
+
+def prompt_record(tokenizer: Tokenizer, logprobs: Sequence[TokenLogprobs], count: int) -> list[Record | None]:
+    """Log probabilities of a prompt's tokens as vLLM writes them: `PromptLogprobs` in its vllm/logprobs.py.
+
+    Args:
+        tokenizer: decodes tokens.
+        logprobs: of each token but the first.
+        count: likeliest tokens in the place of each.
+
+    Returns:
+        An entry for each token. None for the first; else logprob, rank and decoded_token by token id, the prompt's own token
+        first.
+    """
+
+    def described(token: int, logprob: float, rank: int) -> Record:
+        text = tokenizer.decode([token], skip_special_tokens=False)
+        return {"logprob": logprob, "rank": rank, "decoded_token": text}
+
+    def entry(one: TokenLogprobs) -> Record:
+        top = [(token, logprob, rank) for rank, (token, logprob) in enumerate(one.top[:count], start=1)]
+        return {str(each[0]): described(*each) for each in [(one.token_id, one.logprob, one.rank), *top]}
+
+    return [None, *map(entry, logprobs)]
 
 
 class Answer:
@@ -54,9 +78,9 @@ class Answer:
         self._entries: list[_Entry] | None = [] if logprobs else None
         self._position = _Position(tokenizer, skip_special_tokens=skip_special_tokens)
 
-    def read_prompt(self, ids: Sequence[int], logprobs: Sequence[TokenLogprobs]) -> None:
-        """Adds the prompt's tokens; `logprobs` has none for the first."""
-        self._add(list(ids), [None, *logprobs])
+    def read_prompt(self, ids: Sequence[int], logprobs: Sequence[TokenLogprobs], count: int) -> None:
+        """Adds the prompt's tokens with `count` likeliest ones; `logprobs` has none for the first."""
+        self._add(list(ids), [None, *(replace(one, top=one.top[:count]) for one in logprobs)])
         self._position = _Position(self._tokenizer, len(self._new), skip_special_tokens=self._skip_special_tokens)
 
     def push(self, piece: Piece) -> None:

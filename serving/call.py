@@ -7,13 +7,15 @@ import secrets
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import accumulate, chain
 
 from gpt2onnx.errors import OptionError
 
+from ..runtime.decoding.logprobs import TokenLogprobs
 from ..runtime.options import GenerationConfig
 from ..runtime.requests import Request
 from ..runtime.text.stop_strings import StopStrings
-from .answer import Answer, Record
+from .answer import Answer, Record, prompt_record
 from .engine import Job, Piece, UnavailableError
 from .protocol import CompletionRequest
 from .responses import ApiError
@@ -30,6 +32,19 @@ class Prompt:
     ids: list[int]
 
 
+@dataclass(frozen=True)
+class Part:
+    """Continuations of a prompt that run together.
+
+    Attributes:
+        options: theirs.
+        rows: sequences in the batch.
+    """
+
+    options: GenerationConfig
+    rows: int
+
+
 class Call:
     """A request for completions on its way.
 
@@ -37,8 +52,8 @@ class Call:
         service: runs it.
         body: the request.
         prompts: of the request.
-        options: of all prompts.
-        rows: sequences of a prompt in the batch.
+        options: of all continuations of a prompt.
+        parts: in which these run.
 
     Attributes:
         news: set when there are new tokens, or the end.
@@ -54,14 +69,23 @@ class Call:
         body: CompletionRequest,
         prompts: Sequence[Prompt],
         options: GenerationConfig,
-        rows: int,
+        parts: Sequence[Part],
     ) -> None:
         self.body, self.news = body, asyncio.Event()
         self.deadline = time.monotonic() + service.limits.seconds
-        self._service, self._prompts, self._options = service, prompts, options
+        self._service, self._prompts, self._options, self._parts = service, prompts, options, parts
         self._id, self._created = f"{self.ID}-{secrets.token_hex(12)}", int(time.time())
         self._choices = body.n or 1  # of each prompt
-        self._jobs = [Job(lambda: service.notifier.set(self.news), rows, streamed=bool(body.stream)) for _ in prompts]
+        sizes = [part.options.num_return_sequences for part in parts]
+        begins = list(accumulate(sizes[:-1], initial=0))
+        self._jobs = [  # of each prompt
+            [
+                Job(lambda: service.notifier.set(self.news), part.rows, streamed=bool(body.stream), begin=begin)
+                for part, begin in zip(parts, begins, strict=True)
+            ]
+            for _ in prompts
+        ]
+        self._all_jobs = list(chain.from_iterable(self._jobs))
         self._answers = [
             [self._answer(prompt, number * self._choices + index) for index in range(self._choices)]
             for number, prompt in enumerate(prompts)
@@ -74,24 +98,26 @@ class Call:
             QueueFullError: the queue has no room for all.
             UnavailableError: the engine takes no requests.
         """
-        for job in self._jobs:
+        for job in self._all_jobs:
             job.client = client
-        scored = self._options.logprobs if self.body.echo and self.body.logprobs is not None else None
+        counts = [self.body.prompt_logprobs, self._options.logprobs if self._echoes_logprobs else None]
+        scored = max((count for count in counts if count is not None), default=None)
         self._service.engine.submit(
             [
-                Request(prompt.ids, self._options, id=job, prompt_logprobs=scored)
-                for prompt, job in zip(self._prompts, self._jobs, strict=True)
+                Request(prompt.ids, part.options, id=job, prompt_logprobs=scored)
+                for prompt, jobs in zip(self._prompts, self._jobs, strict=True)
+                for part, job in zip(self._parts, jobs, strict=True)
             ]
         )
 
     def close(self) -> None:
         """Cancels what isn't done, and logs the counts."""
         state = "done" if self.done else "given up"
-        for job in self._jobs:
+        for job in self._all_jobs:
             if not job.done:
                 self._service.engine.cancel(job)
         usage = self.usage
-        seconds = time.perf_counter() - self._jobs[0].submitted
+        seconds = time.perf_counter() - self._all_jobs[0].submitted
         counts = usage["prompt_tokens"], usage["completion_tokens"]
         _log.info("%s %s: %d prompt tokens, %d new tokens, %.3f s", self._id, state, *counts, seconds)
         if self._service.log_prompts:
@@ -101,13 +127,13 @@ class Call:
     @property
     def done(self) -> bool:
         """Whether all prompts have ended."""
-        return all(job.done for job in self._jobs)
+        return all(job.done for job in self._all_jobs)
 
     @property
     def usage(self) -> Record:
         """Numbers of tokens so far."""
         prompt_tokens = sum(len(prompt.ids) for prompt in self._prompts)
-        completion_tokens = 0 if self.body.max_tokens == 0 else sum(job.tokens for job in self._jobs)
+        completion_tokens = 0 if self.body.max_tokens == 0 else sum(job.tokens for job in self._all_jobs)
         return {
             "prompt_tokens": prompt_tokens,
             "completion_tokens": completion_tokens,
@@ -116,7 +142,7 @@ class Call:
 
     def failure(self) -> ApiError | None:
         """The error of the first prompt that failed."""
-        error = next((job.error for job in self._jobs if job.error is not None), None)
+        error = next((job.error for job in self._all_jobs if job.error is not None), None)
         if error is None:
             return None
         # OptionError: no memory for the cache. Both may work later, or on another server.
@@ -141,17 +167,23 @@ class Call:
 
     def take(self) -> Iterator[Record]:
         """The choices that have grown since the last call, each with its new text."""
-        for prompt, job, answers in zip(self._prompts, self._jobs, self._answers, strict=True):
-            pieces = job.take()
+        copies = self._options.num_return_sequences == 1  # of greedy decoding's one result
+        for prompt, jobs, answers in zip(self._prompts, self._jobs, self._answers, strict=True):
+            pieces, told = [], {}
+            for job, part in zip(jobs, self._parts, strict=True):
+                new = job.take()
+                pieces += new
+                if new and job.prompt_logprobs is not None:
+                    told = self._tell(job.prompt_logprobs)
+                    if self._echoes_logprobs:
+                        end = None if copies else job.begin + part.options.num_return_sequences
+                        for answer in answers[job.begin : end]:
+                            answer.read_prompt(prompt.ids, job.prompt_logprobs, self._options.logprobs or 0)
+                    job.prompt_logprobs = None
             if not pieces:
                 continue
-            if job.prompt_logprobs is not None:
-                for answer in answers:
-                    answer.read_prompt(prompt.ids, job.prompt_logprobs)
-                job.prompt_logprobs = None
             if self._options.num_return_sequences > self._choices:  # best_of isn't streamed, so these are all pieces
                 pieces = _best(pieces, self._choices)
-            copies = self._options.num_return_sequences == 1  # of greedy decoding's one result
             for index, answer in enumerate(answers):
                 if self.body.max_tokens == 0:
                     answer.finish("length")  # without the one token that the runtime makes
@@ -160,7 +192,18 @@ class Call:
                         if copies or piece.index == index:
                             answer.push(piece)
                 if (choice := answer.take()) is not None:
-                    yield choice
+                    yield choice | told
+
+    @property
+    def _echoes_logprobs(self) -> bool:
+        return bool(self.body.echo) and self.body.logprobs is not None
+
+    def _tell(self, logprobs: Sequence[TokenLogprobs]) -> Record:
+        """A prompt's log probabilities as each of its choices has them, if they were asked for; not in streams."""
+        if self.body.prompt_logprobs is None:
+            return {}
+        tokenizer = self._service.model.tokenizer
+        return {"prompt_logprobs": prompt_record(tokenizer, logprobs, self.body.prompt_logprobs)}
 
     def _answer(self, prompt: Prompt, index: int) -> Answer:
         return Answer(

@@ -27,7 +27,10 @@ class ChatCall(Call):
         """The response's body, or a stream event's: in a stream the messages come in parts, their role first."""
         streamed = bool(self.body.stream)
         made = [self._chunk(choice) if streamed else self._message(choice) for choice in choices]
-        return super().record(made, usage) | {"object": f"{self.KIND}.chunk" if streamed else self.KIND}
+        record = super().record(made, usage) | {"object": f"{self.KIND}.chunk" if streamed else self.KIND}
+        if choices and "prompt_logprobs" in choices[0]:  # all choices have the same; vLLM puts them here
+            record["prompt_logprobs"] = choices[0]["prompt_logprobs"]
+        return record
 
     def _message(self, choice: Record) -> Record:
         return self._fields(choice) | {"message": {"role": "assistant", "content": choice["text"]}}
@@ -58,7 +61,8 @@ def prepare_chat(service: Service, body: ChatRequest) -> Call:
         raise ApiError(400, "top_logprobs need logprobs: true", "top_logprobs")
     fields = {name: getattr(body, name) for name in CompletionRequest.model_fields if name in ChatRequest.model_fields}
     fields["logprobs"] = (body.top_logprobs or 0) if body.logprobs else None
-    given = [each for each in (body.max_tokens, body.max_completion_tokens) if each is not None]
+    named = body.max_tokens, body.max_completion_tokens, body.n_predict
+    given = [each for each in named if each is not None]
     try:
         fields["max_tokens"] = given[0] if given else service.longest_answer(prompt, body.truncate_prompt_tokens)
     except PromptError as error:

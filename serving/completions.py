@@ -6,9 +6,9 @@ from typing import Any
 from gpt2onnx.errors import OptionError, PromptError
 
 from ..runtime.options import GenerationConfig, sampling_options
-from .call import Call, Prompt
+from .call import Call, Part, Prompt
 from .options import given_options
-from .protocol import CompletionRequest, Message, TokenizeRequest
+from .protocol import CompletionRequest, DetokenizeRequest, Message, TokenizeRequest
 from .responses import ApiError
 from .service import Service
 
@@ -35,25 +35,23 @@ def prepare(service: Service, body: CompletionRequest, kind: type[Call] = Call) 
         raise ApiError(400, "best_of above n can't be streamed", "best_of")
     if body.stream_options is not None and not body.stream:
         raise ApiError(400, "stream_options need stream", "stream_options")
+    if body.prompt_logprobs is not None and body.stream:
+        raise ApiError(400, "prompt_logprobs can't be streamed", "prompt_logprobs")
     try:
         options = _options(service, body, wanted, made)
         prompts = [_prompt(service, prompt, options, body.truncate_prompt_tokens) for prompt in _prompts(body)]
         service.model.check_options(options, len(prompts[0].ids))
+        if (body.prompt_logprobs or 0) > service.model.config.vocab_size:
+            raise OptionError("prompt_logprobs is above the size of the vocabulary", "prompt_logprobs")
     except OptionError as error:
         raise ApiError(400, str(error), error.option) from error
     except PromptError as error:
         raise ApiError(400, str(error), "prompt", "context_length_exceeded" if error.too_long else None) from error
-    rows = options.num_beams if options.num_beams > 1 else options.num_return_sequences
-    param = "num_beams" if options.num_beams > 1 else "n" if body.best_of is None else "best_of"
-    if options.strategy == "contrastive search":
-        rows, param = options.top_k, "top_k"
-    wanted_rows = f"{param}={rows}"
-    if options.guidance_scale != 1:
-        rows, wanted_rows = 2 * rows, f"{wanted_rows}, doubled by guidance_scale,"
-    _check_room(service, rows, wanted_rows, param, len(prompts))
+    parts = _parts(service, options)
+    _check_queue(service, len(prompts), len(parts))
     for prompt in prompts:
         _check_length(service, len(prompt.ids), options.max_new_tokens or 0)
-    return kind(service, body, prompts, options, rows)
+    return kind(service, body, prompts, options, parts)
 
 
 def _options(service: Service, body: CompletionRequest, wanted: int, made: int) -> GenerationConfig:
@@ -106,16 +104,41 @@ def _prompt(service: Service, prompt: str | list[int], options: GenerationConfig
     return Prompt(model.tokenizer.decode(ids, skip_special_tokens=options.skip_special_tokens), ids)
 
 
-def _check_room(service: Service, rows: int, wanted: str, param: str, prompts: int) -> None:
-    engine = service.engine
-    if rows > engine.max_batch:
-        message = f"{wanted} is above the server's limit of {engine.max_batch}: raise --max-batch"
+def _parts(service: Service, options: GenerationConfig) -> list[Part]:
+    """The continuations of a prompt in parts that fit into the batch. Beams can't be parted.
+
+    The first part draws with the request's seed, the next one with the number after it, and so on.
+
+    Raises:
+        ApiError: what can't be parted doesn't fit.
+    """
+    most, doubled = service.engine.max_batch, 2 if options.guidance_scale != 1 else 1
+    together, param = 1, "guidance_scale"
+    if options.num_beams > 1:
+        together, param = options.num_beams, "num_beams"
+    elif options.strategy == "contrastive search":
+        together, param = options.top_k, "top_k"
+    rows = together * doubled
+    if rows > most:
+        message = f"{param} needs {rows} sequences at once, above the server's limit of {most}: raise --max-batch"
         raise ApiError(400, message, param)
-    if prompts > engine.max_queue:
-        message = (
-            f"{prompts} prompts are above the server's limit of {engine.max_queue}: send fewer, or raise --max-queue"
-        )
-        raise ApiError(400, message, "prompt")
+    choices, size = options.num_return_sequences, most // doubled
+    if together > 1 or choices <= size:
+        return [Part(options, max(rows, choices * doubled))]
+    parts = []
+    for begin in range(0, choices, size):
+        count = min(size, choices - begin)
+        seed = None if options.seed is None else (options.seed + len(parts)) % 2**32
+        parts.append(Part(options.replaced(num_return_sequences=count, seed=seed), count * doubled))
+    return parts
+
+
+def _check_queue(service: Service, prompts: int, parts: int) -> None:
+    most = service.engine.max_queue
+    if prompts * parts > most:
+        wanted = f"{prompts} prompts" if parts == 1 else f"{prompts * parts} parts, {parts} for each prompt,"
+        message = f"{wanted} are above the server's limit of {most}: ask for less, or raise --max-queue"
+        raise ApiError(400, message, "prompt" if parts == 1 else "n")
 
 
 def _check_length(service: Service, prompt: int, new: int) -> None:
@@ -157,6 +180,18 @@ def tokens_of(service: Service, body: TokenizeRequest) -> dict[str, Any]:
         "tokens": ids,
         "token_strs": [tokenizer.entry(token) for token in ids] if body.return_token_strs else None,
     }
+
+
+def text_of(service: Service, body: DetokenizeRequest) -> dict[str, str]:
+    """The text of tokens, as vLLM gives it.
+
+    Raises:
+        ApiError: one isn't in the vocabulary.
+    """
+    last, largest = service.model.config.vocab_size - 1, max(body.tokens, default=0)
+    if largest > last:
+        raise ApiError(400, f"{largest} is no token id: they are whole numbers from 0 to {last}", "tokens")
+    return {"prompt": service.model.tokenizer.decode(body.tokens)}
 
 
 def conversation(service: Service, messages: Sequence[Message]) -> str:

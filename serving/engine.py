@@ -17,7 +17,7 @@ from ..runtime.decoding.logprobs import TokenLogprobs
 from ..runtime.generation import Generation
 from ..runtime.model import Model
 from ..runtime.requests import Request
-from .metrics import Metrics
+from .metrics import ModelMetrics
 
 _log = logging.getLogger(__name__)
 # Most prompt tokens computed between two decoding steps; docs/serve.md compares 32, 64 and no limit.
@@ -49,7 +49,7 @@ class Piece:
     """New tokens of one continuation of a prompt.
 
     Attributes:
-        index: of the continuation.
+        index: of the continuation among those of the prompt.
         tokens: the new tokens.
         logprobs: of each of them, if the request asks for log probabilities; else empty.
         finish_reason: as in `GeneratedSequence`; None while it goes on.
@@ -71,6 +71,7 @@ class Job:
         client: address of the client that asked for it.
         turn: how many jobs of the same client come before it.
         streamed: whether new tokens are news, or only the end.
+        begin: index of its first continuation among those of the prompt.
         pieces: new tokens that `take` hasn't returned yet.
         prompt_logprobs: of each token of the prompt but the first, if the request asks for them.
         error: why there is no result.
@@ -81,6 +82,7 @@ class Job:
     wake: Callable[[], None]
     rows: int
     streamed: bool
+    begin: int = 0
     pieces: deque[Piece] = field(default_factory=deque)
     prompt_logprobs: list[TokenLogprobs] | None = None
     error: Exception | None = None
@@ -128,7 +130,7 @@ class Engine:
         *,
         max_batch: int,
         max_queue: int,
-        metrics: Metrics,
+        metrics: ModelMetrics,
         pass_seconds: float = limits.PASS_SECONDS,
     ) -> None:
         self.max_batch, self.max_queue = max_batch, max_queue
@@ -156,6 +158,11 @@ class Engine:
     def waiting(self) -> int:
         """Number of prompts in the queue."""
         return len(self._waiting)
+
+    @property
+    def cache_use(self) -> float:
+        """Share of the KV cache's rows in use, from 0 to 1."""
+        return self._rows / (self.max_batch + self._reserved)
 
     @property
     def stopping(self) -> bool:
@@ -315,6 +322,8 @@ class Engine:
         continuations = state.continuations()
         prompt = len(state.strategy.prompt)
         new = 0
+        if job.first is None:
+            job.prompt_logprobs = state.prompt_logprobs  # before the pieces, which another thread may take at once
         job.seen = job.seen or [0] * len(continuations)
         for index, one in enumerate(continuations):
             begin, end = job.seen[index], len(one.tokens) - prompt
@@ -322,10 +331,9 @@ class Engine:
                 job.seen[index] = end
                 new += end - begin
                 tokens = one.tokens[prompt + begin :].tolist()
-                job.pieces.append(Piece(index, tokens, one.logprobs[begin:end], one.finish_reason))
+                job.pieces.append(Piece(job.begin + index, tokens, one.logprobs[begin:end], one.finish_reason))
         if job.first is None:
             job.first = now
-            job.prompt_logprobs = state.prompt_logprobs
             self._metrics.prompt_tokens.inc(prompt)
             self._metrics.first_token_seconds.observe(now - job.submitted)
         else:

@@ -2,7 +2,9 @@
 
 import threading
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from importlib.metadata import version
+from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector, generate_latest
 from prometheus_client.core import Metric
@@ -16,6 +18,7 @@ _ROWS = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64, 128)
 _VLLM = {
     "gpt2onnx_running": "vllm:num_requests_running",
     "gpt2onnx_waiting": "vllm:num_requests_waiting",
+    "gpt2onnx_cache_use": "vllm:kv_cache_usage_perc",
     "gpt2onnx_prompt_tokens": "vllm:prompt_tokens",
     "gpt2onnx_completion_tokens": "vllm:generation_tokens",
     "gpt2onnx_queue_seconds": "vllm:request_queue_time_seconds",
@@ -25,17 +28,38 @@ _VLLM = {
 }
 
 
+@dataclass(frozen=True, kw_only=True)
+class ModelMetrics:
+    """Metrics of one model."""
+
+    prompt_tokens: Counter
+    completion_tokens: Counter
+    queue_seconds: Histogram
+    first_token_seconds: Histogram
+    token_gap_seconds: Histogram
+    request_seconds: Histogram
+    batch_rows: Histogram
+    running: Gauge
+    waiting: Gauge
+    cache_use: Gauge
+
+
 class Metrics:
     """Metrics of one server, in a registry of its own.
 
     Args:
         joules: the machine's energy since its last call, in joules; None: energy isn't measured.
+
+    Attributes:
+        models: metrics of the models that were ever loaded, by name.
     """
 
     def __init__(self, joules: Callable[[], float] | None = None) -> None:
         self._read_joules, self._reading = joules, threading.Lock()
         self.registry = registry = CollectorRegistry()
         self._vllm = CollectorRegistry()
+        self._vllm.register(_VllmNames(registry))
+        self.models: dict[str, ModelMetrics] = {}
         ProcessCollector(registry=registry)
 
         def counter(name: str, text: str, *labels: str) -> Counter:
@@ -45,7 +69,7 @@ class Metrics:
             return Gauge(f"gpt2onnx_{name}", text, labels, registry=registry)
 
         def histogram(name: str, text: str, buckets: tuple[float, ...] = _SECONDS) -> Histogram:
-            return Histogram(f"gpt2onnx_{name}", text, buckets=buckets, registry=registry)
+            return Histogram(f"gpt2onnx_{name}", text, ["model"], buckets=buckets, registry=registry)
 
         self.requests = counter("http_requests", "Answers to requests for completions, by status.", "status")
         self.abandoned = counter(
@@ -53,22 +77,26 @@ class Metrics:
             "Requests that ended early: their client left or stopped reading, or their time was over.",
             "reason",
         )
-        self.prompt_tokens = counter("prompt_tokens", "Prompt tokens computed.")
-        self.completion_tokens = counter("completion_tokens", "Tokens generated.")
-        self.queue_seconds = histogram("queue_seconds", "From a prompt's arrival to its place in the batch.")
-        self.first_token_seconds = histogram("first_token_seconds", "From a prompt's arrival to its first token.")
-        self.token_gap_seconds = histogram("token_gap_seconds", "Between two tokens of a prompt.")
-        self.request_seconds = histogram("request_seconds", "From a prompt's arrival to its end.")
-        self.batch_rows = histogram("batch_rows", "Sequences in the batch at each step.", _ROWS)
-        self.running = gauge("running", "Prompts in the batch.")
-        self.waiting = gauge("waiting", "Prompts in the queue.")
+        self._of_models: dict[str, Any] = {
+            "prompt_tokens": counter("prompt_tokens", "Prompt tokens computed.", "model"),
+            "completion_tokens": counter("completion_tokens", "Tokens generated.", "model"),
+            "queue_seconds": histogram("queue_seconds", "From a prompt's arrival to its place in the batch."),
+            "first_token_seconds": histogram("first_token_seconds", "From a prompt's arrival to its first token."),
+            "token_gap_seconds": histogram("token_gap_seconds", "Between two tokens of a prompt."),
+            "request_seconds": histogram("request_seconds", "From a prompt's arrival to its end."),
+            "batch_rows": histogram("batch_rows", "Sequences in the batch at each step.", _ROWS),
+            "running": gauge("running", "Prompts in the batch.", "model"),
+            "waiting": gauge("waiting", "Prompts in the queue.", "model"),
+            "cache_use": gauge("cache_use", "Share of the KV cache's rows in use, from 0 to 1.", "model"),
+        }
         self._joules = None if joules is None else counter("joules", "Energy of the machine since the server's start.")
         self._info = gauge("info", "The served model.", "model", "dtype", "device", "version")
 
-    def describe(self, name: str, model: Model) -> None:
-        """Sets the facts of the served model."""
+    def of(self, name: str, model: Model) -> ModelMetrics:
+        """The metrics of a model that is served by that name."""
         self._info.labels(name, model.bundle.manifest.dtype, model.runner.device, version("gpt2onnx")).set(1)
-        self._vllm.register(_VllmNames(self.registry, name))
+        found = {field: metric.labels(name) for field, metric in self._of_models.items()}
+        return self.models.setdefault(name, ModelMetrics(**found))
 
     def page(self) -> bytes:
         """All metrics in Prometheus' text format. Reads the energy, which may take a second: not for the event loop's thread."""
@@ -83,17 +111,18 @@ class _VllmNames(Collector):
 
     Args:
         registry: has them by our names.
-        model: the label model_name.
     """
 
-    def __init__(self, registry: CollectorRegistry, model: str) -> None:
-        self._registry, self._model = registry, model
+    def __init__(self, registry: CollectorRegistry) -> None:
+        self._registry = registry
 
     def collect(self) -> Iterator[Metric]:
         for metric in self._registry.collect():
             if name := _VLLM.get(metric.name):
                 renamed = Metric(name, metric.documentation, metric.type)
                 for sample in metric.samples:
-                    labels = {**sample.labels, "model_name": self._model}
+                    labels = {
+                        "model_name" if label == "model" else label: value for label, value in sample.labels.items()
+                    }
                     renamed.add_sample(sample.name.replace(metric.name, name, 1), labels, sample.value)
                 yield renamed

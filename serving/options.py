@@ -3,7 +3,7 @@
 from typing import Annotated, Any, Literal, Union
 
 from msgspec import inspect
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, create_model
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, create_model, model_validator
 
 from ..models import limits
 from ..runtime.options import BY_NAME, OPTIONS
@@ -11,7 +11,7 @@ from ..runtime.options import BY_NAME, OPTIONS
 # Each costs time in every step.
 _MAX_STRINGS, _MAX_LETTERS = 16, 1000
 _MAX_IDS = 1000
-_MAX_LOGPROBS = 100
+MAX_LOGPROBS = 100
 _MAX_GRAMMAR = 100_000  # letters
 
 
@@ -21,15 +21,20 @@ def _whole(value: Any) -> Any:
 
 
 _Int = Annotated[int, BeforeValidator(_whole)]
-TokenId = Annotated[int, Field(ge=0, lt=2**31)]
+# `http.reference` publishes the vocabulary's size as its limit.
+TokenId = Annotated[int, Field(ge=0, lt=2**31, json_schema_extra={"format": "token-id"})]
 Count = Annotated[_Int, Field(ge=0, lt=2**31)]
 Sequences = Annotated[_Int, Field(ge=1, le=limits.SEQUENCES)]
 
+# Some clients send these for none.
+_EMPTY: dict[str, Any] = {"stop": "", "logit_bias": {}}
 # OpenAI has other names for these: max_tokens and n.
 _RENAMED = ("max_new_tokens", "max_length", "num_return_sequences")
 _RANGES: dict[str, Any] = {
+    "stop": Annotated[str, Field(max_length=_MAX_LETTERS)]
+    | Annotated[list[Annotated[str, Field(min_length=1, max_length=_MAX_LETTERS)]], Field(max_length=_MAX_STRINGS)],
     "seed": Annotated[int, Field(ge=-(2**63), lt=2**63)],
-    "logprobs": Annotated[int, Field(ge=0, le=_MAX_LOGPROBS)],
+    "logprobs": Annotated[int, Field(ge=0, le=MAX_LOGPROBS)],
     "prompt_lookup": Annotated[int, Field(ge=0, le=_MAX_IDS)],
     "json_schema": dict[str, Any] | Annotated[str, Field(min_length=1, max_length=_MAX_GRAMMAR)],
     "grammar": Annotated[str, Field(min_length=1, max_length=_MAX_GRAMMAR)],
@@ -37,9 +42,18 @@ _RANGES: dict[str, Any] = {
 
 
 class Strict(BaseModel):
-    """A body without unknown fields, strings for numbers, or NaN."""
+    """A body without unknown fields, strings for numbers, or NaN. A field that is null counts as not given."""
 
-    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+    model_config = ConfigDict(
+        extra="forbid", strict=True, allow_inf_nan=False, json_schema_extra={"additionalProperties": {"type": "null"}}
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_nulls(cls, fields: Any) -> Any:
+        return (
+            {name: value for name, value in fields.items() if value is not None} if isinstance(fields, dict) else fields
+        )
 
 
 def _annotation(kind: inspect.Type) -> Any:
@@ -75,11 +89,9 @@ _FIELDS: Any = {
     for option in OPTIONS
     if option.name not in _RENAMED
 }
-# null counts as not given.
 GenerationOptions = create_model("GenerationOptions", __base__=Strict, **_FIELDS)
 
 
 def given_options(body: BaseModel) -> dict[str, Any]:
     """The given generation options of a body, by name."""
-    # An empty logit_bias, which some clients send, is none.
-    return {name: value for name in BY_NAME if (value := getattr(body, name, None)) not in (None, {})}
+    return {name: value for name in BY_NAME if (value := getattr(body, name, None)) not in (None, _EMPTY.get(name))}

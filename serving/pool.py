@@ -59,9 +59,14 @@ class Pool:
         return [*self.first.names, *self._others]
 
     @property
+    def services(self) -> list[Service]:
+        """The services of the loaded models."""
+        return [self.first, *list(self._loaded.values())]
+
+    @property
     def engines(self) -> list[Engine]:
         """The engines of the loaded models."""
-        return [self.first.engine, *(service.engine for service in list(self._loaded.values()))]
+        return [service.engine for service in self.services]
 
     def bundle(self, name: str) -> Bundle:
         """A model's bundle.

@@ -4,7 +4,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, Field
 
-from .options import Count, GenerationOptions, Sequences, Strict, TokenId
+from .options import MAX_LOGPROBS, Count, GenerationOptions, Sequences, Strict, TokenId
 
 _MAX_PROMPTS = 1000
 _DEFAULT_TOKENS = 16  # OpenAI's
@@ -60,6 +60,7 @@ class _Request(GenerationOptions):  # type: ignore[misc, valid-type]
     stream: bool | None = Field(None, description="Return server-sent events with the text as it grows.")
     stream_options: StreamOptions | None = Field(None, description="Only with stream.")
     # As vLLM and llama.cpp have them.
+    n_predict: Count | None = Field(None, description="max_tokens by llama.cpp's name.")
     min_tokens: Count | None = Field(
         None, description="No end before as many new tokens; min_new_tokens by vLLM's name."
     )
@@ -72,6 +73,10 @@ class _Request(GenerationOptions):  # type: ignore[misc, valid-type]
     )
     include_stop_str_in_output: bool | None = Field(
         None, description="End a text behind its stop string, not before it."
+    )
+    prompt_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = Field(
+        None,
+        description="Return log probabilities of the prompt's tokens and of as many likeliest ones in the place of each; not with stream.",
     )
     return_tokens_as_token_ids: bool | None = Field(
         None, description="Name tokens in log probabilities by their ids: token_id:5."
@@ -86,6 +91,8 @@ class _Request(GenerationOptions):  # type: ignore[misc, valid-type]
     store: bool | None = Field(None, description="Has no effect.")
     metadata: dict[str, str] | None = Field(None, description="Has no effect.")
     service_tier: str | None = Field(None, description="Has no effect.")
+    prompt_cache_key: str | None = Field(None, description="Has no effect.")
+    safety_identifier: str | None = Field(None, description="Has no effect.")
     cache_prompt: bool | None = Field(None, description="Has no effect: prompts share what they have in common anyway.")
 
     UNSUPPORTED: ClassVar = ("suffix", "tools")
@@ -120,7 +127,6 @@ class CompletionRequest(_Request):
         description="A text, a list of texts, token ids, or a list of lists of them. Default: the end-of-text token.",
     )
     max_tokens: Count | None = Field(None, description="Most new tokens. Default 16.")
-    n_predict: Count | None = Field(None, description="max_tokens by llama.cpp's name.")
     best_of: Sequences | None = Field(
         None,
         description="Continuations to generate, of which the n with the highest mean log probability are returned; not with stream.",
@@ -165,7 +171,7 @@ class ChatRequest(_Request):
     max_tokens: Count | None = Field(None, description="Most new tokens. Default: what the context window leaves.")
     max_completion_tokens: Count | None = Field(None, description="max_tokens by its newer name.")
     logprobs: bool | None = Field(None, description="Return log probabilities of the answer's tokens.")
-    top_logprobs: Annotated[int, Field(ge=0, le=100)] | None = Field(
+    top_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = Field(
         None, description="Likeliest tokens to return for each; needs logprobs."
     )
     tools: Annotated[list[dict[str, Any]], Field(max_length=0)] | None = Field(
@@ -203,6 +209,18 @@ class Logprobs(BaseModel):
     text_offset: list[int] = Field(description="Start of each token in the choice's text, in characters.")
 
 
+class PromptToken(BaseModel):
+    """A token in a place of the prompt, as vLLM describes it."""
+
+    logprob: float
+    rank: int = Field(description="1 for the likeliest token in this place.")
+    decoded_token: str
+
+
+# An entry for each token, by token ids; null for the first one.
+PromptLogprobs = list[dict[str, PromptToken] | None] | None
+
+
 class Choice(BaseModel):
     """One continuation; `index` counts the choices of the first prompt, then of the second, and so on."""
 
@@ -210,6 +228,7 @@ class Choice(BaseModel):
     index: int
     logprobs: Logprobs | None
     finish_reason: Literal["stop", "length"] | None
+    prompt_logprobs: PromptLogprobs = Field(None, description="In requests with prompt_logprobs.")
 
 
 class Usage(BaseModel):
@@ -256,6 +275,7 @@ class ChatCompletion(BaseModel):
     model: str
     choices: list[ChatChoice]
     usage: Usage | None
+    prompt_logprobs: PromptLogprobs = Field(None, description="In requests with prompt_logprobs.")
 
 
 class Tokens(BaseModel):

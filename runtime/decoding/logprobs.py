@@ -17,6 +17,7 @@ class TokenLogprobs:
     Attributes:
         token_id: the token.
         logprob: its log probability as the network gave it.
+        rank: 1 for the likeliest token as the network gave them, 2 for the next one.
         processed_logprob: the same after all processors and filters, from which the token was chosen; of a beam, as
             it is added up to the beam's score, which isn't normalised again.
         top: the likeliest tokens as the network gave them, with their log probabilities, best first.
@@ -24,6 +25,7 @@ class TokenLogprobs:
 
     token_id: int
     logprob: float
+    rank: int
     processed_logprob: float
     top: list[tuple[int, float]]
 
@@ -46,7 +48,8 @@ def scored_token(token: int, logits: Logits, processed_logprob: float, count: in
     """As `token_logprobs`, where the processed log probability is known."""
     raw = log_softmax(logits)
     best = largest(logits, count) if count else np.zeros(0, np.int64)
-    return TokenLogprobs(token, float(raw[token]), processed_logprob, [(int(i), float(raw[i])) for i in best])
+    rank = 1 + int(np.count_nonzero(logits > logits[token]))
+    return TokenLogprobs(token, float(raw[token]), rank, processed_logprob, [(int(i), float(raw[i])) for i in best])
 
 
 class PromptLogprobs:

@@ -10,13 +10,14 @@ from typing import Any
 from fastapi import Depends, FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import FileResponse
+from fastapi.routing import APIRoute
 from fastapi.security import HTTPBearer
 from starlette.exceptions import HTTPException
 
 from ...models.messages import shown
 from ..call import Call
 from ..chat import prepare_chat
-from ..completions import prepare, tokens_of
+from ..completions import prepare, text_of, tokens_of
 from ..engine import QueueFullError, UnavailableError
 from ..metrics import Metrics
 from ..pool import Pool
@@ -91,6 +92,8 @@ def make_app(pool: Pool, metrics: Metrics, admission: Admission) -> Guard:
     _add_operation(app, pool, metrics, key)
     _add_pages(app)
     _add_errors(app)
+    vocabulary = max(pool.bundle(name).config.vocab_size for name in pool.names)
+    app.openapi = lambda: reference.document(app, vocabulary)  # type: ignore[method-assign]
     return Guard(app, admission, metrics)
 
 
@@ -149,8 +152,7 @@ def _add_tokenizer(app: FastAPI, pool: Pool, key: list[Any]) -> None:
         dependencies=key,
     )
     async def detokenize(body: DetokenizeRequest) -> Response:
-        decode = lambda: pool.service(body.model).model.tokenizer.decode(body.tokens)  # noqa: E731
-        return JsonResponse({"prompt": await asyncio.to_thread(decode)})
+        return JsonResponse(await asyncio.to_thread(lambda: text_of(pool.service(body.model), body)))
 
 
 def _add_models(app: FastAPI, pool: Pool, key: list[Any]) -> None:
@@ -213,6 +215,8 @@ def _add_operation(app: FastAPI, pool: Pool, metrics: Metrics, key: list[Any]) -
     async def about() -> Response:
         return JsonResponse({"version": version("gpt2onnx")})
 
+    _add_probes(app, about, "/version")
+
     @app.get(
         "/metrics",
         response_class=Response,
@@ -221,8 +225,12 @@ def _add_operation(app: FastAPI, pool: Pool, metrics: Metrics, key: list[Any]) -
         dependencies=key,
     )
     async def figures() -> Response:
-        metrics.running.set(sum(engine.running for engine in pool.engines))
-        metrics.waiting.set(sum(engine.waiting for engine in pool.engines))
+        engines = {service.name: service.engine for service in pool.services}
+        for name, own in metrics.models.items():
+            engine = engines.get(name)  # None: the model was dropped
+            own.running.set(engine.running if engine else 0)
+            own.waiting.set(engine.waiting if engine else 0)
+            own.cache_use.set(engine.cache_use if engine else 0)
         page = await asyncio.to_thread(metrics.page)
         return Response(page, media_type="text/plain; version=0.0.4; charset=utf-8")
 
@@ -276,7 +284,8 @@ def _add_errors(app: FastAPI) -> None:
             place = f"byte {reason.start} of the body, {reason.object[reason.start]:#04x},"
             return ApiError(400, f"{place} is not UTF-8").response()
         path, method = request.url.path, request.method
-        message = {404: f"there is no {path}: see /docs", 405: f"{path} doesn't take {method}: see /docs"}
+        known = ", ".join(route.path for route in app.routes if isinstance(route, APIRoute) and route.include_in_schema)
+        message = {404: f"there is no {path}, only {known}: see /docs", 405: f"{path} doesn't take {method}: see /docs"}
         text = message.get(error.status_code, str(error.detail))
         return ApiError(error.status_code, text, headers=error.headers).response()
 
@@ -301,7 +310,8 @@ def _invalid(error: RequestValidationError) -> ApiError:
     if first["type"] == "json_invalid":
         return ApiError(400, f"the request isn't JSON: {first.get('ctx', {}).get('error', first['msg'])}")
     name = place[0] if place else ""
-    field = (CompletionRequest.model_fields | ChatRequest.model_fields).get(name)
+    bodies = (CompletionRequest, ChatRequest, TokenizeRequest, DetokenizeRequest)
+    field = next((body.model_fields[name] for body in bodies if name in body.model_fields), None)
     if field is None:
         return ApiError(400, 'the request isn\'t a JSON object such as {"prompt": "Once upon a time"}', name or None)
     if name == "prompt":

@@ -3,6 +3,8 @@
 import html
 from typing import Any
 
+from fastapi import FastAPI
+
 Record = dict[str, Any]
 
 _HEAD = (
@@ -10,6 +12,31 @@ _HEAD = (
     '<meta name="viewport" content="width=device-width, initial-scale=1"><link rel="stylesheet" href="style.css"></head>'
     '<body><header><h1>gpt2onnx API</h1></header><main><p>For programs: <a href="openapi.json">openapi.json</a>.</p>'
 )
+
+
+def document(app: FastAPI, vocabulary: int) -> Record:
+    """The OpenAPI document of an application whose models have a vocabulary of that size."""
+    if app.openapi_schema is None:
+        found = app.openapi_schema = FastAPI.openapi(app)
+        # FastAPI's own answer to a body that is wrong; this server's is 400.
+        for methods in found["paths"].values():
+            for operation in methods.values():
+                operation["responses"].pop("422", None)
+        for name in ("HTTPValidationError", "ValidationError"):
+            found["components"]["schemas"].pop(name, None)
+        _limit_tokens(found, vocabulary)
+    return app.openapi_schema
+
+
+def _limit_tokens(part: Any, vocabulary: int) -> None:
+    if isinstance(part, dict):
+        if part.get("format") == "token-id":
+            del part["exclusiveMaximum"]
+            part["maximum"] = vocabulary - 1
+        part = list(part.values())
+    if isinstance(part, list):
+        for each in part:
+            _limit_tokens(each, vocabulary)
 
 
 def page(document: Record) -> str:

@@ -210,12 +210,11 @@ def make_server(
     metrics, notifier = Metrics(settings.joules), Notifier()
 
     def serve_model(names: Sequence[str], model: Model) -> Service:
-        metrics.describe(names[0], model)
         engine = Engine(
             model,
             max_batch=settings.max_batch,
             max_queue=settings.max_queue,
-            metrics=metrics,
+            metrics=metrics.of(names[0], model),
             pass_seconds=settings.pass_seconds,
         )
         return Service(

@@ -221,9 +221,20 @@ def test_what_clients_send_and_means_nothing(server: Running) -> None:
     more = {
         "store": False, "metadata": {"a": "b"}, "service_tier": "auto", "user": "me", "parallel_tool_calls": True, "tools": [],
         "tool_choice": "none", "response_format": {"type": "text"}, "seed": None, "stream": False, "model": "", "cache_prompt": True,
+        "prompt_cache_key": "a", "safety_identifier": "b", "stop": "", "n_predict": None, "reasoning_effort": None,
     }  # fmt: skip
-    answers = [server.client.post("/v1/chat/completions", json=plain | fields).json() for fields in ({}, more)]
-    assert answers[0]["choices"] == answers[1]["choices"]
+    # As openai's package returns its messages, which many programs send back.
+    returned = [
+        openai.types.chat.ChatCompletionMessage(**TALK[1]).model_dump()
+        | {"role": one["role"], "content": one["content"]}
+        for one in TALK
+    ]  # type: ignore[arg-type]
+    assert "refusal" in returned[0]
+    answers = [
+        server.client.post("/v1/chat/completions", json=plain | fields).json()
+        for fields in ({}, more, {"messages": returned}, {"max_tokens": None, "n_predict": 3})
+    ]
+    assert all(answer["choices"] == answers[0]["choices"] for answer in answers)
 
 
 def test_a_model_without_a_template(model: gpt2onnx.Model) -> None:

@@ -11,6 +11,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
@@ -66,7 +67,10 @@ def test_fields_of_vllm_and_llama_cpp(server: Running, model: gpt2onnx.Model) ->
     beams = server.complete(**plain, n=3, use_beam_search=True).json()["choices"]
     expected = model.generate("Once upon a time", num_beams=3, num_return_sequences=3, max_new_tokens=12)
     assert [choice["text"] for choice in beams] == [sequence.text for sequence in expected.sequences]
-    for nothing in ({"suffix": ""}, {"suffix": None}, {"stop": None}, {"temperature": 0.0, "model": ""}):
+    for nothing in (
+        {"suffix": ""}, {"suffix": None}, {"stop": None}, {"stop": ""}, {"stop": []}, {"temperature": 0.0, "model": ""},
+        {"prediction": None, "unheard_of": None},
+    ):  # fmt: skip
         assert server.text(**plain | nothing) == text
 
 
@@ -104,6 +108,52 @@ def test_a_high_temperature(server: Running, tales_model: gpt2onnx.Model) -> Non
     assert server.text(temperature=3.5, seed=1) == expected.text
 
 
+@pytest.mark.parametrize(
+    ("fields", "sizes"),
+    [({"n": 15}, [6, 6, 3]), ({"n": 7, "guidance_scale": 2.0, "negative_prompt": "Sadly"}, [3, 3, 1])],
+)
+def test_more_choices_than_the_batch_holds(
+    fields: dict[str, Any], sizes: list[int], server: Running, tales_model: gpt2onnx.Model
+) -> None:
+    """They run in parts: the first with the seed, the next one with the number after it."""
+    fields |= {"eos_token_id": -1}
+    options = {name: value for name, value in fields.items() if name != "n"}
+    wanted = [
+        sequence.text
+        for part, size in enumerate(sizes)
+        for sequence in tales_model.generate(
+            "Once upon a time",
+            do_sample=True,
+            top_k=0,
+            seed=(2**32 - 1 + part) % 2**32,
+            num_return_sequences=size,
+            max_new_tokens=8,
+            **options,
+        ).sequences
+    ]
+    asked = fields | {"seed": 2**32 - 1, "max_tokens": 8}
+    body = server.complete(["Once upon a time", "A"], **asked).json()
+    assert [choice["index"] for choice in body["choices"]] == list(range(2 * len(wanted)))
+    assert [choice["text"] for choice in body["choices"]][: len(wanted)] == wanted
+    assert body["usage"]["completion_tokens"] == 2 * 8 * len(wanted)
+    texts = [""] * len(wanted)
+    for line in server.complete(**asked, stream=True).text.splitlines():
+        if line.startswith("data: {"):
+            for choice in json.loads(line[6:])["choices"]:
+                texts[choice["index"]] += choice["text"]
+    assert texts == wanted
+
+
+def test_best_of_more_than_the_batch_holds(server: Running) -> None:
+    asked = {"max_tokens": 8, "seed": 1, "logprobs": 0}
+    made = server.complete(n=15, **asked).json()["choices"]
+    mean = {one["text"]: sum(one["logprobs"]["token_logprobs"]) / len(one["logprobs"]["tokens"]) for one in made}
+    best = server.complete(n=8, best_of=15, **asked, echo=True).json()["choices"]
+    ranked = sorted(mean, key=mean.__getitem__, reverse=True)[:8]
+    assert [choice["text"] for choice in best] == ["Once upon a time" + text for text in ranked]
+    assert all(choice["logprobs"]["token_logprobs"][0] is None for choice in best)
+
+
 def test_limits_are_named(server: Running) -> None:
     assert "16" in message(server.complete(stop=["a"] * 50))
     assert message(server.complete(suffix="x")).startswith("suffix: ")
@@ -134,7 +184,7 @@ def test_bodies_that_are_not_plain_utf_8(server: Running) -> None:
     assert (latin.status_code, message(latin)) == (400, "byte 12 of the body, 0xe9, is not UTF-8")
 
 
-@pytest.mark.parametrize("path", ["/health", "/healthz", "/ping", "/v1/models"])
+@pytest.mark.parametrize("path", ["/health", "/healthz", "/ping", "/version", "/v1/models"])
 def test_probes(path: str, server: Running) -> None:
     head = server.client.head(path)
     assert (head.status_code, head.content) == (200, b"")
@@ -180,6 +230,17 @@ def test_names_of_the_machine(model: gpt2onnx.Model) -> None:
             ("evil.example", 403),
         ):
             assert server.client.get("/health", headers={"host": host}).status_code == status
+
+
+def test_behind_a_proxy_s_path(model: gpt2onnx.Model) -> None:
+    """Keys are asked for, and requests counted, by the path that the proxy hands on."""
+    with serving(model, root_path="/api", admission=Admission(keys=[b"key"])) as server:
+        for path in ("/v1/models", "/metrics"):
+            assert server.client.get(path).status_code == 401
+        server.client.headers["authorization"] = "Bearer key"
+        assert server.complete(max_tokens=1).status_code == 200
+        assert server.client.get("/openapi.json").json()["servers"] == [{"url": "/api"}]
+        assert server.metric("http_requests_total") == 1
 
 
 # Places to listen

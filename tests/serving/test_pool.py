@@ -6,8 +6,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from prometheus_client.parser import text_string_to_metric_families
 from support.commands import CommandLine
-from support.serving import ControlledModel, serving
+from support.serving import ControlledModel, Running, serving
 
 import gpt2onnx
 from gpt2onnx.errors import BackendError
@@ -29,6 +30,14 @@ def unloaded(tales_int8_bundle: Path) -> Callable[[list[str]], Unloaded]:
         return Unloaded(Bundle.open(tales_int8_bundle), load)
 
     return make
+
+
+def figures(server: Running, name: str) -> dict[str, float]:
+    """A metric of vLLM's by model."""
+    families = text_string_to_metric_families(server.client.get("/metrics").text)
+    samples = [sample for family in families for sample in family.samples if sample.name == f"vllm:{name}"]
+    assert len({sample.labels["model_name"] for sample in samples}) == len(samples)
+    return {sample.labels["model_name"]: sample.value for sample in samples}
 
 
 def test_models_answer_by_their_names(
@@ -53,6 +62,7 @@ def test_models_answer_by_their_names(
         assert (refused.status_code, refused.json()["error"]["code"]) == (404, "model_not_found")
         assert "only 'tales', 'int8'" in refused.json()["error"]["message"]
         assert server.client.get("/health").json() == {"status": "ok", "running": 0, "waiting": 0}
+        assert figures(server, "generation_tokens_total") == {"tales": 16, "int8": 24}
 
 
 def test_the_idle_model_makes_room(tales_model: gpt2onnx.Model, unloaded: Callable[[list[str]], Unloaded]) -> None:
@@ -71,6 +81,7 @@ def test_the_idle_model_makes_room(tales_model: gpt2onnx.Model, unloaded: Callab
         assert len(loads) == 3
         assert len(server.server.pool.engines) == 2
         assert server.text(model="tales", **GREEDY)
+        assert figures(server, "request_queue_time_seconds_count") == {"tales": 1, "a": 2, "b": 1}
 
 
 def test_no_model_is_dropped_while_it_works(
@@ -87,6 +98,8 @@ def test_no_model_is_dropped_while_it_works(
         with server.client.stream("POST", "/v1/completions", json=body) as stream:
             next(stream.iter_lines())
             answer = server.complete(model="large")
+            # 1 row of the 16 in the batch and the 4 for small requests beside it.
+            assert figures(server, "kv_cache_usage_perc") == {"tales": 0, "slow": 1 / 20}
         assert answer.status_code == 503
         assert "'large' can't be loaded: needs at least 1 GB more" in answer.json()["error"]["message"]
 

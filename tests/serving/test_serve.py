@@ -291,12 +291,11 @@ WRONG: list[tuple[dict[str, Any], str, str | None]] = [
     ({"max_tokens": 16.5}, "max_tokens", "max_tokens"),
     ({"stop": [""]}, "stop", "stop"),
     ({"n": 0}, "n:", "n"),
-    ({"n": 7}, "n=7 is above the server's limit of 6", "n"),
-    ({"best_of": 7}, "best_of=7", "best_of"),
-    ({"num_beams": 7}, "num_beams=7", "num_beams"),
+    ({"n": 1000}, "167 parts, 167 for each prompt, are above the server's limit of 128", "n"),
+    ({"num_beams": 7}, "num_beams needs 7 sequences at once, above the server's limit of 6", "num_beams"),
     ({"num_beams": 4, "num_beam_groups": 3, "diversity_penalty": 1}, "can't be divided", "num_beam_groups"),
-    ({"penalty_alpha": 0.6, "top_k": 7}, "top_k=7 is above the server's limit of 6", "top_k"),
-    ({"n": 4, "guidance_scale": 2}, "n=4, doubled by guidance_scale, is above the server's limit of 6", "n"),
+    ({"num_beams": 4, "guidance_scale": 2}, "num_beams needs 8 sequences", "num_beams"),
+    ({"penalty_alpha": 0.6, "top_k": 7}, "top_k needs 7 sequences", "top_k"),
     ({"guidance_scale": 2, "negative_prompt": [5] * 600}, "negative_prompt: the prompt has", "negative_prompt"),
     ({"n": 3, "num_beams": 2}, "n 3 is more", "n"),
     ({"n": 3, "best_of": 2}, "best_of", "best_of"),
@@ -355,7 +354,10 @@ def test_malformed_requests(server: Running) -> None:
     wrong_method = server.client.get("/v1/completions")
     assert wrong_method.status_code == 405
     assert "error" in wrong_method.json()
-    assert server.client.post("/v1/responses", json={}).json()["error"]["type"] == "not_found_error"
+    for path in ("/v1/responses", "/v1/embeddings", "/v1/images/generations"):
+        missing = server.client.post(path, json={"input": "a"})
+        assert (missing.status_code, missing.json()["error"]["type"]) == (404, "not_found_error")
+        assert f"there is no {path}, only /v1/completions, /v1/chat/completions" in missing.json()["error"]["message"]
     # Half of a surrogate pair is no letter: what is read is what is echoed.
     response = server.client.post("/v1/completions", content=rb'{"prompt": "a\ud800", "echo": true}', headers=json_type)
     assert response.status_code == 200

@@ -361,17 +361,15 @@ def test_metrics(model: gpt2onnx.Model) -> None:
         assert server.metric("joules_total") == 1.5
         page = server.client.get("/metrics").text
         assert 'model="tales"' in page
-        lines = [line.rpartition(" ") for line in page.splitlines() if not line.startswith("#")]
-        figures = {name: float(value) for name, _, value in lines}
+        named = {sample.name: sample for family in text_string_to_metric_families(page) for sample in family.samples}
         expected = {"joules_total": 4, "prompt_tokens_total": 3, "completion_tokens_total": 7, "queue_seconds_count": 1,
                     "first_token_seconds_count": 1, "request_seconds_count": 1, "token_gap_seconds_count": 6,
                     "batch_rows_sum": 6}  # fmt: skip
-        assert {name: figures[f"gpt2onnx_{name}"] for name in expected} == expected
-        # Prometheus' own parser reads the page, with vLLM's names beside ours.
-        named = {sample.name: sample for family in text_string_to_metric_families(page) for sample in family.samples}
+        assert {name: named[f"gpt2onnx_{name}"].value for name in expected} == expected
+        # vLLM's names beside ours.
         for name, value in {
             "generation_tokens_total": 7, "prompt_tokens_total": 3, "time_to_first_token_seconds_count": 1,
-            "inter_token_latency_seconds_count": 6, "num_requests_running": 0, "num_requests_waiting": 0,
+            "inter_token_latency_seconds_count": 6, "num_requests_running": 0, "num_requests_waiting": 0, "kv_cache_usage_perc": 0,
         }.items():  # fmt: skip
             sample = named[f"vllm:{name}"]
             assert (sample.value, sample.labels["model_name"]) == (value, "tales")

@@ -23,7 +23,7 @@ CONFIG = schemathesis.Config.from_dict(
 @pytest.fixture(scope="module")
 def server(make_checkpoint: MakeCheckpoint, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
     bundle = gpt2onnx.export(make_checkpoint(), tmp_path_factory.mktemp("bundle") / "tiny").folder
-    with serving(gpt2onnx.load(bundle, threads=1), names=["tiny"], max_batch=4) as running:
+    with serving(gpt2onnx.load(bundle, threads=1), names=["tiny"], max_batch=4, chat_template="turns") as running:
         yield running
 
 
@@ -32,6 +32,11 @@ def server(make_checkpoint: MakeCheckpoint, tmp_path_factory: pytest.TempPathFac
     [
         ("POST", "/v1/completions", GenerationMode.POSITIVE, 40),
         ("POST", "/v1/completions", GenerationMode.NEGATIVE, 40),
+        ("POST", "/v1/chat/completions", GenerationMode.POSITIVE, 25),
+        ("POST", "/v1/chat/completions", GenerationMode.NEGATIVE, 25),
+        ("POST", "/tokenize", GenerationMode.POSITIVE, 15),
+        ("POST", "/detokenize", GenerationMode.POSITIVE, 15),
+        ("GET", "/version", GenerationMode.POSITIVE, 1),
         ("GET", "/v1/models", GenerationMode.POSITIVE, 1),
         ("GET", "/v1/models/{model}", GenerationMode.POSITIVE, 15),
         ("GET", "/health", GenerationMode.POSITIVE, 1),
@@ -60,6 +65,23 @@ def test_interface_keeps_to_its_schema(
         assert server.engine.failure is None
 
     check()
-    if path == "/v1/completions":
+    if method == "POST":
         assert (200 in statuses) == (mode is GenerationMode.POSITIVE), statuses
     server.wait_for_idle()
+
+
+def test_what_the_document_says(server: Running) -> None:
+    """No status that isn't sent, and no token beyond the vocabulary."""
+    document = server.client.get("/openapi.json").json()
+    assert not any(
+        "422" in operation["responses"] for path in document["paths"].values() for operation in path.values()
+    )
+    assert "ValidationError" not in str(document)
+    largest = server.client.get("/v1/models").json()["data"][0]["vocab_size"] - 1
+    kinds = document["components"]["schemas"]["CompletionRequest"]["properties"]["prompt"]["anyOf"]
+    (ids,) = [kind["items"] for kind in kinds if kind.get("items", {}).get("type") == "integer"]
+    assert (ids["minimum"], ids["maximum"]) == (0, largest)
+    assert server.complete([largest], max_tokens=1).status_code == 200
+    assert server.complete([largest + 1], max_tokens=1).status_code == 400
+    for tokens, status in (([largest], 200), ([largest + 1], 400)):
+        assert server.client.post("/detokenize", json={"tokens": tokens}).status_code == status

@@ -71,7 +71,7 @@ class Reference:
         ends = [ends] if isinstance(ends, int) else list(ends or [])
         more: dict[str, Any] = {"pad_token_id": ends[0]} if ends else {}
         if "stop_strings" in options:
-            more["tokenizer"] = self._tokenizer()
+            more["tokenizer"] = self.tokenizer()
         if "negative_prompt_ids" in options:  # one for each row, which transformers doesn't see to
             rows = max(options.get("num_beams", 1), options.get("num_return_sequences", 1))
             more["negative_prompt_ids"] = torch.tensor([options["negative_prompt_ids"]] * rows)
@@ -82,7 +82,8 @@ class Reference:
         sequences = [row[len(prompt_ids) :].tolist() for row in output]
         return [_up_to_end(tokens, ends) for tokens in sequences]
 
-    def _tokenizer(self) -> transformers.PreTrainedTokenizerFast:
+    def tokenizer(self) -> transformers.PreTrainedTokenizerFast:
+        """Its tokenizer: where transformers is installed."""
         import transformers
 
         return transformers.PreTrainedTokenizerFast(tokenizer_file=str(self.folder / "tokenizer.json"))
