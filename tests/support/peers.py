@@ -19,7 +19,7 @@ from support.paths import REPOSITORY
 TORCH = "torch==2.13.0"
 # optimum's ONNX export stops short of transformers 5.
 PYTHON_PACKAGES = ["transformers>=4.57,<4.58", "onnxruntime-genai>=0.8"]
-CLIENTS = ["langchain-openai", "litellm", "llm"]
+CLIENTS = ["langchain-openai", "litellm", "llm", "openai"]
 NODE_PACKAGE = "@huggingface/transformers"
 
 
@@ -43,6 +43,16 @@ def clients() -> Path:
 def lm_eval() -> Path:
     """The interpreter of an environment with lm-eval and PyTorch."""
     return _interpreter("lm-eval", "lm-eval[api,hf]", torch=True)
+
+
+def guidellm() -> Path:
+    """The interpreter of an environment with guidellm and PyTorch."""
+    return _interpreter("guidellm", "guidellm", torch=True)
+
+
+def open_webui() -> Path:
+    """The interpreter of an environment with Open WebUI and PyTorch: 1.4 GB beside the latter."""
+    return _interpreter("open-webui", "open-webui", torch=True)
 
 
 def _interpreter(name: str, *packages: str, torch: bool = False) -> Path:
