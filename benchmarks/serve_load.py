@@ -31,7 +31,6 @@ import statistics
 import subprocess
 import sys
 import time
-import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from itertools import pairwise
@@ -234,7 +233,10 @@ def peers(work: Path, batch: int, threads: int) -> dict[str, list[str]]:
              "--threads", threads, "--threads-batch", threads, "--no-webui"]  # fmt: skip
     openvino = [environments / "openvino/bin/python", here / "peers/openvino_server.py", models / "openvino-int8",
                 "--max-batch", batch, "--threads", threads]  # fmt: skip
-    return {"llama.cpp q8_0": list(map(str, llama)), "OpenVINO int8": list(map(str, openvino))}
+    found = {"llama.cpp q8_0": list(map(str, llama)), "OpenVINO int8": list(map(str, openvino))}
+    for name in [name for name, command in found.items() if not Path(command[0]).exists()]:
+        print(f"{name}: left out, there is no {found.pop(name)[0]}")
+    return found
 
 
 @contextlib.contextmanager
@@ -248,7 +250,7 @@ def started(name: str, command: list[str]) -> Iterator[tuple[int, subprocess.Pop
         try:
             deadline = time.monotonic() + START_SECONDS
             while True:
-                with contextlib.suppress(urllib.error.URLError, ConnectionError):
+                with contextlib.suppress(OSError):
                     urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5).close()
                     break
                 if server.poll() is not None or time.monotonic() > deadline:
