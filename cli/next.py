@@ -104,7 +104,9 @@ def command(
         )
     if as_json:
         record = {
-            "prompt": text_or_ids if isinstance(text_or_ids, str) else loaded.tokenizer.decode(text_or_ids),
+            "prompt": text_or_ids
+            if isinstance(text_or_ids, str)
+            else loaded.tokenizer.decode(text_or_ids, skip_special_tokens=True),
             "prompt_ids": result.prompt_ids,
             "draws": draws,
             "seed": seed,

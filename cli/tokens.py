@@ -39,7 +39,7 @@ def command(text: str | None, encoding: str, model: str, as_json: bool, quiet: b
         tokens = [
             {
                 "id": token,
-                "entry": tokenizer.entry(token),
+                "entry": tokenizer.convert_ids_to_tokens(token),
                 "piece": piece if isinstance(piece := tokenizer.piece(token), str) else None,
                 "bytes": tokenizer.token_bytes(token).hex(),
                 "start": start,
@@ -50,7 +50,7 @@ def command(text: str | None, encoding: str, model: str, as_json: bool, quiet: b
         console.print_json({"text": text, "ids": encoded.ids, "tokens": tokens})
         return
     rows = [
-        [repr(tokenizer.piece(token)), tokenizer.entry(token) or "", str(token), str(start), str(end)]
+        [repr(tokenizer.piece(token)), tokenizer.convert_ids_to_tokens(token) or "", str(token), str(start), str(end)]
         for token, (start, end) in zip(encoded.ids, encoded.spans, strict=True)
     ]
     click.echo(table(["piece", "entry", "id", "start", "end"], rows, left=2))

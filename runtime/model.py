@@ -29,8 +29,9 @@ from .engine.scheduler import Scheduler
 from .extensions import Extensions
 from .generation import Generation
 from .options import GenerationConfig
-from .requests import GenerateOptions, Outcome, Prompt, Request, Result, Score, StreamOptions, split_seeds
+from .requests import GenerateOptions, Outcome, Prompt, Request, Result, Score, StreamOptions, split_given, split_seeds
 from .stream import Stream
+from .text.batch_encoding import listed_prompts
 from .text.structured import Constraint, Grammars
 from .text.tokenizer import Tokenizer
 
@@ -94,13 +95,19 @@ class Model:
     @overload
     def generate(self, prompts: Sequence[Prompt], **options: Unpack[GenerateOptions]) -> list[Result]: ...
 
-    def generate(self, prompts: Prompt | Sequence[Prompt], **options: Unpack[GenerateOptions]) -> Result | list[Result]:
+    @overload
+    def generate(self, **options: Unpack[GenerateOptions]) -> Any: ...
+
+    def generate(
+        self, prompts: Prompt | Sequence[Prompt] | None = None, **options: Unpack[GenerateOptions]
+    ) -> Result | list[Result]:
         """Continues a prompt, or a list of prompts in batches.
 
         Args:
             prompts: a text or token ids, or a list of such.
             options: those of `GenerationConfig`; one that isn't given is the bundle's own, None switches one off. A sampling
                 option without `do_sample` turns sampling on. Besides:
+                input_ids, attention_mask: in place of prompts what `tokenizer(...)` returns: `generate(**tokenizer("Once"))`.
                 generation_config: options in place of the bundle's own.
                 logits_processor, stopping_criteria, prefix_allowed_tokens_fn: your own functions (docs/extend.md).
                 seed: one for all prompts, with which equal prompts give equal continuations; or a list with one for each.
@@ -117,10 +124,9 @@ class Model:
         """
         given = dict(options)
         batch_size = cast("int", given.pop("batch_size", BATCH_SIZE))
-        single = isinstance(prompts, str) or (len(prompts) > 0 and isinstance(prompts[0], int | np.integer))
-        listed = [cast("Prompt", prompts)] if single else cast("Sequence[Prompt]", prompts)
+        listed, single = listed_prompts(prompts, given)
         seeds = split_seeds(given, len(listed))
-        config, extensions = self._split(given)
+        config, extensions = split_given(given, self.generation_config)
         results = self.answer(listed, config, batch_size, extensions, seeds)
         return results[0] if single else results
 
@@ -155,7 +161,7 @@ class Model:
 
         Options and errors are those of `generate`; beams and several sequences can't be streamed.
         """
-        config, extensions = self._split(dict(options))
+        config, extensions = split_given(dict(options), self.generation_config)
         return self.open_stream(Request(prompt, config, extensions=extensions))
 
     def open_stream(self, request: Request) -> Stream:
@@ -230,18 +236,6 @@ class Model:
             else:
                 generation = running.pop(id(strategy)) if strategy.done else running[id(strategy)]
                 yield generation.request, generation
-
-    def _split(self, given: dict[str, Any]) -> tuple[GenerationConfig, Extensions]:
-        """Keyword arguments of `generate` as options and the caller's own functions."""
-        config = given.pop("generation_config", None)
-        if not isinstance(config, GenerationConfig | None):
-            raise OptionError(f"generation_config must be a gpt2onnx.GenerationConfig, not {shown(config)}")
-        extensions = Extensions(
-            tuple(given.pop("logits_processor", ())),
-            tuple(given.pop("stopping_criteria", ())),
-            given.pop("prefix_allowed_tokens_fn", None),
-        )
-        return (self.generation_config if config is None else config).merged(given), extensions
 
     def score(self, text: Prompt, *, prompt: Prompt | None = None) -> Score:
         """The log probability of each token of a text, given those before it.

@@ -10,10 +10,12 @@ from typing import Any, Literal, TypedDict
 
 from gpt2onnx.errors import Gpt2OnnxError, OptionError
 
+from ..models.messages import shown
 from .decoding.logprobs import TokenLogprobs
 from .extensions import Extensions, LogitsProcessor, PrefixAllowedTokens, StoppingCriterion
 from .jsontext import finite
 from .options import GenerationConfig
+from .text.batch_encoding import Ids
 
 # A text, or the ids of its tokens.
 Prompt = str | Sequence[int]
@@ -83,9 +85,11 @@ class StreamOptions(GenerationOptions, total=False):
 
 
 class GenerateOptions(StreamOptions, total=False):
-    """Keyword arguments of `Model.generate`: also the number of prompts that are decoded together."""
+    """Keyword arguments of `Model.generate`: also the number of prompts that are decoded together, and what a tokenizer returns."""
 
     batch_size: int
+    input_ids: Ids | None
+    attention_mask: Ids | None
 
 
 @dataclass(frozen=True)
@@ -259,6 +263,27 @@ class Result:
 
 
 Outcome = Result | Gpt2OnnxError
+
+
+def split_given(given: dict[str, Any], default: GenerationConfig) -> tuple[GenerationConfig, Extensions]:
+    """Keyword arguments of `Model.stream` as options and the caller's own functions.
+
+    Args:
+        given: the arguments; what isn't among them is the `generation_config` given there, or the default's.
+        default: the bundle's own options.
+
+    Raises:
+        OptionError: an option is unknown, out of range, or options contradict each other.
+    """
+    config = given.pop("generation_config", None)
+    if not isinstance(config, GenerationConfig | None):
+        raise OptionError(f"generation_config must be a gpt2onnx.GenerationConfig, not {shown(config)}")
+    extensions = Extensions(
+        tuple(given.pop("logits_processor", ())),
+        tuple(given.pop("stopping_criteria", ())),
+        given.pop("prefix_allowed_tokens_fn", None),
+    )
+    return (default if config is None else config).merged(given), extensions
 
 
 def split_seeds(given: dict[str, Any], prompts: int) -> Sequence[int] | None:

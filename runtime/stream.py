@@ -4,7 +4,7 @@ from collections.abc import Generator, Iterable, Iterator
 
 from .generation import Generation
 from .requests import Request, Result
-from .text.tokenizer import TextStream
+from .text.text_stream import TextStream
 
 
 class Stream(Iterator[str]):

@@ -178,7 +178,7 @@ def tokens_of(service: Service, body: TokenizeRequest) -> dict[str, Any]:
         "count": len(ids),
         "max_model_len": service.model.config.n_positions,
         "tokens": ids,
-        "token_strs": [tokenizer.entry(token) for token in ids] if body.return_token_strs else None,
+        "token_strs": tokenizer.convert_ids_to_tokens(ids) if body.return_token_strs else None,
     }
 
 

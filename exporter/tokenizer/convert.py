@@ -21,39 +21,16 @@ from ...models.bundle import CHAT_TEMPLATE, TOKENIZER
 from ...models.config import read_json
 from ...models.messages import one_line, shown
 from ...runtime.host import native
-from ...runtime.text import tokenizer_rules
+from ...runtime.text import special_tokens, tokenizer_rules
+from ...runtime.text.special_tokens import text as text_of
 from ...runtime.text.tokenizer import Tokenizer as RuntimeTokenizer
-from .known import CHARACTERS, END_OF_TEXT, GPT2_VOCABULARIES, characters, gpt2
+from .known import CHARACTERS, GPT2_VOCABULARIES, characters, gpt2
 
 _SETTINGS = "tokenizer_config.json"
-_COMPANIONS = (_SETTINGS, "special_tokens_map.json", "added_tokens.json", CHAT_TEMPLATE)
+_COMPANIONS = (_SETTINGS, special_tokens.OLDER, "added_tokens.json", CHAT_TEMPLATE)
 _BYTE_LEVEL_FILES = (("vocab.json", "merges.txt"), ("encoder.json", "vocab.bpe"))
 _WORD_PIECE_FILE = "vocab.txt"
 _log = logging.getLogger(__name__)
-
-# Special tokens of a tokenizer whose files name no others, in transformers' order.
-_NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
-_DEFAULT_TOKENS: Mapping[str, Mapping[str, Any]] = {
-    "GPT2Tokenizer": dict.fromkeys(("bos_token", "eos_token", "unk_token"), END_OF_TEXT),
-    "BertTokenizer": {
-        "unk_token": "[UNK]",
-        "sep_token": "[SEP]",
-        "pad_token": "[PAD]",
-        "cls_token": "[CLS]",
-        "mask_token": "[MASK]",
-    },
-    "EsmTokenizer": {name: f"<{name[:3]}>" for name in ("eos_token", "unk_token", "pad_token", "cls_token")}
-    | {"mask_token": "<mask>"},
-}
-
-# Classes of transformers that are BertTokenizer by another name.
-_LIKE_BERT = {
-    f"{name}Tokenizer"
-    for name in (
-        "ConvBert", "DistilBert", "DPRContextEncoder", "DPRQuestionEncoder", "DPRReader", "Electra", "LayoutLM", "Lxmert",
-        "MobileBert", "Splinter", "SqueezeBert",
-    )
-}  # fmt: skip
 
 
 def write_tokenizer(checkpoint: Path, config: Mapping[str, Any], target: Path) -> bool:
@@ -81,7 +58,7 @@ def write_tokenizer(checkpoint: Path, config: Mapping[str, Any], target: Path) -
     elif files.class_name == "EsmTokenizer" and (checkpoint / _WORD_PIECE_FILE).is_file():
         tokenizer = files.from_whole_tokens()
         # EsmTokenizer itself reads no tokenizer.json.
-        roles = {role: _text(token) for role, token in files.special.items() if token is not None}
+        roles = {role: text_of(token) for role, token in files.special.items() if token is not None}
         _write_settings(target, {**files.settings, **roles, "tokenizer_class": "PreTrainedTokenizerFast"})
     elif pair := next(
         (pair for pair in _BYTE_LEVEL_FILES if all((checkpoint / name).is_file() for name in pair)), None
@@ -118,7 +95,8 @@ def write_tokenizer(checkpoint: Path, config: Mapping[str, Any], target: Path) -
         if (checkpoint / name).is_file() and not (target / name).exists():
             shutil.copyfile(checkpoint / name, target / name)
     if not (target / _SETTINGS).exists():
-        _write_settings(target, {"tokenizer_class": files.class_name, **_DEFAULT_TOKENS.get(files.class_name, {})})
+        defaults = special_tokens.DEFAULTS.get(files.class_name, {})
+        _write_settings(target, {"tokenizer_class": files.class_name, **defaults})
     try:
         if not RuntimeTokenizer(target / TOKENIZER).reads_any_text:
             _log.warning("%s: the tokenizer has no token for unknown words: a text with one is an error", checkpoint)
@@ -196,23 +174,18 @@ class _TokenizerFiles:
     @classmethod
     def read(cls, folder: Path, config: Mapping[str, Any]) -> "_TokenizerFiles":
         settings = _read_if_there(folder / _SETTINGS)
-        class_name = settings.get("tokenizer_class") or config.get("tokenizer_class")
-        if not isinstance(class_name, str):
-            bert = (folder / _WORD_PIECE_FILE).is_file() and not (folder / "vocab.json").is_file()
-            class_name = "BertTokenizer" if bert else "GPT2Tokenizer"
-        class_name = class_name.removesuffix("Fast")
-        if class_name in _LIKE_BERT:
-            class_name = "BertTokenizer"
-        special = dict(_DEFAULT_TOKENS.get(class_name, {}))
-        special |= {name: settings[name] for name in settings if name.endswith("_token") and _is_token(settings[name])}
-        special |= {name: None for name in _NAMED_TOKENS if settings.get(name, "") is None}
-        extra = _listed(settings.get("extra_special_tokens")) or _listed(settings.get("additional_special_tokens"))
+        bert = (folder / _WORD_PIECE_FILE).is_file() and not (folder / "vocab.json").is_file()
+        class_name = special_tokens.class_of(
+            settings.get("tokenizer_class") or config.get("tokenizer_class"),
+            otherwise="BertTokenizer" if bert else "GPT2Tokenizer",
+        )
         by_id = settings.get("added_tokens_decoder")
+        # The older files count only if tokenizer_config.json doesn't list the added tokens.
+        older = _read_if_there(folder / special_tokens.OLDER) if by_id is None else {}
+        special = special_tokens.by_role(class_name, settings, older)
+        extra = _listed(settings.get("extra_special_tokens")) or _listed(settings.get("additional_special_tokens"))
         if by_id is None:
-            # The older files count only if tokenizer_config.json doesn't list the added tokens.
-            older = _read_if_there(folder / "special_tokens_map.json")
-            special |= {name: token for name, token in older.items() if name.endswith("_token") and _is_token(token)}
-            roles = {_text(token) for token in [*special.values(), *extra] if token is not None}
+            roles = {text_of(token) for token in [*special.values(), *extra] if token is not None}
             by_id = [
                 (index, {"content": token, "special": token in roles, "normalized": token not in roles})
                 for token, index in _read_if_there(folder / "added_tokens.json").items()
@@ -262,7 +235,7 @@ class _TokenizerFiles:
         path = self.folder / _WORD_PIECE_FILE
         with native.raising(lambda reason: CheckpointError(f"{path} doesn't make a tokenizer: {reason}")):
             pieces = models.WordPiece.read_file(str(path))
-            tokenizer = Tokenizer(models.WordPiece(pieces, unk_token=_text(self.special["unk_token"])))
+            tokenizer = Tokenizer(models.WordPiece(pieces, unk_token=text_of(self.special["unk_token"])))
         tokenizer.normalizer = normalizers.BertNormalizer(
             clean_text=True,
             handle_chinese_chars=self.settings.get("tokenize_chinese_chars", True),
@@ -281,7 +254,7 @@ class _TokenizerFiles:
         with native.raising(lambda reason: CheckpointError(f"{path} doesn't make a tokenizer: {reason}")):
             tokens = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
             ids = {token: index for index, token in enumerate(tokens)}
-            tokenizer = Tokenizer(models.WordLevel(ids, unk_token=_text(self.special["unk_token"])))
+            tokenizer = Tokenizer(models.WordLevel(ids, unk_token=text_of(self.special["unk_token"])))
         tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
         self._add_tokens(tokenizer)
         known = {token.content for token in tokenizer.get_added_tokens_decoder().values()}
@@ -291,7 +264,7 @@ class _TokenizerFiles:
 
     def _template(self, tokenizer: Tokenizer, before: Any, after: Any) -> processors.TemplateProcessing:
         """Puts special tokens before and after every text."""
-        first, last = [_text(before)] if before else [], [_text(after)] if after else []
+        first, last = [text_of(before)] if before else [], [text_of(after)] if after else []
         return processors.TemplateProcessing(
             single=[*first, "$A", *last],
             special_tokens=[(token, tokenizer.token_to_id(token)) for token in dict.fromkeys(first + last)],
@@ -315,38 +288,30 @@ class _TokenizerFiles:
 
     def _add_tokens(self, tokenizer: Tokenizer) -> None:
         """Adds the tokens that the settings list and the tokenizer lacks. Their order gives their ids."""
-        order = {name: place for place, name in enumerate(_NAMED_TOKENS)}
+        order = {name: place for place, name in enumerate(special_tokens.ROLES)}
         by_role = sorted(self.special.items(), key=lambda item: order.get(item[0], len(order)))
         named = [token for _, token in by_role if token is not None]
         tokens = list(self.added)
         known = {token.content for token in [*tokens, *tokenizer.get_added_tokens_decoder().values()]}
         for token in [*named, *self.extra]:
-            if _text(token) not in known:
-                known.add(_text(token))
+            if text_of(token) not in known:
+                known.add(text_of(token))
                 try:
                     tokens.append(_added_token(token, special=True))
                 except TypeError as error:
                     raise CheckpointError(
                         f"{self.folder}: special token {shown(token)} can't be read: {error}"
                     ) from error
-        roles = {_text(token) for token in named}
+        roles = {text_of(token) for token in named}
         for token in tokens:
             token.special = token.special or token.content in roles
         tokenizer.add_tokens(tokens)
 
 
-def _is_token(value: Any) -> bool:
-    return isinstance(value, str) or (isinstance(value, dict) and isinstance(value.get("content"), str))
-
-
 def _listed(tokens: Any) -> tuple[Any, ...]:
     """Tokens of a list, or of a mapping by name."""
     values = tokens.values() if isinstance(tokens, dict) else tokens if isinstance(tokens, list) else ()
-    return tuple(token for token in values if _is_token(token))
-
-
-def _text(token: Any) -> str:
-    return str(token["content"]) if isinstance(token, dict) else str(token)
+    return tuple(token for token in values if special_tokens.is_token(token))
 
 
 def _added_token(token: Any, *, special: bool) -> AddedToken:

@@ -11,9 +11,9 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from gpt2onnx.errors import CheckpointError
 
+from ...runtime.text.special_tokens import END_OF_TEXT
 from ..checkpoint.formats.torch_file import read_plain_pickle
 
-END_OF_TEXT = "<|endoftext|>"
 # Tokens of GPT-2's vocabulary, and the same rounded up to a multiple of 64, as nanoGPT and others do.
 GPT2_VOCABULARIES = (50257, 50304)
 CHARACTERS = "meta.pkl"

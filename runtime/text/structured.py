@@ -133,7 +133,7 @@ class Grammars:
     def _read_tokenizer(self, ends: tuple[int, ...]) -> "LLTokenizer":
         from llguidance import LLTokenizer
 
-        known = [token for token in ends if token < self._tokenizer.size]
+        known = [token for token in ends if token < len(self._tokenizer)]
         return LLTokenizer(self._tokenizer.to_json(), eos_token=known or None)
 
 

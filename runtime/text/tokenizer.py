@@ -1,15 +1,16 @@
-"""Text to token ids and back, and text that grows token by token. Knows no model."""
+"""Text to token ids and back. Knows no model."""
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any, overload
 
 import numpy as np
 import numpy.typing as npt
 from tokenizers import Tokenizer as HuggingFaceTokenizer
-from tokenizers.decoders import ByteLevel, DecodeStream
+from tokenizers.decoders import ByteLevel
 from tokenizers.models import BPE
 
 from gpt2onnx.errors import BundleError, CheckpointError, OptionError, PromptError
@@ -19,24 +20,11 @@ from ...models.bundle import TOKENIZER_CONFIG
 from ...models.config import read_json, read_small
 from ...models.messages import one_line, shown
 from ..host import native
-from . import tokenizer_rules
+from . import special_tokens, tokenizer_rules
+from .batch_encoding import BatchEncoding
 from .stop_strings import StopStrings
+from .text_stream import TextStream, clean_up
 
-# Replacements of transformers' `clean_up_tokenization`, in its order.
-_CLEAN_UP = (
-    (" .", "."),
-    (" ?", "?"),
-    (" !", "!"),
-    (" ,", ","),
-    (" ' ", "'"),
-    (" n't", "n't"),
-    (" 'm", "'m"),
-    (" 's", "'s"),
-    (" 've", "'ve"),
-    (" 're", "'re"),
-)
-# The end of a text that may belong to a replacement with later tokens.
-_UNSETTLED = re.compile(r"[ .?!,'ntmsver]*\Z")
 # A byte in vocabularies with byte fallback.
 _BYTE_ENTRY = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 # Bytes that a byte-level vocabulary writes as themselves; the others, in order, are the characters from 256 on.
@@ -61,13 +49,15 @@ class Encoded:
 
 
 class Tokenizer:
-    """A bundle's tokenizer.json, with the setting for spaces in decoded text of tokenizer_config.json beside it.
+    """A bundle's tokenizer.json, with the settings of tokenizer_config.json beside it. Names are those of transformers.
 
     A bundle may have none: then tokens have no text, and text has no tokens.
 
     Attributes:
         missing: whether the bundle has none.
         reads_any_text: whether it has a token for letters that its vocabulary lacks; otherwise a text with one is an error.
+        bos_token, eos_token, unk_token, pad_token: special tokens as text; None for a role without one. May be set.
+        padding_side: "right" or "left"; may be set.
 
     Raises:
         BundleError: a file can't be read, or the tokenizer could make far too much of a text, or nothing of any.
@@ -83,7 +73,77 @@ class Tokenizer:
         self.reads_any_text = self._tries_unknown_letter()
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
-        self._cleans_up = _cleans_up(path.with_name(TOKENIZER_CONFIG), self._tokenizer)
+        settings = _read_if_there(path.with_name(TOKENIZER_CONFIG))
+        self._cleans_up = _cleans_up(settings, self._tokenizer)
+        self.padding_side = str(settings.get("padding_side", "right"))
+        listed = settings.get("added_tokens_decoder") is not None
+        older = {} if listed else _read_if_there(path.with_name(special_tokens.OLDER))
+        roles = special_tokens.by_role(special_tokens.class_of(settings.get("tokenizer_class")), settings, older)
+        self.bos_token, self.eos_token, self.unk_token, self.pad_token = (
+            self._known(roles.get(role)) for role in ("bos_token", "eos_token", "unk_token", "pad_token")
+        )
+
+    def __call__(
+        self,
+        text: str | Sequence[str],
+        *,
+        padding: bool | str = False,
+        return_tensors: str | None = None,
+        add_special_tokens: bool = True,
+    ) -> BatchEncoding:
+        """A text, or several, in the form of transformers' tokenizers: `generate(**tokenizer(text))` continues them.
+
+        Args:
+            text: one text, or a list of them.
+            padding: True or "longest" fills shorter texts up with `pad_token`, on the `padding_side`.
+            return_tensors: "np" for arrays [texts, tokens], None for lists.
+            add_special_tokens: as for `encode`.
+
+        Raises:
+            PromptError: there is no tokenizer, or it can't read a text.
+            OptionError: there is no pad token, texts of different lengths were to become an array, or an argument is unknown.
+        """
+        texts = [text] if isinstance(text, str) else text
+        rows = [self.encode(each, add_special_tokens=add_special_tokens) for each in texts]
+        if padding not in (False, True, "longest", "do_not_pad"):
+            raise OptionError(f"padding must be true, false or 'longest', not {shown(padding)}")
+        encoding = BatchEncoding.of(rows)
+        if padding not in (False, "do_not_pad"):
+            if self.pad_token_id is None:
+                raise OptionError("padding needs a pad token: tokenizer.pad_token = tokenizer.eos_token")
+            encoding = encoding.padded(self.pad_token_id, self.padding_side)
+        if return_tensors is not None:
+            return encoding.arrays(return_tensors)
+        return encoding.first() if isinstance(text, str) else encoding
+
+    def __len__(self) -> int:
+        """Number of tokens, special ones included."""
+        return int(self._tokenizer.get_vocab_size())
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of tokens, without those that were added to the vocabulary, which `len(tokenizer)` counts, too."""
+        return int(self._tokenizer.get_vocab_size(with_added_tokens=False))
+
+    @property
+    def bos_token_id(self) -> int | None:
+        """The id of `bos_token`."""
+        return self._id_of_role(self.bos_token)
+
+    @property
+    def eos_token_id(self) -> int | None:
+        """The id of `eos_token`."""
+        return self._id_of_role(self.eos_token)
+
+    @property
+    def unk_token_id(self) -> int | None:
+        """The id of `unk_token`."""
+        return self._id_of_role(self.unk_token)
+
+    @property
+    def pad_token_id(self) -> int | None:
+        """The id of `pad_token`."""
+        return self._id_of_role(self.pad_token)
 
     def check(self, vocab_size: int, *, thorough: bool = False) -> None:
         """Compares the tokenizer with the vocabulary of the network that reads its ids.
@@ -108,11 +168,6 @@ class Tokenizer:
         """Raises OptionError if another tokenizer has other tokens or numbers them in another way."""
         if self._tokenizer.get_vocab() != other._tokenizer.get_vocab():
             raise OptionError(f"{other._path.parent} can't draft: its vocabulary isn't that of {self._path.parent}")
-
-    @property
-    def size(self) -> int:
-        """Number of tokens, special ones included."""
-        return int(self._tokenizer.get_vocab_size())
 
     def to_json(self) -> str:
         """The content of its tokenizer.json."""
@@ -149,14 +204,39 @@ class Tokenizer:
             encoding = self._tokenizer.encode(clean)
         return Encoded(list(encoding.ids), list(encoding.offsets))
 
-    def entry(self, token: int) -> str | None:
-        """A token as the vocabulary writes it, such as `ĠOnce`; None where there is none of this id."""
-        entry: str | None = self._tokenizer.id_to_token(token)
-        return entry
+    def tokenize(self, text: str) -> list[str]:
+        """A text's tokens as the vocabulary writes them, such as `ĠOnce`, without those put around a text."""
+        ids = self.encode(text, add_special_tokens=False)
+        return [str(self._tokenizer.id_to_token(token)) for token in ids]
+
+    @overload
+    def convert_ids_to_tokens(self, ids: int) -> str | None: ...
+
+    @overload
+    def convert_ids_to_tokens(self, ids: Sequence[int]) -> list[str | None]: ...
+
+    def convert_ids_to_tokens(self, ids: int | Sequence[int]) -> str | list[str | None] | None:
+        """A token, or several, as the vocabulary writes them, such as `ĠOnce`; None where there is none of an id."""
+        if isinstance(ids, Sequence):
+            return [self._tokenizer.id_to_token(token) for token in ids]
+        return self._tokenizer.id_to_token(ids)
+
+    @overload
+    def convert_tokens_to_ids(self, tokens: str) -> int | None: ...  # type: ignore[overload-overlap]  # a text is a sequence, too
+
+    @overload
+    def convert_tokens_to_ids(self, tokens: Sequence[str]) -> list[int | None]: ...
+
+    def convert_tokens_to_ids(self, tokens: str | Sequence[str]) -> int | list[int | None] | None:
+        """The ids of tokens as the vocabulary writes them; of an unknown one that of `unk_token`, or None without one."""
+        if isinstance(tokens, str):
+            token = self._id(tokens)
+            return self.unk_token_id if token is None else token
+        return [self.convert_tokens_to_ids(each) for each in tokens]
 
     def token_bytes(self, token: int) -> bytes:
         """The UTF-8 bytes that a token stands for, which need not be whole characters; none where it isn't in the vocabulary."""
-        entry = self.entry(token)
+        entry = self.convert_ids_to_tokens(token)
         if entry is None:
             return b""
         if token in self._tokenizer.get_added_tokens_decoder():
@@ -175,17 +255,22 @@ class Tokenizer:
         except UnicodeDecodeError:
             return content
 
-    def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
-        """The text of ids, as a rule without special tokens; bytes that make no whole character become U+FFFD."""
-        text = str(self._tokenizer.decode(list(ids), skip_special_tokens=skip_special_tokens))
-        return _clean_up(text) if self._cleans_up else text
+    def decode(self, ids: int | Sequence[int], *, skip_special_tokens: bool = False) -> str:
+        """The text of one id or several; bytes that make no whole character become U+FFFD."""
+        listed = [ids] if isinstance(ids, int | np.integer) else list(ids)
+        text = str(self._tokenizer.decode(listed, skip_special_tokens=skip_special_tokens))
+        return clean_up(text) if self._cleans_up else text
+
+    def batch_decode(self, sequences: Iterable[Sequence[int]], *, skip_special_tokens: bool = False) -> list[str]:
+        """The texts of several sequences of ids."""
+        return [self.decode(ids, skip_special_tokens=skip_special_tokens) for ids in sequences]
 
     def stream(
         self,
         stop: StopStrings = StopStrings(),  # noqa: B008  # never changes
         *,
         skip_special_tokens: bool = True,
-    ) -> "TextStream":
+    ) -> TextStream:
         """A growing text that ends before the first of the stop strings."""
         return TextStream(self._tokenizer, stop, skip_special_tokens=skip_special_tokens, cleans_up=self._cleans_up)
 
@@ -227,6 +312,20 @@ class Tokenizer:
 
         return stops
 
+    def _id(self, token: str) -> int | None:
+        try:
+            return self._tokenizer.token_to_id(token)
+        except UnicodeEncodeError:  # half of a surrogate pair, which files may hold
+            return None
+
+    def _known(self, token: Any) -> str | None:
+        """A token of the settings as text, if the vocabulary has it."""
+        text = None if token is None else special_tokens.text(token)
+        return None if text is None or self._id(text) is None else text
+
+    def _id_of_role(self, token: str | None) -> int | None:
+        return None if token is None else self._id(token)
+
     def _unreadable(self, reason: str) -> PromptError:
         return PromptError(f"{self._path} can't read the text: {reason}")
 
@@ -252,59 +351,6 @@ class _UnreadableError(Exception):
     """A tokenizer can't read a text."""
 
 
-class TextStream:
-    """Text that is safe to show while tokens come in.
-
-    It never breaks a character of several bytes, and never shows a stop string or a possible beginning of one.
-    """
-
-    def __init__(
-        self,
-        tokenizer: HuggingFaceTokenizer,
-        stop: StopStrings,
-        *,
-        skip_special_tokens: bool = True,
-        cleans_up: bool = False,
-    ) -> None:
-        self._tokenizer = tokenizer
-        self._cleans_up, self._unsettled = cleans_up, ""
-        self._skip_special_tokens = skip_special_tokens
-        self._stream = DecodeStream(skip_special_tokens=skip_special_tokens)
-        self._stop = stop
-        self._ids: list[int] = []
-        self._decoded = ""  # of the tokens that make whole characters
-        self._shown = 0
-
-    def push(self, token: int) -> str:
-        """Takes one more token, and returns the text that can be shown now and wasn't before."""
-        self._ids.append(token)
-        self._decoded += self._settled(self._stream.step(self._tokenizer, token) or "")
-        end = self._stop.find(self._decoded)
-        return self._show(self._decoded, len(self._decoded) - self._stop.begun(self._decoded) if end is None else end)
-
-    def finish(self) -> str:
-        """The rest of the text, once no more tokens come; an incomplete character becomes U+FFFD."""
-        text = self._tokenizer.decode(self._ids, skip_special_tokens=self._skip_special_tokens)
-        if self._cleans_up:
-            text = _clean_up(text)
-        return self._show(text, self._stop.find(text))
-
-    def _settled(self, new: str) -> str:
-        """The part of the text so far that no later token changes."""
-        if not self._cleans_up:
-            return new
-        text = self._unsettled + new
-        match = _UNSETTLED.search(text)
-        settled = match.start() if match else len(text)
-        self._unsettled = text[settled:]
-        return _clean_up(text[:settled])
-
-    def _show(self, text: str, end: int | None) -> str:
-        new = text[self._shown : end]
-        self._shown += len(new)
-        return new
-
-
 def _open(path: Path) -> HuggingFaceTokenizer:
     """Opens a tokenizer.json once its parts are known to keep texts short."""
     try:
@@ -321,21 +367,16 @@ def _open(path: Path) -> HuggingFaceTokenizer:
         return HuggingFaceTokenizer.from_buffer(content)
 
 
-def _cleans_up(path: Path, tokenizer: HuggingFaceTokenizer) -> bool:
-    """Whether transformers cleans decoded text up: if the settings ask for it, and with BPE only if they insist."""
-    if not path.is_file():
-        return False
+def _read_if_there(path: Path) -> dict[str, Any]:
     try:
-        settings = read_json(path)
+        return read_json(path) if path.is_file() else {}
     except CheckpointError as error:
         raise BundleError(str(error)) from error
+
+
+def _cleans_up(settings: Mapping[str, Any], tokenizer: HuggingFaceTokenizer) -> bool:
+    """Whether transformers cleans decoded text up: if the settings ask for it, and with BPE only if they insist."""
     if not settings.get("clean_up_tokenization_spaces"):
         return False
     insists = settings.get("clean_up_tokenization_spaces_for_bpe_even_though_it_will_corrupt_output", False)
     return bool(insists) or type(tokenizer.model).__name__ != "BPE"
-
-
-def _clean_up(text: str) -> str:
-    for spaced, joined in _CLEAN_UP:
-        text = text.replace(spaced, joined)
-    return text

@@ -37,7 +37,7 @@ def test_any_tokens_streamed_are_their_text(
     tokenizer = tales_model.tokenizer
     stream = tokenizer.stream(StopStrings(stop, prompt))
     text = "".join([stream.push(token) for token in tokens] + [stream.finish()])
-    whole = tokenizer.decode(tokens)
+    whole = tokenizer.decode(tokens, skip_special_tokens=True)
     # All places of a stop string that ends behind the prompt.
     places = [
         place - len(prompt)

@@ -1,0 +1,60 @@
+"""The special tokens that a tokenizer's settings name, by their roles, as transformers 5 reads them."""
+
+from collections.abc import Mapping
+from typing import Any
+
+OLDER = "special_tokens_map.json"
+END_OF_TEXT = "<|endoftext|>"
+# In transformers' order.
+ROLES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+# Special tokens of a tokenizer whose files name no others.
+DEFAULTS: Mapping[str, Mapping[str, Any]] = {
+    "GPT2Tokenizer": dict.fromkeys(("bos_token", "eos_token", "unk_token"), END_OF_TEXT),
+    "BertTokenizer": {
+        "unk_token": "[UNK]",
+        "sep_token": "[SEP]",
+        "pad_token": "[PAD]",
+        "cls_token": "[CLS]",
+        "mask_token": "[MASK]",
+    },
+    "EsmTokenizer": {name: f"<{name[:3]}>" for name in ("eos_token", "unk_token", "pad_token", "cls_token")}
+    | {"mask_token": "<mask>"},
+}
+# Classes of transformers that are BertTokenizer by another name.
+_LIKE_BERT = {
+    f"{name}Tokenizer"
+    for name in (
+        "ConvBert", "DistilBert", "DPRContextEncoder", "DPRQuestionEncoder", "DPRReader", "Electra", "LayoutLM", "Lxmert",
+        "MobileBert", "Splinter", "SqueezeBert",
+    )
+}  # fmt: skip
+
+
+def class_of(name: object, otherwise: str = "GPT2Tokenizer") -> str:
+    """The class of transformers that a `tokenizer_class` stands for, without the ending "Fast"."""
+    name = name.removesuffix("Fast") if isinstance(name, str) else otherwise
+    return "BertTokenizer" if name in _LIKE_BERT else name
+
+
+def by_role(class_name: str, settings: Mapping[str, Any], older: Mapping[str, Any]) -> dict[str, Any]:
+    """Special tokens as text, or as a mapping with their `content`; None for a role that has none.
+
+    Args:
+        class_name: see `class_of`.
+        settings: tokenizer_config.json.
+        older: special_tokens_map.json, which counts only if the settings don't list the added tokens.
+    """
+    special = dict(DEFAULTS.get(class_name, {}))
+    special |= {name: settings[name] for name in settings if name.endswith("_token") and is_token(settings[name])}
+    special |= {name: None for name in ROLES if settings.get(name, "") is None}
+    return special | {name: token for name, token in older.items() if name.endswith("_token") and is_token(token)}
+
+
+def is_token(value: object) -> bool:
+    """Whether a value of these files can be a token."""
+    return isinstance(value, str) or (isinstance(value, dict) and isinstance(value.get("content"), str))
+
+
+def text(token: Any) -> str:
+    """A token's text."""
+    return str(token["content"]) if isinstance(token, dict) else str(token)
