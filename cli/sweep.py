@@ -64,6 +64,7 @@ def command(
 
     from ..experiments import sweep
 
+    sweep.check_folder(folder, replaces=resume or force)
     if energy is None and country is None and energy_seconds is None and not quiet and not sweep.has_codecarbon():
         click.echo("energy isn't measured: it needs pip install 'gpt2onnx[energy]'", err=True)
     loaded = load(model, device, threads, wide_after=0)

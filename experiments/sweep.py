@@ -139,12 +139,7 @@ def sweep(
     if energy is False and asked:
         raise OptionError("country and energy_seconds go with energy, which is switched off")
     if out is not None:
-        report.check()
-        results = Path(out) / RESULTS
-        if results.exists() and not (resume or force):
-            raise OutputError(
-                f"{results} exists: --resume (resume=True) continues it, --force (force=True) replaces it"
-            )
+        check_folder(Path(out), replaces=resume or force)
     tracker = None
     if energy or asked or (energy is None and has_codecarbon()):
         tracker = EnergyTracker(country=country, seconds=DEFAULT_SECONDS if energy_seconds is None else energy_seconds)
@@ -164,6 +159,23 @@ def sweep(
             if records and out is not None:
                 write_files(records, folder)
     return Runs(records, None if out is None else folder / REPORT)
+
+
+def check_folder(folder: Path, *, replaces: bool) -> None:
+    """Raises what a sweep into a folder would raise at its beginning; needs no model.
+
+    Args:
+        folder: of the results.
+        replaces: whether those of an earlier sweep are continued or replaced.
+
+    Raises:
+        OutputError: there are some, and they aren't to be replaced.
+        MissingExtraError: jinja2, which the report needs, isn't installed.
+    """
+    report.check()
+    results = folder / RESULTS
+    if results.exists() and not replaces:
+        raise OutputError(f"{results} exists: --resume (resume=True) continues it, --force (force=True) replaces it")
 
 
 def has_codecarbon() -> bool:

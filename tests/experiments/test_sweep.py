@@ -324,6 +324,18 @@ def test_the_command(command_line: CommandLine, tales_bundle: Path, small_grid: 
     assert (printed.code, printed.out) == (0, grid.built_in())
 
 
+def test_results_are_kept_before_any_model_is_loaded(command_line: CommandLine, tmp_path: Path) -> None:
+    """The model isn't there, so a sweep that looked for it first would say that."""
+    (tmp_path / "results.jsonl").write_text("{}\n")
+    command = ("sweep", "-m", tmp_path / "no-model", "--prompt", PROMPT, "--no-energy", "--out", tmp_path)
+    refused = command_line(*command)
+    assert (refused.code, refused.out, refused.err.count("\n")) == (1, "", 1)
+    assert "results.jsonl exists: --resume (resume=True) continues it" in refused.err
+    for option in ("--resume", "--force"):
+        assert "no-model" in command_line(*command, option).err
+    assert (tmp_path / "results.jsonl").read_text() == "{}\n"
+
+
 def test_a_prompt_in_the_grid(command_line: CommandLine, tales_bundle: Path, small_grid: Path, tmp_path: Path) -> None:
     small_grid.write_text("prompts = ['One day', 'The old king']\n" + SMALL)
     done = command_line("sweep", small_grid, "-m", tales_bundle, "--out", tmp_path / "out", "--no-energy", "--json")
