@@ -62,9 +62,18 @@ class Generation:
     def _sequence(self, continuation: Continuation) -> GeneratedSequence:
         new = continuation.tokens[len(self.strategy.prompt) :].tolist()
         text = self._decode(new)
-        logprobs = None if self.request.options.logprobs is None else continuation.logprobs
+        logprobs = pieces = None
+        if self.request.options.logprobs is not None:
+            logprobs, pieces = continuation.logprobs, self._pieces(new)
         end = self.stop.find(text)
-        return GeneratedSequence(text[:end], new, continuation.finish_reason, logprobs, continuation.score)
+        return GeneratedSequence(text[:end], new, continuation.finish_reason, logprobs, continuation.score, pieces)
+
+    def _pieces(self, tokens: Sequence[int]) -> list[str]:
+        """What each token adds to their text."""
+        stream = self._tokenizer.stream(skip_special_tokens=self.request.options.skip_special_tokens)
+        pieces = [stream.push(token) for token in tokens]
+        rest = stream.finish()
+        return [*pieces[:-1], pieces[-1] + rest] if pieces else []
 
     def _decode(self, ids: Sequence[int]) -> str:
         return self._tokenizer.decode(ids, skip_special_tokens=self.request.options.skip_special_tokens)

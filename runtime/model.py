@@ -249,7 +249,12 @@ class Model:
                 vocabulary's.
             BackendError: ONNX Runtime failed.
         """
-        ids = scored = self._ids(text)
+        try:
+            ids = scored = self._ids(text)
+        except PromptError as error:
+            if not error.too_long:
+                raise
+            raise PromptError(f"{error}, or take model.evaluate, which goes through texts of any length") from error
         if prompt is not None:
             ids = np.concatenate([self.prompt_ids(prompt), scored])
         if len(ids) < 2 or not len(scored):

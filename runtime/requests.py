@@ -6,7 +6,7 @@ import json
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any, Literal, TypedDict
+from typing import Any, Literal, TypedDict, cast
 
 from gpt2onnx.errors import Gpt2OnnxError, OptionError
 
@@ -134,6 +134,7 @@ class GeneratedSequence:
             or "time" (max_time); None if decoding was interrupted.
         logprobs: of each new token, if they were asked for.
         score: of a beam: its log probability divided by its length to the power of length_penalty.
+        pieces: the text that each new token adds, if log probabilities were asked for; not cut before a stop string.
     """
 
     text: str
@@ -141,6 +142,25 @@ class GeneratedSequence:
     finish_reason: str | None
     logprobs: list[TokenLogprobs] | None
     score: float | None = None
+    pieces: list[str] | None = field(default=None, repr=False)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The continuation as JSON holds it."""
+        content = asdict(self)
+        del content["pieces"]
+        return cast("dict[str, Any]", finite(content))
+
+    def to_html(self) -> str:
+        """The text as HTML: the less likely a token is, the darker, if log probabilities were asked for."""
+        if self.pieces is None or self.logprobs is None:
+            return html.escape(self.text)
+        left, marks = len(self.text), []
+        for piece, token in zip(self.pieces, self.logprobs, strict=True):
+            likely, shown = math.exp(token.logprob), html.escape(piece[:left])
+            left -= len(piece[:left])
+            shade = f"background: rgba(224, 130, 32, {0.6 * (1 - likely):.2f})"
+            marks.append(f'<span style="{shade}" title="{likely:.1%}">{shown}</span>' if shown else "")
+        return "".join(marks)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -215,7 +235,7 @@ class Result:
 
     def _repr_html_(self) -> str:
         """In a notebook: the prompt in grey, and the first continuation behind it."""
-        prompt, text = html.escape(self.prompt), html.escape(self.text)
+        prompt, text = html.escape(self.prompt), self.sequences[0].to_html()
         return f'<div style="white-space: pre-wrap"><span style="opacity: 0.55">{prompt}</span>{text}</div>'
 
     @property
@@ -253,7 +273,7 @@ class Result:
         return {
             "prompt": self.prompt,
             "prompt_ids": self.prompt_ids,
-            "sequences": [finite(asdict(sequence)) for sequence in self.sequences],
+            "sequences": [sequence.to_dict() for sequence in self.sequences],
             "seed": self.seed,
             "request_hash": self.request_hash,
             "usage": self.usage,

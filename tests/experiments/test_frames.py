@@ -2,13 +2,16 @@
 
 import html
 import json
+import math
+import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 from support.commands import CommandLine
 
 import gpt2onnx
-from gpt2onnx.errors import OptionError, OutputError
+from gpt2onnx.errors import OptionError, OutputError, PromptError
 from gpt2onnx.runtime.requests import GeneratedSequence, Result
 
 
@@ -33,6 +36,25 @@ def test_texts_of_a_result() -> None:
     assert "<b>" not in page
     assert html.escape("a <b>") in page
     assert html.escape(" & \n c") in page
+
+
+@pytest.mark.parametrize("options", [{}, {"stop": ["a"]}, {"num_beams": 2}, {"seed": 3, "temperature": 3.0}], ids=str)
+def test_tokens_are_shaded_by_their_probability(tales_model: gpt2onnx.Model, options: dict[str, Any]) -> None:
+    result = tales_model.generate("The <b>", max_new_tokens=12, logprobs=0, **options)
+    (sequence,) = result.sequences
+    assert sequence.pieces is not None
+    assert sequence.logprobs is not None
+    whole = tales_model.tokenizer.decode(sequence.token_ids, skip_special_tokens=True)
+    assert "".join(sequence.pieces) == whole
+    page = result._repr_html_()
+    assert html.unescape(re.sub("<[^>]*>", "", page)) == result.full_text
+    shown = re.findall(r'rgba\(224, 130, 32, ([\d.]+)\)" title="([\d.]+)%"', page)
+    expected = [math.exp(token.logprob) for token in sequence.logprobs]
+    assert 0 < len(shown) <= len(expected)
+    for (shade, percent), likely in zip(shown, expected, strict=False):
+        assert float(percent) == pytest.approx(100 * likely, abs=0.06)
+        assert float(shade) == pytest.approx(0.6 * (1 - likely), abs=0.006), "unlikely tokens are darker"
+    assert "pieces" not in result.to_dict()["sequences"][0]
 
 
 def test_names_of_the_package() -> None:
@@ -65,6 +87,10 @@ def test_a_model_evaluates_and_shows_the_next_token(tales_model: gpt2onnx.Model)
     table = gpt2onnx.to_pandas(evaluation)
     assert list(table["part"]) == ["train", "validation"]
     assert list(table["loss"]) == [loss.loss for loss in evaluation.parts.values()]
+    for long in ("word " * 600, "word " * 100_000):
+        with pytest.raises(PromptError, match=r"the context window 512.* or take model\.evaluate"):
+            tales_model.score(long)
+        assert tales_model.evaluate(long[:3000]).parts
     following = tales_model.next_token("Once upon a", temperatures=[0.5, 2], top_k=5, draws=20, seed=1)
     table = gpt2onnx.to_pandas(following)
     assert list(table["temperature"]) == [0.5] * 10 + [2] * 10
