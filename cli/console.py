@@ -7,7 +7,7 @@ import math
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import click
@@ -59,20 +59,32 @@ def print_json(record: Any, *, indent: int | None = None) -> None:
 
 
 @contextmanager
-def progress_bar(label: str, unit: str | None = None, *, quiet: bool) -> Iterator[Callable[[int, int], None] | None]:
+def progress_bar(
+    label: str, unit: str | None = None, *, quiet: bool, late: bool = False
+) -> Iterator[Callable[[int, int], None] | None]:
     """A progress bar over bytes, or over a known number of things called `unit`.
 
     Gives the function that moves it, called with the bytes or things done and their total; None where nobody watches.
+    With `late` the bar appears with the first move: for work that may not be needed.
     """
     if not is_chatty(quiet=quiet):
         yield None
         return
-    from tqdm import tqdm
+    with ExitStack() as stack:
 
-    unit_of_bar = "B" if unit is None else f" {unit}"
-    with tqdm(desc=label, unit=unit_of_bar, unit_scale=unit is None, leave=False, dynamic_ncols=True) as bar:
+        def appear() -> Any:
+            from tqdm import tqdm
+
+            unit_of_bar = "B" if unit is None else f" {unit}"
+            return stack.enter_context(
+                tqdm(desc=label, unit=unit_of_bar, unit_scale=unit is None, leave=False, dynamic_ncols=True)
+            )
+
+        bar = None if late else appear()
 
         def move(done: int, total: int) -> None:
+            nonlocal bar
+            bar = appear() if bar is None else bar
             bar.total = total
             bar.update(done - bar.n)
 

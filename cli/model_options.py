@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from . import console
+
 if TYPE_CHECKING:
     from ..runtime.model import Model
 
@@ -67,9 +69,9 @@ def draft_options(command: Callable[..., Any]) -> Callable[..., Any]:
         type=click.Choice(["auto", "none", "lookup", "twin"]),
         expose_value=False,
         callback=remember,
-        help="Where drafts of the next tokens come from, which one forward pass verifies: the text so far (lookup), the bundle's"
-        " network in 8 bits (twin), or the twin where there is one and it pays (auto, the default). In fp32 the text stays the same;"
-        " in fp16, int8 and int4, where several tokens in a pass round otherwise than one, a near tie may be decided otherwise.",
+        help="Source of drafts, next tokens that one forward pass verifies together: the text so far (lookup), the bundle's network"
+        " in 8 bits (twin), or the twin where there is one and it pays (auto, the default). In fp32 the text stays the same. In fp16,"
+        " int8 and int4 several tokens in a pass round differently from one, which may decide a near tie.",
     )(command)
 
 
@@ -83,16 +85,23 @@ def load(model: str, device: str, threads: int | None, **others: Any) -> "Model"
     from gpt2onnx.loading import load
 
     verify = bool(click.get_current_context().meta.get(_VERIFY))
-    return load(model, device=device, threads=threads, verify=verify, **drafts(), **others)
+    return load(exported(model), device=device, threads=threads, verify=verify, **drafts(), **others)
+
+
+def exported(model: str, dtype: str = "fp32") -> Path:
+    """The folder of a model's bundle; if it has to be exported first, with a progress bar."""
+    from gpt2onnx.loading import resolve
+
+    quiet = bool(click.get_current_context().params.get("quiet"))
+    with console.progress_bar(f"Exporting {model}", quiet=quiet, late=True) as progress:
+        return resolve(model, dtype, progress)
 
 
 def bundle_folder(model: str) -> Path:
     """The folder of a model that is loaded elsewhere, after the check that --verify asks for."""
-    from gpt2onnx.loading import resolve
-
     from ..models.bundle import Bundle
 
-    folder = resolve(model)
+    folder = exported(model)
     if click.get_current_context().meta.get(_VERIFY):
         Bundle.open(folder).verify()
     return folder

@@ -45,7 +45,9 @@ def command(
     from ..models.bundle import Bundle
 
     n_head = Bundle.open(bundle).config.n_head  # for a source that doesn't tell
-    report = check(bundle, Checkpoint.open(source, revision, n_head, adapter), suite)
+    checkpoint = Checkpoint.open(source, revision, n_head, adapter)
+    with console.progress_bar("Comparing with PyTorch", "requests", quiet=quiet) as progress:
+        report = check(bundle, checkpoint, suite, progress)
     if as_json:
         console.print_json(report, indent=2)
     elif not quiet:

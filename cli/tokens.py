@@ -4,7 +4,7 @@ import click
 
 from ..models.tables import table
 from . import console, prompt_options
-from .model_options import model_option
+from .model_options import exported, model_option
 
 
 @click.command("tokens", cls=prompt_options.PromptCommand)
@@ -24,8 +24,6 @@ def command(text: str | None, encoding: str, model: str, as_json: bool, quiet: b
       gpt2onnx tokens "Once upon a time"
       echo "Once upon a time" | gpt2onnx tokens --json
     """
-    from gpt2onnx.loading import resolve
-
     from ..models.bundle import TOKENIZER
     from ..runtime.text.tokenizer import Tokenizer
 
@@ -33,7 +31,7 @@ def command(text: str | None, encoding: str, model: str, as_json: bool, quiet: b
         text = prompt_options.standard_input("give a text, or one on standard input", encoding)
     else:
         text = prompt_options.argument(text, encoding)
-    tokenizer = Tokenizer(resolve(model) / TOKENIZER)
+    tokenizer = Tokenizer(exported(model) / TOKENIZER)
     encoded = tokenizer.encode_with_spans(text)
     if as_json:
         tokens = [

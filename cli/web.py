@@ -5,6 +5,7 @@ from pathlib import Path
 import click
 
 from . import console
+from .model_options import exported
 
 
 @click.command("web")
@@ -32,12 +33,10 @@ def command(bundle: str, out: Path, npm: Path | None, force: bool, as_json: bool
       gpt2onnx web ./gpt2-fp32 ./site --force
       python -m http.server --directory ./site
     """
-    from gpt2onnx.loading import resolve
-
     from ..models.bundle import Bundle
     from ..web.folder import write
 
-    sizes = write(Bundle.open(resolve(bundle, dtype="int8")), out, npm=npm, force=force)
+    sizes = write(Bundle.open(exported(bundle, "int8")), out, npm=npm, force=force)
     if as_json:
         console.print_json({"folder": str(out), "files": sizes})
     elif not quiet:

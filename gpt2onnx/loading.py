@@ -14,6 +14,7 @@ from .models.config import ADAPTER_CONFIG, GPT2Config, read_json
 
 if TYPE_CHECKING:
     from .model import Model
+    from .runtime.host.progress import Progress
 
 
 def load(
@@ -72,8 +73,14 @@ def load(
         )
 
 
-def resolve(model: str | os.PathLike[str], dtype: str = "fp32") -> Path:
-    """The bundle folder of a model: its own, or that of its export in the user's cache, in a precision."""
+def resolve(model: str | os.PathLike[str], dtype: str = "fp32", progress: "Progress | None" = None) -> Path:
+    """The bundle folder of a model: its own, or that of its export in the user's cache, in a precision.
+
+    Args:
+        model: as for `load`.
+        dtype: of an export.
+        progress: called with the bytes done and all bytes of an export, if it is needed.
+    """
     folder = Path(model)
     if bundle.is_bundle(folder):
         return folder
@@ -87,7 +94,7 @@ def resolve(model: str | os.PathLike[str], dtype: str = "fp32") -> Path:
 
         user_cache.made()
         try:
-            export(source, target, dtype=dtype, force=True)
+            export(source, target, dtype=dtype, force=True, progress=progress)
         except OutputError:
             if not bundle.is_bundle(target):  # otherwise another process has just made the same
                 raise

@@ -33,6 +33,7 @@ from ...models.shapes import weight_shapes
 from ...runtime.arrays import Tokens
 from ...runtime.engine.runner import Runner
 from ...runtime.engine.second_graph import FEWEST
+from ...runtime.host.progress import Progress
 from ...runtime.model import Model
 from ...runtime.options import GenerationConfig
 from ...runtime.requests import Request
@@ -61,13 +62,16 @@ _TIMES_NEAREST = 3.0
 _NOISE, _NOISE_OF_SCALES = 1e-4, 1e-3
 
 
-def check(folder: Path, checkpoint: Checkpoint, suite: str = "quick") -> dict[str, Any]:
+def check(
+    folder: Path, checkpoint: Checkpoint, suite: str = "quick", progress: Progress | None = None
+) -> dict[str, Any]:
     """Compares a bundle with its checkpoint run by PyTorch.
 
     Args:
         folder: the bundle.
         checkpoint: its source.
         suite: "quick" (seconds) or "full" (every strategy and processor, with seeds).
+        progress: called with the requests compared and all requests after each.
 
     Returns:
         The report: the reference, the figures of each check, and `passed` for all of them.
@@ -83,7 +87,7 @@ def check(folder: Path, checkpoint: Checkpoint, suite: str = "quick") -> dict[st
     lossy, times = manifest.dtype in _LOSSY, _TIMES_ROUNDING[manifest.dtype]
     prompts = _prompts(bundle.config)
     original = reference.logits(prompts)
-    tokens = _check_tokens(model, reference, suite, judged=not lossy)
+    tokens = _check_tokens(model, reference, suite, progress, judged=not lossy)
 
     report: dict[str, Any] = {"suite": suite, "precision": manifest.dtype, "reference": reference.name}
     roundings: dict[str, InputRounding] = {}
@@ -200,7 +204,9 @@ def _check_second_graph(bundle: Bundle, reference: Reference, prompts: list[Toke
     return figures | {"most_steps": steps, "passed": figures["passed"] and steps <= _HALF_A_STEP}
 
 
-def _check_tokens(model: Model, reference: Reference, suite: str, *, judged: bool) -> dict[str, Any]:
+def _check_tokens(
+    model: Model, reference: Reference, suite: str, progress: Progress | None, *, judged: bool
+) -> dict[str, Any]:
     """Counts the cases with equal tokens and those that this PyTorch can't judge; shows the first difference."""
     config, notes, chosen, same_numbers = model.config, list[str](), list[Case](), same_random_numbers()
     if config.vocab_size < MIN_VOCAB_SIZE or config.n_positions < MIN_POSITIONS:
@@ -213,7 +219,7 @@ def _check_tokens(model: Model, reference: Reference, suite: str, *, judged: boo
     left_out = Counter(reason for reason in reasons.values() if reason)
     chosen = [case for case in chosen if not reasons[case.name]]
     equal, first_difference = 0, None
-    for case in chosen:
+    for number, case in enumerate(chosen, 1):
         expected = reference.tokens(case)
         request = Request(case.prompt_ids, GenerationConfig().merged(case.options))
         ((_, outcome),) = model.complete([request])
@@ -224,6 +230,8 @@ def _check_tokens(model: Model, reference: Reference, suite: str, *, judged: boo
             equal += 1
         elif first_difference is None:
             first_difference = {"case": case.name, "options": dict(case.options)} | _first_difference(found, expected)
+        if progress is not None:
+            progress(number, len(chosen))
     figures: dict[str, Any] = {"cases": len(chosen), "equal": equal, "first_difference": first_difference}
     figures |= {"notes": notes, "left_out": dict(left_out)}
     return figures | ({"passed": equal == len(chosen)} if judged else {})

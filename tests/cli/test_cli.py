@@ -3,6 +3,7 @@
 import ast
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -16,6 +17,7 @@ from support.versions import skip_with_transformers_4
 
 import gpt2onnx
 from gpt2onnx.models.bundle import MANIFEST, Bundle
+from gpt2onnx.models.tales import FOLDER
 
 PROMPT = "Once upon a time"
 # An export that is as fast as it can be.
@@ -346,6 +348,7 @@ def test_a_person_at_a_terminal_sees_progress(quiet: bool, tales_bundle: Path, t
     commands = {
         "B/s": ("export", "tales", tmp_path / "bundle", "--no-parity"),
         "3 lines": ("generate", "-m", tales_bundle, "--input", requests, "--max-new-tokens", 2),
+        "Exporting": ("tokens", "Once", "-m", shutil.copytree(FOLDER, tmp_path / "checkpoint")),
     }
     for expected, arguments in commands.items():
         master, slave = pty.openpty()
