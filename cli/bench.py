@@ -7,7 +7,7 @@ import click
 
 from ..models.tables import aligned, table
 from . import console
-from .model_options import device_options, load, model_option
+from .model_options import device_options, exported, load, model_option
 
 if TYPE_CHECKING:
     from ..experiments.benchmark import Benchmark, Spread
@@ -30,9 +30,9 @@ def command(
     """Measure decoding speed, memory, and the share of the machine's read bandwidth that decoding uses.
 
     Prompts are random tokens, all of one length. Decoding is greedy, without an end token, in the loop that all
-    commands use. "of the bandwidth" is the share of the machine's read bandwidth, measured between the runs, that
-    reading all weights once a token takes. Without drafts 100 % is the limit of any implementation. With a twin one
-    reading serves several tokens, which may give more.
+    commands use. "of the bandwidth": the share of the machine's read bandwidth that it takes to read all weights once
+    a token. The bandwidth is measured between the runs. Without drafts nothing can be above 100 %; with a twin one
+    reading serves several tokens, so it may be more.
 
     \b
     Examples:
@@ -40,12 +40,10 @@ def command(
       gpt2onnx bench -m ./gpt2-int8 --prompt-tokens 512 --new-tokens 64
       gpt2onnx bench -m ./gpt2-int8 --batch-size 16 --threads 2 --json
     """
-    from gpt2onnx.loading import resolve
-
     from ..experiments.benchmark import benchmark
     from ..experiments.machine import describe, setting
 
-    folder = resolve(model)  # exports a source before loading is timed
+    folder = exported(model)  # exports a source before loading is timed
     started = time.perf_counter()
     loaded = load(str(folder), device, threads)
     seconds = time.perf_counter() - started

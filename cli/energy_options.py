@@ -13,10 +13,10 @@ def energy_options(command: Callable[..., Any]) -> Callable[..., Any]:
     command = click.option(
         "--energy-seconds",
         type=click.FloatRange(0, int(MOST_SECONDS)),
-        help=f"Seconds to measure; a shorter run is repeated until then, with 0 never (default {DEFAULT_SECONDS:g}).",
+        help=f"Least seconds to measure: a shorter run is repeated; 0 for no repetition (default {DEFAULT_SECONDS:g}).",
     )(command)
     return click.option(
-        "--country", metavar="ISO3", help="Whose electricity it is, such as FRA (default: the world's average)."
+        "--country", metavar="ISO3", help="Country of the electricity, such as FRA (default: the world's average)."
     )(command)
 
 

@@ -37,7 +37,7 @@ from . import parity as parity_report
 @click.option(
     "--calibrate/--no-calibrate",
     default=None,
-    help="With int8 or int4: round the weights for the activations on texts that the fp32 model writes itself"
+    help="With int8 or int4: round the weights so that outputs change least, on texts that the fp32 model writes"
     " (by default up to 200 million weights).",
 )
 @click.option(

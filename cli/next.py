@@ -79,7 +79,7 @@ def command(
     """Show how the token after PROMPT (or standard input) is drawn: logits, temperature, softmax, filters, draw.
 
     One table for each temperature. "logit" and "p" are the network's own; "/ T" is the logit divided by the
-    temperature; each further column is the probability after one more step, or "-" if the token is out.
+    temperature. Each further column adds one filter, and has the probabilities after it; "-": the token is out.
     Options that aren't given are the model's, as in `generate`.
 
     \b

@@ -54,7 +54,7 @@ def encoding_option(command: Callable[..., Any]) -> Callable[..., Any]:
         show_default=True,
         metavar="NAME",
         callback=check,
-        help="Encoding of files and standard input, unless a byte order mark says another.",
+        help="Encoding of files and standard input, unless a byte order mark names another.",
     )(command)
 
 

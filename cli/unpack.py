@@ -24,7 +24,7 @@ from . import console
 def command(archive: Path, bundle: Path, force: bool, max_size: float, as_json: bool, quiet: bool) -> None:
     """Unpack ARCHIVE, made by 'gpt2onnx pack', to the folder DIR.
 
-    Every file is compared with the manifest's hash before the folder appears. Nothing else is taken
+    The hash of every file is compared with the manifest before the folder appears. Nothing else is taken
     from the archive: no links, and no paths that leave the folder.
 
     \b

@@ -62,9 +62,8 @@ class Generation:
     def _sequence(self, continuation: Continuation) -> GeneratedSequence:
         new = continuation.tokens[len(self.strategy.prompt) :].tolist()
         text = self._decode(new)
-        logprobs = pieces = None
-        if self.request.options.logprobs is not None:
-            logprobs, pieces = continuation.logprobs, self._pieces(new)
+        asked = self.request.options.logprobs is not None
+        logprobs, pieces = (continuation.logprobs, self._pieces(new)) if asked else (None, None)
         end = self.stop.find(text)
         return GeneratedSequence(text[:end], new, continuation.finish_reason, logprobs, continuation.score, pieces)
 

@@ -121,7 +121,7 @@ class GenerationConfig(msgspec.Struct, frozen=True, kw_only=True):
     sequence_bias: Annotated[
         Annotated[Sequence[tuple[Words, Exponent]], Meta(min_length=1, max_length=limits.OPTION_SEQUENCES)] | None,
         about(
-            "Added to the logit of the last token of a sequence where the rest of it precedes.",
+            "Added to the logit of a sequence's last token where its other tokens come right before.",
             example="[[[5,7],-2.5]]",
         ),
     ] = None
@@ -138,7 +138,7 @@ class GenerationConfig(msgspec.Struct, frozen=True, kw_only=True):
     forced_bos_token_id: Annotated[TokenId | None, about("First new token after a prompt of one token.")] = None
     forced_eos_token_id: Annotated[
         TokenId | Sequence[TokenId] | None,
-        about("Token, or one of the tokens, that comes last where the length ends a sequence.", example="1,2"),
+        about("Token that comes last where the length ends a sequence; of several, one of them.", example="1,2"),
     ] = None
     exponential_decay_length_penalty: Annotated[
         tuple[Count, Factor] | None,
@@ -202,8 +202,8 @@ class GenerationConfig(msgspec.Struct, frozen=True, kw_only=True):
     truncate: Annotated[
         Literal["none", "left"],
         about(
-            "What becomes of a prompt that leaves no room for the new tokens: left drops its first tokens, none refuses a"
-            " prompt beyond the context window."
+            "Where a prompt leaves no room for the new tokens, left drops its first tokens; none refuses a prompt that is longer than"
+            " the context window."
         ),
     ] = "none"
 

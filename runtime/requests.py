@@ -154,7 +154,7 @@ class GeneratedSequence:
         """The text as HTML: the less likely a token is, the darker, if log probabilities were asked for."""
         if self.pieces is None or self.logprobs is None:
             return html.escape(self.text)
-        left, marks = len(self.text), []
+        left, marks = len(self.text), list[str]()
         for piece, token in zip(self.pieces, self.logprobs, strict=True):
             likely, shown = math.exp(token.logprob), html.escape(piece[:left])
             left -= len(piece[:left])

@@ -11,6 +11,9 @@ import pytest
 from support.paths import DOCS, README, REPOSITORY
 from support.systems import posix
 
+# Parts the output of one example from the next one's.
+MARK = "-- next example --"
+
 
 def blocks(language: str, page: Path = README) -> list[str]:
     return re.findall(rf"^```{language}\n(.*?)^```$", page.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
@@ -48,21 +51,20 @@ def test_shell_examples_run(workplace: Path) -> None:
     assert not [line for line in results if '"error"' in line]
 
 
-def test_python_examples_run(workplace: Path) -> None:
-    for code in blocks("python"):
-        # Calibrated, as it stands, it is exported by the shell's examples.
-        code = code.replace("force=True", "force=True, calibrate=False, quality=False")
-        done = subprocess.run([sys.executable, "-c", code], cwd=workplace, capture_output=True, text=True, timeout=300)
-        assert done.returncode == 0, done.stderr
-        assert done.stdout.strip()
-
-
-@pytest.mark.parametrize("page", ["from-transformers.md", "python.md"])
-def test_the_python_of_a_page_runs(page: str, workplace: Path) -> None:
-    code = "\n".join(blocks("python", DOCS / page))
+@pytest.mark.parametrize("page", [README, *(DOCS / f"{name}.md" for name in ("extend", "from-transformers", "python"))])
+def test_python_examples_print_what_the_page_shows(page: Path, workplace: Path) -> None:
+    """One after another, as a reader would; what a block prints stands below it."""
+    examples = re.findall(
+        r"^```python\n(.*?)^```$(?:\n\nprints\n\n```text\n(.*?)^```$)?",
+        page.read_text("utf-8"),
+        re.MULTILINE | re.DOTALL,
+    )
+    assert examples
+    code = f"print({MARK!r})\n".join(code for code, _ in examples)
     done = subprocess.run([sys.executable, "-c", code], cwd=workplace, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
-    assert len(done.stdout.splitlines()) >= code.count("print(")
+    for (_, shown), printed in zip(examples, done.stdout.split(f"{MARK}\n"), strict=True):
+        assert [line.rstrip() for line in printed.splitlines()] == shown.splitlines()
 
 
 def test_messages_of_the_troubleshooting_page_are_those_of_the_code() -> None:

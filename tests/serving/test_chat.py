@@ -251,5 +251,8 @@ def test_tokens_of_texts_and_conversations(server: Running, model: gpt2onnx.Mode
         assert (found["tokens"], found["count"], found["max_model_len"]) == (ids, len(ids), model.config.n_positions)
         assert found["token_strs"] == model.tokenizer.convert_ids_to_tokens(ids)
         assert server.client.post("/detokenize", json={"tokens": ids}).json() == {"prompt": model.tokenizer.decode(ids)}
+    end, name = model.tokenizer.eos_token_id, model.tokenizer.eos_token
+    assert name is not None
+    assert server.client.post("/detokenize", json={"tokens": [*ids, end]}).json() == {"prompt": text + name}
     assert server.client.post("/tokenize", json={}).status_code == 400
     assert server.client.post("/tokenize", json={"prompt": "a", "model": "b"}).status_code == 404
