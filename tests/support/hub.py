@@ -1,15 +1,18 @@
 """A server on this machine that speaks the interface of the Hugging Face hub. Tests import its fixtures `hub` and `checkpoints`."""
 
 import hashlib
+import importlib
 import json
 import threading
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 import pytest
+from huggingface_hub import constants, utils
 
 from support.checkpoints import MakeCheckpoint
 
@@ -27,7 +30,7 @@ class Hub:
         cut: how many more answers with a weight file's content break off half-way.
         down: whether weight files are answered with an error after that.
         fetched: the files asked for with GET.
-        asked: how many requests there were.
+        requests: how many there were.
     """
 
     commits: dict[str, dict[str, bytes]]
@@ -35,12 +38,39 @@ class Hub:
     cut: int = 0
     down: bool = False
     fetched: list[str] = field(default_factory=list)
-    asked: int = 0
+    requests: int = 0
     endpoint: str = ""
 
     def commit_of(self, revision: str) -> str | None:
         commit = self.revisions.get(revision, revision)
         return commit if commit in self.commits else None
+
+    @contextmanager
+    def asked(self, cache: Path, **environment: str) -> Iterator[None]:
+        """Lets huggingface_hub ask this server, with a cache of its own: as in a process that starts with these variables."""
+        settings = {
+            "HF_ENDPOINT": self.endpoint,
+            "HF_HOME": str(cache),
+            "HF_HUB_OFFLINE": "0",
+            "HF_HUB_DISABLE_XET": "1",
+        }
+        try:
+            with pytest.MonkeyPatch.context() as patch:
+                for name, value in (settings | environment).items():
+                    patch.setenv(name, value)
+                read_settings()
+                yield
+        finally:
+            read_settings()
+
+
+def read_settings() -> None:
+    """Has huggingface_hub read its variables once more, and close the connections that it made by the earlier ones."""
+    importlib.reload(constants)
+    if hasattr(utils, "close_session"):
+        utils.close_session()
+    else:  # before 1.0
+        utils.reset_sessions()
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -56,7 +86,7 @@ class Handler(BaseHTTPRequestHandler):
         self.do_GET()
 
     def do_GET(self) -> None:
-        self.hub.asked += 1
+        self.hub.requests += 1
         path = unquote(urlsplit(self.path).path)
         match path.strip("/").split("/"):
             case ["api", "models", owner, name, "revision", revision] if f"{owner}/{name}" == REPOSITORY:
