@@ -19,8 +19,8 @@ def test_a_run_is_measured_resumed_and_reported(make_checkpoint: MakeCheckpoint,
     check_a_run(bundle, ours(bundle, "peer") | {"slow": True}, tmp_path)
 
 
-def figures(tmp_path: Path, ours: list[float], theirs: list[float]) -> str:
-    """The report of one scenario with these figures."""
+def figures(tmp_path: Path, ours: list[float], theirs: list[float]) -> Path:
+    """A file of one scenario with these figures."""
     contender = {"families": ["fp32"], "version": "1", "note": "", "slow": False}
     contender |= {"read_bytes": 1000, "weights_bytes": 1000, "model_bytes": 1000}
     part: dict[str, Any] = {
@@ -32,12 +32,16 @@ def figures(tmp_path: Path, ours: list[float], theirs: list[float]) -> str:
     run = {"machine": {"processor": "P", "cores": 2, "system": "S", "commit": "c"}, "threads": 2, "rounds": 3}
     run |= {"contenders": {name: contender | {"ours": name == "gpt2onnx"} for name in part["figures"]}, "parts": [part]}
     (tmp_path / "results.json").write_text(json.dumps(run))
-    succeed("report", str(tmp_path / "results.json"), "--no-plots")
-    return (tmp_path / "README.md").read_text()
+    return tmp_path / "results.json"
+
+
+def report(results: Path) -> str:
+    succeed("report", str(results), "--no-plots")
+    return (results.parent / "README.md").read_text()
 
 
 def test_ratios_are_taken_round_by_round(tmp_path: Path) -> None:
-    page = figures(tmp_path, ours=[4.0, 40.0, 10.0], theirs=[1.0, 10.0, 40.0])
+    page = report(figures(tmp_path, ours=[4.0, 40.0, 10.0], theirs=[1.0, 10.0, 40.0]))
     # 4 : 1, 40 : 10 and 10 : 40. The ratio of the medians would be 1, that of the means near it.
     assert "4.00 [0.25 to 4.00]" in page
     assert "4.00 peer" in page
@@ -47,7 +51,7 @@ def test_ratios_are_taken_round_by_round(tmp_path: Path) -> None:
 
 
 def test_a_peer_that_is_ahead_is_named(tmp_path: Path) -> None:
-    page = figures(tmp_path, ours=[5.0, 5.0, 5.0], theirs=[10.0, 20.0, 10.0])
+    page = report(figures(tmp_path, ours=[5.0, 5.0, 5.0], theirs=[10.0, 20.0, 10.0]))
     assert "A peer is ahead in 1 of 1 comparisons" in page
     assert "gpt2onnx in batch 1, class fp32: 0.50 of peer" in page
     assert "| peer | **10.0** |" in page
@@ -55,8 +59,8 @@ def test_a_peer_that_is_ahead_is_named(tmp_path: Path) -> None:
 
 
 def test_a_run_is_not_continued_otherwise(tmp_path: Path) -> None:
-    figures(tmp_path, ours=[1.0] * 3, theirs=[1.0] * 3)
-    refused = module("run", "--out", str(tmp_path / "results.json"), "--rounds", "1")
+    results = figures(tmp_path, ours=[1.0] * 3, theirs=[1.0] * 3)
+    refused = module("run", "--out", str(results), "--rounds", "1")
     assert refused.returncode == 1
     assert "begun with other --threads or --rounds" in refused.stderr
 
