@@ -147,16 +147,23 @@ def second_graph_at_any_width(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def command_line(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> CommandLine:
-    """Runs the command line in this process: command_line("generate", "Once", stdin="")."""
+def command_line(capfd: pytest.CaptureFixture[str]) -> CommandLine:
+    """Runs the command line in this process: command_line("generate", "Once", stdin="", without=("llguidance",)).
 
-    def run(*arguments: object, stdin: str | bytes = "") -> Finished:
-        monkeypatch.setattr(sys, "argv", ["gpt2onnx", *map(str, arguments)])
+    Packages in `without` fail to be imported by functions, as if they weren't installed; modules may have them already.
+    """
+
+    def run(*arguments: object, stdin: str | bytes = "", without: tuple[str, ...] = ()) -> Finished:
         content = stdin.encode() if isinstance(stdin, str) else stdin
-        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(content)))
         capfd.readouterr()
-        with pytest.raises(SystemExit) as exit_:
-            main()
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(sys, "argv", ["gpt2onnx", *map(str, arguments)])
+            patch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(content)))
+            loaded = [name for name in sys.modules if name.partition(".")[0] in without]
+            for name in (*without, *loaded):
+                patch.setitem(sys.modules, name, None)
+            with pytest.raises(SystemExit) as exit_:
+                main()
         out, err = capfd.readouterr()
         return Finished(int(exit_.value.code or 0), out, err)
 

@@ -5,6 +5,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+from support.commands import CommandLine
 from support.isolated import COMMAND_LINE, EXPORT_ONLY, REFERENCES, run
 from support.paths import REPOSITORY
 
@@ -26,8 +28,9 @@ def test_blocked_packages_are_really_missing() -> None:
 
 
 def test_importing_the_package_costs_nothing() -> None:
-    assert modules_after("import gpt2onnx") & {"numpy", "onnxruntime", "tokenizers", "tqdm", "click"} == set()
-    assert modules_after("import gpt2onnx") >= {"gpt2onnx"}
+    imported = modules_after("import gpt2onnx")
+    assert imported & {"numpy", "onnxruntime", "tokenizers", "tqdm", "click"} == set()
+    assert imported >= {"gpt2onnx"}
 
 
 def test_the_runtime_imports_only_what_generating_needs(tales_bundle: Path) -> None:
@@ -53,21 +56,23 @@ def test_generates_without_pytorch_transformers_and_onnx(tales_bundle: Path, tal
 
 
 def test_a_source_needs_the_extra_export(tmp_path: Path) -> None:
-    for package in ("onnx", "safetensors"):
-        for command in (["export", "tales", tmp_path / "bundle"], ["generate", "x", "-m", "tales"]):
-            status, out, err = run(COMMAND_LINE, *command, without=(package,), GPT2ONNX_CACHE=str(tmp_path / "cache"))
-            assert (status, out) == (1, "")
-            assert err.count("\n") == 1
-            assert f"needs the package {package}: pip install 'gpt2onnx[export]'" in err
+    export, generate = ["export", "tales", tmp_path / "bundle"], ["generate", "x", "-m", "tales"]
+    for package, command in (("onnx", export), ("safetensors", generate)):
+        status, out, err = run(COMMAND_LINE, *command, without=(package,), GPT2ONNX_CACHE=str(tmp_path / "cache"))
+        assert (status, out) == (1, "")
+        assert err.count("\n") == 1
+        assert f"needs the package {package}: pip install 'gpt2onnx[export]'" in err
     assert not list(tmp_path.iterdir())
 
 
-def test_a_cached_export_needs_no_extra(tmp_path: Path) -> None:
+def test_a_cached_export_needs_no_extra(
+    tmp_path: Path, command_line: CommandLine, monkeypatch: pytest.MonkeyPatch
+) -> None:
     command = ["generate", "x", "-m", "tales", "--max-new-tokens", 3]
-    cache = {"GPT2ONNX_CACHE": str(tmp_path / "cache")}
-    first = run(COMMAND_LINE, *command, **cache)
-    assert first[0] == 0
-    assert run(COMMAND_LINE, *command, without=REFERENCES + EXPORT_ONLY, **cache) == first
+    monkeypatch.setenv("GPT2ONNX_CACHE", str(tmp_path / "cache"))
+    first = command_line(*command)
+    assert (first.code, first.err) == (0, "")
+    assert run(COMMAND_LINE, *command, without=REFERENCES + EXPORT_ONLY) == (0, first.out, "")
 
 
 def test_generating_needs_the_extra_cpu(tales_bundle: Path) -> None:

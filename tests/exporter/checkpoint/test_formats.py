@@ -14,7 +14,6 @@ from support.checkpoints import MakeCheckpoint
 from support.commands import CommandLine
 from support.fuzzing import ASKED
 from support.golden import FOLDER
-from support.isolated import COMMAND_LINE, run
 from support.weight_files import State, refused
 from tokenizers import Tokenizer as HuggingFaceTokenizer
 from tokenizers.decoders import ByteLevel
@@ -217,8 +216,8 @@ def test_gguf_with_infinite_scales(tmp_path: Path, numbers: State) -> None:
 
 
 @pytest.mark.parametrize(("source", "package"), [("tensorflow", "google_crc32c"), ("F32.gguf", "gguf")])
-def test_the_package_that_a_format_needs(source: str, package: str, tmp_path: Path) -> None:
-    status, out, err = run(COMMAND_LINE, "export", FILES / source, tmp_path / "bundle", without=(package,))
-    assert (status, out, err.count("\n")) == (1, "", 1)
-    assert "pip install 'gpt2onnx[formats]'" in err
+def test_the_package_that_a_format_needs(source: str, package: str, command_line: CommandLine, tmp_path: Path) -> None:
+    done = command_line("export", FILES / source, tmp_path / "bundle", without=(package,))
+    assert (done.code, done.out, done.err.count("\n")) == (1, "", 1)
+    assert "pip install 'gpt2onnx[formats]'" in done.err
     assert not list(tmp_path.iterdir())

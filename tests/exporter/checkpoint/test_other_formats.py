@@ -13,9 +13,9 @@ import onnx
 import pytest
 from safetensors.numpy import load_file, save_file
 from support import torch_files
+from support.commands import CommandLine
 from support.golden import FOLDER
 from support.graphs import logits_of_prompt
-from support.isolated import COMMAND_LINE, run
 from support.weight_files import refused
 
 import gpt2onnx
@@ -172,10 +172,10 @@ def test_an_hdf5_file_that_leads_elsewhere(tmp_path: Path) -> None:
     assert "tensor wte/embeddings:0 isn't stored whole in this file" in refused(tmp_path)
 
 
-def test_the_package_that_hdf5_needs(tmp_path: Path) -> None:
-    status, out, err = run(COMMAND_LINE, "export", FILES / "h5", tmp_path / "bundle", without=("h5py",))
-    assert (status, out, err.count("\n")) == (1, "", 1)
-    assert "pip install 'gpt2onnx[formats]'" in err
+def test_the_package_that_hdf5_needs(command_line: CommandLine, tmp_path: Path) -> None:
+    done = command_line("export", FILES / "h5", tmp_path / "bundle", without=("h5py",))
+    assert (done.code, done.out, done.err.count("\n")) == (1, "", 1)
+    assert "pip install 'gpt2onnx[formats]'" in done.err
 
 
 def test_pytorchs_weights_come_before_others(tmp_path: Path) -> None:
