@@ -25,7 +25,9 @@ WAYS: dict[str, Callable[[str], Encoded]] = {
     "Latin-1": lambda text: (text.encode("latin-1"), ["--encoding", "latin-1"]),
     "cp1252": lambda text: (text.replace("\n", "\r\n").encode("cp1252"), ["--encoding", "cp1252"]),
 }
-PROMPTS = [("generate", "--max-new-tokens", "4"), ("tokens",), ("next", "--top", "3")]
+# Commands that read a prompt, and such that read a text file.
+PROMPTS = [("tokens",), ("generate", "--max-new-tokens", "4"), ("next", "--top", "3")]
+FILES = [("eval", "--context", "8"), ("generate", "--max-new-tokens", "4", "--file")]
 
 
 def timeless(text: str) -> list[Any]:
@@ -34,22 +36,32 @@ def timeless(text: str) -> list[Any]:
     return [{name: value for name, value in each.items() if name not in ("seconds", "text_file")} for each in records]
 
 
-@pytest.mark.parametrize("way", WAYS)
-def test_prompts_and_texts(way: str, command_line: CommandLine, tales_bundle: Path, tmp_path: Path) -> None:
+# Every way with one command, and every command with a way that is found out and with one that is named.
+PAIRS = [(way, PROMPTS[0]) for way in WAYS] + [(way, each) for each in PROMPTS[1:] for way in ("UTF-16", "cp1252")]
+FILE_PAIRS = [(way, each) for each in FILES for way in ("UTF-16", "cp1252")]
+
+
+@pytest.mark.parametrize(("way", "command"), PAIRS)
+def test_prompts(way: str, command: tuple[str, ...], command_line: CommandLine, tales_bundle: Path) -> None:
+    content, options = WAYS[way](TEXT)
+    common = [*command, "-m", tales_bundle, "--json"]
+    done = command_line(*common, *options, stdin=content)
+    assert (done.code, done.err) == (0, "")
+    assert timeless(done.out) == timeless(command_line(*common, stdin=TEXT).out)
+
+
+@pytest.mark.parametrize(("way", "command"), FILE_PAIRS)
+def test_texts(
+    way: str, command: tuple[str, ...], command_line: CommandLine, tales_bundle: Path, tmp_path: Path
+) -> None:
     content, options = WAYS[way](TEXT)
     plain, encoded = tmp_path / "plain.txt", tmp_path / "encoded.txt"
     plain.write_bytes(TEXT.encode())
     encoded.write_bytes(content)
     common = ["-m", tales_bundle, "--json"]
-    for command, *more in PROMPTS:
-        done = command_line(command, *more, *common, *options, stdin=content)
-        assert (done.code, done.err) == (0, "")
-        assert timeless(done.out) == timeless(command_line(command, *more, *common, stdin=TEXT).out), command
-    files = [["generate", "--max-new-tokens", 4, "--file"], ["eval", "--context", 8]]
-    for command in files:
-        expected = timeless(command_line(*command, plain, *common).out)
-        assert timeless(command_line(*command, encoded, *common, *options).out) == expected, command
-        assert timeless(command_line(*command, "-", *common, *options, stdin=content).out) == expected, command
+    expected = timeless(command_line(*command, plain, *common).out)
+    assert timeless(command_line(*command, encoded, *common, *options).out) == expected
+    assert timeless(command_line(*command, "-", *common, *options, stdin=content).out) == expected
 
 
 @pytest.mark.parametrize("way", WAYS)
@@ -169,15 +181,18 @@ def test_text_never_raises(encoding: str, in_encoding: Callable[..., Finished], 
         assert done.out
     failed = in_encoding(encoding, "inspect", "nö-such-model-日")
     assert (failed.code, failed.err.count("\n"), "Traceback" in failed.err) == (1, 1, False)
-    own = subprocess.run(
+
+
+def test_text_never_raises_in_a_process_of_its_own(tales_bundle: Path) -> None:
+    done = subprocess.run(
         [sys.executable, "-m", "gpt2onnx", "tokens", "Zoë: “日本” 😀", "-m", tales_bundle], capture_output=True, check=False,
-        env=os.environ | {"PYTHONIOENCODING": encoding},
+        env=os.environ | {"PYTHONIOENCODING": "cp1252"},
     )  # fmt: skip
-    assert (own.returncode, own.stderr) == (0, b"")
+    assert (done.returncode, done.stderr) == (0, b"")
 
 
 @posix
-def test_arguments_are_bytes_of_an_encoding(tales_bundle: Path) -> None:
+def test_arguments_are_bytes_of_an_encoding(command_line: CommandLine, tales_bundle: Path) -> None:
     def run(*arguments: str | bytes) -> subprocess.CompletedProcess[bytes]:
         command = [sys.executable, "-m", "gpt2onnx", "tokens", "-m", str(tales_bundle), "--json", *arguments]
         return subprocess.run(command, capture_output=True, check=False, env=os.environ | {"PYTHONUTF8": "1"})
@@ -185,4 +200,4 @@ def test_arguments_are_bytes_of_an_encoding(tales_bundle: Path) -> None:
     latin, named = run(b"caf\xe9"), run(b"caf\xe9", "--encoding", "latin-1")
     assert latin.returncode == 1
     assert b"byte 0xe9 is not UTF-8" in latin.stderr
-    assert json.loads(named.stdout) == json.loads(run("café").stdout)
+    assert json.loads(named.stdout) == json.loads(command_line("tokens", "-m", tales_bundle, "--json", "café").out)
