@@ -124,14 +124,14 @@ def read_json(path: Path, most: int = limits.JSON) -> dict[str, Any]:
 
 
 def read_small(path: Path, most: int = limits.JSON) -> bytes:
-    """The bytes of a JSON file of limited size; raises CheckpointError as `read_json` does."""
+    """The bytes of a small file; raises CheckpointError as `read_json` does."""
     try:
         with path.open("rb") as file:
             text = file.read(most + 1)
     except OSError as error:
         raise CheckpointError(f"can't read {path}: {error.strerror or error}") from error
     if len(text) > most:
-        raise CheckpointError(f"{path} has more than the {most:,} bytes that are read as JSON: is it another file?")
+        raise CheckpointError(f"{path} has more than the {most:,} bytes that are read: is it another file?")
     return text
 
 

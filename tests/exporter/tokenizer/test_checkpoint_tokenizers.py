@@ -3,11 +3,8 @@
 import json
 import pickle
 import shutil
-import sys
 from collections.abc import Callable
-from importlib.machinery import ModuleSpec
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
@@ -15,52 +12,15 @@ import tokenizers
 from support.checkpoints import END_OF_TEXT, MakeCheckpoint, byte_tokenizer
 from support.commands import CommandLine
 from support.golden import Golden
-from support.tokenizer_files import GPT2_FILES, TEXTS, differences, in_transformers, write
-from support.versions import skip_with_transformers_4
+from support.tokenizer_files import GPT2_FILES, TEXTS, Judge, differences, in_transformers, write
 from tokenizers import decoders, models, normalizers, pre_tokenizers
 
 import gpt2onnx
-from gpt2onnx.errors import CheckpointError, MissingExtraError
+from gpt2onnx.errors import CheckpointError
 from gpt2onnx.exporter.tokenizer.convert import write_tokenizer
 from gpt2onnx.runtime.text.tokenizer import Tokenizer
 
 END = 1000  # most tests need only the first merges of GPT-2's vocabulary
-
-
-class Judge:
-    """transformers' answers, and the files that it saves."""
-
-    def __init__(self, golden: Golden) -> None:
-        self.golden = golden
-
-    def assert_agrees(self, case: object, checkpoint: Path) -> Path:
-        """Writes the bundle's tokenizer, and compares it with what transformers makes of the checkpoint's."""
-        skip_with_transformers_4("files of tokenizers mean something else")
-        bundle = checkpoint / "bundle"
-        bundle.mkdir()
-        write_tokenizer(checkpoint, json.loads((checkpoint / "config.json").read_text()), bundle)
-
-        def live() -> Any:
-            expected = in_transformers(checkpoint)
-            # The bundle is a checkpoint for others, so transformers must read the same from it.
-            shutil.copyfile(checkpoint / "config.json", bundle / "config.json")
-            assert in_transformers(bundle) == expected
-            return expected
-
-        assert differences(bundle, self.golden.answer(["texts", case, TEXTS], live)) == []
-        return bundle
-
-    def save(self, case: object, folder: Path) -> None:
-        """Saves the folder's tokenizer as transformers does, beside what is there."""
-
-        def live() -> dict[str, str]:
-            import transformers
-
-            transformers.AutoTokenizer.from_pretrained(folder).save_pretrained(folder / "saved")
-            return {path.name: path.read_text("utf-8") for path in sorted((folder / "saved").iterdir())}
-
-        for name, text in self.golden.answer(["saved", case], live).items():
-            (folder / name).write_text(text, "utf-8")
 
 
 @pytest.fixture(scope="module")
@@ -355,17 +315,6 @@ def test_cleaned_text_grows_into_the_same_text(judge: Judge, tmp_path: Path) -> 
         shown_early += any(pieces)
         assert "".join([*pieces, stream.finish()]) == text, ids
     assert shown_early > len(sequences) / 4
-
-
-@pytest.mark.parametrize("package", ["transformers", "sentencepiece"])
-def test_sentencepiece_needs_an_extra(package: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "spiece.model").write_bytes(b"anything")
-    for name in ("transformers", "sentencepiece"):
-        installed = ModuleType(name)
-        installed.__spec__ = ModuleSpec(name, None)
-        monkeypatch.setitem(sys.modules, name, None if name == package else installed)
-    with pytest.raises(MissingExtraError, match=rf"{package}: pip install 'gpt2onnx\[optimum\]'"):
-        write_tokenizer(tmp_path, {"vocab_size": 10}, tmp_path)
 
 
 def spoil(name: str, content: str) -> Callable[[Path], None]:
