@@ -23,7 +23,7 @@ CONSTANT = 2**26
 TOKENIZER_STEPS = 32
 TOKENIZER_GROWTH = 5000
 # Merges that the pieces of a sentencepiece model make. Vocabularies of 256,000 pieces make some 600,000.
-MERGES = 2_000_000
+MERGES = 1_000_000
 # Bytes of a text, a line of which is a request.
 TEXT = 256 * MIB
 LINE = 16 * MIB

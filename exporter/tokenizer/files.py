@@ -189,7 +189,9 @@ class TokenizerFiles:
 
     def _add_template(self, tokenizer: Tokenizer, before: tuple[str, ...], after: tuple[str, ...]) -> None:
         """Puts the special tokens of these roles before and after every text."""
-        first, last = ([text_of(self.special[role]) for role in roles] for roles in (before, after))
+        first, last = (
+            [text_of(token) for role in roles if (token := self.special.get(role))] for roles in (before, after)
+        )
         tokenizer.post_processor = processors.TemplateProcessing(
             single=[*first, "$A", *last],
             special_tokens=[(token, tokenizer.token_to_id(token)) for token in dict.fromkeys(first + last)],
