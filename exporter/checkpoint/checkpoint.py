@@ -96,7 +96,7 @@ class Checkpoint:
         config = GPT2Config.from_dict(raw_config)
         tied = _is_tied(config, weights, saved.path)
         shapes = _checked_shapes(config, weights, saved.path, tied=tied)
-        files = tuple(sorted({part.path for weight in weights.values() for part in weight.parts}))
+        files = tuple(sorted({part.path for weight in weights.values() for part in weight.parts} | set(saved.files)))
         unused = [name for name in weights.keys() - shapes.keys() - {"lm_head.weight"} if not _BUFFER.match(name)]
         if unused:
             some = ", ".join(sorted(unused)[:3]) + (" …" if len(unused) > 3 else "")

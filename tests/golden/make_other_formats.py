@@ -10,7 +10,6 @@ Each program wants an environment of its own, in which its part is run: `python 
 | onnx | optimum-onnx, transformers 4.57 |
 | h5 | transformers 4.57, tensorflow, tf-keras |
 | flax | transformers 4.57, flax |
-| fsdp | torch |
 | keras | keras-hub, with KERAS_BACKEND=jax |
 """
 
@@ -300,15 +299,7 @@ def keras() -> None:
     record("keras_preset", logits, {name: version(name) for name in ("keras", "keras-hub", "h5py")})
 
 
-def fsdp() -> None:
-    import torch
-    import torch.distributed.checkpoint as dcp
-
-    folder = FOLDER / "fsdp" / "pytorch_model_fsdp_0"  # accelerate's name
-    dcp.save({"model": {"transformer.wte.weight": torch.zeros(2, 2)}}, checkpoint_id=folder)
-
-
-PARTS = {each.__name__: each for each in (llm_c, mingpt_2020, mingpt_2022, mlx, onnx, h5, flax, keras, fsdp)}
+PARTS = {each.__name__: each for each in (llm_c, mingpt_2020, mingpt_2022, mlx, onnx, h5, flax, keras)}
 
 if __name__ == "__main__":
     PARTS[sys.argv[1]](*map(Path, sys.argv[2:]))

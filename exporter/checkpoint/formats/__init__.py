@@ -10,6 +10,8 @@ from gpt2onnx.errors import CheckpointError
 
 from ....models.config import read_json
 from ..arrays import open_safetensors
+from .dcp_file import INDEX as DCP_INDEX
+from .dcp_file import open_dcp
 from .flax_file import open_flax
 from .folder import weights_of
 from .gguf_file import open_gguf
@@ -53,6 +55,8 @@ def _open_index(path: Path) -> SavedWeights:
 
 def _open_file(path: Path) -> SavedWeights:
     # A shard's name may end in anything.
+    if path.name == DCP_INDEX:
+        return open_dcp(path)
     return _READERS.get(path.suffix, open_state_dict)(path)
 
 

@@ -7,6 +7,7 @@ from gpt2onnx.errors import CheckpointError
 
 from ....models.bundle import MANIFEST
 from ....models.config import ADAPTER_CONFIG, read_json
+from .dcp_file import pieces_of
 from .tensorflow_file import latest
 
 # The first that exists is taken. safetensors holds nothing but arrays, and shows whether it is whole.
@@ -47,7 +48,7 @@ def weights_of(folder: Path, suffixes: tuple[str, ...]) -> Path:
     for name in _OTHERS:
         if (folder / name).is_file():
             return folder / name
-    if states := _deepspeed(folder):
+    if states := _deepspeed(folder) or pieces_of(folder):
         return states
     others = [
         path
@@ -69,7 +70,7 @@ def weights_of(folder: Path, suffixes: tuple[str, ...]) -> Path:
         raise CheckpointError(
             f"{folder} has no weights itself, but {', '.join(path.name for path in steps)}: name one, such as {_best(steps)}"
         )
-    _refuse_shards(folder)
+    _refuse_megatron(folder)
     raise CheckpointError(
         f"{folder} has no weights: none of {', '.join(_NAMES)}, nor another {' '.join(suffixes)} file"
     )
@@ -98,14 +99,9 @@ def _deepspeed(folder: Path) -> Path | None:
     return parts[0] if parts else None
 
 
-def _refuse_shards(folder: Path) -> None:
-    """Says how to make one checkpoint of what several devices saved."""
+def _refuse_megatron(folder: Path) -> None:
+    """Says how to make one checkpoint of what Megatron-LM saved."""
     for place in (folder, *sorted(path for path in folder.glob("*") if path.is_dir())):
-        if (place / ".metadata").is_file() and any(place.glob("*.distcp")):
-            raise CheckpointError(
-                f"{place} is a checkpoint of torch.distributed.checkpoint (FSDP): run python -m"
-                f" torch.distributed.checkpoint.format_utils dcp_to_torch {place} {folder / 'model.pt'}, and export that"
-            )
         if (place / "model_optim_rng.pt").is_file() or any(place.glob("mp_rank_*/model_optim_rng.pt")):
             raise CheckpointError(
                 f"{place} is a checkpoint of Megatron-LM: convert it to a Hugging Face folder with Megatron-LM's"

@@ -15,6 +15,7 @@ class SavedWeights:
     Attributes:
         path: the file, or the index of several.
         arrays: by their names in the files.
+        files: others that the arrays lie in.
         settings: whatever else was saved in the same file.
         tokenizer_files: a tokenizer in the same file, as the files that other checkpoints have: name and content.
     """
@@ -23,3 +24,4 @@ class SavedWeights:
     arrays: Mapping[str, StoredArray]
     settings: Mapping[str, Any] = field(default_factory=dict)
     tokenizer_files: Mapping[str, str] = field(default_factory=dict)
+    files: tuple[Path, ...] = ()

@@ -10,8 +10,9 @@ import struct
 import zipfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from io import BufferedReader, BytesIO, FileIO
+from io import BufferedReader, BytesIO, FileIO, RawIOBase
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from gpt2onnx.errors import CheckpointError
@@ -82,6 +83,39 @@ class _File(BufferedReader):
         return super().readline(_LONGEST_LINE)
 
 
+class _Part(RawIOBase):
+    """A part of a file, as a file of its own.
+
+    Args:
+        file: the whole file, which is closed with it.
+        offset: of the part, in bytes.
+        length: of the part, in bytes.
+    """
+
+    def __init__(self, file: FileIO, offset: int, length: int) -> None:
+        self._file, self._offset, self._length, self._at = file, offset, length, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = 0, /) -> int:
+        self._at = max(0, offset + (0, self._at, self._length)[whence])
+        return self._at
+
+    def readinto(self, buffer: Any, /) -> int:
+        self._file.seek(self._offset + self._at)
+        count = self._file.readinto(memoryview(buffer)[: max(0, self._length - self._at)]) or 0
+        self._at += count
+        return count
+
+    def close(self) -> None:
+        self._file.close()
+        super().close()
+
+
 def read_checkpoint_file(path: Path) -> Any:
     """The content of a file that `torch.save` wrote.
 
@@ -93,8 +127,32 @@ def read_checkpoint_file(path: Path) -> Any:
         CheckpointError: the file is missing, truncated, of another kind, or asks for anything but
             tensors and plain containers.
     """
+    content, spans = _read(path, lambda: FileIO(path))
+    return _located(content, path, spans)
+
+
+def read_saved_tensor(path: Path, name: str, offset: int, length: int) -> StoredArray:
+    """A tensor that `torch.save` wrote into a part of a file.
+
+    Args:
+        path: the file.
+        name: of the tensor.
+        offset: of the part, in bytes.
+        length: of the part, in bytes.
+
+    Raises:
+        CheckpointError: as for `read_checkpoint_file`.
+    """
+    content, spans = _read(path, lambda: _Part(FileIO(path), offset, length))
+    if not isinstance(content, _Tensor):
+        raise CheckpointError(f"{path} has no tensor {name} where it should be: fetch or save it again")
+    return _array(name, content, path, {key: (begin + offset, end + offset) for key, (begin, end) in spans.items()})
+
+
+def _read(path: Path, opened: Callable[[], RawIOBase]) -> tuple[Any, _Spans]:
+    """The unpickled content, and the places of the storages."""
     try:
-        with _File(FileIO(path)) as file:
+        with _File(opened()) as file:
             zipped = file.read(len(_ZIP_START)) == _ZIP_START
             file.seek(0)
             content, spans = (_read_zip if zipped else _read_legacy)(path, file)
@@ -111,18 +169,22 @@ def read_checkpoint_file(path: Path) -> Any:
         raise CheckpointError(f"{path} is truncated or damaged ({one_line(error)}): fetch or save it again") from error
     if any(end > size for _, end in spans.values()):
         raise CheckpointError(f"{path} is truncated: fetch or save it again")
-    return _located(content, path, spans)
+    return content, spans
 
 
-def read_plain_pickle(path: Path) -> Any:
+def read_plain_pickle(path: Path, names: Mapping[str, object] = MappingProxyType({})) -> Any:
     """The content of a pickle of plain containers, numbers and texts.
+
+    Args:
+        path: the file.
+        names: what further names of torch and pathlib stand for.
 
     Raises:
         CheckpointError: the file can't be read, is damaged, or asks for anything else.
     """
     try:
         with _File(FileIO(path)) as file:
-            return _Pickles(path).load(file)
+            return _Pickles(path, names).load(file)
     except CheckpointError:
         raise
     except Exception as error:  # a damaged pickle can fail in any way
@@ -193,13 +255,14 @@ class _Pickles:
 
     Args:
         path: the file that errors name.
+        names: what further names of torch and pathlib stand for.
 
     Attributes:
         item_sizes: bytes of one number of each storage that the pickles refer to.
     """
 
-    def __init__(self, path: Path) -> None:
-        self._path = path
+    def __init__(self, path: Path, names: Mapping[str, object] = MappingProxyType({})) -> None:
+        self._path, self._names = path, names
         self.item_sizes: dict[str, int] = {}
 
     def load(self, file: BytesIO | _File) -> Any:
@@ -214,6 +277,8 @@ class _Pickles:
             return _ALLOWED[module, name]
         if module == "torch" and name in _DTYPES:
             return name
+        if name in self._names and module.partition(".")[0] in ("torch", "pathlib"):
+            return self._names[name]
         if module == "__main__":
             return RecordType(name)
         raise CheckpointError(

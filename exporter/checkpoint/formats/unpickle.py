@@ -32,13 +32,13 @@ class UnsupportedPickleError(PickleError):
     """The pickle holds something that isn't read here, or too much; it need not be damaged."""
 
 
-@dataclass
+@dataclass(eq=False)
 class Record:
-    """An object of a class that isn't there: its name and its attributes.
+    """An object of a class that isn't there: its name and its attributes. Each is equal to itself alone, so that it may be a key.
 
     Attributes:
         name: of the class.
-        fields: the object's attributes.
+        fields: the object's attributes; `state` if it keeps something else.
     """
 
     name: str
@@ -191,7 +191,7 @@ class _Machine:
 
 
 def _key(key: Any) -> Any:
-    if isinstance(key, str | bytes | None) or (isinstance(key, int) and abs(key) < _LARGEST_KEY):
+    if isinstance(key, str | bytes | Record | None) or (isinstance(key, int) and abs(key) < _LARGEST_KEY):
         return key
     kind = "large number" if isinstance(key, int) else type(key).__name__
     raise UnsupportedPickleError(f"a key of one of its mappings is a {kind}")
@@ -211,6 +211,8 @@ def _set_state(target: Any, state: Any) -> None:
     match target, state:
         case Record(), dict():
             target.fields.update({name: value for name, value in state.items() if isinstance(name, str)})
+        case Record(), tuple():
+            target.fields["state"] = state
         case dict(), _:
             pass
         case _:

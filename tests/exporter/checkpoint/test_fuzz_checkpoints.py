@@ -365,6 +365,8 @@ OTHER_FILES = [
     "h5/tf_model.h5",
     "keras_preset/model.weights.h5",
     "flax/flax_model.msgpack",
+    "fsdp/pytorch_model_fsdp_0/.metadata",
+    "fsdp/pytorch_model_fsdp_0/__1_0.distcp",
 ]
 
 

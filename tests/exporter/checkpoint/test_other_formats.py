@@ -1,6 +1,6 @@
 """One small network as other programs save it: the exported graph gives the logits that each program itself gave.
 
-golden/make_other_formats.py had the programs write the files.
+golden/make_other_formats.py and make_torch_formats.py had the programs write the files.
 """
 
 import json
@@ -39,6 +39,8 @@ SOURCES = {
     "flax": "",
     "keras": "model.weights.h5",
     "keras_preset": "",
+    "fsdp": "",
+    "fsdp_whole": "",
 }
 
 
@@ -188,12 +190,38 @@ def test_pytorchs_weights_come_before_others(tmp_path: Path) -> None:
 # What several devices saved
 
 
-def test_pieces_of_fsdp(tmp_path: Path) -> None:
-    folder = shutil.copytree(FILES / "fsdp", tmp_path / "fsdp")
-    pieces = folder / "pytorch_model_fsdp_0"
-    command = f"python -m torch.distributed.checkpoint.format_utils dcp_to_torch {pieces}"
-    assert f"run {command} {folder / 'model.pt'}, and export that" in refused(folder)
-    assert f"run {command} {pieces / 'model.pt'}, and export that" in refused(pieces)
+@pytest.fixture
+def pieces(tmp_path: Path) -> Path:
+    return shutil.copytree(FILES / "fsdp", tmp_path / "fsdp") / "pytorch_model_fsdp_0"
+
+
+def test_pieces_of_fsdp_beside_an_optimizer_s(pieces: Path) -> None:
+    shutil.copytree(pieces, pieces.with_name("optimizer_0"))
+    whole = Checkpoint.open(str(FILES / "fsdp"))
+    assert np.array_equal(Checkpoint.open(str(pieces.parent)).tensor("wte.weight"), whole.tensor("wte.weight"))
+    shutil.copytree(pieces, pieces.with_name("pytorch_model_fsdp_1"))
+    assert "holds pytorch_model_fsdp_0, pytorch_model_fsdp_1: name the one to export" in refused(pieces.parent)
+
+
+def test_the_hash_of_pieces_is_of_all_files(pieces: Path) -> None:
+    before = Checkpoint.open(str(pieces.parent)).sha256()
+    file = pieces / "__1_0.distcp"
+    file.write_bytes(file.read_bytes()[:-1] + b"x")
+    assert Checkpoint.open(str(pieces.parent)).sha256() != before
+
+
+def test_pieces_that_are_not_whole(pieces: Path) -> None:
+    index, file = pieces / ".metadata", pieces / "__1_0.distcp"
+    content = index.read_bytes()
+    index.write_bytes(content.replace(b"__1_0.distcp", b"../_0.distcp"))
+    assert "names a file outside its folder: ../_0.distcp" in refused(pieces.parent)
+    index.write_bytes(content.replace(b"_StorageInfo", b"_StorageXnfo"))
+    assert "_StorageXnfo is no tensor and no plain container" in refused(pieces.parent)
+    index.write_bytes(content)
+    file.write_bytes(file.read_bytes()[:-100])
+    assert "the pieces are truncated" in refused(pieces.parent)
+    file.unlink()
+    assert "__1_0.distcp is missing" in refused(pieces.parent)
 
 
 @pytest.mark.parametrize("place", ["", "iter_0000100/mp_rank_00", "mp_rank_00"])
