@@ -125,7 +125,7 @@ def _parts(service: Service, options: GenerationConfig) -> list[Part]:
     choices, size = options.num_return_sequences, most // doubled
     if together > 1 or choices <= size:
         return [Part(options, max(rows, choices * doubled))]
-    parts = []
+    parts: list[Part] = []
     for begin in range(0, choices, size):
         count = min(size, choices - begin)
         seed = None if options.seed is None else (options.seed + len(parts)) % 2**32
