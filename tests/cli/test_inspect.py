@@ -199,17 +199,19 @@ def test_a_source_that_was_never_exported(
     assert Path(record["bundle"]["folder"]).parent == tmp_path / "cache"
 
 
-def test_of_a_repository_only_the_configuration_is_fetched(hub: Hub, tmp_path: Path, golden: Golden) -> None:
-    environment = {"HF_ENDPOINT": hub.endpoint, "HF_HOME": str(tmp_path / "hub"), "HF_HUB_OFFLINE": "0"}
-    environment |= {"GPT2ONNX_CACHE": str(tmp_path / "cache")}
-    code, out, err = run(COMMAND_LINE, "inspect", REPOSITORY, "--json", without=REFERENCES, **environment)
-    assert (code, err) == (0, "")
+def test_of_a_repository_only_the_configuration_is_fetched(
+    hub: Hub, tmp_path: Path, golden: Golden, command_line: CommandLine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("GPT2ONNX_CACHE", str(tmp_path / "cache"))
+    with hub.asked(tmp_path / "hub"):
+        done = command_line("inspect", REPOSITORY, "--json")
+        nothing = command_line("inspect", "someone/nothing")
+    assert (done.code, done.err) == (0, "")
     config = json.loads(hub.commits[MAIN]["config.json"])
     expected = golden.answer(config, lambda: parameters(config))
-    assert json.loads(out)["parameters"] == expected["count"]
+    assert json.loads(done.out)["parameters"] == expected["count"]
     assert hub.fetched == ["config.json"]
-    code, out, err = run(COMMAND_LINE, "inspect", "someone/nothing", without=REFERENCES, **environment)
-    assert (code, out, err.count("\n")) == (1, "", 1)
+    assert (nothing.code, nothing.out, nothing.err.count("\n")) == (1, "", 1)
 
 
 def test_needs_nothing_but_the_base_install(tales_bundle: Path, tmp_path: Path) -> None:
