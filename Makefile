@@ -50,7 +50,7 @@ newest:  ## `make test` with the newest packages that pyproject.toml allows
 	rm -f build/newest/installed
 	$(MAKE) test VENV=build/newest PINS=
 
-bench: $(VENV)/installed  ## side by side with other runtimes; about an hour the first time
+bench: $(VENV)/system-installed  ## side by side with other runtimes; about an hour the first time
 	$(BIN)/python -m benchmarks.prepare
 	$(BIN)/python -m benchmarks.run
 	$(BIN)/python -m benchmarks.report
@@ -62,21 +62,21 @@ lint: $(VENV)/installed
 	$(BIN)/ruff format --check
 	$(BIN)/cog --check -I . docs/cli.md docs/precision.md docs/python.md
 
-# The installed package is checked from another folder, which also proves that it is whole.
+# The installed package is checked from another folder, which also proves that it is whole. What mypy remembers holds for one system.
+MYPY = "$(abspath $(BIN))/mypy" --config-file ../../pyproject.toml --strict --cache-dir ../mypy/$(1) --platform $(1)
 types: $(VENV)/installed
 	rm -rf build/site build/lib
 	$(UV) pip install --quiet --no-deps --python $(VENV) --target build/site .
-	cd build/site && for system in linux darwin win32; do \
-		"$(abspath $(BIN))/mypy" --config-file ../../pyproject.toml --strict --platform $$system -p gpt2onnx || exit; done
-	cd build/site && PYTHONPATH=. "$(abspath $(BIN))/mypy" --config-file ../../pyproject.toml --strict ../../tests/project/typed_use.py
+	cd build/site && for system in linux darwin win32; do $(call MYPY,$$system) -p gpt2onnx || exit; done
+	cd build/site && PYTHONPATH=. $(call MYPY,linux) ../../tests/project/typed_use.py
 	cd build/site && PYTHONPATH=. "$(abspath $(BIN))/lint-imports" --config ../../pyproject.toml --no-cache
 
 # Two files at a time: many tests wait, for servers, for signals, for their own processes.
 unit: $(VENV)/installed
 	$(BIN)/python $(PYTEST)
 
-# Whole programs from outside: kits, wheels, a cluster, the page in a browser, every example of the docs.
-system: $(VENV)/installed
+# Whole programs from outside: kits, wheels, a cluster, pages in a browser, every example of the docs; killed, stopped or overloaded.
+system: $(VENV)/system-installed
 	$(BIN)/python $(PYTEST) -m system
 
 # The lowest versions that pyproject.toml allows, and what can be tested with them.
@@ -94,7 +94,7 @@ golden: $(REFERENCE)/installed $(FORMER)/installed
 
 # Writes the newest versions that pyproject.toml allows, for all systems and Pythons, to tests/pins.txt.
 pins: $(VENV)/uv-installed
-	$(UV) pip compile --quiet --upgrade --universal --python-version 3.11 --extra dev --no-header --no-annotate \
+	$(UV) pip compile --quiet --upgrade --universal --python-version 3.11 --extra dev --extra system --no-header --no-annotate \
 		--output-file tests/pins.txt pyproject.toml
 
 # The bundle in optimum, onnxruntime-genai and transformers.js, and the server's clients: needs Node and the npm registry, too.
@@ -104,7 +104,8 @@ peers: $(VENV)/installed $(OPTIMUM)/installed
 # Damaged, hostile and absurd input, N of each kind, faults at every step, every byte flipped: docs/reliability.md.
 N ?= 5000
 fuzz: $(VENV)/installed
-	GPT2ONNX_FUZZ=$(N) GPT2ONNX_FAULTS=2000 GPT2ONNX_FLIPS=all $(BIN)/python -m pytest -s tests/*/test_fuzz_*.py tests/*/*/test_fuzz_*.py \
+	GPT2ONNX_FUZZ=$(N) GPT2ONNX_FAULTS=2000 GPT2ONNX_FLIPS=all $(BIN)/python -m pytest -s -m 'not slow' \
+		tests/*/test_fuzz_*.py tests/*/*/test_fuzz_*.py \
 		tests/exporter/test_faults.py tests/exporter/checkpoint/test_formats.py tests/models/test_bundle.py
 
 # Writes what docs/cli.md, docs/guide.md and docs/python.md show anew, from the commands and docstrings themselves.
@@ -129,8 +130,15 @@ $(VENV)/demo-installed: pyproject.toml
 	@$(BIN)/python -m pip install '.[cpu,export]'
 	@touch $@
 
+# $(call install,EXTRA)
+install = $(UV) pip install --quiet --python $(VENV) $(if $(PINS),--constraint $(PINS),--upgrade) --editable '.[$(1)]'
+
 $(VENV)/installed: pyproject.toml $(PINS) | $(VENV)/uv-installed
-	$(UV) pip install --quiet --python $(VENV) $(if $(PINS),--constraint $(PINS),--upgrade) --editable '.[dev]'
+	$(call install,dev)
+	touch $@
+
+$(VENV)/system-installed: $(VENV)/installed
+	$(call install,system)
 	touch $@
 
 # PyTorch's CPU build from its own index where that can be reached; else what pip finds.
@@ -142,7 +150,7 @@ endef
 
 $(REFERENCE)/installed: pyproject.toml | $(VENV)/uv-installed
 	$(call environment,--python $(PYTHON),$(REFERENCE))
-	$(UV) pip install --quiet --python $(REFERENCE) --editable '.[test]' 'transformers>=5.24'
+	$(UV) pip install --quiet --python $(REFERENCE) --editable '.[bench,test]' 'transformers>=5.24'
 	touch $@
 
 $(OPTIMUM)/installed: pyproject.toml | $(VENV)/uv-installed

@@ -38,9 +38,20 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     """Sets where answers come from; lets Ctrl-C reach what tests start, also where a shell's background ignores it."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    if "not system" in config.option.markexpr:  # whole programs may have all cores
+        _take_own_cores()
     golden.mode = config.getoption("golden")
     if golden.mode == "stored":
         collect_ignore.append("reference")
+
+
+def _take_own_cores() -> None:
+    """Gives each of several workers, and what it starts, cores of its own: threads that wait in loops take those of others."""
+    count = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+    if count > 1 and hasattr(os, "sched_setaffinity"):
+        number = int(os.environ["PYTEST_XDIST_WORKER"].removeprefix("gw"))
+        if mine := sorted(os.sched_getaffinity(0))[number::count]:
+            os.sched_setaffinity(0, mine)
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:

@@ -47,7 +47,7 @@ def test_escapes_are_those_of_llama_cpp(escaped: str, text: str) -> None:
 
 @pytest.mark.parametrize("command", ["generate", "tokens", "next"])
 def test_a_prompt_may_be_an_item_of_a_list(command: str, command_line: CommandLine, tales_bundle: Path) -> None:
-    common = [command, "-m", tales_bundle, "--json"]
+    common = [command, "-m", tales_bundle, "--json", *(SHORT if command == "generate" else [])]
     expected = command_line(*common, stdin="- one thing")
     for arguments in (["- one thing"], ["-q", "- one thing"], ["--", "- one thing"]):
         done = command_line(*common, *arguments)
@@ -56,7 +56,7 @@ def test_a_prompt_may_be_an_item_of_a_list(command: str, command_line: CommandLi
         for record in alike:
             record.pop("seconds", None)
         assert alike[0] == alike[1]
-    before = command_line(command, "- one thing", "-m", tales_bundle, "--json")
+    before = command_line(command, "- one thing", *common[1:])
     assert before.code == 0
     assert command_line(*common, "- one thing", "- another").code == 2
 

@@ -166,10 +166,10 @@ def test_the_same_results_make_the_same_files(finished: Path, tmp_path: Path) ->
         "records = [json.loads(line) for line in Path(sys.argv[1]).read_text().splitlines()]\n"
         "sweep.write_files(records, Path(sys.argv[2]))"
     )
-    for seed in "12":
-        assert run(code, finished / "results.jsonl", tmp_path, PYTHONHASHSEED=seed) == (0, "", "")
-        for name in ("report.html", "summary.csv", "emissions.csv"):
-            assert (tmp_path / name).read_bytes() == (finished / name).read_bytes(), name
+    # This process draws another seed, as every one does.
+    assert run(code, finished / "results.jsonl", tmp_path, PYTHONHASHSEED="1") == (0, "", "")
+    for name in ("report.html", "summary.csv", "emissions.csv"):
+        assert (tmp_path / name).read_bytes() == (finished / name).read_bytes(), name
 
 
 def test_a_report_of_little_is_still_a_page(tales_model: gpt2onnx.Model, tmp_path: Path) -> None:
@@ -232,6 +232,7 @@ window.onload = () => {{
 """
 
 
+@pytest.mark.system
 @pytest.mark.skipif(BROWSER is None, reason="no Chromium is installed")
 @pytest.mark.parametrize("width", [1280, 390])
 def test_a_browser_shows_it_on_a_desk_and_on_a_phone(finished: Path, tmp_path: Path, width: int) -> None:

@@ -6,7 +6,6 @@ import signal
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import Callable
 from itertools import product
 from pathlib import Path
 
@@ -336,36 +335,38 @@ def test_results_are_kept_before_any_model_is_loaded(command_line: CommandLine, 
     assert (tmp_path / "results.jsonl").read_text() == "{}\n"
 
 
-def test_a_prompt_in_the_grid(command_line: CommandLine, tales_bundle: Path, small_grid: Path, tmp_path: Path) -> None:
-    small_grid.write_text("prompts = ['One day', 'The old king']\n" + SMALL)
-    done = command_line("sweep", small_grid, "-m", tales_bundle, "--out", tmp_path / "out", "--no-energy", "--json")
-    assert [row["prompt"] for row in json.loads(done.out)] == ["One day"] * 6 + ["The old king"] * 6
+def test_prompts_in_the_grid(command_line: CommandLine, tales_bundle: Path, tmp_path: Path) -> None:
+    path = tmp_path / "grid.toml"
+    path.write_text(
+        "prompts = ['One day', 'The old king']\n[[strategy]]\nmax_new_tokens = 2\nseed = [1, 2]\ntop_k = 9\n"
+    )
+    done = command_line("sweep", path, "-m", tales_bundle, "--out", tmp_path / "out", "--no-energy", "--json")
+    assert [row["prompt"] for row in json.loads(done.out)] == ["One day"] * 2 + ["The old king"] * 2
 
 
 @pytest.fixture
-def isolated(tales_bundle: Path, tmp_path: Path) -> Callable[..., tuple[int, str, str]]:
-    """Runs a sweep of one strategy where packages are missing: isolated(*options, without=names)."""
+def one_strategy(tales_bundle: Path, tmp_path: Path) -> list[object]:
+    """The command of a sweep of one strategy."""
     grid_file = tmp_path / "grid.toml"
     grid_file.write_text("[[strategy]]\nname = 'greedy'\nmax_new_tokens = 2\n")
-    command = ["sweep", grid_file, "-m", tales_bundle, "--prompt", PROMPT, "--threads", 1, "--out", tmp_path / "out"]
-    return lambda *options, without: run(COMMAND_LINE, *command, *options, without=without)
+    return ["sweep", grid_file, "-m", tales_bundle, "--prompt", PROMPT, "--threads", 1, "--out", tmp_path / "out"]
 
 
 def test_without_codecarbon_there_is_no_energy_and_a_note(
-    isolated: Callable[..., tuple[int, str, str]], tmp_path: Path
+    one_strategy: list[object], command_line: CommandLine, tmp_path: Path
 ) -> None:
     absent = ("codecarbon", "pandas", *REFERENCES, *EXPORT_ONLY)
-    status, out, err = isolated(without=absent)
+    status, out, err = run(COMMAND_LINE, *one_strategy, without=absent)
     assert (status, "greedy" in out) == (0, True)
     assert "energy isn't measured: it needs pip install 'gpt2onnx[energy]'" in err
     assert all(record["energy"] is None for record in load_records(tmp_path / "out"))
-    status, out, err = isolated("--force", "--country", "FRA", without=absent)
-    assert (status, out, err.count("\n")) == (1, "", 1)
-    assert "pip install 'gpt2onnx[energy]'" in err
+    done = command_line(*one_strategy, "--force", "--country", "FRA", without=absent)
+    assert (done.code, done.out, done.err.count("\n")) == (1, "", 1)
+    assert "pip install 'gpt2onnx[energy]'" in done.err
 
 
-def test_the_report_needs_its_extra(isolated: Callable[..., tuple[int, str, str]], tmp_path: Path) -> None:
-    status, out, err = isolated(without=("jinja2",))
-    assert (status, out, err.count("\n")) == (1, "", 1)
-    assert "pip install 'gpt2onnx[sweep]'" in err
+def test_the_report_needs_its_extra(one_strategy: list[object], command_line: CommandLine, tmp_path: Path) -> None:
+    done = command_line(*one_strategy, without=("jinja2",))
+    assert (done.code, done.out, done.err.count("\n")) == (1, "", 1)
+    assert "pip install 'gpt2onnx[sweep]'" in done.err
     assert not (tmp_path / "out").exists()

@@ -161,6 +161,7 @@ def test_stopped_by_a_signal(stop: signal.Signals, target: Path, checkpoints: li
 
 
 @posix
+@pytest.mark.system
 @pytest.mark.parametrize(
     ("command", "kind"),
     [
@@ -188,6 +189,7 @@ def test_a_fault_at_any_step_leaves_a_whole_target(
 
 
 @posix
+@pytest.mark.system
 def test_exports_of_one_target_at_once_do_not_mix(checkpoints: list[Path], tmp_path: Path) -> None:
     target = tmp_path / "folder" / "bundle"
     wholes = []

@@ -51,6 +51,7 @@ def test_shell_examples_run(workplace: Path) -> None:
     assert not [line for line in results if '"error"' in line]
 
 
+@pytest.mark.system
 @pytest.mark.parametrize("page", [README, *(DOCS / f"{name}.md" for name in ("extend", "from-transformers", "python"))])
 def test_python_examples_print_what_the_page_shows(page: Path, workplace: Path) -> None:
     """One after another, as a reader would; what a block prints stands below it."""
@@ -81,6 +82,7 @@ def test_messages_of_the_troubleshooting_page_are_those_of_the_code() -> None:
             assert part in source, message
 
 
+@pytest.mark.system
 def test_the_demo_tells_the_story_of_the_readme(tmp_path: Path) -> None:
     recipe = (README.parent / "Makefile").read_text(encoding="utf-8").partition("\ndemo:")[2].partition("\n\n")[0]
     commands = re.findall(r"^\t@\$\(BIN\)/gpt2onnx (.*)$", recipe, re.MULTILINE)

@@ -65,10 +65,10 @@ def test_max_time(tales_model: gpt2onnx.Model, tales_reference: Reference, optio
     assert tales_model.generate(prompt, max_new_tokens=9, max_time=1e6, **options).sequences == plain
 
     def slow(_: np.ndarray, scores: np.ndarray) -> np.ndarray:
-        sleep(0.3)
+        sleep(0.1)
         return scores
 
-    found = tales_model.generate(prompt, max_new_tokens=9, max_time=0.75, logits_processor=[slow], **options).sequences
+    found = tales_model.generate(prompt, max_new_tokens=9, max_time=0.25, logits_processor=[slow], **options).sequences
     assert all(1 <= len(one.token_ids) <= 3 for one in found)
     assert {one.finish_reason for one in found} == {"time"}
 

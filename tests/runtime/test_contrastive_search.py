@@ -59,10 +59,10 @@ def test_beside_others_and_streamed(tales_model: gpt2onnx.Model) -> None:
     """Batches, streams, stop strings and log probabilities; the last prompt is read in several parts."""
     prompts = ["Once upon a time", "The king", "In the forest there lived", "He said: 'I am a very old man.' " * 12]
     given: dict[str, Any] = {"penalty_alpha": 0.6, "top_k": 4, "max_new_tokens": 24}
-    for options in ({}, {"stop": [" the"], "logprobs": 2}, {"prompt_lookup": 5}):
+    for options, batch_sizes in (({}, (2, 8)), ({"stop": [" the"], "logprobs": 2}, (2,)), ({"prompt_lookup": 5}, (8,))):
         alone = [tales_model.generate(prompt, **given, **options).sequences[0] for prompt in prompts]
         assert len({each.text for each in alone}) == len(prompts)
-        for batch_size in (2, 8):
+        for batch_size in batch_sizes:
             together = tales_model.generate(prompts, batch_size=batch_size, **given, **options)
             assert [each.sequences[0].token_ids for each in together] == [each.token_ids for each in alone]
         for prompt, sequence in zip(prompts, alone, strict=True):

@@ -38,7 +38,7 @@ def test_command_line(tales_bundle: Path, command_line: CommandLine) -> None:
             assert "can't listen" in taken.err
             assert taken.err.count("\n") == 1
             process.send_signal(signal.SIGTERM)
-            assert process.wait(20) == 0
+            assert process.wait(60) == 0
             assert process.stdout is not None
             assert process.stdout.read() == ""
             assert process.stderr.read() == ""

@@ -17,7 +17,7 @@ class Finished:
 CommandLine = Callable[..., Finished]
 
 
-def wait_until(condition: Callable[[], bool], seconds: float = 20) -> None:
+def wait_until(condition: Callable[[], bool], seconds: float = 60) -> None:
     """Fails where a condition doesn't come true in time."""
     deadline = time.monotonic() + seconds
     while not condition():

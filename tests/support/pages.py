@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-pytest.importorskip("playwright.sync_api", reason="playwright (extra test) isn't installed")
+pytest.importorskip("playwright.sync_api", reason="playwright (extra system) isn't installed")
 
 from playwright.sync_api import expect as expect
 

@@ -114,15 +114,31 @@ def few_texts() -> Iterator[None]:
         yield
 
 
-def shortened_tales(folder: Path, layers: int = 2) -> Path:
-    """Writes the first blocks of the embedded model as a checkpoint: trained weights, in a network that is quick to quantise."""
+def shortened_tales(folder: Path, layers: int = 2, vocabulary: int = 2048) -> Path:
+    """Writes the first blocks of the embedded model, and the commonest of its tokens, as a checkpoint.
+
+    Trained weights, in a network that is quick to quantise.
+    """
     folder.mkdir()
-    for path in FOLDER.glob("*.json"):
-        shutil.copy(path, folder)
-    (folder / "config.json").write_text(json.dumps(read_json(FOLDER / "config.json") | {"n_layer": layers}))
+    shutil.copy(FOLDER / "tokenizer_config.json", folder)
+    end = vocabulary - 1
+    changes: dict[str, dict[str, Any]] = {
+        "config.json": {"n_layer": layers, "vocab_size": vocabulary, "bos_token_id": end, "eos_token_id": end},
+        "generation_config.json": {"bos_token_id": end, "eos_token_id": end},
+    }
+    for name, changed in changes.items():
+        (folder / name).write_text(json.dumps(read_json(FOLDER / name) | changed))
+    tokenizer = read_json(FOLDER / "tokenizer.json")
+    model, (end_of_text,) = tokenizer["model"], tokenizer["added_tokens"]
+    model["vocab"] = {token: index for token, index in model["vocab"].items() if index < end}
+    model["merges"] = [pair for pair in model["merges"] if "".join(pair) in model["vocab"]]
+    end_of_text["id"] = end
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
     tensors = load_file(FOLDER / "model.safetensors")
-    kept = {name for name in tensors if ".h." not in name or int(name.split(".")[2]) < layers}
-    save_file({name: tensors[name] for name in kept}, folder / "model.safetensors", {"format": "pt"})
+    kept = {name: each for name, each in tensors.items() if ".h." not in name or int(name.split(".")[2]) < layers}
+    embedding = kept["transformer.wte.weight"]
+    kept["transformer.wte.weight"] = np.concatenate([embedding[:end], embedding[-1:]])
+    save_file(kept, folder / "model.safetensors", {"format": "pt"})
     return folder
 
 

@@ -80,5 +80,5 @@ def serving(model: Any, **settings: Any) -> Iterator[Running]:
                 yield running
         finally:
             server.should_exit = True
-            thread.join(20)
+            thread.join(60)
             assert not thread.is_alive(), "the server didn't end"

@@ -24,7 +24,7 @@ from gpt2onnx.models.bundle import WEIGHTS
 from gpt2onnx.runtime.decoding.filters import warp, warpers
 from gpt2onnx.runtime.options import GenerationConfig
 
-sync_api = pytest.importorskip("playwright.sync_api", reason="playwright (extra test) isn't installed")
+sync_api = pytest.importorskip("playwright.sync_api", reason="playwright (extra system) isn't installed")
 expect = sync_api.expect
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)

@@ -132,14 +132,16 @@ def test_a_row_tells_everything_about_its_run(tales_model: gpt2onnx.Model, tmp_p
 
 
 def test_short_runs_are_repeated_until_they_can_be_relied_on(tales_model: gpt2onnx.Model) -> None:
-    with gpt2onnx.track_energy(seconds=3.0) as tracker:
+    with gpt2onnx.track_energy(seconds=1.0) as tracker:
+        assert tracker.meter.method.seconds >= 1
+        tracker.meter.method = dataclasses.replace(tracker.meter.method, seconds=1.0)
         tales_model.generate(PROMPT, max_new_tokens=10, do_sample=False)
-        tracker.seconds = 1.0
+        tracker.seconds = 0.3
         tales_model.generate(PROMPT, max_new_tokens=10, do_sample=False)
         tracker.seconds = 0.0
         tales_model.generate(PROMPT, max_new_tokens=10, do_sample=False)
     long, short, once = tracker.rows
-    assert long["duration"] >= 3.0
+    assert long["duration"] >= 1.0
     assert long["runs"] > 1
     assert (short["runs"] > 1, once["runs"]) == (True, 1)
     assert (long["reliable"], short["reliable"], once["reliable"]) == (True, False, False)
@@ -298,6 +300,7 @@ def test_the_command_prints_what_the_row_says(command_line: CommandLine, tales_b
     assert len(read(tmp_path / "e.csv")) == 2
 
 
+@pytest.mark.system
 def test_quiet_offline_and_without_surprise_files(
     tales_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -330,6 +333,7 @@ def test_quiet_offline_and_without_surprise_files(
     assert files() - before == {"here/e.csv"}
 
 
+@pytest.mark.system
 def test_start_up_is_outside_the_measured_time(tales_bundle: Path) -> None:
     code = (
         "import time, gpt2onnx\n"
@@ -374,6 +378,7 @@ def test_what_cannot_work_is_said_before_anything_is_generated(
 
 
 @posix
+@pytest.mark.system
 def test_an_interrupted_job_keeps_its_row(tales_bundle: Path, tmp_path: Path) -> None:
     lines = [json.dumps({"id": index, "prompt": "One day", "max_new_tokens": 60}) for index in range(2000)]
     (tmp_path / "in.jsonl").write_text("\n".join(lines) + "\n")

@@ -49,6 +49,12 @@ PRECISIONS: dict[str, dict[str, Any]] = CALIBRATED | {
     "int8 in blocks of 16": {"dtype": "int8", "block_size": 16, "calibrate": False},
     "int4 in blocks of 256": {"dtype": "int4", "block_size": 256, "calibrate": False},
 }
+# All of them for the plain network; for each other network two in turn, so that all of them meet several odd widths.
+CASES = [("plain", precision) for precision in PRECISIONS] + [
+    (name, list(PRECISIONS)[(index + shift) % len(PRECISIONS)])
+    for index, name in enumerate(name for name in QUANTIZED if name != "plain")
+    for shift in (0, 2)
+]
 # Logits of some tens, summed over matrices of some hundred columns in float32.
 EXACT_TOLERANCE = 2e-4
 # KL divergence from fp32 of what is calibrated, as a share of that without: at most, and where it was measured.
@@ -77,8 +83,7 @@ def quantized(export_short_tales: Callable[..., Bundle]) -> Callable[..., Bundle
     return export
 
 
-@pytest.mark.parametrize("precision", PRECISIONS)
-@pytest.mark.parametrize("name", QUANTIZED)
+@pytest.mark.parametrize(("name", "precision"), CASES)
 def test_logits_are_those_of_the_stored_weights(
     name: str, precision: str, make_checkpoint: MakeCheckpoint, tmp_path: Path
 ) -> None:

@@ -8,7 +8,6 @@ from typing import Any
 import jsonschema
 import pytest
 from support.commands import CommandLine
-from support.isolated import COMMAND_LINE, run
 
 import gpt2onnx
 from gpt2onnx.errors import OptionError
@@ -124,7 +123,7 @@ def test_command_line(command_line: CommandLine, tales_bundle: Path, tmp_path: P
     assert "none.json" in done.err
 
 
-def test_needs_its_extra(tales_bundle: Path) -> None:
-    code, out, err = run(COMMAND_LINE, "generate", "a", "-m", tales_bundle, "--regex", "a", without=("llguidance",))
-    assert (code, out, err.count("\n")) == (1, "", 1)
-    assert "pip install 'gpt2onnx[structured]'" in err
+def test_needs_its_extra(command_line: CommandLine, tales_bundle: Path) -> None:
+    done = command_line("generate", "a", "-m", tales_bundle, "--regex", "a", without=("llguidance",))
+    assert (done.code, done.out, done.err.count("\n")) == (1, "", 1)
+    assert "pip install 'gpt2onnx[structured]'" in done.err
