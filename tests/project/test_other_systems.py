@@ -265,6 +265,7 @@ def test_no_file_is_open_or_mapped_while_a_bundle_takes_its_place(
     assert seen == [[]] * 3  # one without a bundle there; the old one and the new
 
 
+@pytest.mark.system  # needs Ray
 def test_what_is_flushed_is_open_for_writing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Windows flushes nothing else."""
     from gpt2onnx.fleet.storage import Place
