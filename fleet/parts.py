@@ -23,6 +23,7 @@ _LOGPROB = pyarrow.struct(
     {
         "token_id": pyarrow.int32(),
         "logprob": pyarrow.float64(),
+        "rank": pyarrow.int64(),
         "processed_logprob": pyarrow.float64(),
         "top": pyarrow.map_(pyarrow.int32(), pyarrow.float64()),
     }
