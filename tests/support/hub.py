@@ -3,6 +3,7 @@
 import hashlib
 import importlib
 import json
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -66,7 +67,13 @@ class Hub:
 
 def read_settings() -> None:
     """Has huggingface_hub read its variables once more, and close the connections that it made by the earlier ones."""
+    before = {name: value for name, value in vars(constants).items() if name.isupper()}
     importlib.reload(constants)
+    # Before 1.0 its modules have copies.
+    for module in [module for name, module in sys.modules.items() if name.startswith("huggingface_hub.")]:
+        for name in before.keys() & vars(module).keys():
+            if vars(module)[name] is before[name]:
+                setattr(module, name, getattr(constants, name))
     if hasattr(utils, "close_session"):
         utils.close_session()
     else:  # before 1.0
