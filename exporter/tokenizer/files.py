@@ -135,7 +135,7 @@ class TokenizerFiles:
         return tokenizer
 
     def from_sentencepiece(self, path: Path, rows: int) -> Tokenizer:
-        """The tokenizer that the class makes of a sentencepiece model, for a network of so many rows."""
+        """The tokenizer that the class makes of a sentencepiece model. `rows` is the number of the network's embeddings."""
         kind = sentencepiece.CLASSES.get(self.class_name)
         if kind is None:
             raise CheckpointError(

@@ -36,7 +36,7 @@ _NORMAL, _CONTROL, _USER_DEFINED = 1, 3, 4
 # Letters of a piece; sentencepiece's own limit is 16 unless told otherwise.
 _LONGEST_PIECE = 256
 _EXTRA_IDS, _MOST_EXTRA_IDS = 100, 10_000
-# What GPT-SW3's tokenizer drops before sentencepiece sees a text, and what it takes for a space.
+# GPT-SW3's tokenizer removes the first letters, and replaces the second ones by spaces, before sentencepiece sees a text.
 _DROPPED = r"[\x00-\x08\x0b-\x1f\x{7f}-\x{9f}\x{a0}\x{ad}\x{200b}]"
 _SPACES = r"[\x{2002}\x{2003}\x{2005}\x{2008}\x{2009}\x{200a}\x{202f}\x{3000}\x{fffc}]"
 _log = logging.getLogger(__name__)

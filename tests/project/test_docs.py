@@ -1,5 +1,6 @@
 """The examples of the README and of docs run as they stand; messages that the docs explain are those of the code."""
 
+import itertools
 import re
 import shlex
 import shutil
@@ -92,3 +93,34 @@ def test_the_demo_tells_the_story_of_the_readme(tmp_path: Path) -> None:
         done = subprocess.run(arguments, cwd=tmp_path, capture_output=True, encoding="utf-8", timeout=300)
         assert done.returncode == 0, done.stderr
     assert done.stdout.split() == blocks("text")[0].split()
+
+
+def test_the_speeds_of_the_readme_are_those_of_the_benchmarks() -> None:
+    scenarios = {
+        "a single text": "batch 1",
+        "sampling": "sampling",
+        "beam search": "beam 6",
+        "a batch of 8": "batch 8",
+        "a batch of 16": "batch 16",
+        "a prompt of 512 tokens": "prefill 512",
+        "prompt lookup in a text that repeats itself": "lookup, repetitive",
+    }
+    report = rows(DOCS / "benchmarks" / "README.md", "gpt2onnx against the best peer of its class")
+    places = {scenario: report[0].index(scenario) for scenario in scenarios.values()}
+    measured = {line[0]: line for line in report[2:]}
+    head, _, *lines = rows(README, "multiple of the fastest")
+    assert [line[0] for line in lines] == list(scenarios)
+    for name, *cells in lines:
+        for precision, cell in zip(head[1:], cells, strict=True):
+            contender = f"gpt2onnx {precision.replace('`--pure`', 'pure')}, class {precision.split()[0]}"
+            found = measured[contender][places[scenarios[name]]].split()[0]
+            assert cell == ("" if found == "\N{EN DASH}" else found), (name, precision)
+
+
+def rows(page: Path, before: str) -> list[list[str]]:
+    """The cells of the first table behind a text."""
+    lines = page.read_text(encoding="utf-8").partition(before)[2].splitlines()
+    table = itertools.takewhile(
+        lambda line: line.startswith("|"), itertools.dropwhile(lambda line: line[:1] != "|", lines)
+    )
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in table]
