@@ -1,5 +1,5 @@
 """python -m gpt2onnx: the command line."""
 
-from gpt2onnx.cli.main import main
+from gpt2onnx.cli.main import program
 
-main()
+program()

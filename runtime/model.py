@@ -4,6 +4,7 @@ Encodes and checks prompts, lets the scheduler decode them together, and turns t
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor, wait
 from contextvars import ContextVar
 from dataclasses import replace
 from pathlib import Path
@@ -37,6 +38,7 @@ from .text.tokenizer import Tokenizer
 
 BATCH_SIZE = 8
 _LONG = 16  # letters for each position, above which a prompt's bytes are compared with those of the longest token
+_HEAD_START = 0.03  # seconds that opening the graph gets before the tokenizer is read
 _MAX_SCORED = 128  # positions whose logits [positions, vocab] are in memory at once
 
 
@@ -75,18 +77,24 @@ class Model:
     ) -> None:
         self.bundle = Bundle.open(folder)
         self.config = self.bundle.config
-        self.tokenizer = Tokenizer((tokenizer or folder) / TOKENIZER)
-        self.tokenizer.check(self.config.vocab_size)
+        self._drafting = Drafting(draft, draft_model, draft_length)
+        alone = not self._drafting.needs_network(self.bundle)
+        with ThreadPoolExecutor(1) as background:
+            opened = background.submit(
+                Runner, self.bundle, device=device, threads=threads, wide_after=wide_after, alone=alone
+            )
+            # Both take some 0.2 s. ONNX Runtime lets go of Python's lock soon, tokenizers doesn't: the other must be first.
+            wait([opened], timeout=_HEAD_START)
+            self.tokenizer = Tokenizer((tokenizer or folder) / TOKENIZER)
+            self.tokenizer.check(self.config.vocab_size)
+            if draft_model is not None:
+                self.tokenizer.check_same(Tokenizer(draft_model / TOKENIZER))
+            generation_config = read_json(folder / GENERATION_CONFIG)
+            self.generation_config = GenerationConfig.from_file_content(generation_config)
+            self.runner = opened.result()
+        self._bos_token_id = generation_config.get("bos_token_id")
         self._grammars = Grammars(self.tokenizer)
         self.sha256 = self.bundle.sha256(tokenizer)
-        generation_config = read_json(folder / GENERATION_CONFIG)
-        self.generation_config = GenerationConfig.from_file_content(generation_config)
-        self._bos_token_id = generation_config.get("bos_token_id")
-        self._drafting = Drafting(draft, draft_model, draft_length)
-        if draft_model is not None:
-            self.tokenizer.check_same(Tokenizer(draft_model / TOKENIZER))
-        alone = not self._drafting.needs_network(self.bundle)
-        self.runner = Runner(self.bundle, device=device, threads=threads, wide_after=wide_after, alone=alone)
         self._scheduler = Scheduler(self.runner, self._drafting.drafter(self.bundle, self.runner))
 
     @overload
