@@ -118,6 +118,12 @@ def tales_int8_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def tales_twin_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The embedded model in fp32 with a twin that drafts."""
+    return gpt2onnx.export("tales", tmp_path_factory.mktemp("tales") / "twin", twin=True).folder
+
+
+@pytest.fixture(scope="session")
 def tales_model(tales_bundle: Path) -> gpt2onnx.Model:
     """The embedded model in fp32, loaded."""
     return gpt2onnx.load(tales_bundle, threads=1)

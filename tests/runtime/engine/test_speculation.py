@@ -159,16 +159,8 @@ def test_acceptance_follows_what_happens() -> None:
 
 
 @pytest.fixture(scope="module")
-def drafted(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """`tales` with a twin."""
-    folder = tmp_path_factory.mktemp("twin") / "tales"
-    gpt2onnx.export("tales", folder, twin=True)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def expected(drafted: Path) -> list[list[list[int]]]:
-    plain = gpt2onnx.load(drafted, draft="none", threads=1)
+def expected(tales_twin_bundle: Path) -> list[list[list[int]]]:
+    plain = gpt2onnx.load(tales_twin_bundle, draft="none", threads=1)
     return [tokens(plain, options, 1) for options in OPTIONS]
 
 
@@ -184,41 +176,41 @@ def tokens(model: gpt2onnx.Model, options: dict[str, Any], batch_size: int) -> l
     ids=str,
 )
 def test_twin_drafts_the_same_tokens(
-    drafted: Path, expected: list[list[list[int]]], settings: dict[str, Any], batch_sizes: tuple[int, int]
+    tales_twin_bundle: Path, expected: list[list[list[int]]], settings: dict[str, Any], batch_sizes: tuple[int, int]
 ) -> None:
     """Batches of both sizes in turn, so that all settings and all options meet both."""
-    model = gpt2onnx.load(drafted, threads=1, **settings)
+    model = gpt2onnx.load(tales_twin_bundle, threads=1, **settings)
     for options, wanted, batch_size in zip(OPTIONS, expected, cycle(batch_sizes), strict=False):
         assert tokens(model, options, batch_size) == wanted, options
 
 
 def test_draft_model_drafts_the_same_tokens(
-    drafted: Path, expected: list[list[list[int]]], tales_int8_bundle: Path
+    tales_twin_bundle: Path, expected: list[list[list[int]]], tales_int8_bundle: Path
 ) -> None:
-    model = gpt2onnx.load(drafted, draft_model=tales_int8_bundle, draft_length=4, threads=1)
+    model = gpt2onnx.load(tales_twin_bundle, draft_model=tales_int8_bundle, draft_length=4, threads=1)
     for options, wanted in zip(OPTIONS, expected, strict=True):
         assert tokens(model, options, 3) == wanted, options
 
 
 @twins
-def test_streams_are_drafted_too(drafted: Path) -> None:
-    plain = gpt2onnx.load(drafted, draft="none", threads=1)
-    model = gpt2onnx.load(drafted, draft="twin", draft_length=5, threads=1)
+def test_streams_are_drafted_too(tales_twin_bundle: Path) -> None:
+    plain = gpt2onnx.load(tales_twin_bundle, draft="none", threads=1)
+    model = gpt2onnx.load(tales_twin_bundle, draft="twin", draft_length=5, threads=1)
     for options in ({"stop": [" the"]}, {"do_sample": True, "seed": 4, "max_new_tokens": 30}):
         stream, other = model.stream("Once upon a time", **options), plain.stream("Once upon a time", **options)
         assert "".join(stream) == "".join(other)
         assert stream.result.sequences[0].token_ids == other.result.sequences[0].token_ids
 
 
-def test_what_cannot_draft_is_refused(drafted: Path, tales_bundle: Path, tales_int8_bundle: Path) -> None:
+def test_what_cannot_draft_is_refused(tales_twin_bundle: Path, tales_int8_bundle: Path, tmp_path: Path) -> None:
     with pytest.raises(OptionError, match="has no twin for cpu: export it with --twin"):
         gpt2onnx.load(tales_int8_bundle, draft="twin")
     with pytest.raises(OptionError, match="draft must be one of auto, none, lookup, twin, not 'self'"):
-        gpt2onnx.load(drafted, draft="self")
+        gpt2onnx.load(tales_twin_bundle, draft="self")
     with pytest.raises(OptionError, match="draft_length must be at least 1"):
-        gpt2onnx.load(drafted, draft_length=0)
+        gpt2onnx.load(tales_twin_bundle, draft_length=0)
     with pytest.raises(OptionError, match="twin goes with dtype fp32 or fp16"):
-        gpt2onnx.export("tales", drafted.parent / "none", dtype="int8", twin=True)
+        gpt2onnx.export("tales", tmp_path / "none", dtype="int8", twin=True)
 
 
 def test_numbers_are_those_of_the_documents() -> None:
