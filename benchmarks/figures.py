@@ -71,6 +71,7 @@ class Run:
         self.rounds: int = content["rounds"]
         self.contenders: dict[str, dict[str, Any]] = content["contenders"]
         self.finished = sorted(part["finished"] for part in content["parts"])
+        self.commits = {part["scenario"]: part["commit"] for part in content["parts"]}
         self.parts = [_part(each) for each in content["parts"]]
         self.families = list(dict.fromkeys(part.family for part in self.parts if part.unit == "tokens/s"))
         self.scenarios = list(dict.fromkeys(part.scenario for part in self.parts if part.unit == "tokens/s"))

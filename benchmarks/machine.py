@@ -16,7 +16,7 @@ EXTENSIONS = [
 
 
 def describe() -> dict[str, Any]:
-    """Processor, memory, system and the state of the repository."""
+    """Processor, memory and system."""
     facts = machine.describe()
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
@@ -26,8 +26,12 @@ def describe() -> dict[str, Any]:
         facts["memory_bytes"] = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     except OSError:  # not Linux
         pass
-    facts["commit"] = _git("rev-parse", "--short", "HEAD") + (" with changes" if _git("status", "--porcelain") else "")
     return facts
+
+
+def commit() -> str:
+    """The commit of the repository, and whether files differ from it."""
+    return _git("rev-parse", "--short", "HEAD") + (" with changes" if _git("status", "--porcelain") else "")
 
 
 def _git(*arguments: str) -> str:

@@ -6,6 +6,7 @@ Writes README.md beside the figures.
 from __future__ import annotations
 
 import argparse
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -67,9 +68,16 @@ def _about(run: Run) -> Iterator[str]:
     yield HOW.format(threads=run.threads, rounds=run.rounds)
     yield (
         f"Measured {' to '.join(dict.fromkeys([days[0], days[-1]]))} on {facts['processor']}{extensions}, {facts['cores']} "
-        f"cores{memory}, {facts['system']}; commit {facts['commit'] or 'unknown'}. It read "
+        f"cores{memory}, {facts['system']}; {_commits(run)}. It read "
         f"{bandwidth.median / 1e9:.1f} GB/s ({bandwidth.low / 1e9:.1f} to {bandwidth.high / 1e9:.1f})."
     )
+
+
+def _commits(run: Run) -> str:
+    """The commit of most scenarios, and of the others."""
+    most = Counter(run.commits.values()).most_common(1)[0][0]
+    others = "".join(f", {scenario} {commit}" for scenario, commit in run.commits.items() if commit != most)
+    return f"commit {most or 'unknown'}{others}"
 
 
 def _short(run: Run) -> Iterator[str]:

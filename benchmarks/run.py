@@ -76,7 +76,8 @@ class Results:
 
     def add(self, part: dict[str, Any]) -> None:
         """Saves a part. The file is complete also after a crash."""
-        self._content["parts"].append(part | {"finished": datetime.now(UTC).isoformat(timespec="seconds")})
+        now = {"finished": datetime.now(UTC).isoformat(timespec="seconds"), "commit": machine.commit()}
+        self._content["parts"].append(part | now)
         self._path.parent.mkdir(parents=True, exist_ok=True)
         whole = self._path.with_suffix(".part")
         whole.write_text(json.dumps(self._content, indent=1) + "\n")

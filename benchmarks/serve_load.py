@@ -71,8 +71,12 @@ class Client:
         body = json.dumps(fields | {"seed": self.random.randrange(2**31)} | self.fields).encode()
         head = f"POST /v1/completions HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\ncontent-length: {len(body)}\r\n\r\n"
         last = time.perf_counter()
-        self.writer.write(head.encode() + body)
-        status = await self.reader.readuntil(b"\r\n\r\n")
+        try:
+            status = await self._send(head.encode() + body)
+        except (asyncio.IncompleteReadError, ConnectionError):  # llama.cpp's closes kept connections now and then
+            self.writer.close()
+            await self.open()
+            status = await self._send(head.encode() + body)
         assert b" 200 " in status.split(b"\r\n")[0], status
         if not stream:
             length = next(line for line in status.lower().split(b"\r\n") if line.startswith(b"content-length"))
@@ -90,13 +94,18 @@ class Client:
         await self.reader.readexactly(2)
         self.steps.append((last - begun) / max(1, self.tokens - 1))
         self.count += self.tokens  # no end token: always the full length
-        if b"\nconnection: close" in status.lower():  # llama.cpp's, after some requests
-            self.writer.close()
-            await self.open()
+
+    async def _send(self, request: bytes) -> bytes:
+        """Sends a request; returns the head of its answer."""
+        self.writer.write(request)
+        return await self.reader.readuntil(b"\r\n\r\n")
 
 
-async def load(port: int, clients: int, seconds: float, tokens: int, words: int, **fields: Any) -> dict[str, Any]:
-    everyone = [Client(port, tokens, words, seed, fields) for seed in range(clients)]
+async def load(
+    port: int, clients: int, seconds: float, tokens: int, words: int, seed: int = 0, **fields: Any
+) -> dict[str, Any]:
+    """Figures of clients that each send one request after another, with prompts drawn from the seed."""
+    everyone = [Client(port, tokens, words, seed * clients + number, fields) for number in range(clients)]
     for client in everyone:
         await client.open()
         await asyncio.sleep(0)
@@ -270,10 +279,10 @@ def compare(commands: dict[str, list[str]], clients: list[int], seconds: float, 
             process.send_signal(signal.SIGSTOP)
         for count in clients:
             rows: dict[str, list[dict[str, Any]]] = {name: [] for name in servers}
-            for _ in range(ROUNDS):
+            for seed in range(ROUNDS):  # other prompts in each round: llama.cpp's keeps those it has seen
                 for name, (port, process) in servers.items():
                     process.send_signal(signal.SIGCONT)
-                    rows[name].append(asyncio.run(load(port, count, seconds, *shape, temperature=0)))
+                    rows[name].append(asyncio.run(load(port, count, seconds, *shape, seed=seed, temperature=0)))
                     process.send_signal(signal.SIGSTOP)
             ours = next(iter(rows.values()))
             for name, theirs in rows.items():

@@ -25,11 +25,11 @@ def figures(tmp_path: Path, ours: list[float], theirs: list[float]) -> Path:
     contender |= {"read_bytes": 1000, "weights_bytes": 1000, "model_bytes": 1000}
     part: dict[str, Any] = {
         "family": "fp32", "scenario": "batch 1", "text": "Text.", "unit": "tokens/s", "measures": ["greedy"],
-        "within": None, "bandwidth": [1e4, 4e4, 1e4], "finished": "2026-01-01T00:00:00+00:00",
+        "within": None, "bandwidth": [1e4, 4e4, 1e4], "finished": "2026-01-01T00:00:00+00:00", "commit": "abc1234",
         "figures": {"gpt2onnx": {"greedy": ours}, "peer": {"greedy": theirs}},
         "missing": {"other": "not offered"}, "same_tokens": {},
     }  # fmt: skip
-    run = {"machine": {"processor": "P", "cores": 2, "system": "S", "commit": "c"}, "threads": 2, "rounds": 3}
+    run = {"machine": {"processor": "P", "cores": 2, "system": "S"}, "threads": 2, "rounds": 3}
     run |= {"contenders": {name: contender | {"ours": name == "gpt2onnx"} for name in part["figures"]}, "parts": [part]}
     (tmp_path / "results.json").write_text(json.dumps(run))
     return tmp_path / "results.json"
