@@ -70,6 +70,7 @@ _READERS: Mapping[str, Callable[[Path], SavedWeights]] = {
     ".pt": open_state_dict,
     ".pth": open_state_dict,
     ".ckpt": open_state_dict,
+    ".ot": open_state_dict,
     INDEX: open_tensorflow,
     ".gguf": open_gguf,
     ".onnx": open_onnx,

@@ -3,6 +3,10 @@
 A file is a pickle, in which tensors refer to storages, and the numbers of the storages: since PyTorch 1.6 as
 members of a zip archive (data.pkl, data/0, data/1 …), before that one after another behind the pickle.
 The format: https://github.com/pytorch/pytorch/blob/main/torch/serialization.py
+
+TorchScript and LibTorch (so tch and rust-bert) write the same archive. Its pickle is a module: tensors and further modules are
+its attributes. The program beside it, in code/, isn't read.
+https://github.com/pytorch/pytorch/blob/main/torch/csrc/jit/docs/serialization.md
 """
 
 import math
@@ -27,6 +31,8 @@ _ZIP_START = b"PK\x03\x04"
 _ZIP_HEADER = 30  # bytes of a member's local header, without its name
 _MOST_AXES = 32  # of an array in every NumPy
 _LONGEST_LINE = 2**16  # bytes, of a name or a number
+_MODULE = "__torch__"  # package of TorchScript's classes
+_LONGEST_NAME = 1024  # letters, of a tensor in modules in modules
 _LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
 # Scripts save these beside the weights, as they do devices: their names are enough.
 _DTYPES = ("float64", "float32", "float16", "bfloat16", "int64", "int32", "int16", "int8", "uint8", "bool")
@@ -198,8 +204,6 @@ def _read_zip(path: Path, file: _File) -> tuple[Any, _Spans]:
         root = next((name.removesuffix("data.pkl") for name in members if name.split("/")[1:] == ["data.pkl"]), None)
         if root is None:
             raise CheckpointError(f"{path} is a zip archive, but not one that torch.save wrote")
-        if f"{root}constants.pkl" in members:
-            raise CheckpointError(f"{path} is a TorchScript program: save the model's state_dict() instead")
         if (order := members.get(f"{root}byteorder")) is not None and (
             order.file_size > len(b"little") or archive.read(order) != b"little"
         ):
@@ -281,6 +285,8 @@ class _Pickles:
             return self._names[name]
         if module == "__main__":
             return RecordType(name)
+        if module.partition(".")[0] == _MODULE:
+            return RecordType(_MODULE)
         raise CheckpointError(
             f"{self._path} was refused: {shown(f'{module}.{name}')[1:-1]} is no tensor and no plain container, and"
             " might run code; save the model's state_dict() alone"
@@ -336,7 +342,9 @@ _ALLOWED: Mapping[tuple[str, str], Call] = {
 def _located(content: Any, path: Path, spans: _Spans, depth: int = 0) -> Any:
     """The same content with arrays for tensors, down to the depth of weights, and mappings for records."""
     if isinstance(content, Record):
-        return content.fields
+        if content.name != _MODULE:
+            return content.fields
+        content = _tensors(content, path)
     if not isinstance(content, dict):
         return content
     located = {}
@@ -346,6 +354,25 @@ def _located(content: Any, path: Path, spans: _Spans, depth: int = 0) -> Any:
         else:
             located[name] = _located(value, path, spans, depth + 1) if depth == 0 else value
     return located
+
+
+def _tensors(module: Record, path: Path) -> dict[str, _Tensor]:
+    """The tensors of a TorchScript module, and of the modules in it, by their names in a state dict."""
+    found, pending, seen = dict[str, _Tensor](), [("", module)], {module}
+    while pending:
+        prefix, record = pending.pop()
+        for name, value in record.fields.items():
+            if len(prefix) + len(name) > _LONGEST_NAME:
+                raise CheckpointError(
+                    f"{path} was refused: the name of a tensor has more than {_LONGEST_NAME:,} letters"
+                )
+            if isinstance(value, _Tensor):
+                # A name in TorchScript has no dots; tch writes bars for them.
+                found[f"{prefix}{name}".replace("|", ".")] = value
+            elif isinstance(value, Record) and value not in seen:
+                seen.add(value)
+                pending.append((f"{prefix}{name}.", value))
+    return found
 
 
 def _array(name: str, tensor: _Tensor, path: Path, spans: _Spans) -> StoredArray:

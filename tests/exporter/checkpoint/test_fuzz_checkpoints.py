@@ -130,6 +130,8 @@ HOSTILE: dict[str, bytes] = {
     "lists in lists": b"]" * 100_000 + b"a" * 99_999,
     "tuples in tuples": b")" + b"\x85" * 100_000,
     "dictionaries in dictionaries": (b"}" + word("a")) * 50_000 + b"N" + b"s" * 50_000,
+    "a module in itself": b"c__torch__\nNet\n)\x81q\x00}" + word("a") + b"h\x00sb",
+    "modules in modules": (b"c__torch__\nNet\n)\x81}" + word("a")) * 50_000 + b"N" + b"sb" * 50_000,
     "copies of a long list": b"](" + b"N" * 100_000 + b"eq\x00" + b"0ctorch\nSize\nq\x01(" + b"h\x01h\x00\x85R" * 500_000 + b"t",
     "sets of a long list": b"](" + b"K\x01" * 100_000 + b"eq\x00" + b"0cbuiltins\nset\nq\x01(" + b"h\x01h\x00\x85R" * 500_000 + b"t",
     "records of a large state": b"}(" + b"".join(word(f"{n:06}") + b"N" for n in range(50_000)) + b"uq\x00" + b"(" + b"c__main__\nA\n)\x81h\x00b" * 50_000 + b"t",
@@ -370,6 +372,8 @@ OTHER_FILES = [
     "flax/flax_model.msgpack",
     "fsdp/pytorch_model_fsdp_0/.metadata",
     "fsdp/pytorch_model_fsdp_0/__1_0.distcp",
+    "rust/rust_model.ot",
+    "torchscript/model.pt",
 ]
 
 

@@ -5,6 +5,7 @@ golden/make_other_formats.py and make_torch_formats.py had the programs write th
 
 import json
 import shutil
+import zipfile
 from pathlib import Path
 
 import h5py
@@ -41,6 +42,8 @@ SOURCES = {
     "keras_preset": "",
     "fsdp": "",
     "fsdp_whole": "",
+    "rust": "",
+    "torchscript": "model.pt",
 }
 
 
@@ -185,6 +188,32 @@ def test_pytorchs_weights_come_before_others(tmp_path: Path) -> None:
     state = {name: array + 1 for name, array in load_file(FILES / "mlx" / "model.safetensors").items()}
     save_file(state, folder / "model.safetensors")
     assert np.array_equal(Checkpoint.open(str(folder)).tensor("wte.weight"), state["model.wte.weight"])
+
+
+# TorchScript and LibTorch
+
+
+def write_zip(path: Path, content: dict[str, bytes]) -> None:
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, each in content.items():
+            archive.writestr(name, each)
+
+
+@pytest.mark.parametrize(("part", "file"), [("rust", "rust_model.ot"), ("torchscript", "model.pt")])
+def test_the_program_of_torchscript_is_not_read(part: str, file: str, tmp_path: Path) -> None:
+    folder = shutil.copytree(FILES / part, tmp_path / part)
+    with zipfile.ZipFile(FILES / part / file) as archive:
+        content = {name: archive.read(name) for name in archive.namelist()}
+    places = [name for name in content if "/code/" in name or name.endswith("constants.pkl")]
+    assert places
+    write_zip(folder / file, content | dict.fromkeys(places, b"cposix\nsystem\n(X\x04\x00\x00\x00truetR."))
+    mine, whole = Checkpoint.open(str(folder / file)), Checkpoint.open(str(FILES / part / file))
+    assert np.array_equal(mine.tensor("h.1.mlp.c_fc.weight"), whole.tensor("h.1.mlp.c_fc.weight"))
+    pickle = next(name for name in content if name.endswith("/data.pkl"))
+    write_zip(folder / file, content | {pickle: content[pickle].replace(b"torch._utils\n", b"torch._xtils\n")})
+    assert "torch._xtils._rebuild_tensor_v2 is no tensor and no plain container, and might run code" in refused(
+        folder / file
+    )
 
 
 # What several devices saved
