@@ -7,15 +7,19 @@
 | fsdp | torch, transformers |
 | rust | torch, transformers, a C++ compiler, ninja |
 | torchscript | torch, transformers |
+| gptq | torch, transformers, an unpacked wheel of auto-gptq 0.7.1 at PATH |
 """
 
+import importlib
 import json
 import os
 import sys
 from io import BytesIO
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
+import numpy as np
 from make_other_formats import (
     FOLDER,
     HEADS,
@@ -142,7 +146,51 @@ def _without_places(archive: BytesIO, path: Path) -> None:
     writer.write_end_of_file()
 
 
-PARTS = {each.__name__: each for each in (fsdp, rust, torchscript)}
+def gptq(package: Path) -> None:
+    """AutoGPTQ quantises each matrix, packs it, and gives it back: the reference computes with these."""
+    import torch
+    from safetensors.torch import save_file
+
+    for name in ("auto_gptq", "auto_gptq.quantization", "auto_gptq.nn_modules", "auto_gptq.nn_modules.qlinear"):
+        sys.modules[name] = ModuleType(name)  # its own __init__ asks for a transformers of its time
+        sys.modules[name].__path__ = [str(package / name.replace(".", "/"))]
+    program = importlib.import_module("auto_gptq.quantization.gptq")
+    layer_class = importlib.import_module("auto_gptq.nn_modules.qlinear.qlinear_cuda").QuantLinear
+    torch.cuda.synchronize = lambda *_: None  # called on CPUs, too
+    width = 32
+    for part, bits, group, shuffled, symmetric in (
+        ("gptq", 4, 16, True, False), ("gptq_2bit", 2, 16, False, True), ("gptq_3bit", 3, -1, False, False), ("gptq_8bit", 8, 16, True, True)
+    ):  # fmt: skip
+        model, state = _gpt2(width).half(), dict[str, torch.Tensor]()
+        for name, conv in list(model.named_modules()):
+            if type(conv).__name__ != "Conv1D":
+                continue
+            quantiser = program.GPTQ(conv)
+            quantiser.quantizer.configure(bits, perchannel=True, sym=symmetric)
+            quantiser.add_batch(torch.randn(1, 99, conv.nx, generator=torch.Generator().manual_seed(0)), None)
+            scales, zeros, groups = quantiser.fasterquant(group_size=group, actorder=shuffled)
+            layer = layer_class(bits, group, conv.nx, conv.nf, bias=True)
+            layer.pack(conv, scales, zeros, groups)
+            kinds = ("qweight", "qzeros", "scales", "g_idx", "bias")
+            state |= {f"{name}.{kind}": getattr(layer, kind).contiguous() for kind in kinds}
+            layer.bias = None
+            conv.weight.data = layer(torch.eye(conv.nx, dtype=torch.float16))
+        for name, tensor in model.state_dict().items():
+            if name != "lm_head.weight" and f"{name.removesuffix('.weight')}.qweight" not in state:
+                state[name] = tensor
+        (FOLDER / part).mkdir(exist_ok=True)
+        save_file(state, FOLDER / part / f"gptq_model-{bits}bit-{group}g.safetensors", {"format": "pt"})
+        settings = {"bits": bits, "group_size": group, "desc_act": shuffled, "sym": symmetric, "quant_method": "gptq"}
+        (FOLDER / part / "quantize_config.json").write_text(json.dumps(settings))
+        told = config() | {"n_embd": width, "quantization_config": settings}
+        (FOLDER / part / "config.json").write_text(json.dumps(told))
+        with torch.no_grad():
+            logits = model.float()(torch.tensor([TOKENS])).logits[0]
+        np.save(FOLDER / part / "c_attn.npy", model.transformer.h[1].attn.c_attn.weight.detach().half())
+        record(part, logits, {"auto-gptq": "0.7.1", "torch": torch.__version__})
+
+
+PARTS = {each.__name__: each for each in (fsdp, rust, torchscript, gptq)}
 
 if __name__ == "__main__":
     PARTS[sys.argv[1]](*map(Path, sys.argv[2:]))

@@ -11,7 +11,7 @@ from gpt2onnx.errors import CheckpointError
 
 from ..formats import SavedWeights
 from ..weight import Weight
-from . import book, hugging_face, keras_hub, llama_cpp, mingpt, mlx, nanogpt, openai, tensorflow_flax
+from . import book, gptq, hugging_face, keras_hub, llama_cpp, mingpt, mlx, nanogpt, openai, tensorflow_flax
 from .tensors import Tensors
 
 
@@ -53,7 +53,6 @@ LAYOUTS: tuple[Layout, ...] = (mingpt, book, openai, llama_cpp, nanogpt, hugging
 # Wrappers put a prefix before every name: torch.compile `_orig_mod.`, DistributedDataParallel `module.`, others the name of
 # the attribute that holds the network. GPT2LMHeadModel puts `transformer.` before every name but its head's.
 _TRANSFORMER = "transformer."
-_QUANTISED = ".qweight"
 _EMBEDDINGS = "|".join(re.escape(layout.EMBEDDING) for layout in LAYOUTS)
 _WRAPPED = re.compile(rf"^(.*?)(?:{re.escape(_TRANSFORMER)})?(?:{_EMBEDDINGS})$")
 
@@ -71,11 +70,9 @@ def arrange(saved: SavedWeights, config: Mapping[str, Any] | None) -> tuple[dict
     Raises:
         CheckpointError: the scheme or the architecture isn't known.
     """
-    if quantised := next((name for name in saved.arrays if name.endswith(_QUANTISED)), None):
-        raise CheckpointError(
-            f"{saved.path}: the weights are quantised by GPTQ or AWQ, as {quantised} shows: export the checkpoint that they were made from"
-        )
-    plain = mlx.dequantised(saved.arrays, config)
+    quantiser = gptq if any(name.endswith(gptq.PACKED) for name in saved.arrays) else mlx
+    plain = quantiser.dequantised(saved.arrays, config)
+    config = config and gptq.without_settings(config)
     prefix = next((match[1] for name in plain if (match := _WRAPPED.match(name))), "")
     arrays = {name.removeprefix(prefix).removeprefix(_TRANSFORMER): array for name, array in plain.items()}
     tensors = Tensors(saved.path, arrays, saved.settings)

@@ -17,10 +17,10 @@ from gpt2onnx.errors import CheckpointError
 
 from ....models.messages import shown
 from ..arrays import FLOATS, StoredArray
+from .packed import unpacked
 
 _PACKED, _SCALES, _OFFSETS = ".weight", ".scales", ".biases"
 _BITS = range(1, 9)
-_ROWS = 256  # unpacked at once: a bit takes a byte then
 
 
 @dataclass(frozen=True)
@@ -43,12 +43,7 @@ class QuantisedArray:
         return self.packed.name
 
     def read(self) -> npt.NDArray[np.generic]:
-        packed = np.ascontiguousarray(self.packed.read()).view(np.uint8)
-        numbers = np.empty(self.shape, np.float32)
-        values = (1 << np.arange(self.bits)).astype(np.float32)
-        for begin in range(0, len(packed), _ROWS):
-            bits = np.unpackbits(packed[begin : begin + _ROWS], axis=1, bitorder="little")
-            numbers[begin : begin + _ROWS] = bits.reshape(-1, self.shape[1], self.bits) @ values
+        numbers = unpacked(self.packed.read(), self.bits)
         groups = numbers.reshape(*self.scales.shape, -1)
         groups *= np.asarray(self.scales.read(), np.float32)[..., None]
         groups += np.asarray(self.offsets.read(), np.float32)[..., None]

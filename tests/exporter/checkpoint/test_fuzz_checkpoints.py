@@ -374,6 +374,8 @@ OTHER_FILES = [
     "fsdp/pytorch_model_fsdp_0/__1_0.distcp",
     "rust/rust_model.ot",
     "torchscript/model.pt",
+    "gptq/gptq_model-4bit-16g.safetensors",
+    "gptq/quantize_config.json",
 ]
 
 

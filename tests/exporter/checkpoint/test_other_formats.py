@@ -7,6 +7,7 @@ import json
 import shutil
 import zipfile
 from pathlib import Path
+from typing import Any
 
 import h5py
 import numpy as np
@@ -20,6 +21,7 @@ from support.graphs import logits_of_prompt
 from support.weight_files import refused
 
 import gpt2onnx
+from gpt2onnx.errors import CheckpointError
 from gpt2onnx.exporter.checkpoint.checkpoint import Checkpoint
 
 FILES = FOLDER / "other_formats"
@@ -44,6 +46,10 @@ SOURCES = {
     "fsdp_whole": "",
     "rust": "",
     "torchscript": "model.pt",
+    "gptq": "",
+    "gptq_2bit": "",
+    "gptq_3bit": "",
+    "gptq_8bit": "",
 }
 
 
@@ -113,9 +119,68 @@ def test_mlx_quantised_otherwise(change: dict[str, object], message: str, tmp_pa
     assert message in refused(folder)
 
 
-def test_weights_that_gptq_quantised(tmp_path: Path) -> None:
-    save_file({"transformer.h.0.attn.c_attn.qweight": np.zeros((2, 2), np.int32)}, tmp_path / "model.safetensors")
-    assert "the weights are quantised by GPTQ or AWQ, as transformer.h.0.attn.c_attn.qweight shows" in refused(tmp_path)
+GPTQ, GPTQ_FILE, GPTQ_BITS = ["gptq", "gptq_2bit", "gptq_3bit", "gptq_8bit"], "gptq_model-4bit-16g.safetensors", 4
+
+
+@pytest.mark.parametrize("part", GPTQ)
+def test_the_matrices_of_gptq(part: str) -> None:
+    """AutoGPTQ's own, to the last bit."""
+    matrix = Checkpoint.open(str(FILES / part)).tensor("h.1.attn.c_attn.weight")
+    assert np.array_equal(matrix, np.load(FILES / part / "c_attn.npy"))
+
+
+def test_gptq_is_told(caplog: pytest.LogCaptureFixture, tmp_path: Path) -> None:
+    bundle = gpt2onnx.export(FILES / "gptq", tmp_path / "bundle")
+    assert "GPTQ rounded the weights to 4 bits" in caplog.text
+    # Others would take the bundle's weights for packed ones.
+    assert "quantization_config" not in json.loads((bundle.folder / "config.json").read_text())
+
+
+@pytest.mark.parametrize("place", ["config.json", "quantize_config.json"])
+@pytest.mark.parametrize("with_zeros_of_0", [False, True])
+def test_the_second_format_of_gptq(with_zeros_of_0: bool, place: str, tmp_path: Path) -> None:
+    """It stores zeros as they are. GPTQModel makes the first format of it: 1 less in each number of a word, which may borrow."""
+    first, second = (shutil.copytree(FILES / "gptq", tmp_path / name) for name in ("first", "second"))
+    arrays = load_file(FILES / "gptq" / GPTQ_FILE)
+    ones = np.uint32(sum(1 << GPTQ_BITS * number for number in range(32 // GPTQ_BITS)))
+    for name in [name for name in arrays if name.endswith("qzeros")]:
+        zeros = arrays[name].view(np.uint32) + ones
+        if with_zeros_of_0:
+            zeros &= np.uint32(0xFFF0FF00)
+        arrays[name] = zeros.view(np.int32)
+    save_file(arrays, second / GPTQ_FILE)
+    first_arrays = {name: (array.view(np.uint32) - ones).view(np.int32) if name.endswith("qzeros") else array for name, array in arrays.items()}  # fmt: skip
+    save_file(first_arrays, first / GPTQ_FILE)
+    config = json.loads((second / "config.json").read_text())
+    settings = config.pop("quantization_config") | {"checkpoint_format": "gptq_v2"}
+    (second / "quantize_config.json").unlink()
+    (second / "config.json").write_text(json.dumps(config))
+    told = config | {"quantization_config": settings} if place == "config.json" else settings
+    (second / place).write_text(json.dumps(told))
+    opened = [Checkpoint.open(str(folder)).tensor("h.1.mlp.c_fc.weight") for folder in (first, second)]
+    assert np.array_equal(*opened)
+    unchanged = Checkpoint.open(str(FILES / "gptq")).tensor("h.1.mlp.c_fc.weight")
+    assert np.array_equal(opened[0], unchanged) != with_zeros_of_0
+
+
+@pytest.mark.parametrize(
+    ("part", "change", "message"),
+    [
+        ("g_idx", None, "transformer.h.0.attn.c_attn.qweight has no g_idx, so AWQ quantised it"),
+        ("qzeros", None, "tensor transformer.h.0.attn.c_attn.qweight lacks its zeros or scales"),
+        ("scales", lambda array: array[:1], "doesn't fit its zeros [2, 12], scales [1, 96] and groups [32]"),
+        ("g_idx", lambda array: array[:24], "doesn't fit its zeros [2, 12], scales [2, 96] and groups [24]"),
+        ("g_idx", lambda array: array + 2, "names a group that isn't there"),
+    ],
+)
+def test_gptq_that_does_not_fit(part: str, change: Any, message: str, tmp_path: Path) -> None:
+    folder = shutil.copytree(FILES / "gptq", tmp_path / "gptq")
+    arrays, name = load_file(folder / GPTQ_FILE), f"transformer.h.0.attn.c_attn.{part}"
+    old = arrays.pop(name)
+    save_file(arrays if change is None else arrays | {name: change(old).copy()}, folder / GPTQ_FILE)
+    with pytest.raises(CheckpointError) as caught:
+        Checkpoint.open(str(folder)).tensor("h.0.attn.c_attn.weight")
+    assert message in str(caught.value)
 
 
 # ONNX
