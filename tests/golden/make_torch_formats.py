@@ -7,9 +7,12 @@
 | fsdp | torch, transformers |
 | rust | torch, transformers, a C++ compiler, ninja |
 | torchscript | torch, transformers |
+| megatron | torch, transformers, an unpacked wheel of transformers 4.46.3 at PATH, which has the converter |
 | gptq | torch, transformers, an unpacked wheel of auto-gptq 0.7.1 at PATH |
 """
 
+import argparse
+import enum
 import importlib
 import json
 import os
@@ -29,6 +32,8 @@ from make_other_formats import (
     VOCABULARY,
     WIDTH,
     config,
+    linear,
+    module,
     network,
     record,
 )
@@ -190,7 +195,85 @@ def gptq(package: Path) -> None:
         record(part, logits, {"auto-gptq": "0.7.1", "torch": torch.__version__})
 
 
-PARTS = {each.__name__: each for each in (fsdp, rust, torchscript, gptq)}
+def megatron(package: Path) -> None:
+    """Laid out as Megatron-LM's checkpointing.py and mpu/layers.py do; transformers' converter reads the same network, whole."""
+    import torch
+    import transformers
+
+    place = package / "transformers/models/megatron_gpt2/convert_megatron_gpt2_checkpoint.py"
+    converter = module(place.read_text(), "converter")
+    enums = ModuleType("megatron.core.enums")
+    enums.ModelType = enum.Enum("ModelType", {"encoder_or_decoder": 1}, module=enums.__name__)  # type: ignore[attr-defined, misc]
+    sys.modules |= {
+        "megatron": ModuleType("megatron"),
+        "megatron.core": ModuleType("megatron.core"),
+        enums.__name__: enums,
+    }
+    arguments = argparse.Namespace(
+        padded_vocab_size=64, max_position_embeddings=POSITIONS, hidden_size=WIDTH, num_layers=LAYERS, num_attention_heads=HEADS,
+        ffn_hidden_size=4 * WIDTH, bias_gelu_fusion=False, openai_gelu=False, tensor_model_parallel_size=2, layernorm_epsilon=1e-5,
+        params_dtype=torch.float32, model_type=enums.ModelType.encoder_or_decoder, make_vocab_size_divisible_by=16,
+    )  # fmt: skip
+    for part, version, parts, step in (("megatron", 3.0, 2, "iter_0000100"), ("megatron_0", 0, 2, "release"), ("megatron_1", 1.0, 1, "release")):  # fmt: skip
+        beside = {"iteration": 100, "rng_state": [{"np_rng_state": np.random.RandomState(0).get_state(), "torch_rng_state": torch.get_rng_state()}]}  # fmt: skip
+        beside |= {"args": arguments} if version == 3 else {}
+        beside |= {"checkpoint_version": version} if version else {}
+        settings = transformers.GPT2Config(**config() | {"activation_function": "gelu" if version == 3 else "gelu_new"})
+        whole = beside | {"model": _megatron_part(version, 0, 1)}
+        converted = converter.convert_megatron_checkpoint(None, whole, settings)
+        for rank in range(parts):
+            file = FOLDER / part / step / f"mp_rank_{rank:02}" / "model_optim_rng.pt"
+            file.parent.mkdir(parents=True, exist_ok=True)
+            torch.save(beside | {"model": _megatron_part(version, rank, parts), "optimizer": {"state": {}}}, file)
+        latest = step.removeprefix("iter_").lstrip("0")
+        (FOLDER / part / "latest_checkpointed_iteration.txt").write_text(latest)
+        told = {"vocab_size": VOCABULARY} | ({} if version == 3 else {"n_head": HEADS})
+        (FOLDER / part / "config.json").write_text(json.dumps(told))
+        model = transformers.GPT2LMHeadModel(settings).eval()
+        model.load_state_dict(converted, strict=False)
+        with torch.no_grad():
+            record(
+                part,
+                model(torch.tensor([TOKENS])).logits[0],
+                {"transformers' converter": "4.46.3", "torch": torch.__version__},
+            )
+
+
+def _megatron_part(version: float, rank: int, parts: int) -> dict[str, Any]:
+    """The network on one device of several, with the names of its time."""
+    import torch
+
+    ours, attention = linear(network()), "self_attention" if version else "attention"
+    words = np.concatenate([ours["wte.weight"], np.full((3, WIDTH), 9, np.float32)])
+    places = {
+        "ln_1": "input_layernorm", "attn.c_attn": f"{attention}.query_key_value", "attn.c_proj": f"{attention}.dense",
+        "ln_2": "post_attention_layernorm", "mlp.c_fc": "mlp.dense_h_to_4h", "mlp.c_proj": "mlp.dense_4h_to_h",
+    }  # fmt: skip
+    blocks = {}
+    for name, array in ours.items():
+        if name.startswith("h."):
+            _, layer, place = name.split(".", 2)
+            place, kind = place.rsplit(".", 1)
+            if place == "attn.c_attn":  # [3, heads, size]; a device has some of the heads
+                rest = array.shape[1:]
+                mine = np.split(array.reshape(3, HEADS, -1, *rest), parts, axis=1)[rank]
+                order = {0: (0, 1, 2), 1: (1, 2, 0)}.get(int(version), (1, 0, 2))
+                array = mine.transpose(*order, *range(3, mine.ndim)).reshape(-1, *rest)
+            elif place == "mlp.c_fc":
+                array = np.split(array, parts)[rank]
+            elif kind == "weight" and place in ("attn.c_proj", "mlp.c_proj"):
+                array = np.split(array, parts, axis=1)[rank]
+            blocks[f"layers.{layer}.{places[place]}.{kind}"] = torch.from_numpy(array.copy())
+        elif name.startswith("ln_f."):
+            blocks[name.replace("ln_f.", "final_layernorm.")] = torch.from_numpy(array)
+    embedding = {
+        "word_embeddings": {"weight": torch.from_numpy(np.split(words, parts)[rank].copy())},
+        "position_embeddings": {"weight": torch.from_numpy(ours["wpe.weight"])},
+    }
+    return {"language_model": {"embedding": embedding, "encoder" if version else "transformer": blocks}}
+
+
+PARTS = {each.__name__: each for each in (fsdp, rust, torchscript, gptq, megatron)}
 
 if __name__ == "__main__":
     PARTS[sys.argv[1]](*map(Path, sys.argv[2:]))

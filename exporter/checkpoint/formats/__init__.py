@@ -17,6 +17,8 @@ from .folder import weights_of
 from .gguf_file import open_gguf
 from .hdf5_file import open_hdf5
 from .llm_c_file import is_llm_c, open_llm_c
+from .megatron_file import PARTS as MEGATRON_PARTS
+from .megatron_file import open_megatron
 from .onnx_file import open_onnx
 from .saved import SavedWeights
 from .state_dict import open_state_dict
@@ -57,6 +59,8 @@ def _open_file(path: Path) -> SavedWeights:
     # A shard's name may end in anything.
     if path.name == DCP_INDEX:
         return open_dcp(path)
+    if path.name in MEGATRON_PARTS:
+        return open_megatron(path)
     return _READERS.get(path.suffix, open_state_dict)(path)
 
 

@@ -8,6 +8,7 @@ from gpt2onnx.errors import CheckpointError
 from ....models.bundle import MANIFEST
 from ....models.config import ADAPTER_CONFIG, read_json
 from .dcp_file import pieces_of
+from .megatron_file import megatron_in
 from .tensorflow_file import latest
 
 # The first that exists is taken. safetensors holds nothing but arrays, and shows whether it is whole.
@@ -21,7 +22,7 @@ _NO_WEIGHTS = ("training_args", "optimizer", "scheduler", "scaler", "rng_state",
 _STEP, _TRAINER_STATE = re.compile(r"checkpoint-(\d{1,9})"), "trainer_state.json"  # the Trainer's
 
 # DeepSpeed's: the file that names the latest step, and the ending of a piece of stage 3's.
-_DEEPSPEED_LATEST, _ZERO_3, _LONGEST_NAME = "latest", "zero_pp_rank_0_mp_rank_00_model_states.pt", 1024
+_DEEPSPEED_LATEST, _ZERO_3, _LONGEST_NAME = "latest", "zero_pp_rank_0_mp_rank_00_model_states.pt", 255
 
 
 def weights_of(folder: Path, suffixes: tuple[str, ...]) -> Path:
@@ -48,7 +49,7 @@ def weights_of(folder: Path, suffixes: tuple[str, ...]) -> Path:
     for name in _OTHERS:
         if (folder / name).is_file():
             return folder / name
-    if states := _deepspeed(folder) or pieces_of(folder):
+    if states := _deepspeed(folder) or pieces_of(folder) or megatron_in(folder):
         return states
     others = [
         path
@@ -70,7 +71,6 @@ def weights_of(folder: Path, suffixes: tuple[str, ...]) -> Path:
         raise CheckpointError(
             f"{folder} has no weights itself, but {', '.join(path.name for path in steps)}: name one, such as {_best(steps)}"
         )
-    _refuse_megatron(folder)
     raise CheckpointError(
         f"{folder} has no weights: none of {', '.join(_NAMES)}, nor another {' '.join(suffixes)} file"
     )
@@ -84,9 +84,11 @@ def _deepspeed(folder: Path) -> Path | None:
     latest_step = folder / _DEEPSPEED_LATEST
     if latest_step.is_file():
         with latest_step.open("rb") as file:
-            step = folder / PurePath(file.read(_LONGEST_NAME).decode("utf-8", "replace").strip()).name
+            step = folder / PurePath(file.read(_LONGEST_NAME).decode("utf-8", "ignore").strip()).name
     else:
         step = folder
+    if not step.is_dir():
+        return None
     parts = sorted(step.glob("mp_rank_*_model_states.pt"))
     if len(parts) > 1:
         raise CheckpointError(
@@ -97,16 +99,6 @@ def _deepspeed(folder: Path) -> Path | None:
             f"{step} has the weights in DeepSpeed's pieces: run python zero_to_fp32.py . weights, in the folder above it, and export that"
         )
     return parts[0] if parts else None
-
-
-def _refuse_megatron(folder: Path) -> None:
-    """Says how to make one checkpoint of what Megatron-LM saved."""
-    for place in (folder, *sorted(path for path in folder.glob("*") if path.is_dir())):
-        if (place / "model_optim_rng.pt").is_file() or any(place.glob("mp_rank_*/model_optim_rng.pt")):
-            raise CheckpointError(
-                f"{place} is a checkpoint of Megatron-LM: convert it to a Hugging Face folder with Megatron-LM's"
-                " tools/checkpoint, and export that"
-            )
 
 
 def _saved_steps(folder: Path) -> list[Path]:

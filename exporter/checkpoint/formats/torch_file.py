@@ -49,6 +49,9 @@ _STORAGE_TYPES = {
     "BoolStorage": "bool",
 }
 
+# Packages whose objects lie beside weights: settings, and the states of random generators. They become records.
+_BESIDE = ("__main__", "argparse", "megatron", "numpy", "_codecs")
+
 # First byte and end of each storage in the file.
 _Spans = Mapping[str, tuple[int, int]]
 
@@ -122,19 +125,23 @@ class _Part(RawIOBase):
         super().close()
 
 
-def read_checkpoint_file(path: Path) -> Any:
+def read_checkpoint_file(path: Path, levels: int = 2) -> Any:
     """The content of a file that `torch.save` wrote.
 
+    Args:
+        path: the file.
+        levels: of mappings in mappings.
+
     Returns:
-        The saved object, with a `StoredArray` in the place of each tensor of the outermost mapping and of the
-        mappings in it; no tensor is read yet.
+        The saved object, with a `StoredArray` in the place of each tensor of the mappings down to this level; no tensor
+        is read yet.
 
     Raises:
         CheckpointError: the file is missing, truncated, of another kind, or asks for anything but
             tensors and plain containers.
     """
     content, spans = _read(path, lambda: FileIO(path))
-    return _located(content, path, spans)
+    return _located(content, path, spans, levels, {})
 
 
 def read_saved_tensor(path: Path, name: str, offset: int, length: int) -> StoredArray:
@@ -283,10 +290,8 @@ class _Pickles:
             return name
         if name in self._names and module.partition(".")[0] in ("torch", "pathlib"):
             return self._names[name]
-        if module == "__main__":
-            return RecordType(name)
-        if module.partition(".")[0] == _MODULE:
-            return RecordType(_MODULE)
+        if (package := module.partition(".")[0]) in _BESIDE or package == _MODULE:
+            return RecordType(_MODULE if package == _MODULE else name)
         raise CheckpointError(
             f"{self._path} was refused: {shown(f'{module}.{name}')[1:-1]} is no tensor and no plain container, and"
             " might run code; save the model's state_dict() alone"
@@ -339,20 +344,20 @@ _ALLOWED: Mapping[tuple[str, str], Call] = {
 }
 
 
-def _located(content: Any, path: Path, spans: _Spans, depth: int = 0) -> Any:
-    """The same content with arrays for tensors, down to the depth of weights, and mappings for records."""
-    if isinstance(content, Record):
-        if content.name != _MODULE:
-            return content.fields
-        content = _tensors(content, path)
-    if not isinstance(content, dict):
+def _located(content: Any, path: Path, spans: _Spans, levels: int, known: dict[int, dict[Any, Any]]) -> Any:
+    """The same content with arrays for tensors, down to a level, and mappings for records; `known` are those that it met."""
+    if levels == 0 or not isinstance(content, Record | dict):
         return content
-    located = {}
-    for name, value in content.items():
-        if isinstance(value, _Tensor):
-            located[name] = _array(str(name), value, path, spans)
-        else:
-            located[name] = _located(value, path, spans, depth + 1) if depth == 0 else value
+    if (located := known.get(id(content))) is None:
+        located = known[id(content)] = {}
+        whole: dict[Any, Any] = content.fields if isinstance(content, Record) else content
+        if isinstance(content, Record) and content.name == _MODULE:
+            whole = _tensors(content, path)
+        for name, value in whole.items():
+            if isinstance(value, _Tensor):
+                located[name] = _array(str(name), value, path, spans)
+            else:
+                located[name] = _located(value, path, spans, levels - 1, known)
     return located
 
 

@@ -47,7 +47,7 @@ class Record:
 
 @dataclass(frozen=True)
 class RecordType:
-    """Stands for a class whose objects become records."""
+    """Stands for a class or a function: what it makes becomes a record, whatever it is made of."""
 
     name: str
 
@@ -149,7 +149,7 @@ class _Machine:
                 if not isinstance(arguments, tuple):
                     raise PickleError("it calls a function without a tuple of arguments")
                 self.spend(sum(len(each) for each in arguments if isinstance(each, list | tuple)))
-                self.stack.append(_called(called, arguments, new=name == "NEWOBJ"))
+                self.stack.append(_called(called, arguments))
             case "BUILD":
                 state = self.pop()
                 self.spend(len(state) if isinstance(state, dict) else 0)
@@ -197,11 +197,11 @@ def _key(key: Any) -> Any:
     raise UnsupportedPickleError(f"a key of one of its mappings is a {kind}")
 
 
-def _called(called: Any, arguments: tuple[Any, ...], *, new: bool) -> Any:
+def _called(called: Any, arguments: tuple[Any, ...]) -> Any:
     match called:
         case Call():
             return called.function(*arguments)
-        case RecordType() if new and not arguments:
+        case RecordType():
             return Record(called.name)
     raise PickleError("it calls a value that is no function")
 

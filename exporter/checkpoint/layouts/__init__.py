@@ -11,7 +11,7 @@ from gpt2onnx.errors import CheckpointError
 
 from ..formats import SavedWeights
 from ..weight import Weight
-from . import book, gptq, hugging_face, keras_hub, llama_cpp, mingpt, mlx, nanogpt, openai, tensorflow_flax
+from . import book, gptq, hugging_face, keras_hub, llama_cpp, megatron, mingpt, mlx, nanogpt, openai, tensorflow_flax
 from .tensors import Tensors
 
 
@@ -48,7 +48,17 @@ class Layout(Protocol):
 
 
 # The first that recognises a checkpoint reads it.
-LAYOUTS: tuple[Layout, ...] = (mingpt, book, openai, llama_cpp, nanogpt, hugging_face, tensorflow_flax, keras_hub)
+LAYOUTS: tuple[Layout, ...] = (
+    mingpt,
+    book,
+    openai,
+    llama_cpp,
+    megatron,
+    nanogpt,
+    hugging_face,
+    tensorflow_flax,
+    keras_hub,
+)
 
 # Wrappers put a prefix before every name: torch.compile `_orig_mod.`, DistributedDataParallel `module.`, others the name of
 # the attribute that holds the network. GPT2LMHeadModel puts `transformer.` before every name but its head's.

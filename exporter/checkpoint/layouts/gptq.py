@@ -100,7 +100,7 @@ def dequantised(arrays: Mapping[str, StoredArray], config: Mapping[str, Any] | N
     Raises:
         CheckpointError: AWQ quantised them, or they don't fit together.
     """
-    plain, bits, second = dict(arrays), set(), False
+    plain, bits, second = dict(arrays), set[int](), False
     for packed_name in [name for name in arrays if name.endswith(PACKED)]:
         module, packed = packed_name.removesuffix(PACKED), plain.pop(packed_name)
         second = _is_second(packed.path.parent, config) if not bits else second

@@ -46,6 +46,9 @@ SOURCES = {
     "fsdp_whole": "",
     "rust": "",
     "torchscript": "model.pt",
+    "megatron": "",
+    "megatron_0": "",
+    "megatron_1": "",
     "gptq": "",
     "gptq_2bit": "",
     "gptq_3bit": "",
@@ -318,16 +321,6 @@ def test_pieces_that_are_not_whole(pieces: Path) -> None:
     assert "__1_0.distcp is missing" in refused(pieces.parent)
 
 
-@pytest.mark.parametrize("place", ["", "iter_0000100/mp_rank_00", "mp_rank_00"])
-def test_pieces_of_megatron(place: str, tmp_path: Path) -> None:
-    (tmp_path / place).mkdir(parents=True, exist_ok=True)
-    (tmp_path / place / "model_optim_rng.pt").touch()
-    assert (
-        "is a checkpoint of Megatron-LM: convert it to a Hugging Face folder with Megatron-LM's tools/checkpoint"
-        in refused(tmp_path)
-    )
-
-
 # Written down as DeepSpeed's save_checkpoint does it, not by DeepSpeed itself.
 
 
@@ -359,6 +352,12 @@ def test_deepspeed(deepspeed: Path) -> None:
     assert np.array_equal(opened.tensor("h.1.mlp.c_fc.weight"), stored["model.h.1.mlp.c_fc.weight"].T + 1)
     later = Checkpoint.open(str(deepspeed / "global_step2"), n_head=2)
     assert np.array_equal(later.tensor("ln_f.bias"), stored["model.ln_f.bias"] + 2)
+
+
+@pytest.mark.parametrize("named", [b"x" * 5000, b"\xff" * 300, b"global\0step1", b"..", b""])
+def test_a_step_of_deepspeed_that_is_none(named: bytes, deepspeed: Path) -> None:
+    (deepspeed / "latest").write_bytes(named)
+    assert f"{deepspeed} has no weights" in refused(deepspeed)
 
 
 def test_pieces_of_deepspeed(deepspeed: Path) -> None:
