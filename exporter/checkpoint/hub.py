@@ -16,9 +16,9 @@ from .formats.tensorflow_file import INDEX
 
 # Files to fetch: the small ones, then the weights in one format.
 _SMALL = ["*.json", "*.jinja", "merges.txt", "vocab.txt", "*.model"]
-_SAFETENSORS = ["model.safetensors", "model-*.safetensors", "adapter_model.safetensors"]
+_SAFETENSORS = ["model.safetensors", "model-*.safetensors", "gptq_model-*.safetensors", "adapter_model.safetensors"]
 _PICKLES = ["pytorch_model.bin", "pytorch_model-*.bin", "adapter_model.bin"]
-_OTHERS = ["tf_model.h5"], ["flax_model.msgpack"]
+_OTHERS = ["tf_model.h5"], ["flax_model.msgpack"], ["rust_model.ot"]
 
 
 def find(source: str, revision: str | None) -> Path:

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import pytest
 from support import torch_files
+from support.big_files import write_gguf, write_tensorflow
 from support.checkpoints import byte_tokenizer
 
 from gpt2onnx.models.config import GPT2Config
@@ -38,6 +39,7 @@ PRECISIONS: dict[str, tuple[dict[str, Any], float]] = {
     "int4 pure": ({"dtype": "int4", "pure": True}, 1.1e9),
 }
 MEMORY = 2 * 2**30
+MEMORY_OF_OTHERS = 10**9  # in int4, from TensorFlow's and llama.cpp's files
 TOKENS = 16
 
 # Pages of files, which the system may drop at any time, don't count: only memory of the process's own.
@@ -97,7 +99,7 @@ def _write_checkpoint(folder: Path, stem: str, suffix: str) -> Path:
     (folder / "config.json").write_text(json.dumps(XL))
     byte_tokenizer(257).save(str(folder / "tokenizer.json"))
     shapes = weight_shapes(GPT2Config.from_dict(XL), tied=True)
-    random = np.random.default_rng(0).standard_normal(1 << 22).astype(np.float32) * 0.02
+    random = _random()
     shard_of = {}
     for index in range(SHARDS):
         path = folder / f"{stem}-{index + 1:05}-of-{SHARDS:05}.{suffix}"
@@ -107,6 +109,10 @@ def _write_checkpoint(folder: Path, stem: str, suffix: str) -> Path:
     index_file = folder / f"{stem}.{suffix}.index.json"
     index_file.write_text(json.dumps({"metadata": {}, "weight_map": shard_of}))
     return folder
+
+
+def _random() -> np.ndarray:
+    return np.random.default_rng(0).standard_normal(1 << 22).astype(np.float32) * 0.02
 
 
 def _write_safetensors(path: Path, shapes: dict[str, tuple[int, ...]], random: np.ndarray) -> None:
@@ -162,3 +168,20 @@ def test_exports_in_little_memory_and_generates(precision: str, checkpoint: Path
     assert all(of == total for _, of in steps)
     assert [done for done, _ in steps] == sorted(done for done, _ in steps)
     assert steps[-1][0] == total
+
+
+@pytest.mark.parametrize("program", ["tensorflow", "gguf"])
+def test_exports_other_programs_files_in_little_memory(program: str, tmp_path: Path) -> None:
+    shapes = weight_shapes(GPT2Config.from_dict(XL), tied=True)
+    if program == "tensorflow":
+        write_tensorflow(tmp_path, shapes, _random(), XL["n_head"])
+    else:
+        write_gguf(tmp_path / "model.gguf", shapes, _random(), XL["n_head"])
+    try:
+        exported = _watched(EXPORT, tmp_path, tmp_path / "bundle", json.dumps({"dtype": "int4"}))
+        generated = _watched(GENERATE, tmp_path / "bundle", 1)
+    finally:
+        shutil.rmtree(tmp_path)
+    print(f"\n| int4 from {program} | {exported['seconds']:.0f} s | {exported['peak'] / 1e6:,.0f} MB |")
+    assert exported["peak"] < MEMORY_OF_OTHERS
+    assert len(generated["tokens"]) == 1

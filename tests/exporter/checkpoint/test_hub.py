@@ -92,10 +92,16 @@ def test_pickles_are_fetched_only_where_there_is_nothing_better(
     assert_embedding(open_from(hub, tmp_path / "another cache", HF_HUB_OFFLINE="1"), checkpoints[MAIN])
 
 
-@pytest.mark.parametrize(("form", "name"), [("h5", "tf_model.h5"), ("flax", "flax_model.msgpack")])
-def test_weights_for_other_frameworks_are_fetched_where_there_are_no_more(
-    form: str, name: str, hub: Hub, tmp_path: Path
-) -> None:
+@pytest.mark.parametrize(
+    ("form", "name"),
+    [
+        ("h5", "tf_model.h5"),
+        ("flax", "flax_model.msgpack"),
+        ("rust", "rust_model.ot"),
+        ("gptq", "gptq_model-4bit-16g.safetensors"),
+    ],
+)
+def test_other_weights_are_fetched_where_there_are_no_better(form: str, name: str, hub: Hub, tmp_path: Path) -> None:
     if form == "h5":
         pytest.importorskip("h5py", reason="h5py (extra formats) isn't installed")
     files = FOLDER / "other_formats" / form

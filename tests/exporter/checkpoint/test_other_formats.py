@@ -4,6 +4,7 @@ golden/make_other_formats.py and make_torch_formats.py had the programs write th
 """
 
 import json
+import re
 import shutil
 import zipfile
 from pathlib import Path
@@ -18,6 +19,7 @@ from support import torch_files
 from support.commands import CommandLine
 from support.golden import FOLDER
 from support.graphs import logits_of_prompt
+from support.paths import DOCS
 from support.weight_files import refused
 
 import gpt2onnx
@@ -70,6 +72,15 @@ def test_logits(part: str, tmp_path: Path) -> None:
     print(f"{part}: {difference:.1e}")
     assert difference < 1e-5 * np.abs(expected).max()
     assert np.abs(expected).max() > 1
+
+
+def test_docs_name_the_versions() -> None:
+    table = (DOCS / "export.md").read_text(encoding="utf-8")
+    made_with = json.loads((FILES / "made_with.json").read_text())
+    assert made_with.keys() == SOURCES.keys()
+    for part, versions in made_with.items():
+        for name, version in versions.items():
+            assert re.search(rf"{re.escape(name)} [^,|]*{re.escape(version)}", table), (part, name, version)
 
 
 # llm.c
