@@ -84,8 +84,7 @@ def load(model: str, device: str, threads: int | None, **others: Any) -> "Model"
     """Loads a model as `gpt2onnx.load` does; its packages are imported only now, after the options have been read."""
     from gpt2onnx.loading import load
 
-    verify = bool(click.get_current_context().meta.get(_VERIFY))
-    return load(exported(model), device=device, threads=threads, verify=verify, **drafts(), **others)
+    return load(bundle_folder(model), device=device, threads=threads, **drafts(), **others)
 
 
 def exported(model: str, dtype: str = "fp32") -> Path:
@@ -98,10 +97,12 @@ def exported(model: str, dtype: str = "fp32") -> Path:
 
 
 def bundle_folder(model: str) -> Path:
-    """The folder of a model that is loaded elsewhere, after the check that --verify asks for."""
+    """The folder of a model's bundle, after the check that --verify asks for."""
     from ..models.bundle import Bundle
 
     folder = exported(model)
-    if click.get_current_context().meta.get(_VERIFY):
-        Bundle.open(folder).verify()
+    context = click.get_current_context()
+    if context.meta.get(_VERIFY):
+        with console.progress_bar(f"Checking {folder}", quiet=bool(context.params.get("quiet"))) as progress:
+            Bundle.open(folder).verify(progress)
     return folder

@@ -29,19 +29,21 @@ def command(bundle: Path, as_json: bool, quiet: bool) -> None:
     from ..runtime.text.tokenizer import Tokenizer
 
     opened = Bundle.open(bundle)
-    opened.verify()
-    tokenizer = Tokenizer(bundle / TOKENIZER)
-    tokenizer.check(opened.config.vocab_size, thorough=True)
+    # The bar stays while the graphs are loaded.
+    with console.progress_bar(f"Checking {bundle}", quiet=quiet) as progress:
+        opened.verify(progress)
+        tokenizer = Tokenizer(bundle / TOKENIZER)
+        tokenizer.check(opened.config.vocab_size, thorough=True)
+        try:
+            GenerationConfig.from_file_content(read_json(bundle / GENERATION_CONFIG))
+        except OptionError as error:
+            raise BundleError(f"{bundle / GENERATION_CONFIG}: {error}") from error
+        for each in (opened, opened.without(RAGGED_GRAPH)):  # the runtime's own graph, and the one for interchange
+            Runner(each)
+        if opened.has_twin:
+            Runner(opened, twin=True)
     if not tokenizer.reads_any_text:
         click.echo("warning: the tokenizer has no token for unknown words: a text with one is an error", err=True)
-    try:
-        GenerationConfig.from_file_content(read_json(bundle / GENERATION_CONFIG))
-    except OptionError as error:
-        raise BundleError(f"{bundle / GENERATION_CONFIG}: {error}") from error
-    for each in (opened, opened.without(RAGGED_GRAPH)):  # the runtime's own graph, and the one for interchange
-        Runner(each)
-    if opened.has_twin:
-        Runner(opened, twin=True)
     manifest = opened.manifest
     size = sum(record.size for record in manifest.files.values())
     if as_json:

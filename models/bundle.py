@@ -16,6 +16,7 @@ import hashlib
 import json
 import os
 import stat
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -51,6 +52,8 @@ _GRAPHS = (GRAPH, RAGGED_GRAPH, SECOND_GRAPH, SECOND_GRAPH_WEIGHTS, TWIN_GRAPH)
 _REQUIRED = (CONFIG, GENERATION_CONFIG, GRAPH)
 # Files up to this size are hashed whenever a bundle is opened, which takes less than a millisecond in all.
 _SMALL = 2**18
+# Bytes read at a time: progress moves often, and calls cost nothing beside the hash.
+_PIECE = 2**20
 
 
 @dataclass(frozen=True)
@@ -242,8 +245,11 @@ class Bundle:
                 raise BundleError(f"{path} takes weights from {shown(place)}, which is not a file of the bundle")
         return path
 
-    def verify(self) -> None:
+    def verify(self, progress: Callable[[int, int], None] | None = None) -> None:
         """Compares every file's sha256 with the manifest, looks for files that it doesn't list, and checks the graphs.
+
+        Args:
+            progress: called with the bytes read and the bytes in all.
 
         Raises:
             BundleError: a file has other content, can't be read, leads out of the folder, or isn't in the manifest; or
@@ -251,8 +257,16 @@ class Bundle:
         """
         if not self.manifest.sha256:
             raise BundleError(f"{self.folder / MANIFEST} has no hash of itself: export the bundle again")
+        done, total = 0, sum(record.size for record in self.manifest.files.values())
+
+        def advance(size: int) -> None:
+            nonlocal done
+            done += size
+            if progress is not None:
+                progress(done, total)
+
         for name, record in self.manifest.files.items():
-            _check_hash(self.folder / name, record)
+            _check_hash(self.folder / name, record, advance)
             if name in _GRAPHS:
                 self.graph(name)
         try:
@@ -300,9 +314,9 @@ def _place(folder: Path, root: str, name: str) -> tuple[Path, int]:
     return path, facts.st_size
 
 
-def _check_hash(path: Path, record: FileRecord) -> None:
+def _check_hash(path: Path, record: FileRecord, advance: Callable[[int], None] | None = None) -> None:
     try:
-        digest = sha256_of(path)
+        digest = sha256_of(path, advance)
     except OSError as error:
         raise BundleError(f"can't read {path}: {error.strerror}") from error
     if digest != record.sha256:
@@ -350,7 +364,17 @@ def files_in(folder: Path) -> list[Path]:
     return found
 
 
-def sha256_of(path: Path) -> str:
-    """The sha256 of a file, in hexadecimal."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def sha256_of(path: Path, advance: Callable[[int], None] | None = None) -> str:
+    """The sha256 of a file, in hexadecimal.
+
+    Args:
+        path: of the file.
+        advance: called with the bytes of each piece that has been read.
+    """
+    digest = hashlib.sha256()
+    with path.open("rb", buffering=0) as file:
+        while piece := file.read(_PIECE):
+            digest.update(piece)
+            if advance is not None:
+                advance(len(piece))
+    return digest.hexdigest()

@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support.commands import CommandLine
+from support.commands import CommandLine, at_a_terminal
 from support.reference import Reference
+from support.systems import posix
 from support.tokens import assert_same_tokens
 from support.versions import skip_with_transformers_4
 
@@ -339,38 +340,24 @@ def test_verbose_logs_to_standard_error_only(tales_bundle: Path) -> None:
     assert json.loads(out)["prompt"] == PROMPT
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="no pseudo-terminals")
+@posix
 @pytest.mark.parametrize("quiet", [False, True])
 def test_a_person_at_a_terminal_sees_progress(
     quiet: bool, command_line: CommandLine, tales_bundle: Path, tmp_path: Path
 ) -> None:
     """Bytes of an export and lines of a job on standard error, where that is a terminal; results stay without them."""
-    import fcntl
-    import pty
-    import struct
-    import termios
-
     requests = tmp_path / "requests.jsonl"
     requests.write_text('{"prompt": "Once"}\n' * 3)
     commands = {
         "B/s": ("export", "tales", tmp_path / "bundle", "--no-parity"),
         "3 lines": ("generate", "-m", tales_bundle, "--input", requests, "--max-new-tokens", 2),
         "Exporting": ("tokens", "Once", "-m", shutil.copytree(FOLDER, tmp_path / "checkpoint")),
+        "Checking": ("verify", tales_bundle),
+        f"Checking {tales_bundle}": ("generate", "-m", tales_bundle, "Once", "--verify", "--max-new-tokens", 2),
     }
     for expected, arguments in commands.items():
-        master, slave = pty.openpty()
-        fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 100, 0, 0))
-        with pytest.MonkeyPatch.context() as patch, os.fdopen(slave, "w") as terminal:
-            patch.setattr(sys, "stderr", terminal)
-            done = command_line(*arguments, *(["-q"] if quiet else []))
-        shown = b""
-        while True:
-            try:
-                shown += os.read(master, 4096)
-            except OSError:  # the other end is closed
-                break
-        os.close(master)
+        done = at_a_terminal(command_line, *arguments, *(["-q"] if quiet else []))
         assert done.code == 0
-        assert (expected in shown.decode()) == (not quiet), shown.decode()
+        assert (expected in done.err) == (not quiet), done.err
         assert "lines" not in done.out
         assert "B/s" not in done.out

@@ -66,6 +66,16 @@ def test_whole_bundle_verifies(copy: Path, command_line: CommandLine) -> None:
     assert json.loads(done.out)["files"] == len(files_of(copy)) - 1
 
 
+def test_the_check_tells_how_far_it_is(copy: Path) -> None:
+    moves: list[tuple[int, int]] = []
+    Bundle.open(copy).verify(lambda done, total: moves.append((done, total)))
+    size = sum(path.stat().st_size for path in files_of(copy) if path.name != MANIFEST)
+    assert {total for _, total in moves} == {size}
+    assert moves == sorted(moves)
+    assert moves[-1] == (size, size)
+    assert len(moves) > size / 2**21, "large files move it, too"
+
+
 def test_any_flipped_byte_is_found(copy: Path) -> None:
     generator = random.Random(0)
     found = 0

@@ -1,6 +1,7 @@
 """The parity report: it passes what is right however sensitive the network is, and fails what isn't."""
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
@@ -15,8 +16,9 @@ import torch
 from onnx import ModelProto, helper, numpy_helper
 from safetensors.numpy import load_file, save_file
 from support.checkpoints import MakeCheckpoint
-from support.commands import CommandLine
+from support.commands import CommandLine, at_a_terminal
 from support.golden import FOLDER
+from support.systems import posix
 
 import gpt2onnx
 from gpt2onnx.exporter.checkpoint.checkpoint import Checkpoint
@@ -94,6 +96,20 @@ def test_attention_is_scaled_by_the_layer_where_the_checkpoint_says_so(
     done = command_line("parity", tmp_path / "bundle", folder)
     assert done.code == 0, done.out + done.err
     assert done.out.startswith(f"against transformers {version('transformers')} (eager attention), torch ")
+
+
+@posix
+def test_a_person_at_a_terminal_sees_how_many_requests_are_compared(
+    make_checkpoint: MakeCheckpoint, tmp_path: Path, command_line: CommandLine
+) -> None:
+    folder = make_checkpoint()
+    gpt2onnx.export(folder, tmp_path / "bundle")
+    arguments = ("parity", tmp_path / "bundle", folder)
+    shown = at_a_terminal(command_line, *arguments)
+    assert shown.code == 0, shown.out
+    assert re.search(r"Comparing with PyTorch: +\d+%.* requests/s", shown.err)
+    assert at_a_terminal(command_line, *arguments, "-q").err == ""
+    assert command_line(*arguments).err == ""
 
 
 @pytest.mark.parametrize("name", ["lora", "grown_saved"])

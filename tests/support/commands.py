@@ -1,8 +1,13 @@
 """The command line in tests: how it is run and waited for."""
 
+import os
+import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
+
+import pytest
 
 
 @dataclass(frozen=True)
@@ -15,6 +20,28 @@ class Finished:
 
 
 CommandLine = Callable[..., Finished]
+
+
+def at_a_terminal(command_line: CommandLine, *arguments: Any) -> Finished:
+    """Runs a command whose standard error is a terminal of 24 lines and 100 columns."""
+    import fcntl
+    import pty
+    import struct
+    import termios
+
+    master, slave = pty.openpty()
+    fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 100, 0, 0))
+    with pytest.MonkeyPatch.context() as patch, os.fdopen(slave, "w") as terminal:
+        patch.setattr(sys, "stderr", terminal)
+        done = command_line(*arguments)
+    shown = b""
+    while True:
+        try:
+            shown += os.read(master, 4096)
+        except OSError:  # the other end is closed
+            break
+    os.close(master)
+    return replace(done, err=shown.decode())
 
 
 def wait_until(condition: Callable[[], bool], seconds: float = 60) -> None:
