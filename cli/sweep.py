@@ -1,10 +1,13 @@
 """gpt2onnx sweep"""
 
+from collections.abc import Callable
 from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 import click
+
+from gpt2onnx.errors import install_command
 
 from ..models.tables import table
 from ..runtime.text.text_input import UTF_8
@@ -66,7 +69,7 @@ def command(
 
     sweep.check_folder(folder, replaces=resume or force)
     if energy is None and country is None and energy_seconds is None and not quiet and not sweep.has_codecarbon():
-        click.echo("energy isn't measured: it needs pip install 'gpt2onnx[energy]'", err=True)
+        click.echo(f"energy isn't measured: it needs {install_command('energy')}", err=True)
     loaded = load(model, device, threads, wide_after=0)
     with console.progress_bar(folder.name, "runs", quiet=quiet) as progress:
         runs = sweep.sweep(
@@ -93,18 +96,22 @@ def command(
 
 def _tables(rows: list[dict[str, Any]]) -> str:
     """The main figures: a table for each prompt, a line for each run."""
-    header = ["strategy", "tokens", "end", "tokens/s", "J/token", "log prob", "distinct-2", "repeated"]
+    columns: dict[str, Callable[[dict[str, Any]], str]] = {
+        "strategy": lambda row: row["strategy"],
+        "tokens": lambda row: str(row["completion_tokens"]),
+        "end": lambda row: str(row["finish_reason"]),
+        "tokens/s": lambda row: f"{row['tokens_per_second']:,.0f}",
+        "J/token": lambda row: _figure(row["joules_per_token"]),
+        "log prob": lambda row: _figure(row["mean_logprob"]),
+        "distinct-2": lambda row: _figure(row["distinct_2"]),
+        "repeated": lambda row: _figure(row["repeated_4gram_share"]),
+    }
+    if all(row["joules_per_token"] is None for row in rows):
+        del columns["J/token"]
     parts = []
     for prompt, group in groupby(rows, key=lambda row: row["prompt"]):
-        lines = [
-            [
-                row["strategy"], str(row["completion_tokens"]), str(row["finish_reason"]),
-                f"{row['tokens_per_second']:,.0f}", _figure(row["joules_per_token"]), _figure(row["mean_logprob"]),
-                _figure(row["distinct_2"]), _figure(row["repeated_4gram_share"]),
-            ]
-            for row in group
-        ]  # fmt: skip
-        parts.append(f"{' '.join(prompt.split())[:100]}\n{table(header, lines)}")
+        lines = [[cell(row) for cell in columns.values()] for row in group]
+        parts.append(f"{' '.join(prompt.split())[:100]}\n{table(list(columns), lines)}")
     return "\n\n".join(parts)
 
 

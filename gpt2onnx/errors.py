@@ -10,7 +10,7 @@
     └── BackendError        ONNX Runtime refused or failed
 
 Every message is one line that says what is wrong and how to mend it. Anything else that is raised
-is a bug of gpt2onnx and keeps its traceback. This module imports nothing, so every layer may use it.
+is a bug of gpt2onnx and keeps its traceback. This module imports nothing of the package, so every layer may use it.
 """
 
 _LONGEST = 2000  # letters
@@ -65,8 +65,27 @@ class MissingExtraError(Gpt2OnnxError):
     """A package of an optional extra isn't installed."""
 
     def __init__(self, purpose: str, package: str, extra: str) -> None:
-        super().__init__(f"{purpose} needs the package {package}: pip install 'gpt2onnx[{extra}]'")
+        super().__init__(f"{purpose} needs the package {package}: {install_command(extra)}")
 
 
 class BackendError(Gpt2OnnxError):
     """ONNX Runtime refused to load the graph, offers no such device, or failed in a run."""
+
+
+def install_command(extra: str) -> str:
+    """The command that adds an extra, from where the package itself was installed: a clone, a wheel, or the index."""
+    import json
+    from importlib.metadata import distributions
+    from pathlib import Path
+    from urllib.parse import urlsplit
+    from urllib.request import url2pathname
+
+    # PEP 610: pip and uv write where a package came from, unless that was an index. The .egg-info in a clone has no such file.
+    written = (each.read_text("direct_url.json") for each in distributions(name="gpt2onnx"))
+    origin = json.loads(next(filter(None, written), "{}"))
+    url = urlsplit(origin.get("url", ""))
+    place = url2pathname(url.path)
+    if url.scheme != "file" or not Path(place).exists():
+        return f"pip install 'gpt2onnx[{extra}]'"
+    editable = "-e " if origin.get("dir_info", {}).get("editable") else ""
+    return f"pip install {editable}'{place}[{extra}]'"

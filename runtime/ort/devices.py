@@ -6,7 +6,7 @@ Knows no ONNX Runtime: which providers there are is told, so that all of it can 
 import re
 from collections.abc import Sequence
 
-from gpt2onnx.errors import BackendError, OptionError
+from gpt2onnx.errors import BackendError, OptionError, install_command
 
 from ...models.bundle import Manifest
 
@@ -19,9 +19,8 @@ MEMORY: dict[str, str | None] = {CPU: None, CUDA: "cuda"}
 
 _SUFFIX = "ExecutionProvider"
 # https://onnxruntime.ai/docs/install; none of these may be installed beside another.
+_EXTRAS = {CPU: "cpu", CUDA: "gpu", "TensorrtExecutionProvider": "gpu"}
 _PACKAGES = {
-    CUDA: "gpt2onnx[gpu]",
-    "TensorrtExecutionProvider": "gpt2onnx[gpu]",
     "NvTensorRTRTXExecutionProvider": "onnxruntime-trt-rtx",
     "OpenVINOExecutionProvider": "onnxruntime-openvino",
     "DmlExecutionProvider": "onnxruntime-directml",
@@ -29,7 +28,6 @@ _PACKAGES = {
     "QNNExecutionProvider": "onnxruntime-qnn",
     "CANNExecutionProvider": "onnxruntime-cann",
     "WebGpuExecutionProvider": "onnxruntime-webgpu",
-    CPU: "gpt2onnx[cpu]",
 }
 
 
@@ -60,10 +58,13 @@ def not_offered(provider: str, available: Sequence[str], runtime: str) -> Backen
         runtime: the package that runs, and its version.
     """
     installed = packages()
-    package = _PACKAGES.get(provider)
+    if provider in _EXTRAS:
+        install: str | None = install_command(_EXTRAS[provider])
+    else:
+        install = f"pip install {_PACKAGES[provider]}" if provider in _PACKAGES else None
     mend = conflict(installed)
-    if mend is None and package is not None:
-        mend = f"pip uninstall {' '.join(installed) or 'onnxruntime'}, then pip install '{package}'"
+    if mend is None and install is not None:
+        mend = f"pip uninstall {' '.join(installed) or 'onnxruntime'}, then {install}"
     return BackendError(
         f"{device_name(provider)} is not a device of the installed {runtime}, which offers"
         f" {', '.join(map(device_name, available))}: {mend or f'it has to be built with {provider}'}"

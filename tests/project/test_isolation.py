@@ -1,5 +1,6 @@
 """What the runtime does without: PyTorch and transformers always, the exporter's packages where a bundle is there."""
 
+import json
 import os
 import subprocess
 import sys
@@ -11,6 +12,7 @@ from support.isolated import COMMAND_LINE, EXPORT_ONLY, REFERENCES, run
 from support.paths import REPOSITORY
 
 import gpt2onnx
+from gpt2onnx.errors import install_command
 
 
 def modules_after(code: str) -> set[str]:
@@ -61,7 +63,7 @@ def test_a_source_needs_the_extra_export(tmp_path: Path) -> None:
         status, out, err = run(COMMAND_LINE, *command, without=(package,), GPT2ONNX_CACHE=str(tmp_path / "cache"))
         assert (status, out) == (1, "")
         assert err.count("\n") == 1
-        assert f"needs the package {package}: pip install 'gpt2onnx[export]'" in err
+        assert f"needs the package {package}: {install_command('export')}" in err
     assert not list(tmp_path.iterdir())
 
 
@@ -79,14 +81,14 @@ def test_generating_needs_the_extra_cpu(tales_bundle: Path) -> None:
     status, out, err = run(COMMAND_LINE, "generate", "x", "-m", tales_bundle, without=("onnxruntime",))
     assert (status, out) == (1, "")
     assert err.count("\n") == 1
-    assert "needs the package onnxruntime: pip install 'gpt2onnx[cpu]'" in err
+    assert f"needs the package onnxruntime: {install_command('cpu')}" in err
 
 
 def test_the_hub_needs_its_package(tmp_path: Path) -> None:
     status, out, err = run(COMMAND_LINE, "export", "gpt2", tmp_path / "bundle", without=("huggingface_hub",))
     assert (status, out) == (1, "")
     assert err.count("\n") == 1
-    assert "pip install 'gpt2onnx[export]'" in err
+    assert install_command("export") in err
 
 
 def test_in_a_clone_the_folders_beside_are_found() -> None:
@@ -105,3 +107,28 @@ def test_onnxruntime_reports_to_nobody_unless_it_is_let() -> None:
         command = [sys.executable, "-c", code]
         done = subprocess.run(command, env=environment | given, capture_output=True, text=True, check=True)
         assert done.stdout.strip() == expected
+
+
+@pytest.mark.parametrize(
+    ("place", "facts", "command"),
+    [
+        ("clone", {"dir_info": {}}, "pip install '{place}[serve]'"),
+        ("clone", {"dir_info": {"editable": True}}, "pip install -e '{place}[serve]'"),
+        ("a b.whl", {"archive_info": {}}, "pip install '{place}[serve]'"),
+        ("gone", {"dir_info": {}}, "pip install 'gpt2onnx[serve]'"),
+        (None, {}, "pip install 'gpt2onnx[serve]'"),  # from an index, or from a package of the system's
+    ],
+)
+def test_a_missing_extra_comes_from_where_the_package_came_from(
+    place: str | None, facts: dict[str, object], command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "clone").mkdir()
+    (tmp_path / "a b.whl").touch()
+    installed = tmp_path / "site" / "gpt2onnx-0.1.0.dist-info"
+    installed.mkdir(parents=True)
+    (installed / "METADATA").write_text("Metadata-Version: 2.1\nName: gpt2onnx\nVersion: 0.1.0\n")
+    if place is not None:
+        url = (tmp_path / place).as_uri()
+        (installed / "direct_url.json").write_text(json.dumps({"url": url} | facts))
+    monkeypatch.setattr(sys, "path", [str(tmp_path / "site")])
+    assert install_command("serve") == command.format(place=tmp_path / (place or ""))

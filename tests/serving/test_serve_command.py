@@ -13,6 +13,7 @@ import httpx
 import pytest
 from support.commands import CommandLine
 
+from gpt2onnx.errors import install_command
 from gpt2onnx.serving.http import server as serving_server
 from gpt2onnx.serving.http.guard import Admission
 from gpt2onnx.serving.service import Limits
@@ -65,7 +66,7 @@ def test_missing_extra(package: str, command_line: CommandLine, monkeypatch: pyt
     monkeypatch.setitem(sys.modules, package, None)
     result = command_line("serve")
     assert result.code == 1
-    assert "pip install 'gpt2onnx[serve]'" in result.err
+    assert install_command("serve") in result.err
     assert result.err.count("\n") == 1
 
 

@@ -9,6 +9,7 @@ import pytest
 from support.commands import CommandLine
 
 from gpt2onnx.cli.parity import table
+from gpt2onnx.errors import install_command
 from gpt2onnx.exporter.validate.cases import Options, cases, why_left_out
 
 SAMPLED_BEAMS = {"do_sample": True, "num_beams": 2}
@@ -63,9 +64,7 @@ def test_without_pytorch_the_extra_is_named(
     monkeypatch.setitem(sys.modules, "torch", None)
     done = command_line("parity", tales_bundle, "tales")
     assert (done.code, done.out) == (1, "")
-    assert (
-        done.err == "gpt2onnx: Checking parity with PyTorch needs the package torch: pip install 'gpt2onnx[optimum]'\n"
-    )
+    assert done.err == f"gpt2onnx: Checking parity with PyTorch needs the package torch: {install_command('optimum')}\n"
 
 
 def test_without_pytorch_an_export_has_no_report(
@@ -78,7 +77,7 @@ def test_without_pytorch_an_export_has_no_report(
     assert json.loads(command_line("verify", tmp_path / "bundle", "--json").out)["parity"] is None
     asked = command_line("export", "tales", tmp_path / "other", "--parity")
     assert asked.code == 1
-    assert "needs the package torch: pip install 'gpt2onnx[optimum]'" in asked.err
+    assert f"needs the package torch: {install_command('optimum')}" in asked.err
     assert not (tmp_path / "other").exists()
 
 

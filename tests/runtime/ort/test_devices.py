@@ -21,7 +21,7 @@ from support.reference import Reference
 from support.tokens import assert_same_tokens
 
 import gpt2onnx
-from gpt2onnx.errors import BackendError, OptionError
+from gpt2onnx.errors import BackendError, OptionError, install_command
 from gpt2onnx.models.bundle import Bundle
 from gpt2onnx.runtime.engine.kv_cache import Copy, KVCache
 from gpt2onnx.runtime.engine.runner import Runner
@@ -160,7 +160,7 @@ def test_a_device_that_is_not_built_in(tales_bundle: Path, monkeypatch: pytest.M
     message = str(caught.value)
     assert "\n" not in message
     assert f"onnxruntime {onnxruntime.__version__}, which offers azure, cpu: " in message
-    assert "pip uninstall onnxruntime, then pip install 'gpt2onnx[gpu]'" in message
+    assert f"pip uninstall onnxruntime, then {install_command('gpu')}" in message
 
 
 class FallenBack:

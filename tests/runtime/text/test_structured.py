@@ -10,7 +10,7 @@ import pytest
 from support.commands import CommandLine
 
 import gpt2onnx
-from gpt2onnx.errors import OptionError
+from gpt2onnx.errors import OptionError, install_command
 
 PROMPT = "Once upon a time there was a"
 PERSON = {
@@ -126,4 +126,4 @@ def test_command_line(command_line: CommandLine, tales_bundle: Path, tmp_path: P
 def test_needs_its_extra(command_line: CommandLine, tales_bundle: Path) -> None:
     done = command_line("generate", "a", "-m", tales_bundle, "--regex", "a", without=("llguidance",))
     assert (done.code, done.out, done.err.count("\n")) == (1, "", 1)
-    assert "pip install 'gpt2onnx[structured]'" in done.err
+    assert install_command("structured") in done.err
