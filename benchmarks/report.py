@@ -15,7 +15,7 @@ from .run import COLD, MEMORY, RESULTS
 
 HOW = """\
 All contenders get the same checkpoint (GPT-2's shape of 124 M parameters, random weights), the same token ids, {threads} threads
-and the same task, each in its own process and environment. A round runs each contender once, in turn, while the others are
+and the same task. Each has its own process and environment. A round runs each contender once, in turn, while the others are
 stopped; one warm-up round is followed by {rounds} that count. Figures are medians, with the lowest and highest in brackets. Ratios are
 medians of the rounds' ratios: above 1 gpt2onnx is ahead, below 1 the peer. Read bandwidth is measured in every round. Every round
 has its own prompts, of the same lengths, since some runtimes cache prompts.
@@ -177,7 +177,7 @@ def _processes(run: Run) -> Iterator[str]:
     if cold and cold.figures:
         yield (
             "Seconds from a process's start to its first token and to its end; text in, text out, files in the page cache. "
-            "gpt2onnx is its command `generate`, a peer a script of a few lines."
+            "Ours is the command `generate`, a peer a script of a few lines."
         )
         ours = next((name for name in cold.figures if run.contenders[name]["ours"]), None)
         rows = []
@@ -189,8 +189,8 @@ def _processes(run: Run) -> Iterator[str]:
             yield f"Not measured: {'; '.join(f'{name}: {why}' for name, why in cold.missing.items())}."
     if memory and memory.figures:
         yield (
-            "Peak resident memory of a process that has loaded its model and written 128 tokens after 32; its part outside "
-            "mapped files; then the size on disk of the environment's packages and of the model, MB."
+            "Peak resident memory, MB, of a process that has loaded its model and written 128 tokens after 32, and its part "
+            "outside mapped files. Then the size on disk of the environment's packages and of the model, MB."
         )
         yield table(
             ["", "peak", "not mapped", "peak beyond the weights", "packages", "model"], list(_sizes(run, memory))
@@ -212,8 +212,9 @@ def _megabytes(count: float) -> str:
 
 def _contenders(run: Run) -> Iterator[str]:
     yield (
-        "Share of read bandwidth: bytes of weights read for a token (the weights' file; half of it if fp32 is held as bf16; "
-        "without a second copy of the embedding) times tokens a second, by the bandwidth of that round. Same tokens: prompts "
+        "Share of read bandwidth: bytes of weights read for a token times tokens a second, by the bandwidth of that round. "
+        "The bytes are those of the weights' file, without a second copy of the embedding; half of it if fp32 is held as bf16. "
+        "Same tokens: prompts "
         "with the same tokens as from gpt2onnx of that class, to be expected in fp32 only. Slow: it wrote a quarter of the "
         "tokens in scenarios that compare a contender with itself; rates are compared."
     )

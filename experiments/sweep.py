@@ -117,8 +117,8 @@ def sweep(
     Args:
         model: generates.
         prompts: texts to continue; by default the grid's.
-        grid: the strategies: options with lists of values to try, such as `{"num_beams": [2, 6]}`; a list of such, each with
-            a "name"; the content or the path of a TOML file; or None for the built-in grid.
+        grid: the strategies; None for the built-in grid. Options with lists of values to try, such as
+            `{"num_beams": [2, 6]}`, a list of such, each with a "name", or the content or the path of a TOML file.
         out: folder for results.jsonl, summary.csv, emissions.csv and report.html; None keeps the runs in memory only.
         seed: of the random draws, in place of the grid's.
         max_new_tokens: length of the texts, in place of the grid's.

@@ -86,14 +86,14 @@ def export(
             optimum's graph of standard operators for execution providers without those, fp32 only.
         block_size: weights that share a scale, a power of two from 16 to 256; chosen by default.
         calibrate: with "int8" or "int4", round the weights for the activations of the fp32 model on texts that it
-            writes itself; by default for models of up to 200 million weights, where it takes up to a minute.
+            writes itself. None for models of up to 200 million weights, where it takes up to some minutes.
         quality: with "int8" or "int4", compare the predictions with those of fp32 on such texts, and put the figures
-            into the manifest; by default for models of up to 200 million weights, where it takes seconds.
+            into the manifest. None for models of up to 200 million weights, where it takes seconds.
         quality_texts: text files (UTF-8) to compare on as well.
-        twin: with "fp32" or "fp16", add the network in 8 bits, which drafts tokens for the full one to verify; by default for
+        twin: with "fp32" or "fp16", add the network in 8 bits, which drafts tokens for the full one to verify. None for
             models of 20 million weights and more, where it pays. It takes a quarter of the fp32 weights' size.
         parity: compare the bundle with PyTorch and put the report into the manifest, whether it passed or
-            not; None for models of up to 200 million weights where torch and transformers are installed.
+            not. None for models of up to 200 million weights where torch and transformers are installed.
         revision: branch, tag or commit of a Hugging Face id.
         n_head: number of attention heads, for weights without a configuration; by default one for each 64 of the width.
         adapter: an adapter of peft to merge into the source (LoRA, rsLoRA, DoRA, IA3), a folder or a Hugging Face id.

@@ -39,10 +39,10 @@ def load(
         threads: of one operator; by default as many as this process may use, fewer for very small models.
         verify: compare every byte of the bundle with its manifest first; otherwise only the files' sizes, and the
             small files' content.
-        wide_after: in int8 and int4, tokens in prompts and batches after which these go through a second graph, which
-            takes a moment and memory to open and rounds a little more: 0 opens it right away, None never.
-        draft: where drafts of the next tokens come from, which one forward pass then verifies: "none"; "lookup", the text so
-            far; "twin", the bundle's network in 8 bits; "auto", the twin where there is one and it pays. In fp32 tokens are the
+        wide_after: in int8 and int4, tokens in prompts and batches after which these go through a second graph. It takes
+            a moment and memory to open, and rounds a little more. 0 opens it right away, None never.
+        draft: source of drafts, next tokens that one forward pass then verifies: "none"; "lookup", the text so
+            far; "twin", the bundle's network in 8 bits; "auto", the twin where it pays. In fp32 tokens are the
             same; kernels of lower precision round several tokens in another way than one, which may decide a near tie.
         draft_model: a smaller model of the same vocabulary, which drafts in place of the twin.
         draft_length: tokens of a draft by twin or draft model; by default as many as pay, which can be none.

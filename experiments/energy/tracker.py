@@ -33,7 +33,7 @@ def track_energy(
     """Measures the energy of every `generate` and `stream` inside the `with` block, and appends a row for each to a CSV file.
 
     A result has its figures as `result.energy`, if it is the only one of its run. Each run starts without cached
-    prefixes of earlier ones, and is repeated until it took long enough to be measured; unseeded sampling gets a seed, so
+    prefixes of earlier ones, and is repeated until it took long enough to be measured. Unseeded sampling gets a seed, so
     that each repetition gives the same tokens.
 
     Args:

@@ -92,7 +92,8 @@ def test_the_demo_tells_the_story_of_the_readme(tmp_path: Path) -> None:
         arguments = [sys.executable, "-m", "gpt2onnx", *shlex.split(command)]
         done = subprocess.run(arguments, cwd=tmp_path, capture_output=True, encoding="utf-8", timeout=300)
         assert done.returncode == 0, done.stderr
-    assert done.stdout.split() == blocks("text")[0].split()
+    story = re.findall(r"^>(.*)", README.read_text(encoding="utf-8"), re.MULTILINE)
+    assert done.stdout.splitlines() == [line.strip() for line in story]
 
 
 def test_the_speeds_of_the_readme_are_those_of_the_benchmarks() -> None:
