@@ -59,7 +59,7 @@ def test_every_step_has_its_section() -> None:
     links = re.findall(r"\]\(#([^)]*)\)", text)
     assert len(links) >= 8
     assert set(links) <= headings
-    for file in re.findall(r"\]\((?!#|https?:)([^)]*)\)", text):
+    for file in re.findall(r"\]\((?!#|https?:)([^)#]*)", text):
         assert (DOCS / file).is_file(), file
 
 

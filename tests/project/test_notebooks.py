@@ -1,5 +1,6 @@
 """The notebooks of the documentation run from their first cell to their last, and hold what they printed."""
 
+import itertools
 import json
 from pathlib import Path
 
@@ -50,6 +51,11 @@ def test_holds_its_outputs(path: Path) -> None:
     printed = str([cell["outputs"] for cell in code])
     assert "Warning" not in printed
     assert "stderr" not in printed
+    # A reader without Jupyter would see half a bar, and a text in pieces.
+    assert "widget-view" not in printed
+    for cell in code:
+        kinds = [output["output_type"] for output in cell["outputs"]]
+        assert ("stream", "stream") not in itertools.pairwise(kinds)
 
 
 def test_there_are_five() -> None:
