@@ -61,6 +61,7 @@ lint: $(VENV)/installed
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/cog --check -I . docs/cli.md docs/precision.md docs/python.md
+	$(BIN)/check-jsonschema --builtin-schema vendor.github-workflows .github/workflows/tests.yml deploy/ci.yml
 
 # The installed package is checked from another folder, which also proves that it is whole. What mypy remembers holds for one system.
 MYPY = "$(abspath $(BIN))/mypy" --config-file ../../pyproject.toml --strict --cache-dir ../mypy/$(1) --platform $(1)
