@@ -180,9 +180,7 @@ class Model:
             OptionError: the options ask for beams, for several sequences, or don't fit the prompt.
         """
         if request.options.num_beams > 1 or request.options.num_return_sequences > 1:
-            raise OptionError(
-                "only a single sequence can be streamed: not with num_beams or num_return_sequences above 1"
-            )
+            raise OptionError("only a single sequence can be streamed: num_beams and num_return_sequences must be 1")
         generation = self.begin(request)
         steps = self._scheduler.run([generation.strategy])
         text = self.tokenizer.stream(generation.stop, skip_special_tokens=request.options.skip_special_tokens)
@@ -270,9 +268,7 @@ class Model:
         context = self.config.n_positions
         # The last token is only predicted: it needs no position of its own.
         if len(ids) > context + 1:
-            raise PromptError(
-                f"prompt and text have {len(ids)} tokens, the context window {context}: shorten one of them"
-            )
+            raise PromptError(f"prompt and text have {len(ids)} tokens, the context window {context}: shorten one")
         cache = self.runner.new_cache(1, len(ids))
         logprobs: list[float] = []
         for begin in range(0, len(ids) - 1, _MAX_SCORED):
@@ -312,9 +308,7 @@ class Model:
     def check_options(self, options: GenerationConfig, prompt_length: int) -> None:
         """Raises OptionError if the options don't fit this model or this prompt length."""
         if options.new_tokens(prompt_length) < 1:
-            raise OptionError(
-                f"max_length {options.max_length} leaves no room behind {prompt_length} tokens of the prompt"
-            )
+            raise OptionError(f"max_length {options.max_length} leaves no room behind {prompt_length} prompt tokens")
         self._negative_ids(options)
         self._constraint(options, prompt_length)
         counts = {"logprobs": options.logprobs or 0}
