@@ -58,12 +58,10 @@ def not_offered(provider: str, available: Sequence[str], runtime: str) -> Backen
         runtime: the package that runs, and its version.
     """
     installed = packages()
-    if provider in _EXTRAS:
-        install: str | None = install_command(_EXTRAS[provider])
-    else:
-        install = f"pip install {_PACKAGES[provider]}" if provider in _PACKAGES else None
     mend = conflict(installed)
-    if mend is None and install is not None:
+    if mend is None and provider in (*_EXTRAS, *_PACKAGES):
+        extra = _EXTRAS.get(provider)
+        install = f"pip install {_PACKAGES[provider]}" if extra is None else install_command(extra)
         mend = f"pip uninstall {' '.join(installed) or 'onnxruntime'}, then {install}"
     return BackendError(
         f"{device_name(provider)} is not a device of the installed {runtime}, which offers"
