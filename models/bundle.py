@@ -25,7 +25,7 @@ import msgspec
 
 from gpt2onnx.errors import BackendError, BundleError, CheckpointError
 
-from . import external_data, graph_rules, limits
+from . import graph_rules, limits
 from .config import GPT2Config, json_object, read_small
 from .messages import shown
 from .precision import BLOCK_SIZES, DTYPES, QUANTIZED
@@ -227,15 +227,14 @@ class Bundle:
             if path.stat().st_size > limits.GRAPH:
                 raise BundleError(f"{path} has more than {limits.GRAPH:,} bytes: export the bundle again")
             content = path.read_bytes()
-            places = external_data.locations(content)
             makes_weights = name == SECOND_GRAPH_WEIGHTS
-            fault = graph_rules.fault(content, self.config.n_positions, makes_weights=makes_weights)
+            places = graph_rules.check(content, self.config.n_positions, makes_weights=makes_weights)
         except OSError as error:
             raise BundleError(f"can't read {path}: {error.strerror}") from error
         except ValueError as error:
             raise BundleError(f"{path} is not an ONNX graph ({error}): export the bundle again") from error
-        if fault:
-            raise BundleError(f"{path} has {fault}, which no exported graph has: export the bundle again")
+        except graph_rules.NotExportedError as error:
+            raise BundleError(f"{path} has {error}, which no exported graph has: export the bundle again") from error
         # Of the operators, only this one computes with quantised weights.
         quantized = self.manifest.dtype in QUANTIZED
         if name in (GRAPH, RAGGED_GRAPH) and (b"MatMulNBits" in content) != quantized:

@@ -1,4 +1,4 @@
-"""What a bundle's graph may hold, read off the file before ONNX Runtime opens it.
+"""What a bundle's graph may hold, and where its weights are, read off the file before ONNX Runtime opens it.
 
 ONNX Runtime computes while it loads a graph, deaf to Ctrl-C: what depends on constants alone, loops among it. So a graph
 may hold what exported graphs hold, and nothing else: operators and attributes from a list, no programs, and of constants
@@ -36,14 +36,15 @@ _SIZES = {b"ConstantOfShape": 0, b"Expand": 1, b"Pad": 1}
 _MODEL_GRAPH, _MODEL_TRAINING, _MODEL_FUNCTIONS = 7, 20, 25
 _GRAPH_NODE, _GRAPH_INITIALIZER, _GRAPH_INPUT, _GRAPH_SPARSE = 1, 5, 11, 15
 _NODE_INPUT, _NODE_OUTPUT, _NODE_OPERATOR, _NODE_ATTRIBUTE, _NODE_DOMAIN = 1, 2, 4, 5, 7
-_ATTRIBUTE_NAME, _ATTRIBUTE_TENSOR, _ATTRIBUTE_PROGRAMS = 1, 5, (6, 11)
-_TENSOR_DIMS, _TENSOR_TYPE, _TENSOR_INT64S, _TENSOR_NAME, _TENSOR_RAW = 1, 2, 7, 8, 9
+_ATTRIBUTE_NAME, _ATTRIBUTE_TENSOR, _ATTRIBUTE_PROGRAMS, _ATTRIBUTE_TENSORS = 1, 5, (6, 11), (10, 22, 23)
+_TENSOR_DIMS, _TENSOR_TYPE, _TENSOR_INT64S, _TENSOR_NAME, _TENSOR_RAW, _TENSOR_EXTERNAL = 1, 2, 7, 8, 9, 13
+_ENTRY_KEY, _ENTRY_VALUE = 1, 2
 _INT64 = 7
 _POSITIONS = b"wpe.weight"  # in the name of the table of positions
 
 
-class _NotExportedError(Exception):
-    """A graph holds what no exported graph has."""
+class NotExportedError(Exception):
+    """A graph holds what no exported graph has: its message says what."""
 
 
 @dataclass
@@ -54,49 +55,53 @@ class _Graph:
         nodes: each by its fields of texts and messages.
         constants: initializers and results of Constant, by name; None where only the place of the data is known.
         inputs: names.
+        locations: files that weights are in, relative to the graph's folder.
     """
 
     nodes: list[dict[int, list[bytes]]] = field(default_factory=list)
     constants: dict[bytes, memoryview] = field(default_factory=dict)
     inputs: set[bytes] = field(default_factory=set)
+    locations: set[str] = field(default_factory=set)
 
 
-def fault(model: bytes, positions: int, *, makes_weights: bool = False) -> str | None:
-    """What a graph has that no exported graph has; None where there is nothing of the kind.
+def check(model: bytes, positions: int, *, makes_weights: bool = False) -> set[str]:
+    """Refuses a graph that holds what no exported graph has.
 
     Args:
         model: the content of a .onnx file.
         positions: rows of the table of positions.
         makes_weights: whether it is the graph that computes weights of weights, which isn't computed while it is opened.
 
+    Returns:
+        The files that it takes weights from, relative to its own folder.
+
     Raises:
+        NotExportedError: it holds such a thing.
         ValueError: it isn't a protobuf message.
     """
-    try:
-        graph = _read(model)
-        _check_positions(graph, positions)
-        _check_nodes(graph, folds=not makes_weights)
-    except _NotExportedError as error:
-        return str(error)
-    return None
+    graph = _read(model)
+    _check_positions(graph, positions)
+    _check_nodes(graph, folds=not makes_weights)
+    return graph.locations
 
 
 def _read(model: bytes) -> _Graph:
     graph, view = _Graph(), memoryview(model)
     for kind, place in protobuf.fields(model, 0, len(model)):
         if kind in (_MODEL_TRAINING, _MODEL_FUNCTIONS):
-            raise _NotExportedError("a training graph" if kind == _MODEL_TRAINING else "functions")
+            raise NotExportedError("a training graph" if kind == _MODEL_TRAINING else "functions")
         if kind != _MODEL_GRAPH or not isinstance(place, slice):
             continue
         for number, part in protobuf.fields(model, place.start, place.stop):
             if number == _GRAPH_SPARSE:
-                raise _NotExportedError("sparse tensors")
+                raise NotExportedError("sparse tensors")
             if not isinstance(part, slice):
                 continue
             if number == _GRAPH_NODE:
                 graph.nodes.append(protobuf.messages(model[part]))
             elif number == _GRAPH_INITIALIZER:
                 graph.constants[_name(view[part], _TENSOR_NAME)] = view[part]
+                graph.locations |= _locations(model[part])
             elif number == _GRAPH_INPUT:
                 graph.inputs.add(_name(view[part], 1))
     return graph
@@ -105,7 +110,7 @@ def _read(model: bytes) -> _Graph:
 def _check_positions(graph: _Graph, positions: int) -> None:
     for name, tensor in graph.constants.items():
         if _POSITIONS in name and (rows := next(_integers(tensor, _TENSOR_DIMS), 0)) != positions:
-            raise _NotExportedError(f"{rows:,} positions where config.json says {positions:,}")
+            raise NotExportedError(f"{rows:,} positions where config.json says {positions:,}")
 
 
 def _check_nodes(graph: _Graph, *, folds: bool) -> None:
@@ -114,11 +119,11 @@ def _check_nodes(graph: _Graph, *, folds: bool) -> None:
     for node in graph.nodes:
         operator, inputs, outputs = _last(node, _NODE_OPERATOR), node.get(_NODE_INPUT, []), node.get(_NODE_OUTPUT, [])
         if operator not in _OPERATORS or _last(node, _NODE_DOMAIN) not in _DOMAINS:
-            raise _NotExportedError(f"the operator {_shown(operator)}")
+            raise NotExportedError(f"the operator {_shown(operator)}")
         for attribute in node.get(_NODE_ATTRIBUTE, []):
-            _check_attribute(attribute)
+            _check_attribute(graph, attribute)
         if not known.issuperset(inputs):
-            raise _NotExportedError("operators in another order")
+            raise NotExportedError("operators in another order")
         if operator in _SIZES:
             _check_size(graph, operator, inputs)
         if operator == b"Constant":
@@ -127,18 +132,22 @@ def _check_nodes(graph: _Graph, *, folds: bool) -> None:
         elif constant.issuperset(inputs):
             # Each constant goes into at most one, so that all of them together take no more memory than the file.
             if folds and (operator not in _OF_CONSTANTS or taken.intersection(inputs)):
-                raise _NotExportedError(f"{_shown(operator)} of constants")
+                raise NotExportedError(f"{_shown(operator)} of constants")
             constant.update(outputs)
             taken.update(inputs, outputs)
         known.update(outputs)
 
 
-def _check_attribute(attribute: bytes) -> None:
+def _check_attribute(graph: _Graph, attribute: bytes) -> None:
     for number, place in protobuf.fields(attribute, 0, len(attribute)):
         if number in _ATTRIBUTE_PROGRAMS:
-            raise _NotExportedError("loops or branches")
+            raise NotExportedError("loops or branches")
+        if number in _ATTRIBUTE_TENSORS:
+            raise NotExportedError("several or sparse tensors in an attribute")
         if number == _ATTRIBUTE_NAME and isinstance(place, slice) and attribute[place] not in _ATTRIBUTES:
-            raise _NotExportedError(f"the attribute {_shown(attribute[place])}")
+            raise NotExportedError(f"the attribute {_shown(attribute[place])}")
+        if number == _ATTRIBUTE_TENSOR and isinstance(place, slice):
+            graph.locations |= _locations(attribute[place])
 
 
 def _check_size(graph: _Graph, operator: bytes, inputs: list[bytes]) -> None:
@@ -148,7 +157,7 @@ def _check_size(graph: _Graph, operator: bytes, inputs: list[bytes]) -> None:
         return
     numbers = _whole_numbers(graph.constants[name])
     if numbers is None or math.prod(each for each in numbers if each > 1) > limits.CONSTANT:
-        raise _NotExportedError(f"{_shown(operator)} to more than {limits.CONSTANT:,} numbers")
+        raise NotExportedError(f"{_shown(operator)} to more than {limits.CONSTANT:,} numbers")
 
 
 def _whole_numbers(tensor: memoryview) -> list[int] | None:
@@ -162,6 +171,15 @@ def _whole_numbers(tensor: memoryview) -> list[int] | None:
             raw = bytes(tensor[place])
             found += [each for (each,) in struct.iter_unpack("<q", raw[: len(raw) // 8 * 8])]
     return found if len(found) == count else None
+
+
+def _locations(tensor: bytes) -> set[str]:
+    """The files that a tensor's external data names; none where its numbers are in the graph."""
+    if b"location" not in tensor:
+        return set()
+    entries = map(protobuf.messages, protobuf.messages(tensor).get(_TENSOR_EXTERNAL, ()))
+    found = (_last(entry, _ENTRY_VALUE) for entry in entries if _last(entry, _ENTRY_KEY) == b"location")
+    return {name.decode("utf-8", "surrogateescape") for name in found}
 
 
 def _integers(message: memoryview, number: int) -> Iterator[int]:
@@ -187,7 +205,7 @@ def _value(node: dict[int, list[bytes]]) -> memoryview:
     for attribute in node.get(_NODE_ATTRIBUTE, []):
         if tensors := protobuf.messages(attribute).get(_ATTRIBUTE_TENSOR):
             return memoryview(tensors[-1])
-    raise _NotExportedError("a constant without a tensor")
+    raise NotExportedError("a constant without a tensor")
 
 
 def _name(message: memoryview, number: int) -> bytes:

@@ -23,7 +23,7 @@ from support.systems import posix
 
 import gpt2onnx
 from gpt2onnx.errors import BackendError, BundleError
-from gpt2onnx.models import external_data, graph_rules
+from gpt2onnx.models import graph_rules
 from gpt2onnx.models.bundle import GRAPH, MANIFEST, RAGGED_GRAPH, TOKENIZER, WEIGHTS, Bundle, Manifest, describe_files
 from gpt2onnx.runtime.engine import loading
 
@@ -234,7 +234,7 @@ def test_what_is_no_plain_file_is_refused(copy: Path) -> None:
         Bundle.open(copy)
 
 
-def locate_at(location: str, *, field_order: int = 1) -> Callable[[Path], None]:
+def locate_at(location: str) -> Callable[[Path], None]:
     """Has the graph take its weights from elsewhere."""
 
     def change(bundle: Path) -> None:
@@ -261,40 +261,27 @@ def test_weights_from_elsewhere_are_refused_before_onnxruntime_sees_them(locatio
         Bundle.open(copy).verify()
 
 
-def test_locations_are_found_wherever_a_graph_can_hold_a_tensor() -> None:
+def test_locations_are_found_wherever_a_graph_may_hold_a_tensor() -> None:
     def tensor(location: str) -> onnx.TensorProto:
-        made = onnx.TensorProto(data_type=1, dims=[1], data_location=onnx.TensorProto.EXTERNAL)
+        made = onnx.TensorProto(name=location, data_type=1, dims=[1], data_location=onnx.TensorProto.EXTERNAL)
         # A key given twice counts as it was given last.
         made.external_data.add(key="length", value="4")
         made.external_data.add(key="location", value=location)
         return made
 
-    def node(**attribute: Any) -> onnx.NodeProto:
-        made = onnx.NodeProto(op_type="Constant")
-        made.attribute.append(onnx.AttributeProto(name="value", **attribute))
-        return made
+    def graph_of(**fields: Any) -> bytes:
+        return onnx.ModelProto(graph=onnx.GraphProto(**fields)).SerializeToString()
 
-    sparse = onnx.SparseTensorProto(values=tensor("sparse values"), indices=tensor("sparse indices"))
-    inner = onnx.GraphProto(initializer=[tensor("in a branch")], node=[node(t=tensor("in a branch's node"))])
-    graph = onnx.GraphProto(
-        initializer=[tensor("initializer")],
-        sparse_initializer=[sparse],
-        node=[node(t=tensor("node")), node(tensors=[tensor("node's list")]), node(g=inner), node(sparse_tensor=sparse)],
-    )
-    function = onnx.FunctionProto(node=[node(t=tensor("in a function"))])
-    training = onnx.TrainingInfoProto(algorithm=onnx.GraphProto(initializer=[tensor("in training")]))
-    model = onnx.ModelProto(graph=graph, functions=[function], training_info=[training])
-    assert external_data.locations(model.SerializeToString()) == {
-        "sparse values", "sparse indices", "in a branch", "in a branch's node", "initializer", "node", "node's list",
-        "in a function", "in training",
-    }  # fmt: skip
+    node = onnx.NodeProto(op_type="Constant", output=["x"])
+    node.attribute.append(onnx.AttributeProto(name="value", t=tensor("node")))
+    model = graph_of(initializer=[tensor("first"), tensor("first")], node=[node])
+    assert graph_rules.check(model, 64) == {"first", "node"}
     # Protobuf joins a message that comes in two parts, in any order of fields.
-    both = onnx.ModelProto(graph=onnx.GraphProto(initializer=[tensor("second")])).SerializeToString()
-    assert "second" in external_data.locations(model.SerializeToString() + both)
+    assert graph_rules.check(model + graph_of(initializer=[tensor("second")]), 64) == {"first", "node", "second"}
     swapped = b"\x12\x07outside\x0a\x08location"
     entry = b"\x6a" + bytes([len(swapped)]) + swapped
     body = b"\x2a" + bytes([len(entry)]) + entry
-    assert external_data.locations(b"\x3a" + bytes([len(body)]) + body) == {"outside"}
+    assert graph_rules.check(b"\x3a" + bytes([len(body)]) + body, 64) == {"outside"}
 
 
 def test_a_precision_that_is_not_the_graphs(copy: Path) -> None:
@@ -397,6 +384,5 @@ def test_damaged_graphs_end_in_one_line(copy: Path) -> None:
         broken = bytearray(content)
         for _ in range(3):
             broken[generator.randrange(len(content))] = generator.randrange(256)
-        for read in (external_data.locations, lambda graph: graph_rules.fault(graph, 64)):
-            with contextlib.suppress(ValueError):
-                read(bytes(broken))
+        with contextlib.suppress(ValueError, graph_rules.NotExportedError):
+            graph_rules.check(bytes(broken), 64)
