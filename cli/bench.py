@@ -23,10 +23,7 @@ if TYPE_CHECKING:
 @device_options
 @click.option("--json", "as_json", is_flag=True, help="Print the figures as JSON.")
 @console.verbosity
-def command(
-    model: str, prompt_tokens: int, new_tokens: int, batch_size: int, repetitions: int, seed: int, device: str,
-    threads: int | None, as_json: bool, quiet: bool,
-) -> None:  # fmt: skip
+def command(model: str, device: str, threads: int | None, as_json: bool, quiet: bool, **options: Any) -> None:
     """Measure decoding speed, memory, and the share of the machine's read bandwidth that decoding uses.
 
     Prompts are random tokens, all of one length. Decoding is greedy, without an end token, in the loop that all
@@ -48,15 +45,7 @@ def command(
     loaded = load(str(folder), device, threads)
     seconds = time.perf_counter() - started
     with console.progress_bar(f"Timing {model}", "runs", quiet=quiet) as progress:
-        result = benchmark(
-            loaded,
-            prompt_tokens=prompt_tokens,
-            new_tokens=new_tokens,
-            batch_size=batch_size,
-            repetitions=repetitions,
-            seed=seed,
-            progress=progress,
-        )
+        result = benchmark(loaded, progress=progress, **options)
     facts: dict[str, Any] = {"model": model} | setting(loaded) | {"load_seconds": seconds} | describe()
     if as_json:
         console.print_json(facts | result.to_dict())

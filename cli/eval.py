@@ -1,7 +1,7 @@
 """gpt2onnx eval"""
 
 from pathlib import Path
-from typing import Literal
+from typing import Any
 
 import click
 
@@ -31,8 +31,7 @@ from .prompt_options import encoding_option, file_text
 @click.option("--json", "as_json", is_flag=True, help="Print the figures as JSON.")
 @console.verbosity
 def command(
-    text_file: Path, encoding: str, model: str, context: int | None, stride: int | None, batch_size: int, split: float | None,
-    keep_short: bool, drop_last: Literal["none", "train", "all"], device: str, threads: int | None, as_json: bool, quiet: bool,
+    text_file: Path, encoding: str, model: str, device: str, threads: int | None, as_json: bool, quiet: bool, **options: Any
 ) -> None:  # fmt: skip
     """Measure the loss (nats per token), perplexity and bits per byte of TEXT_FILE, or of standard input for `-`.
 
@@ -51,17 +50,7 @@ def command(
     text = file_text(text_file, encoding)
     loaded = load(model, device, threads, wide_after=0)
     with console.progress_bar(f"Evaluating {text_file.name}", "tokens", quiet=quiet) as progress:
-        result = evaluate(
-            loaded,
-            text,
-            context=context,
-            stride=stride,
-            batch_size=batch_size,
-            split=split,
-            keep_short=keep_short,
-            drop_last=drop_last,
-            progress=progress,
-        )
+        result = evaluate(loaded, text, progress=progress, **options)
     if as_json:
         origin = {"text_file": str(text_file), "model": model, "dtype": loaded.bundle.manifest.dtype}
         console.print_json(origin | result.to_dict())

@@ -9,6 +9,7 @@ import click
 
 from . import console
 from . import parity as parity_report
+from .inspect import quality_lines
 
 
 @click.command("export")
@@ -76,25 +77,7 @@ from . import parity as parity_report
 @click.option("--force", is_flag=True, help="Replace an existing bundle.")
 @click.option("--json", "as_json", is_flag=True, help="Print the manifest as JSON.")
 @console.verbosity
-def command(
-    source: str,
-    bundle: Path,
-    dtype: str,
-    pure: bool,
-    graph: str,
-    block_size: int | None,
-    calibrate: bool | None,
-    quality: bool | None,
-    quality_texts: tuple[Path, ...],
-    twin: bool | None,
-    parity: bool | None,
-    revision: str | None,
-    n_head: int | None,
-    adapter: str | None,
-    force: bool,
-    as_json: bool,
-    quiet: bool,
-) -> None:
+def command(source: str, bundle: Path, as_json: bool, quiet: bool, **options: Any) -> None:
     """Export SOURCE to the folder BUNDLE.
 
     SOURCE is the embedded model `tales`, a checkpoint folder or file, a Hugging Face id, or an adapter of
@@ -114,44 +97,15 @@ def command(
     from ..exporter.export import export
 
     with console.progress_bar(f"Exporting {source}", quiet=quiet) as progress:
-        made = export(
-            source,
-            bundle,
-            dtype=dtype,
-            pure=pure,
-            graph=graph,
-            block_size=block_size,
-            calibrate=calibrate,
-            quality=quality,
-            quality_texts=quality_texts,
-            twin=twin,
-            parity=parity,
-            revision=revision,
-            n_head=n_head,
-            adapter=adapter,
-            force=force,
-            progress=progress,
-        )
+        made = export(source, bundle, progress=progress, **options)
     if as_json:
         console.print_json(asdict(made.manifest), indent=2)
     else:
         size = sum(record.size for record in made.manifest.files.values())
-        click.echo(f"{bundle}: {source} in {dtype}, {size / 1e6:,.1f} MB")
+        click.echo(f"{bundle}: {source} in {made.manifest.dtype}, {size / 1e6:,.1f} MB")
         if made.manifest.quality is not None and not quiet:
-            click.echo(_quality_table(made.manifest.quality))
+            click.echo(quality_lines(made.manifest.quality))
         if made.manifest.parity is not None and not quiet:
             click.echo(parity_report.table(made.manifest.parity))
     if made.manifest.parity is not None:
         parity_report.check_passed(made.manifest.parity)
-
-
-def _quality_table(quality: dict[str, Any]) -> str:
-    """The loss of the precision, for a person."""
-    lines = ["against fp32"]
-    for figures in (quality, *quality.get("texts", ())):
-        rise = figures["perplexity"] / figures["reference_perplexity"] - 1
-        lines.append(
-            f"  {figures['text']}: perplexity {figures['perplexity']:.2f} ({rise:+.2%}), KL {figures['kl']:.2e} nats,"
-            f" over {figures['tokens']:,} tokens"
-        )
-    return "\n".join(lines)

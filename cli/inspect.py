@@ -92,7 +92,7 @@ def _reports(manifest: "Manifest") -> str:
     parity, quality = manifest.parity, manifest.quality
     lines = ["parity: not checked" if parity is None else _parity(parity)]
     if quality is not None:
-        lines += [_quality(figures) for figures in (quality, *quality.get("texts", []))]
+        lines.append(quality_lines(quality))
     elif manifest.dtype in ("int8", "int4"):
         lines.append("quality: not measured")
     return "\n".join(lines)
@@ -105,10 +105,12 @@ def _parity(parity: dict[str, Any]) -> str:
         return f"parity with {parity['reference']}: {'passed' if parity['passed'] else 'FAILED'}"
 
 
-def _quality(quality: dict[str, Any]) -> str:
-    return (
-        f"quality against fp32, over {quality['tokens']:,} tokens of {quality['text']}: KL {quality['kl']:.2e} nats,"
-        f" perplexity {quality['perplexity']:.4f} (fp32 {quality['reference_perplexity']:.4f})"
+def quality_lines(quality: dict[str, Any]) -> str:
+    """A manifest's loss against fp32, for a person: a line for each text."""
+    return "\n".join(
+        f"quality against fp32, over {each['tokens']:,} tokens of {each['text']}: KL {each['kl']:.2e} nats,"
+        f" perplexity {each['perplexity']:.4f} (fp32 {each['reference_perplexity']:.4f})"
+        for each in (quality, *quality.get("texts", ()))
     )
 
 
