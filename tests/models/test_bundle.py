@@ -17,6 +17,7 @@ from typing import Any
 
 import onnx
 import pytest
+from support.bundles import edit_graphs, sign
 from support.checkpoints import MakeCheckpoint
 from support.commands import CommandLine
 from support.systems import posix
@@ -24,7 +25,7 @@ from support.systems import posix
 import gpt2onnx
 from gpt2onnx.errors import BackendError, BundleError
 from gpt2onnx.models import graph_rules
-from gpt2onnx.models.bundle import GRAPH, MANIFEST, RAGGED_GRAPH, TOKENIZER, WEIGHTS, Bundle, Manifest, describe_files
+from gpt2onnx.models.bundle import GRAPH, MANIFEST, RAGGED_GRAPH, TOKENIZER, WEIGHTS, Bundle, Manifest
 from gpt2onnx.runtime.engine import loading
 
 ALL = os.environ.get("GPT2ONNX_FLIPS") == "all"
@@ -44,12 +45,6 @@ def copy(bundle: Path, tmp_path: Path) -> Path:
 
 def files_of(bundle: Path) -> list[Path]:
     return sorted(path for path in bundle.rglob("*") if path.is_file())
-
-
-def sign(bundle: Path) -> None:
-    """A manifest that calls the files right as they are: what somebody who wants to be believed would write."""
-    manifest = Manifest.read(bundle)
-    dataclasses.replace(manifest, files=describe_files(bundle)).write(bundle)
 
 
 def positions(path: Path) -> Iterator[int]:
@@ -234,17 +229,14 @@ def test_what_is_no_plain_file_is_refused(copy: Path) -> None:
         Bundle.open(copy)
 
 
-def locate_at(location: str) -> Callable[[Path], None]:
+def locate_at(location: str) -> Callable[[onnx.ModelProto], None]:
     """Has the graph take its weights from elsewhere."""
 
-    def change(bundle: Path) -> None:
-        model = onnx.load(bundle / GRAPH, load_external_data=False)
+    def change(model: onnx.ModelProto) -> None:
         for tensor in model.graph.initializer:
             for entry in tensor.external_data:
                 if entry.key == "location":
                     entry.value = location
-        (bundle / GRAPH).write_bytes(model.SerializeToString())
-        sign(bundle)
 
     return change
 
@@ -254,7 +246,7 @@ def locate_at(location: str) -> Callable[[Path], None]:
 )
 def test_weights_from_elsewhere_are_refused_before_onnxruntime_sees_them(location: str, copy: Path) -> None:
     (copy.parent / "outside").write_bytes((copy / WEIGHTS).read_bytes())
-    locate_at(location)(copy)
+    edit_graphs(copy, locate_at(location), GRAPH)
     with pytest.raises(BundleError, match="takes weights from"):
         Bundle.open(copy).graph(GRAPH)
     with pytest.raises(BundleError, match="takes weights from"):
@@ -303,14 +295,7 @@ def edit_config(**changes: object) -> Callable[[Path], None]:
 
 
 def edit_graph(change: Callable[[onnx.GraphProto], object]) -> Callable[[Path], None]:
-    def edit(bundle: Path) -> None:
-        for name in (GRAPH, RAGGED_GRAPH):
-            model = onnx.load(bundle / name, load_external_data=False)
-            change(model.graph)
-            (bundle / name).write_bytes(model.SerializeToString())
-        sign(bundle)
-
-    return edit
+    return lambda bundle: edit_graphs(bundle, lambda model: change(model.graph))
 
 
 def edit_tokens(change: Callable[[dict[str, Any]], object]) -> Callable[[Path], None]:

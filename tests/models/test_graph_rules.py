@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import shutil
 from collections.abc import Callable
@@ -14,22 +13,14 @@ import numpy as np
 import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
+from support.bundles import add_to_logits, edit_graphs, sign
 from support.checkpoints import MakeCheckpoint
 from support.commands import CommandLine
 
 import gpt2onnx
 from gpt2onnx.errors import BundleError
 from gpt2onnx.models import graph_rules
-from gpt2onnx.models.bundle import (
-    CONFIG,
-    GENERATION_CONFIG,
-    GRAPH,
-    RAGGED_GRAPH,
-    SECOND_GRAPH_WEIGHTS,
-    Bundle,
-    Manifest,
-    describe_files,
-)
+from gpt2onnx.models.bundle import CONFIG, GENERATION_CONFIG, GRAPH, SECOND_GRAPH_WEIGHTS, Bundle
 from gpt2onnx.models.config import ACTIVATIONS
 
 Change = Callable[[onnx.ModelProto], object]
@@ -43,10 +34,6 @@ def bundle(make_checkpoint: MakeCheckpoint, tmp_path_factory: pytest.TempPathFac
 @pytest.fixture
 def copy(bundle: Path, tmp_path: Path) -> Path:
     return shutil.copytree(bundle, tmp_path / "bundle")
-
-
-def sign(folder: Path) -> None:
-    dataclasses.replace(Manifest.read(folder), files=describe_files(folder)).write(folder)
 
 
 def number(name: str, *values: int) -> onnx.TensorProto:
@@ -64,18 +51,9 @@ def sized(kind: str, *shape: int) -> Change:
             helper.make_node(kind, inputs, ["many"]),
             helper.make_node("ReduceMax", ["many"], ["most"], keepdims=0),
         ]
-        use(model, nodes, "most")
+        add_to_logits(model, nodes, "most")
 
     return change
-
-
-def use(model: onnx.ModelProto, nodes: list[onnx.NodeProto], name: str) -> None:
-    """Adds nodes in front, and what they come to to the logits."""
-    for node in model.graph.node:
-        node.output[:] = ["before" if output == "logits" else output for output in node.output]
-    whole = [*nodes, *model.graph.node, helper.make_node("Add", ["before", name], ["logits"])]
-    del model.graph.node[:]
-    model.graph.node.extend(whole)
 
 
 def outer_product(model: onnx.ModelProto) -> None:
@@ -85,18 +63,18 @@ def outer_product(model: onnx.ModelProto) -> None:
         helper.make_node("Add", ["column", "row"], ["many"]),
         helper.make_node("ReduceMax", ["many"], ["most"], keepdims=0),
     ]
-    use(model, nodes, "most")
+    add_to_logits(model, nodes, "most")
 
 
 def copies_of_weights(model: onnx.ModelProto) -> None:
     """Each copy is kept: a thousand take a thousand times the weights' memory."""
     name = model.graph.initializer[0].name
-    use(model, [helper.make_node("Neg", [name], [f"copy.{index}"]) for index in range(1000)], "copy.0")
+    add_to_logits(model, [helper.make_node("Neg", [name], [f"copy.{index}"]) for index in range(1000)], "copy.0")
 
 
 def chain_of_copies(model: onnx.ModelProto) -> None:
     names = [model.graph.initializer[0].name, *(f"copy.{index}" for index in range(1000))]
-    use(model, [helper.make_node("Neg", [one], [two]) for one, two in pairwise(names)], names[-1])
+    add_to_logits(model, [helper.make_node("Neg", [one], [two]) for one, two in pairwise(names)], names[-1])
 
 
 def sparse(model: onnx.ModelProto) -> None:
@@ -161,11 +139,7 @@ HOSTILE: dict[str, tuple[Change, str]] = {
 @pytest.mark.parametrize("kind", HOSTILE)
 def test_graphs_that_could_run_without_end(kind: str, copy: Path) -> None:
     change, reason = HOSTILE[kind]
-    for name in (GRAPH, RAGGED_GRAPH):
-        model = onnx.load(copy / name, load_external_data=False)
-        change(model)
-        (copy / name).write_bytes(model.SerializeToString())
-    sign(copy)
+    edit_graphs(copy, change)
     for refused in (Bundle.open(copy).verify, lambda: gpt2onnx.load(copy)):
         with pytest.raises(BundleError, match=rf"\.onnx has {reason}.*, which no exported graph has") as caught:
             refused()
@@ -197,13 +171,12 @@ def test_more_weights_than_there_are(
 ) -> None:
     """The graph that makes the second one's weights runs unoptimised, once."""
     folder = gpt2onnx.export(make_checkpoint(), tmp_path / "bundle", dtype="int8").folder
-    path = folder / SECOND_GRAPH_WEIGHTS
-    model = onnx.load(path, load_external_data=False)
-    next(each for each in model.graph.initializer if each.name.endswith("blocks")).CopyFrom(
-        number(next(each.name for each in model.graph.initializer if each.name.endswith("blocks")), 10**12)
-    )
-    path.write_bytes(model.SerializeToString())
-    sign(folder)
+
+    def enlarge(model: onnx.ModelProto) -> None:
+        size = next(each for each in model.graph.initializer if each.name.endswith("blocks"))
+        size.CopyFrom(number(size.name, 10**12))
+
+    edit_graphs(folder, enlarge, SECOND_GRAPH_WEIGHTS)
     with pytest.raises(BundleError, match="'Expand' to more than"):
         gpt2onnx.load(folder, wide_after=0)
 

@@ -4,17 +4,16 @@ import json
 import re
 import shutil
 from collections.abc import Callable
-from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnx
 import pytest
 import torch
 from onnx import ModelProto, helper, numpy_helper
 from safetensors.numpy import load_file, save_file
+from support.bundles import edit_graphs
 from support.checkpoints import MakeCheckpoint
 from support.commands import CommandLine, at_a_terminal
 from support.golden import FOLDER
@@ -24,7 +23,7 @@ import gpt2onnx
 from gpt2onnx.exporter.checkpoint.checkpoint import Checkpoint
 from gpt2onnx.exporter.validate.cases import PROCESSORS, STRATEGIES, cases, why_left_out
 from gpt2onnx.exporter.validate.parity import check
-from gpt2onnx.models.bundle import GRAPH, RAGGED_GRAPH, SECOND_GRAPH, SECOND_GRAPH_WEIGHTS, Bundle, describe_files
+from gpt2onnx.models.bundle import GRAPH, RAGGED_GRAPH, SECOND_GRAPH, SECOND_GRAPH_WEIGHTS
 
 pytestmark = pytest.mark.usefixtures("second_graph_at_any_width")
 # Networks this small gain nothing by more, and lose much beside other work.
@@ -242,11 +241,8 @@ def _lower_zero(graph: ModelProto, layer: str) -> None:
 
 def with_fault(folder: Path, file: str, fault: Fault) -> Path:
     """The bundle with a fault in one of its graphs, and a manifest that agrees to it."""
-    manifest, graph = Bundle.open(folder).manifest, onnx.load(folder / file, load_external_data=False)
-    fault(folder, graph)
-    (folder / file).write_bytes(graph.SerializeToString())
-    replace(manifest, files=describe_files(folder)).write(folder)
-    return Bundle.open(folder).folder
+    edit_graphs(folder, lambda graph: fault(folder, graph), file)
+    return folder
 
 
 EVERY: list[Fault] = [no_stored_bias, swapped_layers, wrong_epsilon, no_used_bias, wrong_attention_scale]

@@ -1,7 +1,6 @@
 """Contrastive search against the last transformers that has it in its core: see the Makefile's `former`."""
 
 import shutil
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +8,7 @@ import numpy as np
 import onnx
 import pytest
 from safetensors.numpy import load_file
+from support.bundles import edit_graphs, remove_output
 from support.checkpoints import MakeCheckpoint
 from support.reference import Reference
 from support.tokens import assert_same_tokens
@@ -16,7 +16,7 @@ from support.tokens import assert_same_tokens
 import gpt2onnx
 from gpt2onnx.errors import OptionError
 from gpt2onnx.models import contract
-from gpt2onnx.models.bundle import GRAPH, RAGGED_GRAPH, Manifest, describe_files
+from gpt2onnx.models.bundle import GRAPH, RAGGED_GRAPH
 from gpt2onnx.runtime.engine.loading import runs_ragged
 
 pytestmark = pytest.mark.skipif(not runs_ragged(), reason="hidden states come with ONNX Runtime 1.32")
@@ -142,11 +142,7 @@ def test_a_bundle_of_an_earlier_version_says_how_to_mend_it(
 ) -> None:
     """Bundles whose graph doesn't return hidden states do all else."""
     folder = shutil.copytree(pair[0].bundle.folder, tmp_path / "earlier")
-    proto = onnx.load(folder / RAGGED_GRAPH, load_external_data=False)
-    (kept,) = (each for each in proto.graph.output if each.name == contract.KEPT)
-    proto.graph.output.remove(kept)
-    (folder / RAGGED_GRAPH).write_bytes(proto.SerializeToString())
-    replace(Manifest.read(folder), files=describe_files(folder)).write(folder)
+    edit_graphs(folder, lambda model: remove_output(model, contract.KEPT), RAGGED_GRAPH)
     earlier = gpt2onnx.load(folder)
     assert earlier.generate(PROMPT).sequences == pair[0].generate(PROMPT).sequences
     with pytest.raises(

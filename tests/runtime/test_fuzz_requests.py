@@ -1,7 +1,6 @@
 """Prompts, options, request lines, command lines and bundles that nobody would write: a result, or one clear line."""
 
 import contextlib
-import dataclasses
 import io
 import json
 import math
@@ -16,13 +15,14 @@ import numpy as np
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
+from support import bundles
 from support.checkpoints import END_OF_TEXT, MakeCheckpoint
 from support.fuzzing import damaged, ends_well, inputs, odd_values
 
 import gpt2onnx
 from gpt2onnx.cli import main as command_line
 from gpt2onnx.errors import OptionError
-from gpt2onnx.models.bundle import GENERATION_CONFIG, GRAPH, MANIFEST, WEIGHTS, Manifest, describe_files
+from gpt2onnx.models.bundle import GENERATION_CONFIG, GRAPH, MANIFEST, WEIGHTS
 from gpt2onnx.runtime import jobs
 from gpt2onnx.runtime.jsontext import to_line
 from gpt2onnx.runtime.options import BY_NAME
@@ -57,7 +57,7 @@ def replaced(folder: Path, name: str, content: bytes, *, sign: bool = True) -> I
     try:
         if sign:
             with contextlib.suppress(gpt2onnx.errors.BundleError):
-                dataclasses.replace(Manifest.read(folder), files=describe_files(folder)).write(folder)
+                bundles.sign(folder)
         yield
     finally:
         for path, old in before.items():

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import json
 import logging
 import os
@@ -23,12 +22,12 @@ import numpy as np
 import onnx
 import pytest
 from onnx import helper, numpy_helper
+from support.bundles import add_to_logits, edit_graphs
 from support.commands import wait_until
 from support.serving import ControlledModel, Running, serving
 from support.systems import posix
 
 import gpt2onnx
-from gpt2onnx.models.bundle import GRAPH, RAGGED_GRAPH, Manifest, describe_files
 from gpt2onnx.serving.http.connections import OncePerSecond
 from gpt2onnx.serving.http.guard import Admission
 
@@ -150,8 +149,8 @@ def process(*arguments: object, before: str = "pass") -> Iterator[tuple[subproce
 def endless(tales_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A bundle of allowed operators whose first pass takes an hour: it multiplies large matrices again and again."""
     folder = shutil.copytree(tales_bundle, tmp_path_factory.mktemp("endless") / "bundle")
-    for name in (GRAPH, RAGGED_GRAPH):
-        model = onnx.load(folder / name, load_external_data=False)
+
+    def change(model: onnx.ModelProto) -> None:
         model.graph.initializer.append(numpy_helper.from_array(np.array([4000, 4000], np.int64), "size"))
         nodes = [
             helper.make_node("ReduceMax", ["input_ids"], ["largest"], keepdims=0),
@@ -160,13 +159,9 @@ def endless(tales_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
             *(helper.make_node("MatMul", ["product.0", f"product.{i}"], [f"product.{i + 1}"]) for i in range(2000)),
             helper.make_node("ReduceMax", ["product.2000"], ["added"], keepdims=0),
         ]
-        for node in model.graph.node:
-            node.output[:] = ["before" if output == "logits" else output for output in node.output]
-        rest = [*model.graph.node, helper.make_node("Add", ["before", "added"], ["logits"])]
-        del model.graph.node[:]
-        model.graph.node.extend([*nodes, *rest])
-        (folder / name).write_bytes(model.SerializeToString())
-    dataclasses.replace(Manifest.read(folder), files=describe_files(folder)).write(folder)
+        add_to_logits(model, nodes, "added")
+
+    edit_graphs(folder, change)
     return folder
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import math
 import shutil
@@ -29,6 +28,7 @@ from gpt2onnx.models.shapes import weight_shapes
 from gpt2onnx.models.tales import FOLDER
 from gpt2onnx.runtime.engine.runner import Runner
 
+from .bundles import edit_graphs, sign
 from .network import Network
 
 QUANTIZED = (
@@ -73,19 +73,10 @@ def roundings_of(opened: bundle.Bundle, *, second_graph: bool = False) -> Callab
     return rounding
 
 
-def replace_graph(folder: Path, model: onnx.ModelProto | None = None) -> None:
-    """Puts another graph into a bundle, or finds it there, and describes it in the manifest."""
-    if model is not None:
-        config = GPT2Config.from_dict(json.loads((folder / bundle.CONFIG).read_text()))
-        (folder / bundle.GRAPH).write_bytes(model.SerializeToString())
-        (folder / bundle.RAGGED_GRAPH).write_bytes(ragged.build(model, config).SerializeToString())
-    dataclasses.replace(bundle.Manifest.read(folder), files=bundle.describe_files(folder)).write(folder)
-
-
 def rebuild(folder: Path, checkpoint: Checkpoint, tensor: Tensor) -> None:
     """Writes an fp32 bundle's network anew, with other weights."""
     write_graphs(folder, checkpoint.config, tensor, tied=True)
-    replace_graph(folder)
+    sign(folder)
 
 
 def add_second_graph(opened: bundle.Bundle, rounding: PerTensor) -> bundle.Bundle:
@@ -96,7 +87,7 @@ def add_second_graph(opened: bundle.Bundle, rounding: PerTensor) -> bundle.Bundl
     second, weights_graph = second_graph.build(model, layers)
     (opened.folder / bundle.SECOND_GRAPH).write_bytes(ragged.build(second, opened.config).SerializeToString())
     (opened.folder / bundle.SECOND_GRAPH_WEIGHTS).write_bytes(weights_graph.SerializeToString())
-    replace_graph(opened.folder)
+    sign(opened.folder)
     return bundle.Bundle.open(opened.folder)
 
 
@@ -144,13 +135,15 @@ def shortened_tales(folder: Path, layers: int = 2, vocabulary: int = 2048) -> Pa
 
 def compute_in_float32(folder: Path) -> None:
     """Tells a bundle's graph not to round activations."""
-    model = onnx.load(folder / bundle.GRAPH, load_external_data=False)
-    for node in model.graph.node:
-        for attribute in node.attribute:
-            if attribute.name == "accuracy_level":
-                assert attribute.i == 4
-                attribute.i = 1
-    replace_graph(folder, model)
+
+    def change(model: onnx.ModelProto) -> None:
+        for node in model.graph.node:
+            for attribute in node.attribute:
+                if attribute.name == "accuracy_level":
+                    assert attribute.i == 4
+                    attribute.i = 1
+
+    edit_graphs(folder, change)
 
 
 def many_tokens(config: GPT2Config) -> np.ndarray:

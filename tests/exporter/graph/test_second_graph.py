@@ -6,20 +6,20 @@ import logging
 import shutil
 import weakref
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnx
 import pytest
+from support.bundles import edit_graphs, remove_output
 from support.commands import CommandLine
 
 import gpt2onnx
 from gpt2onnx.errors import BackendError, BundleError, OptionError
 from gpt2onnx.exporter.graph.blocks import in_axis
 from gpt2onnx.exporter.validate.bundle_weights import BundleWeights
-from gpt2onnx.models.bundle import SECOND_GRAPH, SECOND_GRAPH_WEIGHTS, Bundle, describe_files
+from gpt2onnx.models.bundle import SECOND_GRAPH, SECOND_GRAPH_WEIGHTS, Bundle
 from gpt2onnx.models.shapes import weight_shapes
 from gpt2onnx.runtime.engine import second_graph
 from gpt2onnx.runtime.engine.runner import Runner
@@ -197,11 +197,12 @@ def test_not_opened_where_another_bundle_took_its_place(
 def test_second_graph_takes_no_weights_from_elsewhere(made: Bundle, name: str, tmp_path: Path) -> None:
     folder = tmp_path / "bundle"
     shutil.copytree(made.folder, folder)
-    graph = onnx.load(folder / name, load_external_data=False)
-    tensor = next(each for each in graph.graph.initializer if each.external_data)
-    tensor.external_data[0].value = "../../secret"
-    (folder / name).write_bytes(graph.SerializeToString())
-    replace(made.manifest, files=describe_files(folder)).write(folder)
+
+    def change(model: onnx.ModelProto) -> None:
+        tensor = next(each for each in model.graph.initializer if each.external_data)
+        tensor.external_data[0].value = "../../secret"
+
+    edit_graphs(folder, change, name)
     for opened in (lambda: gpt2onnx.load(folder, wide_after=0), Bundle.open(folder).verify):
         with pytest.raises(BundleError, match=f"{Path(name).name} takes weights from"):
             opened()
@@ -211,11 +212,7 @@ def test_second_graph_takes_no_weights_from_elsewhere(made: Bundle, name: str, t
 def test_another_networks_second_graph_is_refused(made: Bundle, tmp_path: Path) -> None:
     folder = tmp_path / "bundle"
     shutil.copytree(made.folder, folder)
-    graph = onnx.load(folder / SECOND_GRAPH, load_external_data=False)
-    (output,) = [each for each in graph.graph.output if each.name == "logits"]
-    graph.graph.output.remove(output)
-    (folder / SECOND_GRAPH).write_bytes(graph.SerializeToString())
-    replace(made.manifest, files=describe_files(folder)).write(folder)
+    edit_graphs(folder, lambda model: remove_output(model, "logits"), SECOND_GRAPH)
     with pytest.raises(
         BundleError, match=r"wide\.onnx isn't what config\.json describes: it lacks the output 'logits'"
     ):

@@ -11,6 +11,7 @@ import numpy as np
 import onnx
 import pytest
 from safetensors.numpy import load_file
+from support.bundles import sign
 from support.checkpoints import MakeCheckpoint
 from support.commands import CommandLine
 from support.golden import assert_close
@@ -24,7 +25,6 @@ from support.quantized import (
     fixed_texts,
     in_numpy,
     many_tokens,
-    replace_graph,
     roundings_of,
     weights_of,
 )
@@ -131,7 +131,7 @@ def test_layers_are_quantised_for_both_networks(short_tales: Path, fp32: Path, t
     folder = shutil.copytree(fp32, tmp_path / "int8")
     write_graphs(folder, config, recorder.run().weights, tied=checkpoint.tied)
     replace(bundle.Manifest.read(folder), dtype="int8").write(folder)
-    replace_graph(folder)
+    sign(folder)
 
     exact = in_numpy(short_tales).matrices(tokens)
     quantised = in_numpy(short_tales, weights_of(Bundle.open(folder))).matrices(tokens)
@@ -254,7 +254,7 @@ def test_quality_texts_on_the_command_line(command_line: CommandLine, short_tale
     options = ["--dtype", "int4", "--no-calibrate", "--no-parity", "--quality-text", text]
     done = command_line("export", short_tales, tmp_path / "int4", *options)
     assert done.code == 0, done.err
-    assert "sea.txt: perplexity" in done.out
+    assert "of sea.txt: KL" in done.out
     assert "own samples: perplexity" in done.out
     done = command_line("export", short_tales, tmp_path / "other", *options[:-1], tmp_path / "missing.txt")
     assert done.code == 1
