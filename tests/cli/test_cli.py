@@ -4,13 +4,11 @@ import ast
 import json
 import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
-from support.commands import CommandLine, at_a_terminal
+from support.commands import CommandLine, at_a_terminal, run, start
 from support.reference import Reference
 from support.systems import posix
 from support.tokens import assert_same_tokens
@@ -295,13 +293,9 @@ def test_options_of_the_command_hold_for_every_line(
     assert json.loads(done.out)["usage"]["completion_tokens"] == 2
 
 
-def start(*arguments: object) -> subprocess.Popen[bytes]:
-    command = [sys.executable, "-m", "gpt2onnx", *map(str, arguments)]
-    return subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-
-
 def test_text_streams_before_the_command_ends(tales_bundle: Path, tales_model: gpt2onnx.Model) -> None:
-    with start("generate", PROMPT, "-m", tales_bundle, "--max-new-tokens", 100, "--threads", 1) as process:
+    command = ["generate", PROMPT, "-m", tales_bundle, "--threads", 1, "--max-new-tokens"]
+    with start(*command, 100, text=False) as process:
         assert process.stdout
         first = os.read(process.stdout.fileno(), 10_000)
         rest, err = process.communicate(timeout=60)
@@ -312,7 +306,8 @@ def test_text_streams_before_the_command_ends(tales_bundle: Path, tales_model: g
 
 
 def test_a_reader_who_leaves_early_gets_no_complaint(tales_bundle: Path) -> None:
-    with start("generate", PROMPT, "-m", tales_bundle, "--max-new-tokens", 400, "--threads", 1) as process:
+    command = ["generate", PROMPT, "-m", tales_bundle, "--threads", 1, "--max-new-tokens"]
+    with start(*command, 400, text=False) as process:
         assert process.stdout
         assert process.stderr
         os.read(process.stdout.fileno(), 1)
@@ -334,10 +329,9 @@ def test_help_of_every_command_shows_an_example(command_line: CommandLine) -> No
 
 
 def test_verbose_logs_to_standard_error_only(tales_bundle: Path) -> None:
-    with start("generate", PROMPT, "-m", tales_bundle, "-v", "--json", *SHORT) as process:
-        out, _ = process.communicate(timeout=60)
-    assert process.returncode == 0
-    assert json.loads(out)["prompt"] == PROMPT
+    done = run("generate", PROMPT, "-m", tales_bundle, "-v", "--json", *SHORT)
+    assert done.code == 0
+    assert json.loads(done.out)["prompt"] == PROMPT
 
 
 @posix

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 from support.checkpoints import MakeCheckpoint
-from support.commands import CommandLine, Finished
+from support.commands import CommandLine, Finished, run
 from support.systems import linux, posix
 
 import gpt2onnx
@@ -371,16 +371,8 @@ def test_stopped_while_packages_are_imported(stop: signal.Signals, tmp_path: Pat
         f"import os\ntry:\n    os.kill(os.getpid(), {stop.value})\n    while True: pass\n"
         "except KeyboardInterrupt as error:\n    raise ImportError('a part is missing') from error\n"
     )
-    command = [sys.executable, "-m", "gpt2onnx", "export", "tales", str(tmp_path / "bundle")]
-    done = subprocess.run(
-        command,
-        capture_output=True,
-        text=True,
-        timeout=120,
-        env=os.environ | {"PYTHONPATH": str(tmp_path)},
-        check=False,
-    )
-    assert (done.returncode, done.stdout, done.stderr) == (130, "", "gpt2onnx: interrupted\n")
+    done = run("export", "tales", tmp_path / "bundle", env=os.environ | {"PYTHONPATH": str(tmp_path)})
+    assert done == Finished(130, "", "gpt2onnx: interrupted\n")
 
 
 @posix
@@ -408,6 +400,4 @@ def test_names_do_not_steer_the_terminal(
 
 
 def test_one_line_also_from_a_process_of_its_own(place: Path) -> None:
-    command = [sys.executable, "-m", "gpt2onnx", "verify", "no-such-bundle"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, env=os.environ, check=False)
-    assert_one_line(Finished(done.returncode, done.stdout, done.stderr), 1, "no-such-bundle")
+    assert_one_line(run("verify", "no-such-bundle"), 1, "no-such-bundle")

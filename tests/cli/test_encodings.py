@@ -3,14 +3,13 @@
 import io
 import json
 import os
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-from support.commands import CommandLine, Finished
+from support.commands import CommandLine, Finished, run
 from support.systems import posix
 
 from gpt2onnx.cli.main import main
@@ -184,20 +183,17 @@ def test_text_never_raises(encoding: str, in_encoding: Callable[..., Finished], 
 
 
 def test_text_never_raises_in_a_process_of_its_own(tales_bundle: Path) -> None:
-    done = subprocess.run(
-        [sys.executable, "-m", "gpt2onnx", "tokens", "Zoë: “日本” 😀", "-m", tales_bundle], capture_output=True, check=False,
-        env=os.environ | {"PYTHONIOENCODING": "cp1252"},
-    )  # fmt: skip
-    assert (done.returncode, done.stderr) == (0, b"")
+    environment = os.environ | {"PYTHONIOENCODING": "cp1252"}
+    done = run("tokens", "Zoë: “日本” 😀", "-m", tales_bundle, env=environment, text=False)
+    assert (done.code, done.err) == (0, b"")
 
 
 @posix
 def test_arguments_are_bytes_of_an_encoding(command_line: CommandLine, tales_bundle: Path) -> None:
-    def run(*arguments: str | bytes) -> subprocess.CompletedProcess[bytes]:
-        command = [sys.executable, "-m", "gpt2onnx", "tokens", "-m", str(tales_bundle), "--json", *arguments]
-        return subprocess.run(command, capture_output=True, check=False, env=os.environ | {"PYTHONUTF8": "1"})
-
-    latin, named = run(b"caf\xe9"), run(b"caf\xe9", "--encoding", "latin-1")
-    assert latin.returncode == 1
-    assert b"byte 0xe9 is not UTF-8" in latin.stderr
-    assert json.loads(named.stdout) == json.loads(command_line("tokens", "-m", tales_bundle, "--json", "café").out)
+    command = ["tokens", "-m", tales_bundle, "--json", b"caf\xe9"]
+    latin, named = (
+        run(*command, *more, env=os.environ | {"PYTHONUTF8": "1"}) for more in ([], ["--encoding", "latin-1"])
+    )
+    assert latin.code == 1
+    assert "byte 0xe9 is not UTF-8" in latin.err
+    assert json.loads(named.out) == json.loads(command_line("tokens", "-m", tales_bundle, "--json", "café").out)

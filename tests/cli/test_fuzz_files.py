@@ -1,11 +1,10 @@
 """Files without end, in every place where a command reads one: a limit, in one line, in bounded time."""
 
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from support.commands import run
 from support.fuzzing import ASKED, SECONDS
 from support.systems import posix
 
@@ -37,14 +36,11 @@ def test_files_without_end(command: str, tales_bundle: Path, tmp_path: Path) -> 
     model = [] if name in ("unpack", "export") else ["-m", tales_bundle]
     begin = os.times()
     with ZERO.open("rb") as endless:
-        done = subprocess.run(
-            [sys.executable, "-m", "gpt2onnx", name, *model, *arguments],
-            stdin=endless, capture_output=True, text=True, cwd=tmp_path, timeout=6 * SECONDS, check=False,
-        )  # fmt: skip
-    assert done.returncode == 1
-    last = done.stderr.splitlines()[-1]
+        done = run(name, *model, *arguments, stdin=endless, cwd=tmp_path, seconds=6 * SECONDS)
+    assert done.code == 1
+    last = done.err.splitlines()[-1]
     assert READERS[command] in last
-    assert len(done.stderr.splitlines()) == 1 + ("--input" in command)
+    assert len(done.err.splitlines()) == 1 + ("--input" in command)
     spent = os.times()
     # Of the processor: others may be busy.
     assert spent.children_user + spent.children_system < begin.children_user + begin.children_system + SECONDS

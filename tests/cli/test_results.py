@@ -5,14 +5,13 @@ import os
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-from support.commands import CommandLine, Finished, wait_until
+from support.commands import CommandLine, Finished, run, start, wait_until
 from support.systems import posix
 
 import gpt2onnx
@@ -119,20 +118,8 @@ def test_an_empty_file_is_taken(option: list[str], new_job: Job) -> None:
 def test_a_second_job_on_the_same_output_is_refused(new_job: Job, tmp_path: Path) -> None:
     job, source = new_job, tmp_path / "pipe"
     os.mkfifo(source)
-    command = [
-        sys.executable,
-        "-m",
-        "gpt2onnx",
-        "generate",
-        "-m",
-        job.bundle,
-        "--max-new-tokens",
-        "6",
-        "--batch-size",
-        "1",
-    ]
-    files = ["--input", source, "--output", job.output]
-    first = subprocess.Popen([*command, *files], stderr=subprocess.PIPE, text=True)
+    options = ["--max-new-tokens", 6, "--batch-size", 1, "--input", source, "--output", job.output]
+    first = start("generate", "-m", job.bundle, *options)
     with source.open("w") as requests:
         requests.write(json.dumps(REQUESTS[0]) + "\n")
         requests.flush()
@@ -282,13 +269,12 @@ def test_killed_while_results_are_replaced(new_job: Job, tmp_path: Path) -> None
     wanted = [{**many[0], "seed": 99, "max_new_tokens": 40}, *many[39:19:-1], *many[40:], *many[1:20]]
     job.input.write_text("".join(json.dumps(each) + "\n" for each in wanted))
     command = [
-        sys.executable, "-m", "gpt2onnx", "generate", "-m", str(job.bundle), "--max-new-tokens", "6", "--input", str(job.input),
-        "--output", str(job.output), "--batch-size", "2", "--resume",
+        "generate", "-m", job.bundle, "--max-new-tokens", 6, "--input", job.input, "--output", job.output, "--batch-size", 2, "--resume",
     ]  # fmt: skip
     beside = tmp_path / ".results.jsonl.new"
     computed = dict[Any, str]()
     for lines in (3, 24, 30):
-        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        process = start(*command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         while process.poll() is None and (beside.read_bytes() if beside.exists() else b"").count(b"\n") < lines:
             time.sleep(0.005)
         process.send_signal(signal.SIGKILL)
@@ -297,8 +283,7 @@ def test_killed_while_results_are_replaced(new_job: Job, tmp_path: Path) -> None
         computed |= {
             json.loads(line)["id"]: line for line in beside.read_text().splitlines(keepends=True) if line.endswith("\n")
         }
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 0
+    assert run(*command).code == 0
     assert job.ids == [each["id"] for each in wanted]
     final = dict(zip(job.ids, job.lines, strict=True))
     assert {name: final[name] for name in computed} == computed, "a result was computed twice"

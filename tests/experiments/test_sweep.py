@@ -3,8 +3,6 @@
 import json
 import re
 import signal
-import subprocess
-import sys
 from collections import Counter
 from itertools import product
 from pathlib import Path
@@ -15,7 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from support.checkpoints import MakeCheckpoint
-from support.commands import CommandLine, wait_until
+from support.commands import CommandLine, start, wait_until
 from support.golden import Golden
 from support.isolated import COMMAND_LINE, EXPORT_ONLY, REFERENCES, run
 from support.reference import Reference
@@ -272,20 +270,17 @@ def test_finished_runs_of_an_interrupted_sweep_can_be_looked_at(tales_bundle: Pa
     grid_file.write_text(
         "[options]\nmax_new_tokens = 24\n[[strategy]]\nname = 'beams'\nnum_beams = [2,3,4,5,6,7,8,9,10]\n"
     )
-    command = [
-        sys.executable, "-m", "gpt2onnx", "sweep", str(grid_file), "-m", str(tales_bundle), "--prompt", PROMPT,
-        "--prompt", "One day", "--out", str(out), "--no-energy", "--threads", "1",
-    ]  # fmt: skip
     results = out / "results.jsonl"
 
     def lines() -> int:
         return results.read_bytes().count(b"\n") if results.exists() else 0
 
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    options = ["--prompt", PROMPT, "--prompt", "One day", "--out", out, "--no-energy", "--threads", 1]
+    process = start("sweep", grid_file, "-m", tales_bundle, *options)
     wait_until(lambda: lines() >= 3, seconds=60)
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=60)
-    assert (process.returncode, err.strip()) == (130, b"gpt2onnx: interrupted")
+    assert (process.returncode, err.strip()) == (130, "gpt2onnx: interrupted")
     assert 3 <= lines() < 18
     cards = re.findall(r"<h4>(.*?)</h4>", (out / "report.html").read_text())
     assert "".join(cards).count("<span>") == lines()

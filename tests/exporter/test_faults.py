@@ -17,6 +17,7 @@ from pathlib import Path
 
 import pytest
 from support.checkpoints import MakeCheckpoint
+from support.commands import run, start
 from support.paths import REPOSITORY
 from support.systems import linux, posix
 
@@ -56,8 +57,7 @@ def content(folder: Path) -> dict[str, bytes]:
 
 
 def start_export(checkpoint: Path, target: Path) -> subprocess.Popen[str]:
-    command = [sys.executable, "-m", "gpt2onnx", "export", str(checkpoint), str(target), "--force", "--no-parity"]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=ONE_THREAD)
+    return start("export", checkpoint, target, "--force", "--no-parity", env=ONE_THREAD)
 
 
 def start_and_pause(checkpoints: list[Path], target: Path) -> subprocess.Popen[str]:
@@ -243,15 +243,13 @@ def test_a_manifest_is_read_while_it_is_replaced(checkpoints: list[Path], tmp_pa
 )
 def test_output_that_cannot_be_written(arguments: list[str], target: Path, checkpoints: list[Path]) -> None:
     places = {"BUNDLE": str(target), "SOURCE": str(checkpoints[0])}
-    command = [sys.executable, "-m", "gpt2onnx", *(places.get(word, word) for word in arguments)]
+    command = [places.get(word, word) for word in arguments]
     with Path("/dev/full").open("w") as full:
-        done = subprocess.run(
-            command, stdout=full, stderr=subprocess.PIPE, text=True, env=ONE_THREAD, cwd=target.parent, check=False
-        )
-    assert done.returncode == 1
-    assert done.stderr.startswith("gpt2onnx: ")
-    assert done.stderr.count("\n") == 1, done.stderr
-    assert "No space left" in done.stderr
+        done = run(*command, stdout=full, env=ONE_THREAD, cwd=target.parent)
+    assert done.code == 1
+    assert done.err.startswith("gpt2onnx: ")
+    assert done.err.count("\n") == 1, done.err
+    assert "No space left" in done.err
 
 
 @posix

@@ -24,7 +24,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support.commands import CommandLine
+from support import commands
+from support.commands import CommandLine, start
 
 import gpt2onnx
 from gpt2onnx import fleet as _quiet_ray  # noqa: F401  # before Ray itself
@@ -80,12 +81,10 @@ def requests(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def expected(tales_bundle: Path, requests: Path) -> list[Record]:
     """Results of one machine."""
-    command = [
-        sys.executable, "-m", "gpt2onnx", "generate", "-m", str(tales_bundle), "--threads", "1", "--batch-size", "4",
-        "--max-new-tokens", str(NEW_TOKENS), "--input", str(requests),
-    ]  # fmt: skip
-    output = subprocess.run(command, capture_output=True, check=True).stdout
-    return [_timeless(json.loads(line)) for line in output.splitlines()]
+    options = ["--threads", 1, "--batch-size", 4, "--max-new-tokens", NEW_TOKENS, "--input", requests]
+    done = commands.run("generate", "-m", tales_bundle, *options)
+    assert done.code == 0, done.err
+    return [_timeless(json.loads(line)) for line in done.out.splitlines()]
 
 
 @pytest.fixture(scope="module")
@@ -457,12 +456,11 @@ def test_interrupted_killed_and_resumed(
     cluster: Cluster, tales_bundle: Path, requests: Path, expected: list[Record], tmp_path: Path
 ) -> None:
     command = [
-        sys.executable, "-m", "gpt2onnx", "generate", "-m", str(tales_bundle), "--batch-size", "4", "--max-new-tokens",
-        str(NEW_TOKENS), "--input", str(requests), "--output", str(tmp_path), "--engine", "ray", "--workers", "1",
-        "--part-size", str(PART), "--resume", "--address", cluster.address,
+        "generate", "-m", tales_bundle, "--batch-size", 4, "--max-new-tokens", NEW_TOKENS, "--input", requests, "--output", tmp_path,
+        "--engine", "ray", "--workers", 1, "--part-size", PART, "--resume", "--address", cluster.address,
     ]  # fmt: skip
     for signal_, wanted in [(signal.SIGINT, 2), (signal.SIGKILL, 5)]:
-        process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+        process = start(*command)
         deadline = time.monotonic() + 60
         while process.poll() is None and time.monotonic() < deadline and len(list(tmp_path.glob("part-*"))) < wanted:
             time.sleep(0.005)

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from support.commands import run
 from support.paths import DOCS, README, REPOSITORY
 from support.systems import posix
 
@@ -89,11 +90,10 @@ def test_the_demo_tells_the_story_of_the_readme(tmp_path: Path) -> None:
     commands = re.findall(r"^\t@\$\(BIN\)/gpt2onnx (.*)$", recipe, re.MULTILINE)
     assert len(commands) == 2
     for command in commands:
-        arguments = [sys.executable, "-m", "gpt2onnx", *shlex.split(command)]
-        done = subprocess.run(arguments, cwd=tmp_path, capture_output=True, encoding="utf-8", timeout=300)
-        assert done.returncode == 0, done.stderr
+        done = run(*shlex.split(command), cwd=tmp_path, encoding="utf-8")
+        assert done.code == 0, done.err
     story = re.findall(r"^>(.*)", README.read_text(encoding="utf-8"), re.MULTILINE)
-    assert done.stdout.splitlines() == [line.strip() for line in story]
+    assert done.out.splitlines() == [line.strip() for line in story]
 
 
 def test_the_speeds_of_the_readme_are_those_of_the_benchmarks() -> None:

@@ -4,18 +4,16 @@ from __future__ import annotations
 
 import gzip
 import json
-import os
 import signal
 import ssl
 import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
-from support.commands import CommandLine, wait_until
+from support.commands import CommandLine, start, wait_until
 from support.serving import Running, serving
 from support.systems import posix
 
@@ -251,7 +249,7 @@ def test_unix_socket_names_and_template(tales_bundle: Path, tmp_path: Path, comm
     place = tmp_path / "socket"
     command = ["serve", "-m", str(tales_bundle), "--uds", str(place), "--chat-template", "turns", "--root-path", "/api"]
     names = ["--served-model-name", "a", "b"]
-    process = subprocess.Popen([sys.executable, "-m", "gpt2onnx", *command, *names], stderr=subprocess.PIPE, text=True)
+    process = start(*command, *names)
     try:
         wait_until(place.exists, 60)
         with httpx.Client(
@@ -282,21 +280,7 @@ def test_tls(tales_bundle: Path, tmp_path: Path) -> None:
     )  # fmt: skip
     if made.returncode:
         pytest.skip("openssl can't make a certificate here")
-    command = [
-        sys.executable,
-        "-m",
-        "gpt2onnx",
-        "serve",
-        "-m",
-        str(tales_bundle),
-        "--port",
-        "0",
-        "--ssl-certfile",
-        str(certificate),
-        "--ssl-keyfile",
-        str(key),
-    ]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=os.environ)
+    process = start("serve", "-m", tales_bundle, "--port", 0, "--ssl-certfile", certificate, "--ssl-keyfile", key)
     try:
         assert process.stderr is not None
         address = process.stderr.readline().rpartition(" ")[2].strip()

@@ -3,7 +3,6 @@
 import logging
 import os
 import signal
-import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,7 +10,7 @@ from typing import Any
 
 import httpx
 import pytest
-from support.commands import CommandLine
+from support.commands import CommandLine, start
 
 from gpt2onnx.errors import install_command
 from gpt2onnx.serving.http import server as serving_server
@@ -20,11 +19,8 @@ from gpt2onnx.serving.service import Limits
 
 
 def test_command_line(tales_bundle: Path, command_line: CommandLine) -> None:
-    environment = os.environ | {"PYTHONUNBUFFERED": "1"}
-    command = [sys.executable, "-m", "gpt2onnx", "serve", "-m", str(tales_bundle), "--port", "0", "--name", "stories"]
-    with subprocess.Popen(
-        [*command, "--energy"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
-    ) as process:
+    options = ["--port", 0, "--name", "stories", "--energy"]
+    with start("serve", "-m", tales_bundle, *options, env=os.environ | {"PYTHONUNBUFFERED": "1"}) as process:
         try:
             assert process.stderr is not None
             address = process.stderr.readline().rpartition(" ")[2].strip()

@@ -1,6 +1,7 @@
 """The command line in tests: how it is run and waited for."""
 
 import os
+import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -20,6 +21,25 @@ class Finished:
 
 
 CommandLine = Callable[..., Finished]
+
+
+def start(*arguments: object, **options: Any) -> subprocess.Popen[Any]:
+    """Starts the command line in a process of its own. Options are those of Popen; output is kept, as text."""
+    command = [
+        sys.executable,
+        "-m",
+        "gpt2onnx",
+        *(each if isinstance(each, bytes) else str(each) for each in arguments),
+    ]
+    pipes = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen(command, **pipes | options)
+
+
+def run(*arguments: object, seconds: float = 300, **options: Any) -> Finished:
+    """Runs the command line in a process of its own; options are those of Popen."""
+    with start(*arguments, **options) as process:
+        out, err = process.communicate(timeout=seconds)
+    return Finished(process.returncode, out, err)
 
 
 def at_a_terminal(command_line: CommandLine, *arguments: Any) -> Finished:

@@ -7,8 +7,6 @@ import http.server
 import json
 import re
 import shutil
-import subprocess
-import sys
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -18,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from support.commands import run
 
 import gpt2onnx
 from gpt2onnx.models.bundle import WEIGHTS
@@ -106,11 +105,10 @@ def make_site(tmp_path_factory: pytest.TempPathFactory) -> MakeSite:
     @functools.cache
     def make(bundle: Path) -> Path:
         target = root / bundle.name
-        command = [sys.executable, "-m", "gpt2onnx", "web", str(bundle), str(target), "--json"]
-        done = subprocess.run(command, cwd=root, capture_output=True, text=True, check=False)
-        assert done.returncode == 0, done.stderr
+        done = run("web", bundle, target, "--json", cwd=root, seconds=600)
+        assert done.code == 0, done.err
         written = {path.relative_to(target).as_posix(): path.stat().st_size for path in target.rglob("*.*")}
-        assert json.loads(done.stdout)["files"].items() <= written.items()
+        assert json.loads(done.out)["files"].items() <= written.items()
         return target
 
     return make

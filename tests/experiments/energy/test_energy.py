@@ -4,8 +4,6 @@ import csv
 import dataclasses
 import json
 import signal
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -18,7 +16,7 @@ from codecarbon.core import hardware_cache
 from codecarbon.external import hardware as codecarbon_hardware
 from codecarbon.input import DataSource
 from codecarbon.output_methods.emissions_data import EmissionsData
-from support.commands import CommandLine, wait_until
+from support.commands import CommandLine, start, wait_until
 from support.isolated import COMMAND_LINE, EXPORT_ONLY, REFERENCES, run
 from support.systems import posix
 from support.tokens import assert_same_tokens
@@ -382,17 +380,14 @@ def test_what_cannot_work_is_said_before_anything_is_generated(
 def test_an_interrupted_job_keeps_its_row(tales_bundle: Path, tmp_path: Path) -> None:
     lines = [json.dumps({"id": index, "prompt": "One day", "max_new_tokens": 60}) for index in range(2000)]
     (tmp_path / "in.jsonl").write_text("\n".join(lines) + "\n")
-    command = [
-        sys.executable, "-m", "gpt2onnx", "generate", "-m", str(tales_bundle), "--threads", "1",
-        "--input", str(tmp_path / "in.jsonl"), "--output", str(tmp_path / "out.jsonl"), "--energy", str(tmp_path / "e.csv"),
-    ]  # fmt: skip
-    process = subprocess.Popen(command, stderr=subprocess.PIPE)
     out = tmp_path / "out.jsonl"
+    options = ["--input", tmp_path / "in.jsonl", "--output", out, "--energy", tmp_path / "e.csv"]
+    process = start("generate", "-m", tales_bundle, "--threads", 1, *options)
     wait_until(lambda: out.exists() and out.read_bytes().count(b"\n") > 3, seconds=60)
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=60)
-    assert (process.returncode, err.strip()) == (130, b"gpt2onnx: interrupted")
+    assert (process.returncode, err.strip()) == (130, "gpt2onnx: interrupted")
     (row,) = read(tmp_path / "e.csv")
-    written = (tmp_path / "out.jsonl").read_text().splitlines()
+    written = out.read_text().splitlines()
     assert len(written) <= int(row["requests"]) < len(lines)
     assert int(row["completion_tokens"]) >= 60 * (len(written) - 1)

@@ -38,18 +38,8 @@ def exports(checkpoints: dict[str, Path], tmp_path_factory: pytest.TempPathFacto
     interpreter, made = peers.python(), {}
     for name, checkpoint in checkpoints.items():
         made[name] = tmp_path_factory.mktemp("portable") / name
-        command = [
-            interpreter,
-            "-m",
-            "gpt2onnx",
-            "export",
-            checkpoint,
-            made[name],
-            "--graph",
-            "portable",
-            "--no-parity",
-        ]
-        done = subprocess.run(list(map(str, command)), capture_output=True, text=True, check=False)
+        export = ["-m", "gpt2onnx", "export", checkpoint, made[name], "--graph", "portable", "--no-parity"]
+        done = subprocess.run([interpreter, *export], capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr
     return made
 
