@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import openai
 import pytest
 from support.checkpoints import MakeCheckpoint
 from support.serving import Running, serving
@@ -24,10 +26,24 @@ def model(tales_bundle: Path) -> gpt2onnx.Model:
 
 
 @pytest.fixture(scope="module")
-def server(tales_bundle: Path) -> Iterator[Running]:
-    """Serves the embedded model."""
-    with serving(gpt2onnx.load(tales_bundle, threads=1)) as running:
+def server(model: gpt2onnx.Model) -> Iterator[Running]:
+    """Serves the embedded model, few sequences at a time."""
+    with serving(model, max_batch=6, chat_template="turns") as running:
         yield running
+
+
+@pytest.fixture(scope="module")
+def client(server: Running) -> Iterator[openai.OpenAI]:
+    """OpenAI's own client."""
+    with openai.OpenAI(base_url=f"{server.address}/v1", api_key="none", max_retries=0) as client:
+        yield client
+
+
+@pytest.fixture
+def opened() -> Iterator[ExitStack]:
+    """Closes sockets at the end."""
+    with ExitStack() as stack:
+        yield stack
 
 
 @pytest.fixture(scope="module")

@@ -97,12 +97,6 @@ def server(model: gpt2onnx.Model) -> Iterator[Running]:
         yield running
 
 
-@pytest.fixture(scope="module")
-def client(server: Running) -> Iterator[openai.OpenAI]:
-    with openai.OpenAI(base_url=f"{server.address}/v1", api_key="none", max_retries=0) as client:
-        yield client
-
-
 PROMPT = f"Once upon a time{END} there was a king.{END} One day{END}"
 
 

@@ -7,7 +7,6 @@ import json
 import signal
 import ssl
 import subprocess
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +20,6 @@ import gpt2onnx
 from gpt2onnx.serving.http.guard import Admission
 
 JSON = {"content-type": "application/json"}
-
-
-@pytest.fixture(scope="module")
-def server(model: gpt2onnx.Model) -> Iterator[Running]:
-    with serving(model, max_batch=6) as running:
-        yield running
 
 
 def message(response: httpx.Response) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +17,6 @@ import gpt2onnx
 PROMPT = "Once upon a time there was a café by the sea, and the king’s"  # noqa: RUF001
 END = "<|endoftext|>"
 CLOSE = 2e-4
-
-
-@pytest.fixture(scope="module")
-def server(model: gpt2onnx.Model) -> Iterator[Running]:
-    with serving(model, max_batch=6, chat_template="turns") as running:
-        yield running
 
 
 def expected(reference: Reference, golden: Golden, ids: list[int], count: int) -> list[dict[str, Any]]:

@@ -5,30 +5,17 @@ from __future__ import annotations
 import json
 import random
 import threading
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from itertools import chain
 from typing import Any
 
 import openai
 import pytest
-from support.serving import Running, serving
+from support.serving import Running
 
 import gpt2onnx
 
 PROMPT = "Once upon a time"
-
-
-@pytest.fixture(scope="module")
-def server(model: gpt2onnx.Model) -> Iterator[Running]:
-    with serving(model, max_batch=6) as running:
-        yield running
-
-
-@pytest.fixture(scope="module")
-def client(server: Running) -> Iterator[openai.OpenAI]:
-    with openai.OpenAI(base_url=f"{server.address}/v1", api_key="none", max_retries=0) as client:
-        yield client
 
 
 def alone(tales_model: gpt2onnx.Model, **options: Any) -> list[str]:

@@ -7,10 +7,8 @@ import hmac
 import json
 import logging
 import select
-import socket
 import sys
 import time
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -19,7 +17,7 @@ import httpx
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 from support.commands import wait_until
-from support.serving import ControlledModel, Running, serving
+from support.serving import HEAD, ControlledModel, connect, post, serving
 
 import gpt2onnx
 from gpt2onnx.errors import BackendError, OptionError
@@ -28,34 +26,11 @@ from gpt2onnx.serving.http.guard import Admission, is_loopback
 from gpt2onnx.serving.service import Limits
 
 LONG: dict[str, Any] = {"max_tokens": 500, "eos_token_id": -1, "temperature": 0}
-HEAD = b"POST /v1/completions HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\n"
 
 
 @pytest.fixture
 def slow_model(model: gpt2onnx.Model) -> ControlledModel:
     return ControlledModel(model, delay=0.01)
-
-
-@pytest.fixture
-def connections() -> Iterator[contextlib.ExitStack]:
-    """Closes sockets at the end."""
-    with contextlib.ExitStack() as opened:
-        yield opened
-
-
-def connect(server: Running, connections: contextlib.ExitStack, data: bytes, buffer: int = 2**16) -> socket.socket:
-    connection = connections.enter_context(socket.socket())
-    connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, buffer)
-    connection.settimeout(60)
-    host, _, port = server.address.removeprefix("http://").partition(":")
-    connection.connect((host, int(port)))
-    connection.sendall(data)
-    return connection
-
-
-def post(**fields: Any) -> bytes:
-    body = json.dumps(fields).encode()
-    return HEAD + f"content-length: {len(body)}\r\n\r\n".encode() + body
 
 
 def test_keys(model: gpt2onnx.Model, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -137,37 +112,37 @@ def test_browsers_are_kept_in_bounds(model: gpt2onnx.Model) -> None:
         assert "e+" not in docs.text, "a range that limits nobody"
 
 
-def test_large_bodies(model: gpt2onnx.Model, connections: contextlib.ExitStack) -> None:
+def test_large_bodies(model: gpt2onnx.Model, opened: contextlib.ExitStack) -> None:
     with serving(model, admission=Admission(body_bytes=10_000)) as server:
         assert server.complete("a" * 11_000).status_code == 413
         assert server.complete("a" * 9_000).status_code in (200, 400)
         # In parts, without saying how much there will be; the rest isn't even read.
         part = b"2000\r\n" + b" " * 0x2000 + b"\r\n"
-        connection = connect(server, connections, HEAD + b"transfer-encoding: chunked\r\n\r\n" + part + part)
+        connection = connect(server.address, opened, HEAD + b"transfer-encoding: chunked\r\n\r\n" + part + part)
         assert b" 413 " in connection.recv(4096)
         for length in (b"99999999999999", b"-1", b"1e3", b"9" * 5000):
-            answer = connect(server, connections, HEAD + b"content-length: " + length + b"\r\n\r\n").recv(4096)
+            answer = connect(server.address, opened, HEAD + b"content-length: " + length + b"\r\n\r\n").recv(4096)
             assert b" 413 " in answer or b" 400 " in answer, answer
         assert server.text()
 
 
-def test_slow_bodies_and_headers(model: gpt2onnx.Model, connections: contextlib.ExitStack) -> None:
+def test_slow_bodies_and_headers(model: gpt2onnx.Model, opened: contextlib.ExitStack) -> None:
     with serving(model, header_seconds=0.5, admission=Admission(body_seconds=0.3)) as server:
-        connection = connect(server, connections, post(prompt="a")[:-3])
+        connection = connect(server.address, opened, post(prompt="a")[:-3])
         answer = b""
         while part := connection.recv(4096):  # until the server closes the connection
             answer += part
         assert b" 408 " in answer
         assert b"body_timeout" in answer
         # Headers that come a letter at a time get no more time than others.
-        connection = connect(server, connections, b"")
+        connection = connect(server.address, opened, b"")
         with contextlib.suppress(OSError):  # once the server has cut the connection
             for _ in range(600):
                 connection.sendall(b"G")
                 time.sleep(0.05)
             pytest.fail("they got half a minute")
         # Neither does a second request on the same connection.
-        connection = connect(server, connections, b"GET /health HTTP/1.1\r\nhost: localhost\r\n\r\n")
+        connection = connect(server.address, opened, b"GET /health HTTP/1.1\r\nhost: localhost\r\n\r\n")
         assert b" 200 " in connection.recv(4096)
         connection.sendall(b"GET /hea")
         assert select.select([connection], [], [], 60)[0], "a half request was kept"
@@ -208,13 +183,13 @@ def test_rows_count(slow_model: ControlledModel) -> None:
 
 @pytest.mark.parametrize("streamed", [False, True])
 def test_vanished_clients_free_their_rows(
-    slow_model: ControlledModel, connections: contextlib.ExitStack, streamed: bool
+    slow_model: ControlledModel, opened: contextlib.ExitStack, streamed: bool
 ) -> None:
     with serving(slow_model, max_batch=2, max_queue=8) as server:
         for _ in range(4):
-            connect(server, connections, post(prompt="A", stream=streamed, **LONG))
+            connect(server.address, opened, post(prompt="A", stream=streamed, **LONG))
         server.wait_for_state(2, 2)
-        connections.close()
+        opened.close()
         server.wait_for_idle()
         wait_until(lambda: server.metric("abandoned_total") == 4)
         assert server.text(max_tokens=5)
@@ -223,7 +198,7 @@ def test_vanished_clients_free_their_rows(
 
 @pytest.mark.system
 def test_slow_readers_disturb_nobody(
-    slow_model: ControlledModel, tales_model: gpt2onnx.Model, connections: contextlib.ExitStack
+    slow_model: ControlledModel, tales_model: gpt2onnx.Model, opened: contextlib.ExitStack
 ) -> None:
     """A client that doesn't read is cut off in the end; one that reads late gets all of it."""
     whole = tales_model.generate("A", max_new_tokens=40, eos_token_id=-1).text
@@ -231,8 +206,8 @@ def test_slow_readers_disturb_nobody(
     # More than the kernel keeps for a reader.
     many = post(prompt=["A", "B", "C", "D", "E"], stream=True, logprobs=100, **LONG)
     with serving(slow_model, max_batch=8, write_seconds=0.7) as server:
-        connect(server, connections, many, buffer=1024)
-        late = connect(server, connections, post(prompt="A", stream=True, **LONG | {"max_tokens": 40}))
+        connect(server.address, opened, many, buffer=1024)
+        late = connect(server.address, opened, post(prompt="A", stream=True, **LONG | {"max_tokens": 40}))
         server.wait_for_state(6, 0)
         assert server.text("A", temperature=0, max_tokens=40, eos_token_id=-1) == whole
         wait_until(lambda: server.metric("abandoned_total") == 1)

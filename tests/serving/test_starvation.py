@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import logging
 import os
 import shutil
@@ -24,28 +23,12 @@ import pytest
 from onnx import helper, numpy_helper
 from support.bundles import add_to_logits, edit_graphs
 from support.commands import wait_until
-from support.serving import ControlledModel, Running, serving
+from support.serving import HEAD, ControlledModel, Running, connect, post, serving
 from support.systems import posix
 
 import gpt2onnx
 from gpt2onnx.serving.http.connections import OncePerSecond
 from gpt2onnx.serving.http.guard import Admission
-
-HEAD = b"POST /v1/completions HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\n"
-
-
-@pytest.fixture
-def opened() -> Iterator[contextlib.ExitStack]:
-    """Closes sockets at the end."""
-    with contextlib.ExitStack() as stack:
-        yield stack
-
-
-def connect(address: str, opened: contextlib.ExitStack, data: bytes = b"") -> socket.socket:
-    host, _, port = address.removeprefix("http://").partition(":")
-    connection = opened.enter_context(socket.create_connection((host, int(port)), 20))
-    connection.sendall(data)
-    return connection
 
 
 def is_open(connection: socket.socket) -> bool:
@@ -103,11 +86,10 @@ def test_a_client_that_fills_the_queue_leaves_room_and_turns_to_others(
     model: gpt2onnx.Model, opened: contextlib.ExitStack
 ) -> None:
     slow = ControlledModel(model, delay=0.004)
-    fields = {"prompt": "a", "max_tokens": 40, "stream": True, "eos_token_id": -1}
-    content = json.dumps(fields).encode()
+    request = post(prompt="a", max_tokens=40, stream=True, eos_token_id=-1)
     with serving(slow, max_batch=4, max_queue=16) as server:
         for _ in range(30):  # they never read
-            connect(server.address, opened, HEAD + f"content-length: {len(content)}\r\n\r\n".encode() + content)
+            connect(server.address, opened, request)
         server.wait_for_state(4, 12)
         assert server.complete(max_tokens=1).status_code == 429
         assert from_address("127.0.0.2", server, max_tokens=1).status_code == 200

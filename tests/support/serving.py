@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
+import socket
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import httpx
@@ -13,6 +15,8 @@ import httpx
 import gpt2onnx
 from gpt2onnx.serving.http.server import Server, Settings, listen, make_server
 from support.commands import wait_until
+
+HEAD = b"POST /v1/completions HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\n"
 
 
 class ControlledModel:
@@ -62,6 +66,23 @@ class Running:
 
     def wait_for_idle(self) -> None:
         self.wait_for_state(0, 0)
+
+
+def connect(address: str, opened: ExitStack, data: bytes = b"", buffer: int = 2**16) -> socket.socket:
+    """A connection on which data was sent; `buffer` is what the kernel keeps for a slow reader."""
+    connection = opened.enter_context(socket.socket())
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, buffer)
+    connection.settimeout(60)
+    host, _, port = address.removeprefix("http://").partition(":")
+    connection.connect((host, int(port)))
+    connection.sendall(data)
+    return connection
+
+
+def post(**fields: Any) -> bytes:
+    """A request for completions, as it is sent."""
+    body = json.dumps(fields).encode()
+    return HEAD + f"content-length: {len(body)}\r\n\r\n".encode() + body
 
 
 @contextmanager

@@ -255,7 +255,7 @@ def test_quality_texts_on_the_command_line(command_line: CommandLine, short_tale
     done = command_line("export", short_tales, tmp_path / "int4", *options)
     assert done.code == 0, done.err
     assert "of sea.txt: KL" in done.out
-    assert "own samples: perplexity" in done.out
+    assert "of own samples: KL" in done.out
     done = command_line("export", short_tales, tmp_path / "other", *options[:-1], tmp_path / "missing.txt")
     assert done.code == 1
     assert "missing.txt" in done.err
