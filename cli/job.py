@@ -186,10 +186,7 @@ def report(job: JobOptions, counts: Counts, earlier: str = "", *, quiet: bool) -
     """Prints one line on standard error.
 
     Args:
-        job: is done.
-        counts: of this run.
         earlier: what became of earlier results.
-        quiet: print nothing.
 
     Raises:
         PromptError: with --fail-on-error, if a request failed.

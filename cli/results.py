@@ -36,7 +36,6 @@ class Results:
     hidden file beside, which takes the file's name at the end. If the run is killed before, the next one has the results of both.
 
     Args:
-        path: the file.
         resume: keep earlier results that fit.
 
     Attributes:

@@ -138,13 +138,8 @@ def benchmark(
     """Times a model, after one run to warm up.
 
     Args:
-        model: to be timed.
-        prompt_tokens: length of each prompt.
-        new_tokens: length of each continuation.
         batch_size: prompts that are continued together.
         repetitions: runs that count.
-        seed: of the prompts.
-        progress: called after each run.
 
     Raises:
         OptionError: a number is below 1, the tokens don't fit into the context window, or the batch not into memory.

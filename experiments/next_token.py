@@ -199,11 +199,7 @@ def choose(
     """Follows logits, float32 [vocabulary], to draws of a token.
 
     Args:
-        logits: of any vocabulary.
-        options: sampling options and seed.
         tokens: the text so far, int64 [length], for options that depend on it.
-        draws: number of draws.
-        report: called with the number of draws so far.
     """
     found = stages(logits, options, np.zeros(0, np.int64) if tokens is None else tokens)
     seed = new_seed(options)

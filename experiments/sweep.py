@@ -165,7 +165,6 @@ def check_folder(folder: Path, *, replaces: bool) -> None:
     """Raises what a sweep into a folder would raise at its beginning; needs no model.
 
     Args:
-        folder: of the results.
         replaces: whether those of an earlier sweep are continued or replaced.
 
     Raises:
@@ -190,8 +189,6 @@ def run(sweep: Sweep, folder: Path, tracker: EnergyTracker | None = None, *, res
     """Runs a sweep, and appends each run to results.jsonl as soon as it is done.
 
     Args:
-        sweep: prompts and strategies.
-        folder: of results.jsonl.
         tracker: measures energy; None for no energy figures.
         resume: go on behind the finished runs; otherwise they are overwritten.
 

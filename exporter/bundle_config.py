@@ -16,8 +16,6 @@ def write_configuration(checkpoint: Checkpoint, folder: Path, *, half: bool) -> 
     """Writes config.json, generation_config.json and genai_config.json.
 
     Args:
-        checkpoint: the source.
-        folder: the bundle's.
         half: whether the graph computes in float16.
 
     Raises:

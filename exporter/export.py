@@ -273,13 +273,7 @@ def _unless_missing(wanted: bool | None) -> Iterator[None]:
 
 
 class _Passes:
-    """Progress over all weights, several times.
-
-    Args:
-        progress: the caller's.
-        checkpoint: the source of the weights.
-        count: number of passes.
-    """
+    """Progress over all weights, several times."""
 
     def __init__(self, progress: Progress | None, checkpoint: Checkpoint, count: int) -> None:
         self._progress, self._bytes, self._count, self._begun = progress, 4 * _count_weights(checkpoint), count, 0

@@ -61,14 +61,8 @@ class Job:
         """Looks up input and output. Changes nothing.
 
         Args:
-            input_name: path or URI.
-            output_name: path or URI.
-            bundle: the model's folder.
-            work: how requests are run.
             part_size: requests in a part; None: the resumed job's, or by the input's size.
             encoding: of input files without a byte order mark.
-            resume: keep the parts that are done.
-            force: earlier results are going to be replaced.
 
         Raises:
             PromptError: the input can't be read, or isn't there.

@@ -64,18 +64,12 @@ def run(
     """Runs request files on a cluster.
 
     Args:
-        bundle: the model's folder.
         input_name: a file of requests or a folder of them: path on this machine, or URI.
         output_name: folder of the results: path on this machine, or URI.
-        work: how requests are run.
         address: host:port of the Ray cluster's head, or "auto"; None starts one on this machine.
         workers: parts at a time; None: as many as the cluster has cores (or GPUs) for.
         part_size: requests in a part; None: by the input's size.
         encoding: of input files without a byte order mark.
-        resume: keep the parts that are done.
-        force: replace the results of another job.
-        verbose: let Ray log.
-        progress: called after each part.
 
     Raises:
         PromptError: the input can't be read.

@@ -49,10 +49,7 @@ def carry_out(
     """Runs the request lines of a part.
 
     Args:
-        bundle: the model's.
-        work: how requests are run.
         part: the lines' place in the input.
-        lines: one request each.
         output: folder that every machine can write to; None: the results go back to the job's machine.
 
     Raises:

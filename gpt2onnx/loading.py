@@ -78,7 +78,6 @@ def resolve(model: str | os.PathLike[str], dtype: str = "fp32", progress: "Progr
 
     Args:
         model: as for `load`.
-        dtype: of an export.
         progress: called with the bytes done and all bytes of an export, if it is needed.
     """
     folder = Path(model)

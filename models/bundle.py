@@ -336,7 +336,6 @@ def describe_files(folder: Path, *, without: Path | None = None) -> dict[str, Fi
     """Size and sha256 of every file below the folder, by path with forward slashes.
 
     Args:
-        folder: the bundle's.
         without: a folder in it to leave out, as the manifest always is.
     """
     return {

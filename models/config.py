@@ -113,10 +113,6 @@ class GPT2Config:
 def read_json(path: Path, most: int = limits.JSON) -> dict[str, Any]:
     """The object in a JSON file.
 
-    Args:
-        path: the file.
-        most: bytes that it may have.
-
     Raises:
         CheckpointError: the file can't be read, is larger than that, or doesn't hold a JSON object.
     """

@@ -66,7 +66,6 @@ def blocks(
     output head, the output projection of every attention, and the last three matrices before an activation function.
 
     Args:
-        config: the network.
         dtype: one of DTYPES.
         name: the matrix' layer: "wte", "lm_head", "h.0.attn.c_attn" …
         pure: in int4, 4 bits for all of them.

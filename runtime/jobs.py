@@ -24,7 +24,6 @@ def run(
     """Carries out request lines, up to `batch_size` at once.
 
     Args:
-        model: generates.
         lines: one JSON object each, or why it can't be read; taken when there is room for them.
         options: hold unless a line says otherwise.
         batch_size: requests that are decoded together. In fp32 no result depends on it; kernels of lower precision round

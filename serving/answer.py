@@ -18,7 +18,6 @@ def prompt_record(tokenizer: Tokenizer, logprobs: Sequence[TokenLogprobs], count
     """Log probabilities of a prompt's tokens as vLLM writes them: `PromptLogprobs` in its vllm/logprobs.py.
 
     Args:
-        tokenizer: decodes tokens.
         logprobs: of each token but the first.
         count: likeliest tokens in the place of each.
 
@@ -42,10 +41,7 @@ class Answer:
     """A choice that grows.
 
     Args:
-        tokenizer: decodes tokens.
-        index: of the choice.
         stop: what ends the text.
-        ends: end tokens.
         skip_special_tokens: whether special tokens have no text.
         logprobs: whether to return log probabilities.
         as_ids: whether these name tokens by their ids, as vLLM does: token_id:5.

@@ -49,9 +49,6 @@ class Call:
     """A request for completions on its way.
 
     Args:
-        service: runs it.
-        body: the request.
-        prompts: of the request.
         options: of all continuations of a prompt.
         parts: in which these run.
 

@@ -57,7 +57,6 @@ class ChatTemplate:
         """The template that is named, or else the bundle's own; None if there is neither.
 
         Args:
-            folder: the bundle's.
             named: one of BUILT_IN, or a file.
 
         Raises:

@@ -19,11 +19,6 @@ _DEFAULTS = {"do_sample": True, "top_k": 0}
 def prepare(service: Service, body: CompletionRequest, kind: type[Call] = Call) -> Call:
     """Checks a request against model and limits. Long prompts take long, so it belongs into a thread.
 
-    Args:
-        service: runs it.
-        body: the request.
-        kind: of the call.
-
     Raises:
         ApiError: the request can't be carried out.
     """

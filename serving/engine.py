@@ -117,7 +117,6 @@ class Engine:
         model: for the engine's thread alone, except for its stateless tokenizer.
         max_batch: most sequences in the batch; a quarter more for jobs of no more than that.
         max_queue: most prompts in the queue.
-        metrics: counts prompts, tokens and times.
         pass_seconds: longest time between two steps of the batch.
 
     Attributes:

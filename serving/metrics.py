@@ -107,11 +107,7 @@ class Metrics:
 
 
 class _VllmNames(Collector):
-    """Metrics of a registry by vLLM's names, so that its dashboards fit.
-
-    Args:
-        registry: has them by our names.
-    """
+    """Metrics of a registry by vLLM's names, so that its dashboards fit."""
 
     def __init__(self, registry: CollectorRegistry) -> None:
         self._registry = registry

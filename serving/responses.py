@@ -44,11 +44,9 @@ class ApiError(HTTPException):
     """An error response.
 
     Args:
-        status: HTTP status.
         message: one line for a person.
         param: field of the request that is wrong.
         code: for programs; None for the status's default.
-        headers: of the response.
     """
 
     def __init__(

@@ -39,7 +39,6 @@ def write(made: Bundle, target: Path, *, npm: Path | None = None, force: bool = 
             float32 in the browser; in fp32 its greedy tokens are those of the runtime in Python.
         target: the folder. It must not exist, unless `force` is given and it is a web folder.
         npm: a node_modules with the packages; None to let npm fetch them into the user's cache, once.
-        force: replace an earlier web folder.
 
     Returns:
         The size of each file in bytes, by its path.

@@ -28,7 +28,6 @@ def put(target: Path, node_modules: Path | None = None) -> None:
     """Copies the packages' files and licences.
 
     Args:
-        target: an empty folder.
         node_modules: where npm has installed the packages; None to let it do so, once, into the user's cache.
 
     Raises:

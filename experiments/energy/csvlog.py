@@ -21,7 +21,6 @@ class CsvLog:
 
     Args:
         path: the file; one that isn't there, or is empty, gets its header now.
-        columns: the header.
 
     Raises:
         OutputError: the file can't be written, or has other columns.

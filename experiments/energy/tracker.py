@@ -122,8 +122,6 @@ class EnergyTracker:
         """Begins to measure a run.
 
         Args:
-            model: runs.
-            options: its generation options.
             strategy: a name for them; by default greedy, sampling, beam search or beam sampling.
             close: ends the run if the caller has left it.
         """

@@ -59,7 +59,6 @@ def pack(
     Args:
         folder: the bundle. Every file is compared with the manifest before and after it is packed.
         archive: the file to make; it appears whole or not at all.
-        force: replace an existing file.
         progress: called with the bytes packed and the bytes in all.
 
     Raises:
@@ -134,9 +133,7 @@ def unpack(
     Only regular files that its manifest lists are taken from it, each with the size and hash listed there.
 
     Args:
-        archive: the file to read.
         target: the bundle's folder; it appears whole or not at all.
-        force: replace an existing bundle.
         max_size: most bytes that the bundle may have.
         progress: called with the bytes unpacked and the bytes in all.
 

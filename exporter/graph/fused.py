@@ -40,7 +40,6 @@ def build(
     """Writes the network as an ONNX model that fulfils `models.contract`.
 
     Args:
-        config: the architecture.
         weights: gives a weight by its checkpoint name; matrices may be quantised.
         tied: whether the output head is the token embedding, which is then stored once.
         store: takes the weights, in the order in which the network uses them.
@@ -116,9 +115,6 @@ def attention(graph: Graph, config: GPT2Config, layer: int, qkv: str, lengths: L
     """Causal attention on packed queries, keys and values.
 
     Args:
-        graph: takes the nodes.
-        config: the architecture.
-        layer: the block's number.
         qkv: [batch, length, 3 * width].
         lengths: from `attention_lengths`.
         cached: read and write the KV cache; otherwise there is no past.

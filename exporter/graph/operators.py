@@ -111,9 +111,7 @@ class Graph(Nodes):
         initializer copies it. Two initializers on the same bytes are mapped once.
 
         Args:
-            name: the view's.
             weight: the initializer whose bytes it shares.
-            shape: its own.
             first_byte: offset in that initializer.
         """
         (stored,) = (each for each in self.initializers if each.name == weight)
@@ -136,8 +134,6 @@ class Graph(Nodes):
         """Stores a float32 weight in float16 where that has its digits; ONNX Runtime casts it once, at loading.
 
         Args:
-            name: the float32 value's.
-            array: float32.
             small: allowed error, as a share of the mean magnitude.
         """
         with np.errstate(over="ignore"):
@@ -156,8 +152,6 @@ class Graph(Nodes):
         """x @ weight + bias.
 
         Args:
-            x: its input.
-            name: the layer's.
             weight: float32 [in, out], as GPT-2's Conv1D has it, or quantised.
             bias: float32 [out].
         """

@@ -22,7 +22,6 @@ def build(model: ModelProto, config: GPT2Config) -> ModelProto:
 
     Args:
         model: the fused graph, whose weights are external data.
-        config: the architecture.
     """
     graph, nodes = model.graph, Nodes()
     whole_numbers = {"axis_0": [0], "axis_1": [1], "all_rows": [-1, config.n_embd], "last": [config.n_positions - 1]}

@@ -88,9 +88,7 @@ def _make(
     """Appends a matrix with one scale for each output, and these scales.
 
     Args:
-        making: takes the nodes.
         node: the first graph's product with that matrix.
-        name: the layer's.
         stored: the first graph's initializers.
         makers: the first graph's nodes by their outputs.
     """

@@ -23,12 +23,7 @@ class WeightStore(Protocol):
 
 
 class WeightsFile:
-    """An external data file: each array at an aligned offset.
-
-    Args:
-        path: the file's, beside the graph.
-        file: it, opened for writing.
-    """
+    """An external data file: each array at an aligned offset."""
 
     def __init__(self, path: Path, file: BinaryIO) -> None:
         self._path, self._file = path, file
@@ -58,8 +53,6 @@ def view(tensor: TensorProto, name: str, shape: Sequence[int], first_byte: int =
     """An initializer on some of the bytes of another one that lies in a file.
 
     Args:
-        tensor: the other one.
-        name: the view's.
         shape: the view's, of no more numbers.
         first_byte: offset in the other one.
     """
@@ -77,7 +70,6 @@ def without_data(value: ValueInfoProto, file: str) -> TensorProto:
     """An initializer whose data the runtime supplies.
 
     Args:
-        value: name, type and shape.
         file: a file of the bundle, too short for the data, so that nothing loads it by mistake.
     """
     kind = value.type.tensor_type
@@ -93,7 +85,6 @@ def mapped(tensor: TensorProto, folder: Path) -> npt.NDArray[Any]:
     """The numbers of an initializer, mapped into memory if they lie in a file.
 
     Args:
-        tensor: the initializer.
         folder: of its graph.
     """
     if tensor.data_location != TensorProto.EXTERNAL:

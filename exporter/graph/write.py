@@ -26,8 +26,6 @@ def write_graphs(
     """Writes the fused graph with its weights, and the graphs that go with it.
 
     Args:
-        folder: the bundle's.
-        config: the architecture.
         weights: gives each weight by its checkpoint name, plain or quantised.
         tied: whether the output head is the token embedding.
         floats: type of weights that aren't quantised.

@@ -32,7 +32,6 @@ class Gradients:
     Args:
         model: the network's fused graph in fp32.
         folder: where its external data is.
-        config: the architecture.
         threads: of one operator.
     """
 

@@ -35,11 +35,9 @@ class SequentialCalibrator:
     Activations are float32 [2, texts, length, width]: first those of the fp32 network, then those of the quantised one.
 
     Args:
-        config: the architecture.
         tensor: gives the fp32 network's weights.
         layout: how matrices are quantised.
         statistics: of the fp32 network, for the same texts.
-        tied: whether the output head is the token embedding.
         per_tensor: choose the layers whose input a second graph may quantise per tensor.
     """
 

@@ -30,8 +30,6 @@ def centre(
     leaves the bias of a norm, or of the values that attention averages, comes back in the bias of the layer behind.
 
     Args:
-        config: the architecture.
-        tensor: gives a weight by its checkpoint name.
         inputs: activation statistics by layer; the inputs of layers without any stay as they are.
 
     Returns:
@@ -81,8 +79,6 @@ class Smoothing:
     these channels, and divides the weights behind them, gets the same weights as one that doesn't.
 
     Args:
-        config: the architecture.
-        tensor: gives a weight by its checkpoint name.
         layout: how matrices are quantised; the inputs of those that aren't stay as they are.
         ranges: gives the range of each channel of a layer's input, float32 [in], by the layer's name; None: it stays as it is.
     """
@@ -147,9 +143,6 @@ def range_by_weights(config: GPT2Config, tensor: Tensor, layer: str, *, values: 
     Channels are taken for independent of each other, and what a norm multiplies by its weight for numbers of variance 1.
 
     Args:
-        config: the architecture.
-        tensor: gives a weight by its checkpoint name.
-        layer: the layer's name.
         values: False gives None for c_proj, whose inputs are averages of values.
     """
     block, _, matrix = layer.removeprefix("h.").partition(".")

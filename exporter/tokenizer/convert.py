@@ -31,7 +31,6 @@ def write_tokenizer(checkpoint: Path, config: Mapping[str, Any], target: Path) -
         checkpoint: folder with tokenizer.json; with vocab.json and merges.txt; with BERT's vocab.txt; with a
             sentencepiece model; with nanoGPT's meta.pkl; or with none of them, for GPT-2's own vocabulary.
         config: the checkpoint's config.json, with vocab_size.
-        target: an existing folder.
 
     Returns:
         Whether it has one.

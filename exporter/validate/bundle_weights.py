@@ -27,7 +27,6 @@ class BundleWeights:
     """A fused bundle's weights by their checkpoint names, in the checkpoint's shapes.
 
     Args:
-        bundle: the bundle.
         second_graph: take the second graph's weights, where it has some of its own.
 
     Raises:
@@ -122,8 +121,6 @@ def worst_error(found: Array, wanted: Array, blocks: Blocks, *, axis: int) -> fl
 
     Args:
         found: dequantised, two axes.
-        wanted: the original.
-        blocks: the layout.
         axis: the axis that is cut into blocks.
     """
     worst = 0.0

@@ -120,7 +120,6 @@ def why_left_out(options: Options, version: str) -> str | None:
     """The reason why a version of transformers can't judge some options.
 
     Args:
-        options: as in a case.
         version: of transformers, such as "5.24.0".
 
     Returns:

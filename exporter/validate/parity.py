@@ -68,8 +68,6 @@ def check(
     """Compares a bundle with its checkpoint run by PyTorch.
 
     Args:
-        folder: the bundle.
-        checkpoint: its source.
         suite: "quick" (seconds) or "full" (every strategy and processor, with seeds).
         progress: called with the requests compared and all requests after each.
 

@@ -14,8 +14,6 @@ def shown(progress: Progress | None, label: str, unit: str | None = None) -> Pro
     """The caller's progress. Where there is none: in a notebook a bar, if it takes longer than a second; elsewhere nothing.
 
     Args:
-        progress: the caller's.
-        label: of the bar.
         unit: what is counted; None for bytes.
     """
     if progress is not None or not _in_notebook():

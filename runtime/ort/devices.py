@@ -53,8 +53,6 @@ def not_offered(provider: str, available: Sequence[str], runtime: str) -> Backen
     """The error where the installed ONNX Runtime was built without a provider.
 
     Args:
-        provider: what was asked for.
-        available: what there is.
         runtime: the package that runs, and its version.
     """
     installed = packages()

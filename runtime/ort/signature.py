@@ -28,7 +28,6 @@ def check(
     """Compares a graph with an architecture.
 
     Args:
-        config: the architecture.
         floats: type of the cached keys and values: "tensor(float)" or "tensor(float16)".
         inputs: of the graph, by name.
         outputs: of the graph, by name.

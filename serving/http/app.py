@@ -61,13 +61,7 @@ _Routes = dict[int | str, dict[str, Any]]
 
 
 def make_app(pool: Pool, metrics: Metrics, admission: Admission) -> Guard:
-    """Builds the application behind its guard.
-
-    Args:
-        pool: has the models.
-        metrics: shown at /metrics.
-        admission: which requests are let in.
-    """
+    """Builds the application behind its guard."""
 
     @contextlib.asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:

@@ -99,7 +99,6 @@ class TimedConnection(H11Protocol):
         header_seconds: time for the headers of a request.
         write_seconds: time for the client to read a full write buffer.
         waiting: the connections of the same server that wait for their clients.
-        arguments: uvicorn's.
     """
 
     def __init__(self, *, header_seconds: float, write_seconds: float, waiting: Waiting, **arguments: Any) -> None:

@@ -60,8 +60,6 @@ class Guard:
     """ASGI middleware that applies an admission.
 
     Args:
-        app: the application.
-        admission: which requests are let in.
         metrics: counts the responses to completions by status.
     """
 

@@ -185,9 +185,7 @@ def serve(model: Model, listener: socket.socket, settings: Settings, ready: Call
     """Serves a model until SIGINT or SIGTERM, or until a forward pass doesn't end.
 
     Args:
-        model: the served one.
         listener: from `listen`.
-        settings: of the server.
         ready: called with the server's address once it takes requests.
 
     Returns:
@@ -260,7 +258,6 @@ class Server(uvicorn.Server):
     """uvicorn's server, which also ends the engines: running requests finish, then the threads.
 
     Args:
-        config: of uvicorn.
         pool: the models; the first one's engine is started by the application.
         waiting: the connections that wait for their clients.
         shutdown_seconds: time for running requests to finish.

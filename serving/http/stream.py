@@ -44,10 +44,6 @@ class EventStream(StreamingResponse):
     """A call's completions as server-sent events.
 
     All new text goes into one event once the client has read the last one: a slow reader gets fewer, larger events.
-
-    Args:
-        call: submitted.
-        metrics: counts the abandoned.
     """
 
     media_type = "text/event-stream"
