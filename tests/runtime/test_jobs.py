@@ -3,11 +3,9 @@
 import io
 import json
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
-from support.commands import CommandLine
 
 import gpt2onnx
 from gpt2onnx.runtime import jobs
@@ -128,21 +126,6 @@ def test_a_sampling_option_turns_sampling_on_unless_do_sample_is_false(
     options |= {"do_sample": sampled, "seed": record["seed"], "temperature": options["temperature"] or 1.0}
     expected = tales_model.generate("Once", max_new_tokens=6, **options)
     assert record["sequences"] == expected.to_dict()["sequences"]
-
-
-def test_a_sampling_option_of_the_command_turns_sampling_on_for_every_line(
-    tmp_path: Path, command_line: CommandLine, tales_bundle: Path, tales_model: gpt2onnx.Model
-) -> None:
-    requests = tmp_path / "requests.jsonl"
-    requests.write_text('{"prompt": "x"}\n{"prompt": "x", "do_sample": false}\n', "utf-8")
-    done = command_line(
-        "generate", "-m", tales_bundle, "--input", requests, "--temperature", 1.5, "--seed", 5, "--max-new-tokens", 9
-    )
-    found = [json.loads(line)["sequences"][0]["token_ids"] for line in done.out.splitlines()]
-    sampling: list[dict[str, Any]] = [{"do_sample": True, "temperature": 1.5, "seed": 5}, {"do_sample": False}]
-    expected = [tales_model.generate("x", max_new_tokens=9, **each).sequences[0].token_ids for each in sampling]
-    assert found == expected
-    assert found[0] != found[1]
 
 
 def test_lines_are_read_as_there_is_room(tales_model: gpt2onnx.Model) -> None:
