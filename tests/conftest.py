@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import shutil
 import signal
 import sys
 from collections.abc import Iterator
@@ -155,6 +156,20 @@ def make_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> MakeCheckpoint:
         return random_checkpoint(tmp_path_factory.mktemp("checkpoint"), settings, weights_seed)
 
     return make
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    """Chromium. Tests of it are skipped where it, or playwright, isn't installed."""
+    sync_api = pytest.importorskip("playwright.sync_api", reason="playwright (extra system) isn't installed")
+    program = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    if program is None:
+        pytest.skip("there is no chromium on this machine")
+    sync_api.expect.set_options(timeout=20_000)
+    with sync_api.sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=program, args=["--disable-gpu"])
+        yield browser
+        browser.close()
 
 
 @pytest.fixture

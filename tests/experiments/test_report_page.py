@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from support.pages import CHROMIUM, IN_A_BROWSER
 from support.sweeps import PROMPT
 
 import gpt2onnx
 
-pytestmark = IN_A_BROWSER
+pytestmark = pytest.mark.system
 
 # Three tokens hold no four in a row, and two neither four nor three: their columns Repeated and Distinct-3 are empty.
 SOME, NONE = [3, 40, 2, 12, 25, 2, 7], [2, 2, 2]
@@ -21,16 +19,6 @@ HEADINGS = {"Tokens/s": "tokens_per_second", "Tokens": "mean_length", "Log proba
     "Distinct-3": "distinct_3",
     "Repeated": "repeated_4gram_share",
 }
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    from playwright.sync_api import sync_playwright
-
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--disable-gpu"])
-        yield browser
-        browser.close()
 
 
 def open_report(browser: Any, model: gpt2onnx.Model, lengths: list[int], folder: Path) -> tuple[Any, dict[str, Any]]:

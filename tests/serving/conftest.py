@@ -57,18 +57,6 @@ def bytes_server(make_checkpoint: MakeCheckpoint, tmp_path_factory: pytest.TempP
         yield running
 
 
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    from playwright.sync_api import expect, sync_playwright
-    from support.pages import CHROMIUM
-
-    expect.set_options(timeout=20_000)
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--disable-gpu"])
-        yield browser
-        browser.close()
-
-
 @pytest.fixture
 def open_page(browser: Any, server: Running) -> Iterator[OpenPage]:
     """Opens the page with settings; at the end of the test nothing may have gone wrong in it unnoticed."""

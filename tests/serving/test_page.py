@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support.pages import IN_A_BROWSER, KEY, PHONE, PROMPT, WIDE, OpenPage, expect, finish, generate, text_of
+from support.pages import KEY, PHONE, PROMPT, WIDE, OpenPage, expect, finish, generate, text_of
 from support.serving import Running
 
 import gpt2onnx
 
 axe_playwright = pytest.importorskip("axe_playwright_python.sync_playwright")
-pytestmark = IN_A_BROWSER
+pytestmark = pytest.mark.system
 
 LEAST_OF_CLASS = {"p5": 0.8, "p4": 0.5, "p3": 0.2, "p2": 0.05, "p1": 0.0}
 # Long enough to be stopped.

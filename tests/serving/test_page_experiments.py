@@ -10,10 +10,10 @@ import sys
 from pathlib import Path
 
 import pytest
-from support.pages import IN_A_BROWSER, KEY, PROMPT, OpenPage, expect, finish, generate, text_of
+from support.pages import KEY, PROMPT, OpenPage, expect, finish, generate, text_of
 from support.serving import Running
 
-pytestmark = IN_A_BROWSER
+pytestmark = pytest.mark.system
 
 
 def test_stop_strings_end_both_texts(open_page: OpenPage, server: Running) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable
 from typing import Any
 
@@ -11,12 +10,6 @@ import pytest
 pytest.importorskip("playwright.sync_api", reason="playwright (extra system) isn't installed")
 
 from playwright.sync_api import expect as expect
-
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-IN_A_BROWSER = [
-    pytest.mark.system,
-    pytest.mark.skipif(CHROMIUM is None, reason="there is no chromium on this machine"),
-]
 
 PROMPT = "The old king"
 WIDE, PHONE = {"width": 1280, "height": 800}, {"width": 390, "height": 844}

@@ -17,25 +17,19 @@ from typing import Any
 import numpy as np
 import pytest
 from support.commands import run
+from support.pages import PHONE, PROMPT, expect
 
 import gpt2onnx
 from gpt2onnx.models.bundle import WEIGHTS
 from gpt2onnx.runtime.decoding.filters import warp, warpers
 from gpt2onnx.runtime.options import GenerationConfig
 
-sync_api = pytest.importorskip("playwright.sync_api", reason="playwright (extra system) isn't installed")
-expect = sync_api.expect
-
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 NPM = shutil.which("npm")
 pytestmark = [
     pytest.mark.system,
-    pytest.mark.skipif(CHROMIUM is None, reason="there is no chromium on this machine"),
     pytest.mark.skipif(NPM is None, reason="there is no npm on this machine"),
 ]
 
-PROMPT = "The old king"
-PHONE = {"width": 390, "height": 844}
 
 # Keeps what is reported while the model is loaded, and the messages of its worker.
 LOAD = """async (folder) => {
@@ -112,15 +106,6 @@ def make_site(tmp_path_factory: pytest.TempPathFactory) -> MakeSite:
         return target
 
     return make
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    expect.set_options(timeout=20_000)
-    with sync_api.sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--disable-gpu"])
-        yield browser
-        browser.close()
 
 
 @contextmanager
