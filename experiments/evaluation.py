@@ -41,11 +41,8 @@ class Loss:
     """Loss of a model on a text.
 
     Attributes:
-        tokens: number of the text's tokens.
         predicted: number of predicted tokens, which all figures are about.
         predicted_bytes: their size in UTF-8.
-        windows: number of windows.
-        batches: number of batches of windows.
         loss: mean cross-entropy, nats per predicted token.
         batch_loss: mean of the batches' means, as a loop over a data loader gives. It differs from `loss` only if
             batches predict different numbers of tokens.

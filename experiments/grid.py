@@ -41,7 +41,6 @@ class Strategy:
     Attributes:
         family: name of its [[strategy]].
         label: its own name, unique in the grid: the family, and its choices among several values.
-        options: all generation options.
     """
 
     family: str

@@ -61,9 +61,7 @@ class Choice:
     """Draw of the next token with one set of options.
 
     Attributes:
-        options: the options.
         stages: from the network's logits to the last filter.
-        draws: number of draws.
         counts: int64 [vocabulary], draws of each token.
     """
 

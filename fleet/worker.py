@@ -21,8 +21,6 @@ class Work:
 
     Attributes:
         options: generation options that a request doesn't set itself.
-        batch_size: requests decoded together.
-        format: of the results.
         device: "cpu" or "cuda".
         threads: of one operator; Ray reserves as many cores for a worker.
     """

@@ -13,7 +13,6 @@ class Generation:
     """A request under way; made by `Model.follow`.
 
     Attributes:
-        request: the request.
         strategy: how far it has come.
         stop: what ends its text.
     """

@@ -37,7 +37,6 @@ class Part:
     """Continuations of a prompt that run together.
 
     Attributes:
-        options: theirs.
         rows: sequences in the batch.
     """
 

@@ -50,7 +50,6 @@ class Piece:
 
     Attributes:
         index: of the continuation among those of the prompt.
-        tokens: the new tokens.
         logprobs: of each of them, if the request asks for log probabilities; else empty.
         finish_reason: as in `GeneratedSequence`; None while it goes on.
     """

@@ -20,12 +20,7 @@ _JOIN_SECONDS = 5.0  # for the thread of a model that is dropped
 
 @dataclass(frozen=True)
 class Unloaded:
-    """A model that is loaded on demand.
-
-    Attributes:
-        bundle: the model's.
-        load: loads it.
-    """
+    """A model that is loaded on demand."""
 
     bundle: Bundle
     load: Callable[[], Model]
@@ -40,9 +35,6 @@ class Pool:
         first: the service of the first model.
         others: further models, by their names.
         serve: makes the service of a model by its names.
-
-    Attributes:
-        first: as above.
     """
 
     def __init__(

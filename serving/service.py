@@ -64,8 +64,6 @@ class Service:
     Attributes:
         names: the model's, for clients; responses have the first.
         model: only its tokenizer and options; its network belongs to the engine's thread.
-        engine: runs the prompts.
-        limits: of a request.
         log_prompts: log prompts and texts; otherwise only counts.
         chat_template: makes prompts of conversations; None if the model has none.
         created: start of the service, in seconds since 1970.

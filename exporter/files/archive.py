@@ -32,7 +32,6 @@ class Archive:
     """An archive that `pack` made.
 
     Attributes:
-        path: of the archive.
         size: of the archive, in bytes.
         sha256: of the archive, in hexadecimal.
         content: the files in it, by their path inside the bundle.

@@ -92,7 +92,6 @@ class Graph(Nodes):
     """A network under construction, with its weights.
 
     Attributes:
-        store: takes the weights.
         floats: type of activations, biases, norms and whatever isn't quantised.
     """
 

@@ -40,8 +40,6 @@ class Admission:
         only_local: refuse a Host header that isn't localhost or a loopback address (DNS rebinding: a web page makes the
             browser send requests to its own name, which it points to this machine).
         hosts: names that are let in besides.
-        body_bytes: largest body.
-        body_seconds: time for the body to arrive.
     """
 
     keys: Sequence[bytes] = ()

@@ -53,16 +53,10 @@ class Settings:
         cors_origins: web pages that may use the server from a browser; "*" for all.
         root_path: of the server behind a proxy.
         certificate, private_key: files for TLS; None: plain HTTP.
-        max_batch: most sequences in the batch.
-        max_queue: most prompts in the queue.
-        limits: of a request.
-        admission: which requests are let in.
         joules: the machine's energy since its last call, in joules; None: energy isn't measured.
-        log_prompts: log prompts and texts.
         header_seconds: time for a request's headers to arrive.
         write_seconds: time for a client to read a full write buffer.
         shutdown_seconds: time for running requests to finish.
-        connections: most connections at once.
         bodies: most bytes of bodies that haven't arrived as a whole, if that is room for two.
         pass_seconds: time for a step of the batch; the server ends when one takes longer.
     """

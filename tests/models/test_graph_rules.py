@@ -146,24 +146,23 @@ def test_graphs_that_could_run_without_end(kind: str, copy: Path) -> None:
         assert "\n" not in str(caught.value)
 
 
-def test_more_positions_than_the_table_has(copy: Path, command_line: CommandLine) -> None:
-    config = json.loads((copy / CONFIG).read_text()) | {"n_positions": 10**9}
-    (copy / CONFIG).write_text(json.dumps(config))
+@pytest.mark.parametrize(
+    ("name", "changes", "message"),
+    [
+        (CONFIG, {"n_positions": 10**9}, "has 64 positions where config.json says 1,000,000,000"),
+        (GENERATION_CONFIG, {"bad_words_ids": [[i % 250, i // 250] for i in range(50_000)]}, "at most 10,000 entries"),
+    ],
+    ids=["more positions than the table has", "more bad words than a step can compare"],
+)
+def test_settings_that_ask_for_too_much(
+    name: str, changes: dict[str, Any], message: str, copy: Path, command_line: CommandLine
+) -> None:
+    (copy / name).write_text(json.dumps(json.loads((copy / name).read_text()) | changes))
     sign(copy)
     for arguments in (["verify", copy], ["generate", "-m", copy, "Once"]):
         done = command_line(*arguments)
         assert (done.code, done.err.count("\n")) == (1, 1)
-        assert "has 64 positions where config.json says 1,000,000,000" in done.err
-
-
-def test_more_bad_words_than_a_step_can_compare(copy: Path, command_line: CommandLine) -> None:
-    options = {"bad_words_ids": [[index % 250, index // 250] for index in range(50_000)]}
-    (copy / GENERATION_CONFIG).write_text(json.dumps(options))
-    sign(copy)
-    for arguments in (["verify", copy], ["generate", "-m", copy, "Once"]):
-        done = command_line(*arguments)
-        assert (done.code, done.err.count("\n")) == (1, 1)
-        assert "at most 10,000 entries" in done.err
+        assert message in done.err
 
 
 def test_more_weights_than_there_are(
