@@ -12,6 +12,7 @@ import ray
 from gpt2onnx.errors import BackendError, OptionError
 
 from ..runtime.host import resources
+from ..runtime.host.native import silenced_stderr
 
 _OBJECT_STORE = 256 << 20  # bytes of a local cluster's: parts in flight only, since workers open the bundle's folder
 _CONNECT_SECONDS = 10
@@ -54,7 +55,8 @@ def joined(address: str | None, cores: int, *, verbose: bool) -> Iterator[None]:
     if not verbose:
         os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
     try:
-        with nullcontext() if verbose else _silent():
+        # Ray's native part reports its settings on standard error; no option prevents that.
+        with nullcontext() if verbose else silenced_stderr():
             ray.init(log_to_driver=verbose, logging_level=level, **settings)
     except Exception as error:  # Ray raises errors of many classes here
         action = f"can't join the Ray cluster at {address}" if address else "can't start Ray on this machine"
@@ -72,16 +74,3 @@ def _reach(address: str) -> None:
         socket.create_connection((host.strip("[]"), int(port)), timeout=_CONNECT_SECONDS).close()
     except (OSError, ValueError) as error:
         raise BackendError(f"can't join the Ray cluster at {address}: {error}") from error
-
-
-@contextmanager
-def _silent() -> Iterator[None]:
-    """Discards standard error, on which Ray's native part reports its settings; no option prevents that."""
-    kept, nothing = os.dup(2), os.open(os.devnull, os.O_WRONLY)
-    try:
-        os.dup2(nothing, 2)
-        yield
-    finally:
-        os.dup2(kept, 2)
-        os.close(kept)
-        os.close(nothing)

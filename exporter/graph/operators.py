@@ -36,6 +36,13 @@ class StoredMatrix:
     bits: int
     block_size: int
 
+    @classmethod
+    def of(cls, product: NodeProto) -> "StoredMatrix":
+        """The matrix of a MatMulNBits node."""
+        sizes = {each.name: each.i for each in product.attribute}
+        numbers = (sizes[each] for each in ("N", "K", "bits", "block_size"))
+        return cls(product.input[1].removesuffix(".data"), *numbers)
+
     @property
     def data(self) -> str:
         """The initializer of its values."""

@@ -92,10 +92,7 @@ def _make(
         stored: the first graph's initializers.
         makers: the first graph's nodes by their outputs.
     """
-    sizes = {each.name: each.i for each in node.attribute}
-    matrix = StoredMatrix(
-        node.input[1].removesuffix(".data"), *(sizes[each] for each in ("N", "K", "bits", "block_size"))
-    )
+    matrix = StoredMatrix.of(node)
     middle, blocks = 1 << (matrix.bits - 1), matrix.width // matrix.block_size
 
     def whole_numbers(suffix: str, *values: int) -> str:

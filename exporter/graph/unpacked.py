@@ -10,7 +10,7 @@ from collections.abc import Mapping
 import numpy as np
 from onnx import ModelProto, NodeProto, TensorProto, helper
 
-from .operators import MICROSOFT, Nodes, as_model
+from .operators import MICROSOFT, Nodes, StoredMatrix, as_model
 
 _OPSET = 21  # the first whose DequantizeLinear takes blocks and numbers of 4 bits
 
@@ -43,28 +43,28 @@ def build(model: ModelProto) -> ModelProto:
 
 def _multiply(unpacked: Nodes, node: NodeProto, stored: Mapping[str, TensorProto]) -> None:
     """Appends the product with the unpacked matrix, in place of the node."""
-    sizes = {each.name: each.i for each in node.attribute}
-    rows, width, bits, block_size = (sizes[each] for each in ("N", "K", "bits", "block_size"))
-    x, data, scales = node.input[:3]
+    matrix = StoredMatrix.of(node)
+    rows, width, bits, block_size = matrix.rows, matrix.width, matrix.bits, matrix.block_size
     bias = node.input[5] if len(node.input) > 5 else ""
-    name, blocks = node.name, -(-width // block_size)
-    matrix = f"{name}.matrix"
+    x, name, blocks = node.input[0], node.name, -(-width // block_size)
 
     packed = TensorProto()
-    packed.CopyFrom(stored[data])
+    packed.CopyFrom(stored[matrix.data])
     packed.name, packed.dims[:] = f"{name}.packed", [rows, blocks * block_size]
     packed.data_type = TensorProto.UINT4 if bits == 4 else TensorProto.UINT8
     unpacked.initializers.append(packed)
-    scales = unpacked.reshape(scales, f"{name}.scales_by_row", rows, blocks)
+    scales = unpacked.reshape(matrix.scales, f"{name}.scales_by_row", rows, blocks)
     middle = unpacked.op("Expand", [
         unpacked.constant(f"{name}.middle", np.array(1 << (bits - 1), np.uint8)),
         unpacked.constant(f"{name}.scales_shape", np.array([rows, blocks], np.int64)),
     ], f"{name}.middles")  # fmt: skip
     if bits == 4:
         middle = unpacked.op("Cast", [middle], f"{name}.middles_of_4_bits", to=TensorProto.UINT4)
-    whole = unpacked.op("DequantizeLinear", [packed.name, scales, middle], matrix, axis=1, block_size=block_size)
+    whole = unpacked.op(
+        "DequantizeLinear", [packed.name, scales, middle], f"{name}.matrix", axis=1, block_size=block_size
+    )
     if width % block_size:
-        whole = unpacked.first(whole, f"{matrix}.unpadded", width)
+        whole = unpacked.first(whole, f"{name}.matrix.unpadded", width)
     # MatMul wants [in, out]: a Transpose would be computed at loading, too, while both matrices are in memory.
     kind, outputs = "FusedMatMul", [node.output[0]]
     if not bias:
