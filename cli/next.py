@@ -175,7 +175,7 @@ def _record(choice: "Choice", tokenizer: "Tokenizer", top: int, followed: dict[s
             "bytes": tokenizer.token_bytes(token).hex(),
             "rank": choice.rank(token),
             "stages": {
-                stage.name: {"score": _finite(stage.scores[token]), "probability": float(stage.probabilities[token])}
+                stage.name: {"score": float(stage.scores[token]), "probability": float(stage.probabilities[token])}
                 for stage in choice.stages
             },
         } | ({"drawn": int(choice.counts[token]), "expected": _expected(choice, token)} if choice.draws else {})
@@ -205,7 +205,3 @@ def _logit(stage: "Stage", token: int) -> str:
 
 def _probability(stage: "Stage", token: int) -> str:
     return f"{stage.probabilities[token]:.4f}" if stage.scores[token] > -math.inf else "-"
-
-
-def _finite(value: float) -> float | None:
-    return float(value) if math.isfinite(value) else None

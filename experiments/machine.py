@@ -81,7 +81,7 @@ class MemoryReader(AbstractContextManager["MemoryReader"]):
         ways: list[tuple[Callable[[Any], object], Any]] = [
             (np.max, array),
             (np.bitwise_or.reduce, array.view(np.uint64)),
-            (_product, array),
+            (lambda part: np.dot(part, part), array),
         ]
         self._ways = [(way, np.array_split(content, threads)) for way, content in ways]
         self._size = array.nbytes
@@ -101,10 +101,6 @@ class MemoryReader(AbstractContextManager["MemoryReader"]):
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._pool.shutdown()
-
-
-def _product(part: Any) -> object:
-    return np.dot(part, part)
 
 
 def describe() -> dict[str, Any]:

@@ -216,10 +216,6 @@ def _grouped(items: Iterable[T], key: Callable[[T], str]) -> dict[str, list[T]]:
     return groups
 
 
-def _families(rows: Iterable[Row]) -> list[list[Row]]:
-    return list(_grouped(rows, lambda row: row.family).values())
-
-
 def _winners(rows: Sequence[Row]) -> list[Winner]:
     found: list[Winner] = []
 
@@ -248,7 +244,7 @@ def _scatter(rows: Sequence[Row]) -> Chart | None:
             group[0].index,
             [(x.at(row.mean_logprob), y.at(row.distinct_2 or 0.0), f"{row.strategy}: {_pair(row)}") for row in group],
         )
-        for group in _families(known)
+        for group in _grouped(known, lambda row: row.family).values()
     ]
     likeliest = max(known, key=lambda row: row.mean_logprob)
     most_diverse = max(known, key=lambda row: row.distinct_2 or 0.0)

@@ -19,13 +19,13 @@ from ..models import limits
 from ..models.bundle import CHAT_TEMPLATE, TOKENIZER_CONFIG
 from ..models.config import read_json
 from ..models.messages import one_line
+from ..runtime.text import special_tokens
 
 # Templates by name, for models that were trained without one.
 BUILT_IN = {
     # DialoGPT's training data: each turn, whoever's it is, ends with the end token.
     "turns": "{% for message in messages %}{{ message['content'] }}{{ eos_token }}{% endfor %}",
 }
-_TOKENS = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token", "mask_token")
 
 Message = Mapping[str, Any]
 
@@ -64,7 +64,7 @@ class ChatTemplate:
             BundleError: the bundle's own can't be read.
         """
         config = read_json(folder / TOKENIZER_CONFIG) if (folder / TOKENIZER_CONFIG).is_file() else {}
-        tokens = {role: _text(config[role]) for role in _TOKENS if config.get(role)}
+        tokens = {role: special_tokens.text(config[role]) for role in special_tokens.ROLES if config.get(role)}
         if named is not None:
             return cls(BUILT_IN[named] if named in BUILT_IN else _read(named), tokens)
         source = config.get("chat_template")
@@ -90,10 +90,6 @@ class ChatTemplate:
             return self._template.render(messages=messages, add_generation_prompt=True, **self._tokens)
         except (TemplateError, TypeError, ValueError, ArithmeticError, LookupError, AttributeError) as error:
             raise PromptError(f"the chat template refuses these messages: {one_line(error)}") from error
-
-
-def _text(token: Any) -> str:
-    return str(token["content"] if isinstance(token, dict) else token)
 
 
 def _read(named: str) -> str:
