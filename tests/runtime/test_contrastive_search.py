@@ -10,8 +10,7 @@ import pytest
 from safetensors.numpy import load_file
 from support.bundles import edit_graphs, remove_output
 from support.checkpoints import MakeCheckpoint
-from support.reference import Reference
-from support.tokens import assert_same_tokens
+from support.reference import Reference, assert_as_transformers
 
 import gpt2onnx
 from gpt2onnx.errors import OptionError
@@ -27,16 +26,6 @@ OTHERS: list[dict[str, Any]] = [
     {"no_repeat_ngram_size": 2, "sequence_bias": [[[3], 2.5], [[9, 9], -4.0]], "renormalize_logits": True},
     {"suppress_tokens": [1, 2, 17], "eos_token_id": list(range(40, 60))},
 ]
-
-
-def assert_as_transformers(
-    model: gpt2onnx.Model, reference: Reference, prompt: list[int], options: dict[str, Any]
-) -> None:
-    if reference.leaves_out(options):
-        return
-    (sequence,) = model.generate(prompt, **options).sequences
-    (tokens,) = reference.tokens(prompt, **options)
-    assert_same_tokens(sequence.token_ids, tokens, options)
 
 
 @pytest.mark.parametrize("others", OTHERS, ids=str)

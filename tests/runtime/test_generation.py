@@ -1,7 +1,6 @@
 """Whole generations against transformers.generate, token for token."""
 
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,12 +8,12 @@ import numpy as np
 import pytest
 from support.checkpoints import MakeCheckpoint
 from support.golden import Golden, assert_close, digest
-from support.reference import Reference
+from support.reference import Reference, assert_as_transformers
 from support.tokens import assert_same_tokens
 from tokenizers import Tokenizer
 
 import gpt2onnx
-from gpt2onnx.exporter.validate.cases import Case, cases
+from gpt2onnx.exporter.validate.cases import cases
 from gpt2onnx.runtime.decoding.torch_random import Candidates, Generator, log_softmax
 from gpt2onnx.runtime.decoding.torch_topk import ascending, largest
 
@@ -29,16 +28,6 @@ PARTS = 3  # tests that a checkpoint's cases are dealt out to
 
 
 Pair = tuple[gpt2onnx.Model, Reference]
-
-
-def assert_case(model: gpt2onnx.Model, reference: Reference, case: Case) -> None:
-    if reference.leaves_out(case.options):
-        return
-    result = model.generate(case.prompt_ids, **case.options)
-    expected = reference.tokens(case.prompt_ids, **case.options)
-    assert len(result.sequences) == len(expected), case.name
-    for index, (sequence, tokens) in enumerate(zip(result.sequences, expected, strict=True)):
-        assert_same_tokens(sequence.token_ids, tokens, f"{case.name}, sequence {index}, {case.options}")
 
 
 @pytest.fixture(scope="module", params=CHECKPOINTS)
@@ -60,13 +49,13 @@ def test_random_checkpoints(pair: Pair, part: int) -> None:
     assert len(everything) > 200
     # Each checkpoint takes other cases, so that together they cover most; `gpt2onnx parity` runs them all.
     for case in everything[part + PARTS * (model.config.vocab_size % 4) :: 4 * PARTS]:
-        assert_case(model, reference, case)
+        assert_as_transformers(model, reference, case.prompt_ids, case.options)
 
 
 def test_tales(tales_model: gpt2onnx.Model, tales_reference: Reference) -> None:
     selected = cases(tales_model.config.vocab_size, 80, "quick")
     for case in selected:
-        assert_case(tales_model, tales_reference, case)
+        assert_as_transformers(tales_model, tales_reference, case.prompt_ids, case.options)
 
 
 def test_ties_of_sampled_beams(make_checkpoint: MakeCheckpoint, reference_of: type[Reference], tmp_path: Path) -> None:
@@ -77,7 +66,7 @@ def test_ties_of_sampled_beams(make_checkpoint: MakeCheckpoint, reference_of: ty
     assert len(forced) == 3
     for case in forced:
         for seed in (case.options["seed"], 1, 2, 3):
-            assert_case(model, reference, replace(case, options=case.options | {"seed": seed}))
+            assert_as_transformers(model, reference, case.prompt_ids, case.options | {"seed": seed})
 
 
 def test_cases_vary() -> None:

@@ -5,8 +5,7 @@ from typing import Any
 
 import pytest
 from support.commands import CommandLine
-from support.reference import Reference
-from support.tokens import assert_same_tokens
+from support.reference import Reference, assert_as_transformers
 
 import gpt2onnx
 from gpt2onnx.errors import OptionError
@@ -24,15 +23,12 @@ STRATEGIES: list[dict[str, Any]] = [
 ]
 
 
-def assert_as_transformers(
+def assert_guided(
     model: gpt2onnx.Model, reference: Reference, prompt: list[int], negative: list[int] | None, options: dict[str, Any]
 ) -> None:
-    result = model.generate(prompt, negative_prompt=negative, **{"do_sample": False} | options)
-    theirs = options if negative is None else options | {"negative_prompt_ids": negative}
-    expected = reference.tokens(prompt, **{"do_sample": False} | theirs)
-    assert len(result.sequences) == len(expected)
-    for sequence, tokens in zip(result.sequences, expected, strict=True):
-        assert_same_tokens(sequence.token_ids, tokens, theirs)
+    theirs = {} if negative is None else {"negative_prompt_ids": negative}
+    options = {"do_sample": False} | options
+    assert_as_transformers(model, reference, prompt, options | theirs, options | {"negative_prompt": negative})
 
 
 @pytest.mark.parametrize("options", STRATEGIES, ids=str)
@@ -41,7 +37,7 @@ def test_random_checkpoint(
     pair: tuple[gpt2onnx.Model, Reference], negative: list[int] | None, options: dict[str, Any]
 ) -> None:
     for scale in (0.0, 1.5, 4.0):
-        assert_as_transformers(*pair, PROMPT, negative, options | {"guidance_scale": scale, "max_new_tokens": 16})
+        assert_guided(*pair, PROMPT, negative, options | {"guidance_scale": scale, "max_new_tokens": 16})
 
 
 @pytest.mark.parametrize("negative", [None, "Sadly, the old king"])
@@ -50,7 +46,7 @@ def test_tales(tales_model: gpt2onnx.Model, tales_reference: Reference, negative
     prompt = tales_model.tokenizer.encode("Once upon a time there was a")
     for options in ({}, {"do_sample": True, "seed": 2, "top_k": 40}, {"num_beams": 4}):
         options = options | {"guidance_scale": 2.0, "max_new_tokens": 40}
-        assert_as_transformers(tales_model, tales_reference, prompt, ids, options)
+        assert_guided(tales_model, tales_reference, prompt, ids, options)
         by_text = tales_model.generate(prompt, negative_prompt=negative, **options)
         assert by_text.sequences == tales_model.generate(prompt, negative_prompt=ids, **options).sequences
 

@@ -13,9 +13,12 @@ import numpy as np
 from gpt2onnx.exporter.validate.cases import why_left_out
 
 from .golden import golden
+from .tokens import assert_same_tokens
 
 if TYPE_CHECKING:
     import transformers
+
+    import gpt2onnx
 
 
 class Reference:
@@ -87,6 +90,23 @@ class Reference:
         import transformers
 
         return transformers.PreTrainedTokenizerFast(tokenizer_file=str(self.folder / "tokenizer.json"))
+
+
+def assert_as_transformers(
+    model: gpt2onnx.Model,
+    reference: Reference,
+    prompt: list[int],
+    options: dict[str, Any],
+    own: dict[str, Any] | None = None,
+) -> None:
+    """Generates as transformers does, where that can judge; options have names of `own` for the model, if they differ."""
+    if reference.leaves_out(options):
+        return
+    result = model.generate(prompt, **own or options)
+    expected = reference.tokens(prompt, **options)
+    assert len(result.sequences) == len(expected), options
+    for index, (sequence, tokens) in enumerate(zip(result.sequences, expected, strict=True)):
+        assert_same_tokens(sequence.token_ids, tokens, f"sequence {index}, {options}")
 
 
 def load_reference(folder: Path) -> transformers.GPT2LMHeadModel:
