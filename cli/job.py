@@ -42,15 +42,8 @@ def job_options(command: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(command)
     def gather(**given: Any) -> Any:
-        job = JobOptions(
-            input=given.pop("input_name"),
-            output=given.pop("output_name"),
-            resume=given.pop("resume"),
-            force=given.pop("force"),
-            batch_size=given.pop("batch_size"),
-            fail_on_error=given.pop("fail_on_error"),
-            encoding=given["encoding"],
-        )
+        own = {name: given.pop(name) for name in ("input", "output", "resume", "force", "batch_size", "fail_on_error")}
+        job = JobOptions(encoding=given["encoding"], **own)
         without_input = job.input is None
         if without_input and (job.output is not None or job.resume or job.force or job.fail_on_error):
             raise click.UsageError("--output, --resume, --force and --fail-on-error go with --input")
@@ -61,12 +54,9 @@ def job_options(command: Callable[..., Any]) -> Callable[..., Any]:
         return command(requests=None if without_input else job, **given)
 
     options = [
-        click.option(
-            "--input", "input_name", metavar="FILE", help="Requests, one JSON object a line; - for standard input."
-        ),
+        click.option("--input", metavar="FILE", help="Requests, one JSON object a line; - for standard input."),
         click.option(
             "--output",
-            "output_name",
             metavar="FILE",
             help="With --input: where the results go (default: standard output).",
         ),

@@ -23,7 +23,7 @@ def holds_results(path: Path) -> bool:
     """Whether a file is empty or holds results, whole ones or the beginning of one."""
     with path.open("rb") as file:
         first = file.readline(limits.RESULT)
-    record = jobs.load(first.decode("utf-8", "replace"))
+    record = jobs.load(first)
     if isinstance(record, dict):
         return "sequences" in record or record.keys() == {"id", "error"}
     return not first or (first.startswith(b'{"id": ') and not first.endswith(b"\n"))
@@ -145,7 +145,7 @@ class Results:
     def _read(self, file: IO[bytes]) -> None:
         """Notes where the results are that didn't fail."""
         for line in _whole_lines(file):
-            record = jobs.load(line.decode("utf-8", "replace"))
+            record = jobs.load(line)
             if isinstance(record, dict) and "request_hash" in record:
                 self._starts[jobs.key(record.get("id"), record["request_hash"])].append(self._whole)
             self._whole += len(line)

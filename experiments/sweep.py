@@ -19,6 +19,7 @@ from typing import Any
 
 from gpt2onnx.errors import OptionError, OutputError
 
+from ..runtime import jobs
 from ..runtime.host import progress as progress_bars
 from ..runtime.host.progress import Progress
 from ..runtime.jsontext import to_line
@@ -315,19 +316,11 @@ def _done(path: Path, sweep: Sweep) -> tuple[list[Record], int]:
             if not line.endswith(b"\n"):
                 break
             expected = next(runs, None)
-            record = _parse(line)
-            if expected is None or record is None or record.get("key") != sweep.key(*expected):
+            record = jobs.load(line)
+            if expected is None or not isinstance(record, dict) or record.get("key") != sweep.key(*expected):
                 raise OutputError(
                     f"{path} holds results of another sweep (grid, prompts, model or threads): choose another --out"
                 )
             records.append(record)
             end += len(line)
     return records, end
-
-
-def _parse(line: bytes) -> Record | None:
-    try:
-        record = json.loads(line)
-    except ValueError:
-        return None
-    return record if isinstance(record, dict) else None

@@ -11,6 +11,7 @@ from pyarrow import fs
 from gpt2onnx.errors import OutputError, PromptError
 
 from ..models.bundle import MANIFEST, sha256_of
+from ..runtime import jobs
 from ..runtime.text import text_input
 from .parts import Part, cut
 from .storage import Place, public, reading, unfinished_file, writing
@@ -79,12 +80,13 @@ class Job:
             present = output.files()
             if [one.path for one in present] == [output.path]:
                 raise OutputError(f"{output.name} is a file: the engine ray writes a folder")
-            record = _parse(output.read(RECORD))
+            record = output.read(RECORD)
         if record is None and not all(map(_is_hidden, present)):
             raise OutputError(f"{output.name} holds other files: choose another output")
         if record is not None and not (resume or force):
             raise OutputError(f"{output.name} holds the results of a job: --resume continues it, --force replaces it")
-        held = (record or {}) if resume else {}
+        held = jobs.load(record) if resume and record is not None else None
+        held = held if isinstance(held, dict) else {}  # a damaged record is no job's
         by_size = min(_MAX_PART, max(_MIN_PART, sum(one.size for one in files) // _BYTES))
         content = {
             "input": [[one.base_name, one.size, one.mtime_ns] for one in files],
@@ -148,12 +150,3 @@ class Job:
 
 def _is_hidden(file: fs.FileInfo) -> bool:
     return str(file.base_name).startswith((".", "_"))
-
-
-def _parse(record: bytes | None) -> dict[str, Any] | None:
-    """An earlier job's record: None without one, empty if it is damaged."""
-    try:
-        held = None if record is None else json.loads(record)
-    except ValueError:
-        return {}
-    return held if held is None or isinstance(held, dict) else {}

@@ -99,8 +99,8 @@ def key(identity: Any, request_hash: str) -> str:
     return f"{request_hash} {json.dumps(identity, sort_keys=True)}"
 
 
-def load(line: str) -> Any:
-    """JSON of a line; None where it is none."""
+def load(line: str | bytes) -> Any:
+    """JSON of a line, in UTF-8 if it is bytes; None where it is none."""
     try:
         return json.loads(line, parse_constant=_no_number)
     except (ValueError, RecursionError):

@@ -8,7 +8,7 @@ import secrets
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import asdict, replace
 from importlib.metadata import version
 from pathlib import Path
 from types import TracebackType
@@ -293,18 +293,8 @@ def _energy(reading: Reading, runs: int, tokens: int, method: str, *, reliable: 
 
 
 def _costs(energy: Energy, seconds: float, cpu_seconds: float, tokens: int) -> dict[str, Any]:
-    return {
-        "runs": energy.runs,
-        "seconds": seconds,
-        "cpu_seconds": cpu_seconds,
-        "tokens_per_second": tokens / seconds,
-        "joules": energy.joules,
-        "joules_per_token": energy.joules_per_token,
-        "g_co2eq_per_1000_tokens": energy.g_co2eq_per_1000_tokens,
-        "g_co2eq_per_kwh": energy.g_co2eq_per_kwh,
-        "method": energy.method,
-        "reliable": energy.reliable,
-    }
+    figures = {name: value for name, value in asdict(energy).items() if name in _COLUMNS}
+    return figures | {"seconds": seconds, "cpu_seconds": cpu_seconds, "tokens_per_second": tokens / seconds}
 
 
 def _origin(model: Model) -> dict[str, Any]:
