@@ -86,7 +86,7 @@ class QuantisedArray:
 def without_settings(config: Mapping[str, Any]) -> dict[str, Any]:
     """A config.json without GPTQ's settings, which nothing but the reader of these weights heeds."""
     settings = config.get(_SETTINGS)
-    theirs = isinstance(settings, dict) and settings.get("quant_method", "gptq") == "gptq"
+    theirs = isinstance(settings, dict) and settings.get("quant_method") == "gptq"
     return {name: value for name, value in config.items() if not (theirs and name == _SETTINGS)}
 
 

@@ -85,6 +85,6 @@ def test_portable_graph_has_standard_operators_only(exports: dict[str, Path]) ->
 
 
 def test_without_optimum_the_extra_is_named(make_checkpoint: MakeCheckpoint, tmp_path: Path) -> None:
-    with pytest.raises(MissingExtraError, match=r"gpt2onnx\[optimum\]"):
+    with pytest.raises(MissingExtraError, match=r"needs the package optimum: pip install .*\[optimum\]"):
         gpt2onnx.export(make_checkpoint(), tmp_path / "bundle", graph="portable")
     assert not any(tmp_path.iterdir())
