@@ -297,11 +297,12 @@ class GenerationConfig(msgspec.Struct, frozen=True, kw_only=True):
             OptionError: an unknown name, a value out of range, or a contradiction.
         """
         if (unknown := min(given.keys() - BY_NAME.keys(), default=None)) is not None:
-            needless = unknown in NEEDLESS
-            raise OptionError(
-                f"{unknown} isn't needed here: leave it out" if needless else f"unknown generation option {unknown!r}",
-                unknown,
-            )
+            if unknown in NEEDLESS:
+                raise OptionError(f"{unknown} isn't needed here: leave it out", unknown)
+            from difflib import get_close_matches  # only now: it takes milliseconds
+
+            hint = "".join(f": did you mean {close!r}?" for close in get_close_matches(unknown, BY_NAME, 1))
+            raise OptionError(f"unknown generation option {unknown!r}{hint}", unknown)
         values = {name: BY_NAME[name].off if value is None else value for name, value in given.items()}
         if isinstance(bias := values.get("logit_bias"), Mapping):  # OpenAI's form
             values["logit_bias"] = [(int(id_) if str(id_).isdecimal() else id_, each) for id_, each in bias.items()]

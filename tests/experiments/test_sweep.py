@@ -104,7 +104,10 @@ def test_strategies_beside_beams_and_sampling(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("[[strategy]]\nname = 'a'\ntemprature = 1.0", "strategy 'a': unknown generation option 'temprature'"),
+        (
+            "[[strategy]]\nname = 'a'\ntemprature = 1.0",
+            "strategy 'a': unknown generation option 'temprature': did you mean 'temperature'?",
+        ),
         ("[[strategy]]\nname = 'a'\nnum_beams = ['2']", "strategy 'a': num_beams must be a whole number"),
         ("[[strategy]]\nnum_beams = 2.5", "strategy 'strategy 1': num_beams must be a whole number"),
         ("[[strategy]]\ndo_sample = false\ntop_k = [1, 2]", "top_k has no effect with do_sample = false"),
