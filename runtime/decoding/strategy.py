@@ -165,7 +165,8 @@ class Scores:
     def _each(self, chain: list[Callable[[Tokens, Logits], None]], tokens: list[Tokens], scores: Logits) -> Logits:
         if not chain:
             return scores
-        return np.stack([process(chain, sequence, row) for sequence, row in zip(tokens, scores, strict=True)])
+        rows = [process(chain, sequence, row) for sequence, row in zip(tokens, scores, strict=True)]
+        return rows[0][None] if len(rows) == 1 else np.stack(rows)
 
 
 class Decoding:
