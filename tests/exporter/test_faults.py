@@ -150,10 +150,16 @@ def test_progress_counts_every_byte_once(make_checkpoint: MakeCheckpoint, tmp_pa
 @pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGTERM])
 def test_stopped_by_a_signal(stop: signal.Signals, target: Path, checkpoints: list[Path]) -> None:
     before = content(target)
-    process = start_and_pause(checkpoints, target)
-    process.send_signal(stop)
-    process.send_signal(signal.SIGCONT)
-    out, message = process.communicate(timeout=60)
+    for _ in range(3):
+        process = start_and_pause(checkpoints, target)
+        process.send_signal(stop)
+        process.send_signal(signal.SIGCONT)
+        out, message = process.communicate(timeout=60)
+        if process.returncode != 0:
+            break
+        # Python drops an exception that a signal's handler raises while a destructor runs. Then the export is whole.
+        assert content(target) != before
+        gpt2onnx.export(checkpoints[0], target, force=True)
     # The empty line ends the one on which a terminal shows ^C.
     assert (process.returncode, out, message) == (130, "", "\ngpt2onnx: interrupted\n")
     assert content(target) == before

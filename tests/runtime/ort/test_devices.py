@@ -327,6 +327,8 @@ def _installed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, *names: str) -> 
         (folder / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.0\n")
         module = "onnxruntime_genai" if name == "onnxruntime-genai" else "onnxruntime"
         (folder / "RECORD").write_text(f"{module}/__init__.py,,\n{module}/capi/x.so,,\n")
+        (tmp_path / module).mkdir(exist_ok=True)
+        (tmp_path / module / "__init__.py").touch()  # Python 3.13 lists only files that are there
     found = list(metadata.distributions(path=[str(tmp_path)]))
     monkeypatch.setattr(metadata, "distributions", lambda: found)
 
