@@ -1,6 +1,7 @@
 """Arrays in checkpoint files, read one at a time. Knows no network."""
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -109,8 +110,8 @@ class StridedArray:
 
 
 @dataclass(frozen=True)
-class ReshapedArray:
-    """An array that its file stores in another shape, of as many numbers."""
+class DerivedArray(ABC):
+    """Base of arrays that are computed from a stored one: they have its file, its name and, unless they say so, its type."""
 
     stored: StoredArray
     shape: tuple[int, ...]
@@ -126,6 +127,17 @@ class ReshapedArray:
     @property
     def dtype(self) -> str:
         return self.stored.dtype
+
+    @abstractmethod
+    def read(self) -> npt.NDArray[np.generic]: ...
+
+    def same_bytes(self, other: StoredArray) -> bool:
+        return self is other
+
+
+@dataclass(frozen=True)
+class ReshapedArray(DerivedArray):
+    """An array that its file stores in another shape, of as many numbers."""
 
     def read(self) -> npt.NDArray[np.generic]:
         return self.stored.read().reshape(self.shape)

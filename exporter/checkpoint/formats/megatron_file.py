@@ -18,7 +18,7 @@ import numpy.typing as npt
 from gpt2onnx.errors import CheckpointError
 
 from ....models.messages import shown
-from ..arrays import StoredArray, StridedArray
+from ..arrays import DerivedArray, StoredArray, StridedArray
 from .saved import SavedWeights
 from .torch_file import read_checkpoint_file
 
@@ -36,30 +36,14 @@ _SPLIT = re.compile(
 
 
 @dataclass(frozen=True)
-class JoinedArray:
-    """An array of which each part of the network holds a piece."""
+class JoinedArray(DerivedArray):
+    """An array of which each part of the network holds a piece; what is stored is the first one."""
 
-    pieces: tuple[StoredArray, ...]
+    others: tuple[StoredArray, ...]
     axis: int
-    shape: tuple[int, ...]
-
-    @property
-    def path(self) -> Path:
-        return self.pieces[0].path
-
-    @property
-    def name(self) -> str:
-        return self.pieces[0].name
-
-    @property
-    def dtype(self) -> str:
-        return self.pieces[0].dtype
 
     def read(self) -> npt.NDArray[np.generic]:
-        return np.concatenate([piece.read() for piece in self.pieces], axis=self.axis)
-
-    def same_bytes(self, other: StoredArray) -> bool:
-        return self is other
+        return np.concatenate([piece.read() for piece in (self.stored, *self.others)], axis=self.axis)
 
 
 def megatron_in(folder: Path) -> Path | None:
@@ -144,4 +128,4 @@ def _joined(path: Path, name: str, pieces: list[StoredArray | None]) -> StoredAr
     if len(whole) < len(pieces) or len(shape) <= axis:
         raise CheckpointError(f"{path.parent.parent}: the parts don't fit together at {name}: fetch or save them again")
     joined = (*shape[:axis], shape[axis] * len(whole), *shape[axis + 1 :])
-    return JoinedArray(tuple(whole), axis, joined)
+    return JoinedArray(whole[0], joined, tuple(whole[1:]), axis)

@@ -19,7 +19,7 @@ import numpy.typing as npt
 from gpt2onnx.errors import CheckpointError
 
 from ....models.config import read_json
-from ..arrays import FLOATS, StoredArray
+from ..arrays import FLOATS, DerivedArray, StoredArray
 from .packed import unpacked
 
 PACKED = ".qweight"
@@ -32,28 +32,18 @@ _log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class QuantisedArray:
-    """A quantised matrix, read in the type of its scales.
+class QuantisedArray(DerivedArray):
+    """A quantised matrix, read in the type of its scales; what is stored are its packed numbers.
 
     Attributes:
         second: whether the zeros are stored as they are (`gptq_v2`), not less 1.
     """
 
-    packed: StoredArray
     zeros: StoredArray
     scales: StoredArray
     groups: StoredArray
     bits: int
     second: bool
-    shape: tuple[int, ...]
-
-    @property
-    def path(self) -> Path:
-        return self.packed.path
-
-    @property
-    def name(self) -> str:
-        return self.packed.name
 
     @property
     def dtype(self) -> str:
@@ -63,7 +53,7 @@ class QuantisedArray:
         groups, scales = self.groups.read().astype(np.int64), self.scales.read()
         if not ((groups >= 0) & (groups < len(scales))).all():
             raise CheckpointError(f"{self.path}: tensor {self.groups.name} names a group that isn't there")
-        zeros, numbers = self._zeros(), unpacked(self.packed.read().T, self.bits)
+        zeros, numbers = self._zeros(), unpacked(self.stored.read().T, self.bits)
         matrix: npt.NDArray[np.generic] = np.empty(self.shape, scales.dtype)
         with np.errstate(all="ignore"):  # what isn't finite is refused later, by its name
             for begin in range(0, len(matrix), _ROWS):
@@ -78,9 +68,6 @@ class QuantisedArray:
         if 32 % self.bits:  # a number may lie in two words
             return (unpacked(stored, self.bits) + 1) % np.float32(2**self.bits)
         return unpacked(stored + np.uint32(sum(1 << place for place in range(0, 32, self.bits))), self.bits)
-
-    def same_bytes(self, other: StoredArray) -> bool:
-        return self is other
 
 
 def without_settings(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -139,7 +126,7 @@ def _checked(
         for bits in _BITS:
             fits = (words * 32, zeros.shape[1] * 32) == (inputs * bits, outputs * bits) and inputs and outputs
             if fits and scales.shape == (zeros.shape[0], outputs):
-                return QuantisedArray(packed, zeros, scales, groups, bits, second, (inputs, outputs))
+                return QuantisedArray(packed, (inputs, outputs), zeros, scales, groups, bits, second)
     raise CheckpointError(
         f"{packed.path}: tensor {packed.name} of {packed.dtype} {list(packed.shape)} doesn't fit its zeros {list(zeros.shape)},"
         f" scales {list(scales.shape)} and groups {list(groups.shape)} in 2, 3, 4 or 8 bits: fetch or save it again"

@@ -7,7 +7,6 @@ https://github.com/huggingface/transformers/blob/v4.46.3/src/transformers/models
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,7 +15,7 @@ import numpy.typing as npt
 from gpt2onnx.errors import CheckpointError
 
 from ....models.messages import shown
-from ..arrays import StoredArray
+from ..arrays import DerivedArray, StoredArray
 from ..weight import Weight
 from .tensors import Tensors
 
@@ -41,30 +40,13 @@ _FOREIGN = ("apply_residual_connection_post_layernorm", "apply_layernorm_1p", "s
 
 
 @dataclass(frozen=True)
-class ChangedArray:
+class ChangedArray(DerivedArray):
     """An array, read as a function of a stored one."""
 
-    stored: StoredArray
-    shape: tuple[int, ...]
     change: Callable[[npt.NDArray[np.generic]], npt.NDArray[np.generic]]
-
-    @property
-    def path(self) -> Path:
-        return self.stored.path
-
-    @property
-    def name(self) -> str:
-        return self.stored.name
-
-    @property
-    def dtype(self) -> str:
-        return self.stored.dtype
 
     def read(self) -> npt.NDArray[np.generic]:
         return self.change(self.stored.read())
-
-    def same_bytes(self, other: StoredArray) -> bool:
-        return self is other
 
 
 def recognises(tensors: Tensors) -> bool:

@@ -7,7 +7,6 @@ https://github.com/ml-explore/mlx-lm/blob/main/mlx_lm/models/gpt2.py
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,7 +15,7 @@ import numpy.typing as npt
 from gpt2onnx.errors import CheckpointError
 
 from ....models.messages import shown
-from ..arrays import FLOATS, StoredArray
+from ..arrays import FLOATS, DerivedArray, StoredArray
 from .packed import unpacked
 
 _PACKED, _SCALES, _OFFSETS = ".weight", ".scales", ".biases"
@@ -24,33 +23,23 @@ _BITS = range(1, 9)
 
 
 @dataclass(frozen=True)
-class QuantisedArray:
-    """A quantised matrix, read in float32."""
+class QuantisedArray(DerivedArray):
+    """A quantised matrix, read in float32; what is stored are its packed numbers."""
 
-    packed: StoredArray
     scales: StoredArray
     offsets: StoredArray
     bits: int
-    shape: tuple[int, ...]
-    dtype: str = "float32"
 
     @property
-    def path(self) -> Path:
-        return self.packed.path
-
-    @property
-    def name(self) -> str:
-        return self.packed.name
+    def dtype(self) -> str:
+        return "float32"
 
     def read(self) -> npt.NDArray[np.generic]:
-        numbers = unpacked(self.packed.read(), self.bits)
+        numbers = unpacked(self.stored.read(), self.bits)
         groups = numbers.reshape(*self.scales.shape, -1)
         groups *= np.asarray(self.scales.read(), np.float32)[..., None]
         groups += np.asarray(self.offsets.read(), np.float32)[..., None]
         return numbers
-
-    def same_bytes(self, other: StoredArray) -> bool:
-        return self is other
 
 
 def dequantised(arrays: Mapping[str, StoredArray], config: Mapping[str, Any] | None) -> dict[str, StoredArray]:
@@ -90,7 +79,7 @@ def _checked(packed: StoredArray, scales: StoredArray, offsets: StoredArray, bit
     if whole and scales.dtype in FLOATS and offsets.dtype in FLOATS and 0 not in scales.shape:
         rows, inputs = packed.shape[0], packed.shape[1] * 32 // bits
         if rows == scales.shape[0] and packed.shape[1] * 32 == inputs * bits and inputs % scales.shape[1] == 0 < inputs:
-            return QuantisedArray(packed, scales, offsets, bits, (rows, inputs))
+            return QuantisedArray(packed, (rows, inputs), scales, offsets, bits)
     raise CheckpointError(
         f"{packed.path}: tensor {packed.name} of {packed.dtype} {list(packed.shape)} doesn't fit its scales {list(scales.shape)} and"
         f" {bits} bits: fetch or save it again"
