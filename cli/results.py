@@ -1,10 +1,10 @@
 """File of a job's results. A kill at any moment loses none, and leaves it fit for `--resume`."""
 
 import os
-import shutil
 import sys
 from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator
+from itertools import takewhile
 from pathlib import Path
 from typing import IO
 
@@ -130,12 +130,14 @@ class Results:
 
     def _depart(self) -> IO[bytes]:
         """The file that goes on where the earlier results no longer fit."""
-        path = self._path
-        if self._end < self._whole:
-            path = self._beside
-            shutil.copy(self._path, path)
-        os.truncate(path, self._end)
-        return path.open("ab")
+        if self._end == self._whole:
+            os.truncate(self._path, self._end)  # a line that a kill cut off
+            return self._path.open("ab")
+        assert self._earlier is not None
+        earlier, output = self._earlier, self._beside.open("wb")
+        earlier.seek(0)
+        output.writelines(takewhile(lambda _: earlier.tell() <= self._end, iter(earlier.readline, b"")))
+        return output
 
     def _line(self, start: int) -> bytes:
         assert self._earlier is not None
