@@ -42,6 +42,7 @@ OPTIMUM_TESTS := checkpoint_tokenizers checkpoints generation graph portable ref
 FORMER_TESTS := contrastive_search diverse_beams
 
 reference: system lowest $(REFERENCE)/installed $(OPTIMUM)/installed $(FORMER)/installed  ## compare with PyTorch; run whole programs, and the lowest versions
+	$(MAKE) types SYSTEMS='linux darwin win32'
 	$(call bin,$(REFERENCE))/python $(PYTEST) --golden check
 	GPT2ONNX_PEERS=build/peers $(call bin,$(OPTIMUM))/python $(PYTEST) --golden live $(call tests,$(OPTIMUM_TESTS))
 	$(call bin,$(FORMER))/python $(PYTEST) --golden check $(call tests,$(FORMER_TESTS))
@@ -63,13 +64,15 @@ lint: $(VENV)/installed
 	$(BIN)/cog --check -I . docs/cli.md docs/precision.md docs/python.md
 	$(BIN)/check-jsonschema --builtin-schema vendor.github-workflows .github/workflows/tests.yml deploy/ci.yml
 
+# Types are checked for this system; `make reference` names them all.
+SYSTEMS := $(shell $(PYTHON) -c "import sys; print(sys.platform)")
 # The installed package is checked from another folder, which also proves that it is whole. What mypy remembers holds for one system.
 MYPY = "$(abspath $(BIN))/mypy" --config-file ../../pyproject.toml --strict --cache-dir ../mypy/$(1) --platform $(1)
 types: $(VENV)/installed
 	rm -rf build/site build/lib
 	$(UV) pip install --quiet --no-deps --python $(VENV) --target build/site .
-	cd build/site && for system in linux darwin win32; do $(call MYPY,$$system) -p gpt2onnx || exit; done
-	cd build/site && PYTHONPATH=. $(call MYPY,linux) ../../tests/project/typed_use.py
+	cd build/site && for system in $(SYSTEMS); do $(call MYPY,$$system) -p gpt2onnx || exit; done
+	cd build/site && PYTHONPATH=. $(call MYPY,$(firstword $(SYSTEMS))) ../../tests/project/typed_use.py
 	cd build/site && PYTHONPATH=. "$(abspath $(BIN))/lint-imports" --config ../../pyproject.toml --no-cache
 
 # Two files at a time: many tests wait, for servers, for signals, for their own processes.
