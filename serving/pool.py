@@ -1,8 +1,10 @@
 """Pool: the served models. The first is there from the start; each other one is loaded with the first request for it."""
 
+import asyncio
+import contextlib
 import logging
-import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections import Counter
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from gpt2onnx.errors import Gpt2OnnxError
@@ -27,7 +29,7 @@ class Unloaded:
 
 
 class Pool:
-    """The served models, each with an engine of its own.
+    """The served models, each with an engine of its own. Belongs to the event loop; models are loaded in other threads.
 
     Where memory is short, the model that has been idle for longest makes room for one that is asked for.
 
@@ -43,7 +45,8 @@ class Pool:
         self.first = first
         self._others, self._serve = others, serve
         self._loaded: dict[str, Service] = {}  # of the others, the last one used at the end
-        self._loading = threading.Lock()
+        self._users = Counter[str]()  # requests that haven't reached the model's engine yet
+        self._loading = asyncio.Lock()
 
     @property
     def names(self) -> list[str]:
@@ -53,7 +56,7 @@ class Pool:
     @property
     def services(self) -> list[Service]:
         """The services of the loaded models."""
-        return [self.first, *list(self._loaded.values())]
+        return [self.first, *self._loaded.values()]
 
     @property
     def engines(self) -> list[Engine]:
@@ -69,45 +72,60 @@ class Pool:
         self.check(name)
         return self._others[name].bundle if name in self._others else self.first.model.bundle
 
+    def device(self, name: str) -> str | None:
+        """Where a model runs; None while it isn't loaded."""
+        service = self._loaded.get(name) if name in self._others else self.first
+        return service.model.runner.device if service else None
+
     def check(self, name: str | None) -> None:
         """Raises ApiError if there is no model of that name; none and an empty one mean the first."""
         if name and name not in self.names:
             served = ", ".join(map(repr, self.names))
             raise ApiError(404, f"the model {shown(name)} isn't served, only {served}", "model", "model_not_found")
 
-    def service(self, name: str | None) -> Service:
-        """The service of a model, which may have to be loaded; not for the event loop's thread.
+    @contextlib.asynccontextmanager
+    async def use(self, name: str | None) -> AsyncIterator[Service]:
+        """Gives the service of a model, which may have to be loaded, and keeps it loaded within the `with` block.
 
         Raises:
             ApiError: there is no such model, or it can't be loaded now.
         """
         self.check(name)
         if not name or name not in self._others:
-            return self.first
-        with self._loading:
-            service = self._loaded.pop(name, None) or self._load(name)
-            self._loaded[name] = service
-        return service
+            yield self.first
+            return
+        if name not in self._loaded:
+            async with self._loading:  # one at a time; requests to loaded models go on
+                if name not in self._loaded:
+                    self._loaded[name] = await self._load(name)
+        service = self._loaded[name] = self._loaded.pop(name)
+        self._users[name] += 1
+        try:
+            yield service
+        finally:
+            self._users[name] -= 1
 
-    def _load(self, name: str) -> Service:
+    async def _load(self, name: str) -> Service:
         while True:
             try:
-                service = self._serve([name], self._others[name].load())
+                service = self._serve([name], await asyncio.to_thread(self._others[name].load))
             except Gpt2OnnxError as error:
-                if not self._drop_idle():
+                if not await self._drop_idle():
                     raise ApiError(503, f"the model {name!r} can't be loaded: {error}") from error
             else:
                 service.engine.start()
+                if self.first.engine.stopping:
+                    service.engine.close()
                 _log.info("loaded %s", name)
                 return service
 
-    def _drop_idle(self) -> bool:
+    async def _drop_idle(self) -> bool:
         """Drops the loaded model that has been idle for longest; False: there is none."""
         for name, service in self._loaded.items():
-            if not (service.engine.running or service.engine.waiting):
-                service.engine.close()
-                service.engine.join(_JOIN_SECONDS)
+            if not (self._users[name] or service.engine.running or service.engine.waiting):
                 del self._loaded[name]
+                service.engine.close()
+                await asyncio.to_thread(service.engine.join, _JOIN_SECONDS)
                 _log.info("dropped %s", name)
                 return True
         return False

@@ -310,7 +310,7 @@ class ServedModel(BaseModel):
     max_model_len: int
     vocab_size: int
     dtype: str
-    device: str
+    device: str | None = Field(description="None while the model isn't loaded.")
 
 
 class ServedModels(BaseModel):

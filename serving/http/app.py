@@ -37,6 +37,7 @@ from ..protocol import (
     Tokens,
 )
 from ..responses import ApiError, JsonResponse
+from ..service import Service
 from . import reference
 from .guard import Admission, Guard
 from .stream import EventStream, whole
@@ -103,7 +104,7 @@ def _add_completions(app: FastAPI, pool: Pool, metrics: Metrics, key: list[Any])
         dependencies=key,
     )
     async def completions(body: CompletionRequest, request: Request) -> Response:
-        return await answer(await asyncio.to_thread(lambda: prepare(pool.service(body.model), body)), request)
+        return await answer(lambda service: prepare(service, body), body.model, request)
 
     @app.post(
         "/v1/chat/completions",
@@ -113,10 +114,12 @@ def _add_completions(app: FastAPI, pool: Pool, metrics: Metrics, key: list[Any])
         dependencies=key,
     )
     async def chat(body: ChatRequest, request: Request) -> Response:
-        return await answer(await asyncio.to_thread(lambda: prepare_chat(pool.service(body.model), body)), request)
+        return await answer(lambda service: prepare_chat(service, body), body.model, request)
 
-    async def answer(call: Call, request: Request) -> Response:
-        call.submit(request.client.host if request.client else "")
+    async def answer(begin: Callable[[Service], Call], model: str | None, request: Request) -> Response:
+        async with pool.use(model) as service:
+            call = await asyncio.to_thread(begin, service)
+            call.submit(request.client.host if request.client else "")
         if call.body.stream:
             return EventStream(call, metrics)
         try:
@@ -136,7 +139,8 @@ def _add_tokenizer(app: FastAPI, pool: Pool, key: list[Any]) -> None:
         dependencies=key,
     )
     async def tokenize(body: TokenizeRequest) -> Response:
-        return JsonResponse(await asyncio.to_thread(lambda: tokens_of(pool.service(body.model), body)))
+        async with pool.use(body.model) as service:
+            return JsonResponse(await asyncio.to_thread(tokens_of, service, body))
 
     @app.post(
         "/detokenize",
@@ -146,7 +150,8 @@ def _add_tokenizer(app: FastAPI, pool: Pool, key: list[Any]) -> None:
         dependencies=key,
     )
     async def detokenize(body: DetokenizeRequest) -> Response:
-        return JsonResponse(await asyncio.to_thread(lambda: text_of(pool.service(body.model), body)))
+        async with pool.use(body.model) as service:
+            return JsonResponse(await asyncio.to_thread(text_of, service, body))
 
 
 def _add_models(app: FastAPI, pool: Pool, key: list[Any]) -> None:
@@ -161,7 +166,7 @@ def _add_models(app: FastAPI, pool: Pool, key: list[Any]) -> None:
             "max_model_len": bundle.config.n_positions,
             "vocab_size": bundle.config.vocab_size,
             "dtype": bundle.manifest.dtype,
-            "device": pool.first.model.runner.device,
+            "device": pool.device(name),
         }
 
     @app.get(

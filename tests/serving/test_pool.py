@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import asyncio
+import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
-from support.commands import CommandLine
+from support.commands import CommandLine, wait_until
 from support.serving import ControlledModel, Running, serving
 
 import gpt2onnx
 from gpt2onnx.errors import BackendError
 from gpt2onnx.models.bundle import Bundle
+from gpt2onnx.serving.http.server import Settings, listen, make_server
 from gpt2onnx.serving.pool import Unloaded
+from gpt2onnx.serving.responses import ApiError
 
 GREEDY = {"temperature": 0, "max_tokens": 8}
 
@@ -50,6 +55,7 @@ def test_models_answer_by_their_names(
         listed = server.client.get("/v1/models").json()["data"]
         assert [(one["id"], one["dtype"]) for one in listed] == [("tales", "fp32"), ("int8", "int8")]
         assert server.client.get("/v1/models/int8").json() == listed[1]
+        assert [one["device"] for one in listed] == ["cpu", None]
         assert loads == []
         for name in ("int8", "tales", "int8", ""):
             text = server.text("The old king", model=name, **GREEDY)
@@ -88,13 +94,13 @@ def test_no_model_is_dropped_while_it_works(
     tales_model: gpt2onnx.Model, unloaded: Callable[[list[str]], Unloaded]
 ) -> None:
     one = unloaded([])
-    slow = Unloaded(one.bundle, lambda: ControlledModel(one.load(), delay=0.02))  # type: ignore[arg-type, return-value]
+    slow = Unloaded(one.bundle, lambda: ControlledModel(one.load(), delay=0.05))  # type: ignore[arg-type, return-value]
 
     def refuse() -> gpt2onnx.Model:
         raise BackendError("needs at least 1 GB more")
 
     with serving(tales_model, others={"slow": slow, "large": Unloaded(one.bundle, refuse)}) as server:
-        body = {"model": "slow", "prompt": "Once", "stream": True, "temperature": 0, "max_tokens": 40}
+        body = {"model": "slow", "prompt": "Once", "stream": True, "temperature": 0, "max_tokens": 400}
         with server.client.stream("POST", "/v1/completions", json=body) as stream:
             next(stream.iter_lines())
             answer = server.complete(model="large")
@@ -102,6 +108,59 @@ def test_no_model_is_dropped_while_it_works(
             assert figures(server, "kv_cache_usage_perc") == {"tales": 0, "slow": 1 / 20}
         assert answer.status_code == 503
         assert "'large' can't be loaded: needs at least 1 GB more" in answer.json()["error"]["message"]
+
+
+def test_a_model_with_a_request_that_is_read_is_not_dropped(
+    tales_model: gpt2onnx.Model, unloaded: Callable[[list[str]], Unloaded]
+) -> None:
+    one = unloaded([])
+
+    def refuse() -> gpt2onnx.Model:
+        raise BackendError("needs at least 1 GB more")
+
+    with listen("127.0.0.1", 0) as listener:
+        others = {"small": one, "large": Unloaded(one.bundle, refuse)}
+        pool = make_server(tales_model, listener, Settings(names=["tales"], others=others)).pool
+
+    async def load_large() -> None:
+        with pytest.raises(ApiError, match="'large' can't be loaded"):
+            async with pool.use("large"):
+                pass
+
+    async def run() -> None:
+        async with pool.use("small") as service:
+            await load_large()
+            assert pool.services == [pool.first, service]
+        await load_large()
+        assert pool.services == [pool.first]
+        assert not service.engine.alive
+
+    asyncio.run(run())
+
+
+def test_the_other_models_answer_while_one_loads(
+    tales_model: gpt2onnx.Model, unloaded: Callable[[list[str]], Unloaded]
+) -> None:
+    one, begun, end = unloaded([]), threading.Event(), threading.Event()
+
+    def load_slowly() -> gpt2onnx.Model:
+        begun.set()
+        assert end.wait(60)
+        return one.load()
+
+    others = {"int8": one, "slow": Unloaded(one.bundle, load_slowly)}
+    with serving(tales_model, others=others) as server, ThreadPoolExecutor(50) as clients:
+        expected = server.text(model="int8", **GREEDY)
+        # More than there are threads to read requests in.
+        slow = [clients.submit(server.text, model="slow", **GREEDY) for _ in range(50)]
+        try:
+            wait_until(begun.is_set)
+            assert server.text(model="int8", **GREEDY) == expected
+            assert server.text(model="tales", **GREEDY)
+            assert not any(each.done() for each in slow)
+        finally:
+            end.set()
+        assert {each.result() for each in slow} == {expected}
 
 
 def test_names_on_the_command_line(command_line: CommandLine, tales_bundle: Path) -> None:
