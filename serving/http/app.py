@@ -7,11 +7,10 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from fastapi import Depends, FastAPI, Request, Response
+from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import FileResponse
 from fastapi.routing import APIRoute
-from fastapi.security import HTTPBearer
 from starlette.exceptions import HTTPException
 
 from ...models.messages import shown
@@ -39,7 +38,7 @@ from ..protocol import (
 from ..responses import ApiError, JsonResponse
 from ..service import Service
 from . import reference
-from .guard import Admission, Guard
+from .guard import KEY_NEEDED, Admission, Guard
 from .stream import EventStream, whole
 
 _LONGEST_NAME = 80  # letters of an unknown field that an error names
@@ -79,20 +78,18 @@ def make_app(pool: Pool, metrics: Metrics, admission: Admission) -> Guard:
         redoc_url=None,
         redirect_slashes=False,  # to a host that the client names
     )
-    # For the OpenAPI document; `Guard` checks the key.
-    key = [Depends(HTTPBearer(auto_error=False))] if admission.keys else []
-    _add_completions(app, pool, metrics, key)
-    _add_tokenizer(app, pool, key)
-    _add_models(app, pool, key)
-    _add_operation(app, pool, metrics, key)
+    _add_completions(app, pool, metrics)
+    _add_tokenizer(app, pool)
+    _add_models(app, pool)
+    _add_operation(app, pool, metrics)
     _add_pages(app)
     _add_errors(app)
     vocabulary = max(pool.bundle(name).config.vocab_size for name in pool.names)
-    app.openapi = lambda: reference.document(app, vocabulary)  # type: ignore[method-assign]
+    app.openapi = lambda: reference.document(app, vocabulary, KEY_NEEDED if admission.keys else ())  # type: ignore[method-assign]
     return Guard(app, admission, metrics)
 
 
-def _add_completions(app: FastAPI, pool: Pool, metrics: Metrics, key: list[Any]) -> None:
+def _add_completions(app: FastAPI, pool: Pool, metrics: Metrics) -> None:
     success = {"description": "The completions; with stream, events.", "content": {"text/event-stream": {}}}
     responses = _errors(400, 401, 403, 404, 408, 413, 415, 429, 500, 503, 504) | {200: success}
 
@@ -101,7 +98,6 @@ def _add_completions(app: FastAPI, pool: Pool, metrics: Metrics, key: list[Any])
         response_model=Completion,
         responses=responses,
         summary="Continue prompts",
-        dependencies=key,
     )
     async def completions(body: CompletionRequest, request: Request) -> Response:
         return await answer(lambda service: prepare(service, body), body.model, request)
@@ -111,7 +107,6 @@ def _add_completions(app: FastAPI, pool: Pool, metrics: Metrics, key: list[Any])
         response_model=ChatCompletion,
         responses=responses,
         summary="Answer in a conversation",
-        dependencies=key,
     )
     async def chat(body: ChatRequest, request: Request) -> Response:
         return await answer(lambda service: prepare_chat(service, body), body.model, request)
@@ -128,7 +123,7 @@ def _add_completions(app: FastAPI, pool: Pool, metrics: Metrics, key: list[Any])
             call.close()
 
 
-def _add_tokenizer(app: FastAPI, pool: Pool, key: list[Any]) -> None:
+def _add_tokenizer(app: FastAPI, pool: Pool) -> None:
     """vLLM's routes."""
 
     @app.post(
@@ -136,7 +131,6 @@ def _add_tokenizer(app: FastAPI, pool: Pool, key: list[Any]) -> None:
         response_model=Tokens,
         responses=_errors(400, 401, 403, 404, 408, 413, 415),
         summary="Give the tokens of a text",
-        dependencies=key,
     )
     async def tokenize(body: TokenizeRequest) -> Response:
         async with pool.use(body.model) as service:
@@ -147,14 +141,13 @@ def _add_tokenizer(app: FastAPI, pool: Pool, key: list[Any]) -> None:
         response_model=Text,
         responses=_errors(400, 401, 403, 404, 408, 413, 415),
         summary="Give the text of tokens",
-        dependencies=key,
     )
     async def detokenize(body: DetokenizeRequest) -> Response:
         async with pool.use(body.model) as service:
             return JsonResponse(await asyncio.to_thread(text_of, service, body))
 
 
-def _add_models(app: FastAPI, pool: Pool, key: list[Any]) -> None:
+def _add_models(app: FastAPI, pool: Pool) -> None:
     def facts(name: str) -> dict[str, Any]:
         bundle = pool.bundle(name)
         return {
@@ -174,7 +167,6 @@ def _add_models(app: FastAPI, pool: Pool, key: list[Any]) -> None:
         response_model=ServedModels,
         responses=_errors(401, 403),
         summary="List the models",
-        dependencies=key,
     )
     async def models() -> Response:
         return JsonResponse({"object": "list", "data": [facts(name) for name in pool.names]})
@@ -186,13 +178,12 @@ def _add_models(app: FastAPI, pool: Pool, key: list[Any]) -> None:
         response_model=ServedModel,
         responses=_errors(401, 403, 404),
         summary="Describe a model",
-        dependencies=key,
     )
     async def model(model: str) -> Response:
         return JsonResponse(facts(model))
 
 
-def _add_operation(app: FastAPI, pool: Pool, metrics: Metrics, key: list[Any]) -> None:
+def _add_operation(app: FastAPI, pool: Pool, metrics: Metrics) -> None:
     @app.get(
         "/health",
         response_model=Health,
@@ -221,7 +212,6 @@ def _add_operation(app: FastAPI, pool: Pool, metrics: Metrics, key: list[Any]) -
         response_class=Response,
         responses=_errors(401, 403) | {200: {"content": {"text/plain": {}}}},
         summary="Metrics in Prometheus' format",
-        dependencies=key,
     )
     async def figures() -> Response:
         engines = {service.name: service.engine for service in pool.services}

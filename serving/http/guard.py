@@ -27,7 +27,7 @@ _HEADERS = {
 }
 _COMPLETIONS = ("/v1/completions", "/v1/chat/completions")
 _LONGEST_ID = 200  # letters
-_KEY_NEEDED = ("/v1", "/metrics", "/tokenize", "/detokenize")  # /health, /docs and the page tell nothing about users
+KEY_NEEDED = ("/v1", "/metrics", "/tokenize", "/detokenize")  # paths; the others tell nothing about users
 _ABANDONED = {CLIENT_LEFT: "client", 504: "timeout"}
 
 
@@ -104,7 +104,7 @@ class Guard:
                 403,
                 "call this server by the name localhost or 127.0.0.1, or start it with --allowed-host NAME or --api-key-file",
             )
-        if admission.keys and path.startswith(_KEY_NEEDED):
+        if admission.keys and path.startswith(KEY_NEEDED):
             scheme, _, given = headers.get("authorization", "").partition(" ")
             key = given.strip().encode("latin-1") if scheme.lower() == "bearer" else b""
             if not admission.accepts(key):

@@ -14,14 +14,23 @@ _HEAD = (
 )
 
 
-def document(app: FastAPI, vocabulary: int) -> Record:
-    """The OpenAPI document of an application whose models have a vocabulary of that size."""
+def document(app: FastAPI, vocabulary: int, key_needed: tuple[str, ...]) -> Record:
+    """The OpenAPI document of an application.
+
+    Args:
+        vocabulary: number of tokens of the models.
+        key_needed: beginnings of the paths that need an API key.
+    """
     if app.openapi_schema is None:
         found = app.openapi_schema = FastAPI.openapi(app)
-        # FastAPI's own answer to a body that is wrong; this server's is 400.
-        for methods in found["paths"].values():
+        if key_needed:
+            found["components"]["securitySchemes"] = {"HTTPBearer": {"type": "http", "scheme": "bearer"}}
+        for path, methods in found["paths"].items():
             for operation in methods.values():
+                # FastAPI's own answer to a body that is wrong; this server's is 400.
                 operation["responses"].pop("422", None)
+                if path.startswith(key_needed):
+                    operation["security"] = [{"HTTPBearer": []}]
         for name in ("HTTPValidationError", "ValidationError"):
             found["components"]["schemas"].pop(name, None)
         _limit_tokens(found, vocabulary)
