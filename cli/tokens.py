@@ -32,7 +32,7 @@ def command(text: str | None, encoding: str, model: str, as_json: bool, quiet: b
     else:
         text = prompt_options.argument(text, encoding)
     tokenizer = Tokenizer(exported(model) / TOKENIZER)
-    encoded = tokenizer.encode_with_spans(text)
+    ids, spans = tokenizer.encode_with_spans(text)
     if as_json:
         tokens = [
             {
@@ -43,13 +43,13 @@ def command(text: str | None, encoding: str, model: str, as_json: bool, quiet: b
                 "start": start,
                 "end": end,
             }
-            for token, (start, end) in zip(encoded.ids, encoded.spans, strict=True)
+            for token, (start, end) in zip(ids, spans, strict=True)
         ]
-        console.print_json({"text": text, "ids": encoded.ids, "tokens": tokens})
+        console.print_json({"text": text, "ids": ids, "tokens": tokens})
         return
     rows = [
         [repr(tokenizer.piece(token)), tokenizer.convert_ids_to_tokens(token) or "", str(token), str(start), str(end)]
-        for token, (start, end) in zip(encoded.ids, encoded.spans, strict=True)
+        for token, (start, end) in zip(ids, spans, strict=True)
     ]
     click.echo(table(["piece", "entry", "id", "start", "end"], rows, left=2))
     if not quiet:

@@ -17,6 +17,7 @@ import numpy as np
 
 from gpt2onnx.errors import Gpt2OnnxError, OptionError
 
+from ..models import limits
 from ..models.bundle import WEIGHTS, Bundle
 from ..models.precision import memory
 from ..runtime.host.progress import Progress
@@ -148,9 +149,7 @@ def benchmark(
     given = {
         "prompt_tokens": prompt_tokens, "new_tokens": new_tokens, "batch_size": batch_size, "repetitions": repetitions,
     }  # fmt: skip
-    for name, value in given.items():
-        if value < 1:
-            raise OptionError(f"{name} must be at least 1, not {value}")
+    limits.check_at_least(1, **given)
     config, runner = model.config, model.runner
     positions = prompt_tokens + new_tokens - 1  # the last token never passes through the network
     if positions > config.n_positions:

@@ -29,7 +29,7 @@ LOGITS_TO_KEEP = "logits_to_keep"
 PAST_LENGTHS = "past_lengths"
 COUNTS = "counts"
 LOGITS_AT = "logits_at"
-KEPT = "kept"  # hidden states behind the final layer norm; bundles of earlier versions don't return them
+HIDDEN = "kept"  # hidden states behind the final layer norm; bundles of earlier versions don't return them
 LOGITS = "logits"
 
 

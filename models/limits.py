@@ -1,5 +1,11 @@
 """How much is read or made of what comes from outside. docs/reliability.md lists these limits."""
 
+from numbers import Integral
+
+from gpt2onnx.errors import OptionError
+
+from .messages import shown
+
 MIB = 2**20
 
 # Bytes of files. JSON takes up to some twenty times its size in memory; the largest vocabularies have 35 million.
@@ -46,3 +52,10 @@ HEADER_SECONDS = 30.0
 BODY_SECONDS = 30.0
 WRITE_SECONDS = 60.0
 IDLE_SECONDS = 30
+
+
+def check_at_least(least: int, **given: object) -> None:
+    """Raises OptionError for what isn't a whole number, or below the least."""
+    for name, value in given.items():
+        if not (isinstance(value, Integral) and int(value) >= least):
+            raise OptionError(f"{name} must be a whole number, at least {least}, not {shown(value)}")

@@ -14,7 +14,7 @@ class Generation:
 
     Attributes:
         strategy: how far it has come.
-        stop: what ends its text.
+        stop: its stop strings.
     """
 
     def __init__(self, request: Request, strategy: Strategy, tokenizer: Tokenizer, model: str) -> None:

@@ -5,7 +5,7 @@ that can't be carried out becomes {"id": …, "error": "…"} and stops nothing.
 """
 
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -13,7 +13,7 @@ from gpt2onnx.errors import Gpt2OnnxError, OptionError, PromptError
 
 from .model import BATCH_SIZE, Model
 from .options import GenerationConfig
-from .requests import Outcome, Request
+from .requests import Request
 
 Record = dict[str, Any]
 
@@ -39,29 +39,23 @@ def run(
     # Requests that ended before an earlier one wait here; there can't be more than the batch
     # finishes while its longest sequence lasts.
     finished: dict[int, Record] = {}
-    count = 0
     due = 0
 
     def requests() -> Iterator[Request]:
-        nonlocal count
-        for line in lines:
-            index, count = count, count + 1
+        for index, line in enumerate(lines):
             try:
                 request = parse(line, options)
             except (PromptError, OptionError) as error:
                 request = Request("", options, error=error)
             yield replace(request, id=(index, identity(line)))
 
-    def ready() -> Iterator[Record]:
-        nonlocal due
+    for request, outcome in model.complete(requests(), batch_size):
+        index, name = request.id
+        fields = {"error": str(outcome)} if isinstance(outcome, Gpt2OnnxError) else outcome.to_dict()
+        finished[index] = {"id": name} | fields
         while due in finished:
             yield finished.pop(due)
             due += 1
-
-    for request, outcome in model.complete(requests(), batch_size):
-        index, name = request.id
-        finished[index] = {"id": name} | _fields(outcome)
-        yield from ready()
 
 
 def parse(line: str | PromptError, options: GenerationConfig) -> Request:
@@ -76,16 +70,15 @@ def parse(line: str | PromptError, options: GenerationConfig) -> Request:
     content = load(line)
     if not isinstance(content, dict):
         raise PromptError('the line is not a JSON object such as {"id": 1, "prompt": "Once upon a time"}')
-    given: Mapping[str, Any] = {
-        name: value for name, value in content.items() if name not in ("id", "prompt", "prompt_ids")
-    }
-    prompts = [content[name] for name in ("prompt", "prompt_ids") if content.get(name) is not None]
-    if len(prompts) != 1:
+    prompt, ids = content.get("prompt"), content.get("prompt_ids")
+    if (prompt is None) == (ids is None):
         raise PromptError("the request needs a prompt or prompt_ids, and not both")
-    wanted = str if content.get("prompt") is not None else list
-    if not isinstance(prompts[0], wanted):
-        raise PromptError(f"{'prompt must be a text' if wanted is str else 'prompt_ids must be a list of token ids'}")
-    return Request(prompts[0], options.merged(given))
+    if not isinstance(prompt, str | None):
+        raise PromptError("prompt must be a text")
+    if not isinstance(ids, list | None):
+        raise PromptError("prompt_ids must be a list of token ids")
+    given = {name: value for name, value in content.items() if name not in ("id", "prompt", "prompt_ids")}
+    return Request(content["prompt"] if ids is None else ids, options.merged(given))
 
 
 def identity(line: str | PromptError) -> Any:
@@ -109,7 +102,3 @@ def load(line: str | bytes) -> Any:
 
 def _no_number(name: str) -> float:
     raise ValueError(f"{name} is not JSON")
-
-
-def _fields(outcome: Outcome) -> Record:
-    return {"error": str(outcome)} if isinstance(outcome, Gpt2OnnxError) else outcome.to_dict()

@@ -37,7 +37,7 @@ from .text.structured import Constraint, Grammars
 from .text.tokenizer import Tokenizer
 
 BATCH_SIZE = 8
-_LONG = 16  # letters for each position, above which a prompt's bytes are compared with those of the longest token
+_LONG = 16  # letters a position; of longer prompts, the bytes are compared with the longest token's
 _HEAD_START = 0.03  # seconds that opening the graph gets before the tokenizer is read
 _MAX_SCORED = 128  # positions whose logits [positions, vocab] are in memory at once
 
@@ -70,7 +70,7 @@ class Model:
         tokenizer: Path | None = None,
         device: str = "cpu",
         threads: int | None = None,
-        wide_after: int | None = second_graph.WORTH,
+        wide_after: int | None = second_graph.OPEN_AFTER,
         draft: str = "auto",
         draft_model: Path | None = None,
         draft_length: int | None = None,
@@ -214,8 +214,7 @@ class Model:
             batch_size: requests that are decoded together.
             chunk: most prompt tokens computed between two decoding steps (chunked prefill); None for no limit.
         """
-        if batch_size < 1:
-            raise OptionError(f"batch_size must be at least 1, not {batch_size}")
+        limits.check_at_least(1, batch_size=batch_size)
         running: dict[int, Generation] = {}
         refused: list[tuple[Request, Gpt2OnnxError]] = []
 

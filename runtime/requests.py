@@ -79,8 +79,8 @@ class StreamOptions(GenerationOptions, total=False):
     """Keyword arguments of `Model.stream`: the generation options, and the caller's own functions as in transformers."""
 
     generation_config: GenerationConfig | None
-    logits_processor: Sequence[LogitsProcessor]
-    stopping_criteria: Sequence[StoppingCriterion]
+    logits_processor: Sequence[LogitsProcessor] | None
+    stopping_criteria: Sequence[StoppingCriterion] | None
     prefix_allowed_tokens_fn: PrefixAllowedTokens | None
 
 
@@ -299,8 +299,8 @@ def split_given(given: dict[str, Any], default: GenerationConfig) -> tuple[Gener
     if not isinstance(config, GenerationConfig | None):
         raise OptionError(f"generation_config must be a gpt2onnx.GenerationConfig, not {shown(config)}")
     extensions = Extensions(
-        tuple(given.pop("logits_processor", ())),
-        tuple(given.pop("stopping_criteria", ())),
+        tuple(given.pop("logits_processor", None) or ()),
+        tuple(given.pop("stopping_criteria", None) or ()),
         given.pop("prefix_allowed_tokens_fn", None),
     )
     return (default if config is None else config).merged(given), extensions

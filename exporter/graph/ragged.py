@@ -63,16 +63,16 @@ def build(model: ModelProto, config: GPT2Config) -> ModelProto:
         return copy
 
     for node in graph.node:
-        if node.op_type == "Slice" and contract.KEPT in node.output:
+        if node.op_type == "Slice" and contract.HIDDEN in node.output:
             flat = nodes.op("Reshape", [node.input[0], "ragged.all_rows"], "ragged.states")
             chosen = nodes.op("Gather", [flat, contract.LOGITS_AT], "ragged.chosen", axis=0)
-            nodes.op("Unsqueeze", [chosen, "ragged.axis_1"], contract.KEPT)
+            nodes.op("Unsqueeze", [chosen, "ragged.axis_1"], contract.HIDDEN)
         else:
             nodes.nodes.append(changed(node))
 
     logits, *presents = graph.output
     floats = presents[0].type.tensor_type.elem_type
-    kept = helper.make_tensor_value_info(contract.KEPT, floats, ["logits", 1, config.n_embd])
+    kept = helper.make_tensor_value_info(contract.HIDDEN, floats, ["logits", 1, config.n_embd])
     outputs = [logits, kept, *presents]
     nodes.nodes[:] = _needed(nodes.nodes, {each.name for each in outputs})
     used = {name for node in nodes.nodes for name in node.input}

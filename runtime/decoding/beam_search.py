@@ -45,22 +45,11 @@ class BeamSearch(Decoding):
         # Sequences that a criterion of the caller's ended.
         self._stopped: set[bytes] = set()
         self._improvable = True
-        self._done = False
         self.positions = max(self._limits.max_length, len(prompt)) - 1
-
-    @property
-    def done(self) -> bool:
-        return self._done
 
     def tokens(self, row: int) -> Tokens:
         tokens: Tokens = self._running[row]
         return tokens
-
-    def draft(self) -> Tokens:
-        return self.prompt[:0]
-
-    def fork(self) -> None:
-        return None
 
     def advance(self, logits: Logits, negative: Logits | None = None) -> list[int]:
         scores = self._score(list(self._running), log_softmax(logits), negative)
@@ -83,9 +72,6 @@ class BeamSearch(Decoding):
         self._scores = running_scores[going_on]
         self._update_done(all_ended=bool(ended.all()))
         return [int(beam) for beam in beams[going_on]]
-
-    def cancel(self) -> None:
-        self._done = True
 
     def continuations(self) -> list[Continuation]:
         best = self._best[: self._options.num_return_sequences]
@@ -156,7 +142,7 @@ class BeamSearch(Decoding):
         worst = min(one.score for one in self._best)
         self._improvable = self._improvable and any(best_possible > (worst if done else NEVER) for done in finished)
         full = all(finished) and options.early_stopping is True
-        self._done = all_ended or full or not self._improvable
+        self.done = all_ended or full or not self._improvable
 
 
 def _power(length: int, exponent: float) -> np.float32:

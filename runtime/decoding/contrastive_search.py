@@ -28,7 +28,6 @@ class ContrastiveSearch(Decoding):
         self.rows = options.top_k
         self.positions = max(self._limits.max_length, len(prompt))
         self.hidden_reader = self._read
-        self.done = False
         self._result = Continuation(prompt)
         self._candidates = np.zeros(0, np.int64)
         self._probabilities = np.zeros(0, np.float32)
@@ -40,12 +39,6 @@ class ContrastiveSearch(Decoding):
 
     def tokens(self, row: int) -> Tokens:
         return np.append(self._result.tokens, self._candidates[row])
-
-    def draft(self) -> Tokens:
-        return self.prompt[:0]
-
-    def fork(self) -> None:
-        return None
 
     def advance(self, logits: Logits) -> list[int]:
         best = 0
@@ -62,9 +55,6 @@ class ContrastiveSearch(Decoding):
         self._candidates = largest(probabilities, self.rows)
         self._probabilities = probabilities[self._candidates]
         return [best] * self.rows
-
-    def cancel(self) -> None:
-        self.done = True
 
     def continuations(self) -> list[Continuation]:
         return [self._result]

@@ -49,7 +49,6 @@ class DiverseBeams(Decoding):
             raise OptionError("diverse beams end by end tokens only: leave out num_beam_groups or stopping_criteria")
         self._beams = options.num_beams // options.num_beam_groups
         self._groups = [_Group(prompt, self._beams) for _ in range(options.num_beam_groups)]
-        self.done = False
         self.positions = max(self._limits.max_length, len(prompt)) - 1
 
     @property
@@ -63,12 +62,6 @@ class DiverseBeams(Decoding):
     def tokens(self, row: int) -> Tokens:
         tokens: Tokens = self._open[row // self._beams].tokens[row % self._beams]
         return tokens
-
-    def draft(self) -> Tokens:
-        return self.prompt[:0]
-
-    def fork(self) -> None:
-        return None
 
     def advance(self, logits: Logits) -> list[int]:
         chosen = np.zeros(logits.shape[-1], np.float32)  # how often, by the groups so far
@@ -90,9 +83,6 @@ class DiverseBeams(Decoding):
             row += self._beams
         self.done = not self._open or self._reason(self._open[0].tokens[0]) is not None
         return sources
-
-    def cancel(self) -> None:
-        self.done = True
 
     def continuations(self) -> list[Continuation]:
         found: list[Continuation] = []

@@ -230,7 +230,7 @@ def _reach(
 
     Args:
         keys: float32 [entries].
-        sizes: what rises with the keys and isn't negative, float32 [entries].
+        sizes: float32 [entries], not negative, in the same order as the keys.
         probabilities: float32 [entries].
         holds: compares running sums with the limit, less or less_equal.
         limit: of the sums. They are added up in double precision and rounded to float32, as PyTorch does.

@@ -232,16 +232,6 @@ def suppress(token_ids: Sequence[int], length: int | None = None) -> Processor:
     return processor
 
 
-def renormalize() -> Processor:
-    """Makes log probabilities of the scores (LogitNormalization)."""
-
-    def processor(tokens: Tokens, scores: Logits) -> None:
-        if scores.max() > -np.inf:
-            scores[:] = log_softmax(scores)
-
-    return processor
-
-
 def _ends_with(tokens: Tokens, ending: Tokens) -> bool:
     begin = len(tokens) - len(ending)
     return begin >= 0 and np.array_equal(tokens[begin:], ending)

@@ -9,6 +9,7 @@ import numpy as np
 from ..arrays import Tokens
 
 _FIRST_DRAFT = 3  # a step over four tokens costs hardly more than one over one
+_LONGEST_MATCH = 3  # tokens; of places where fewer match, those with the most count
 _CERTAIN = 2  # tokens that must match before what followed them is a draft, unless drafts have been right
 
 
@@ -49,14 +50,13 @@ class PromptLookup:
             self._length, self._matching = min(right + 1, self.longest), _CERTAIN
 
 
-def lookup(tokens: Tokens, count: int, shortest: int = 1, longest: int = 3) -> Tokens:
+def lookup(tokens: Tokens, count: int, shortest: int = 1) -> Tokens:
     """The tokens that followed the latest earlier place with the same last tokens.
 
     Args:
         tokens: the sequence so far, int64 [length].
         count: how many guesses.
         shortest: how many last tokens must stand there at least.
-        longest: how many last tokens to look for; fewer where they don't stand anywhere else.
 
     Returns:
         The guesses, int64; none where the last tokens stand nowhere else.
@@ -65,7 +65,7 @@ def lookup(tokens: Tokens, count: int, shortest: int = 1, longest: int = 3) -> T
     places, matching = np.flatnonzero(tokens[:-1] == tokens[-1]), 1
     if not len(places):
         return tokens[:0]
-    while matching < longest:
+    while matching < _LONGEST_MATCH:
         longer = places[places >= matching]
         longer = longer[tokens[longer - matching] == tokens[-1 - matching]] if matching < len(tokens) else longer[:0]
         if not len(longer):

@@ -1,6 +1,7 @@
 """Greedy search and sampling."""
 
 from copy import copy
+from dataclasses import replace
 
 import numpy as np
 
@@ -33,10 +34,6 @@ class Sampling(Decoding):
     def rows(self) -> int:
         return len(self._active)
 
-    @property
-    def done(self) -> bool:
-        return not self._active
-
     def tokens(self, row: int) -> Tokens:
         return self._results[self._active[row]].tokens
 
@@ -55,9 +52,10 @@ class Sampling(Decoding):
         if len(self._results) > 1 or self._room < 1:
             return None
         forked = copy(self)
-        if self._extensions != (own := Extensions(constraint=self._extensions.constraint)):
+        own = replace(self._extensions, logits_processor=(), stopping_criteria=(), prefix_allowed_tokens_fn=None)
+        if self._extensions != own:
             forked._extensions = own
-            forked._score = Scores(self._options, self.prompt, forked._extensions)
+            forked._score = Scores(self._options, self.prompt, own)
         forked._buffer = self._buffer.copy()
         forked._results = [Continuation(forked._buffer[0, : len(self._results[0].tokens)])]
         forked._active = self._active.copy()
@@ -87,10 +85,9 @@ class Sampling(Decoding):
                 self._active[row], rows[row] = self._active[-1], rows[-1]
                 self._active.pop()
                 rows.pop()
+        if not rows:
+            self.done = True
         return rows
-
-    def cancel(self) -> None:
-        self._active = []
 
     def continuations(self) -> list[Continuation]:
         return self._results

@@ -36,12 +36,10 @@ def start(
     if options.min_new_tokens is not None:  # replaces min_length in transformers' generate, also a larger one
         options = options.replaced(min_length=0)
     extensions = extensions or Extensions()
-    unguided: dict[str, type[DiverseBeams | ContrastiveSearch]] = {
-        "diverse beam search": DiverseBeams,
-        "contrastive search": ContrastiveSearch,
-    }
-    if options.strategy in unguided:
-        return unguided[options.strategy](prompt, options, context, stop, extensions)
+    if options.strategy == "diverse beam search":
+        return DiverseBeams(prompt, options, context, stop, extensions)
+    if options.strategy == "contrastive search":
+        return ContrastiveSearch(prompt, options, context, stop, extensions)
     strategy = BeamSearch if options.num_beams > 1 else Sampling
     if options.guidance_scale == 1:
         return strategy(prompt, options, context, stop, extensions)

@@ -17,8 +17,8 @@ from ..extensions import Extensions
 from ..options import GenerationConfig
 from .filters import warpers
 from .logprobs import TokenLogprobs
-from .processors import guided, process, processors, renormalize
-from .torch_random import Generator
+from .processors import guided, process, processors
+from .torch_random import Generator, log_softmax
 
 # Whether a sequence ends with the tokens it has now, end tokens and lengths aside.
 Stop = Callable[[Tokens], bool]
@@ -147,8 +147,7 @@ class Scores:
             self._processors.append(extensions.constraint)
         self._guidance_scale = options.guidance_scale
         self._extensions = extensions
-        # Sampling renormalises behind its filters.
-        self._renormalize = [renormalize()] if options.renormalize_logits and not options.do_sample else []
+        self._renormalizes = options.renormalize_logits and not options.do_sample  # sampling does so behind its filters
 
     def __call__(self, tokens: list[Tokens], logits: Logits, negative: Logits | None = None) -> Logits:
         """Scores [rows, vocab] of logits [rows, vocab] after the rows' tokens, each int64 [length].
@@ -157,16 +156,15 @@ class Scores:
         """
         if negative is not None:
             logits = guided(logits, negative, self._guidance_scale)
-        scores = self._each(self._processors, tokens, logits)
+        scores = logits
+        if self._processors:
+            rows = [process(self._processors, sequence, row) for sequence, row in zip(tokens, logits, strict=True)]
+            scores = rows[0][None] if len(rows) == 1 else np.stack(rows)
         if self._extensions.logits_processor:
             scores = self._extensions.process(np.stack(tokens), scores)
-        return self._each(self._renormalize, tokens, scores)
-
-    def _each(self, chain: list[Callable[[Tokens, Logits], None]], tokens: list[Tokens], scores: Logits) -> Logits:
-        if not chain:
-            return scores
-        rows = [process(chain, sequence, row) for sequence, row in zip(tokens, scores, strict=True)]
-        return rows[0][None] if len(rows) == 1 else np.stack(rows)
+        if self._renormalizes:
+            scores = np.stack([row if row.max() == -np.inf else log_softmax(row) for row in scores])
+        return scores
 
 
 class Decoding:
@@ -186,12 +184,22 @@ class Decoding:
         self.prompt, self.prompts = prompt, [prompt]
         self.reader: Reader | None = None
         self.hidden_reader: Reader | None = None
+        self.done = False
         self._options, self._extensions = options, extensions
         self._limits = Limits(prompt, options, context, stop)
         self._score = Scores(options, prompt, extensions)
         self._warpers = warpers(options)
         self.seed = new_seed(options)
         self._generator = None if self.seed is None else Generator(self.seed)
+
+    def draft(self) -> Tokens:
+        return self.prompt[:0]
+
+    def fork(self) -> Strategy | None:
+        return None
+
+    def cancel(self) -> None:
+        self.done = True
 
 
 def new_seed(options: GenerationConfig) -> int | None:

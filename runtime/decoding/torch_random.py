@@ -7,7 +7,6 @@ without replacement). Each q takes two 32-bit words, the higher one first; the l
 Source: ATen/native/Distributions.cpp, ATen/core/DistributionsHelper.h and CPUGeneratorImpl.cpp.
 """
 
-import functools
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -44,7 +43,7 @@ class Candidates:
     @classmethod
     def all(cls, scores: Logits) -> "Candidates":
         """Every entry, given their scores, float32 [entries]."""
-        return cls(scores, _every(len(scores)), len(scores))
+        return cls(scores, np.arange(len(scores)), len(scores))
 
     @classmethod
     def joined(cls, parts: Sequence["Candidates"]) -> "Candidates":
@@ -74,14 +73,6 @@ class Candidates:
         scores = np.full(self.entries, out, np.float32)
         scores[self.indices] = self.scores
         return scores
-
-
-@functools.lru_cache(maxsize=4)
-def _every(entries: int) -> Indices:
-    """All indices: the same for each token."""
-    indices = np.arange(entries)
-    indices.flags.writeable = False
-    return indices
 
 
 class Generator:

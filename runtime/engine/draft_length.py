@@ -1,6 +1,5 @@
 """What the length of drafts follows from: how long passes take in this process, and how many drafted tokens are right."""
 
-from bisect import bisect_left, bisect_right
 from collections import deque
 
 _KEPT = 5  # passes of a size whose median counts
@@ -13,8 +12,7 @@ class PassTimes:
 
     def __init__(self) -> None:
         self._passes: dict[int, deque[float]] = {}
-        self._sizes: list[int] = []  # with at least one time, rising
-        self._seconds: list[float] = []  # medians, one for each size
+        self._seconds: dict[int, float] = {}  # their medians
 
     def note(self, tokens: int, seconds: float) -> None:
         """Notes a pass. The first one of a size doesn't count: it allocates and binds memory."""
@@ -23,25 +21,18 @@ class PassTimes:
             return
         passes = self._passes[tokens]
         passes.append(seconds)
-        place = bisect_left(self._sizes, tokens)
-        if len(passes) == 1:
-            self._sizes.insert(place, tokens)
-            self._seconds.insert(place, seconds)
-        else:
-            self._seconds[place] = sorted(passes)[len(passes) // 2]
+        self._seconds[tokens] = sorted(passes)[len(passes) // 2]
 
     def expected(self, tokens: int) -> float | None:
         """Seconds of a pass; None where neither a pass of about its size was noted, nor a smaller and a larger one."""
-        sizes, seconds = self._sizes, self._seconds
-        after = bisect_right(sizes, tokens)
-        if 0 < after < len(sizes):
-            share = (tokens - sizes[after - 1]) / (sizes[after] - sizes[after - 1])
-            return seconds[after - 1] + share * (seconds[after] - seconds[after - 1])
-        if not sizes:
-            return None
-        if after == 0:
-            return seconds[0] if sizes[0] <= _CLOSE * tokens else None
-        return seconds[-1] * tokens / sizes[-1] if tokens <= _CLOSE * sizes[-1] else None
+        seconds = self._seconds
+        below = max((size for size in seconds if size <= tokens), default=None)
+        above = min((size for size in seconds if size > tokens), default=None)
+        if below and above:
+            return seconds[below] + (tokens - below) / (above - below) * (seconds[above] - seconds[below])
+        if below:
+            return seconds[below] * tokens / below if tokens <= _CLOSE * below else None
+        return seconds[above] if above and above <= _CLOSE * tokens else None
 
 
 class Acceptance:

@@ -5,11 +5,12 @@ from pathlib import Path
 
 from gpt2onnx.errors import OptionError
 
+from ...models import limits
 from ...models.bundle import Bundle
 from ...models.messages import shown
 from ..options import GenerationConfig
 from .runner import Runner
-from .speculation import WORTH, Drafter
+from .speculation import OPEN_AFTER, Drafter
 
 SOURCES = ("auto", "none", "lookup", "twin")
 _LOOKUP = 10  # tokens of a draft from the text so far, where the options don't say
@@ -36,8 +37,8 @@ class Drafting:
     def __post_init__(self) -> None:
         if self.source not in SOURCES:
             raise OptionError(f"draft must be one of {', '.join(SOURCES)}, not {shown(self.source)}")
-        if self.length is not None and self.length < 1:
-            raise OptionError(f"draft_length must be at least 1, not {self.length}")
+        if self.length is not None:
+            limits.check_at_least(1, draft_length=self.length)
         if self.model is not None and self.source != "auto":
             raise OptionError(f"draft_model drafts by itself: leave out draft {self.source!r}")
 
@@ -73,7 +74,7 @@ class Drafting:
             shared=bundle.manifest.dtype == "fp32",
             context=bundle.config.n_positions,
             length=self.length,
-            after=0 if self.source == "twin" else WORTH,
+            after=0 if self.source == "twin" else OPEN_AFTER,
         )
 
     def options(self, options: GenerationConfig) -> GenerationConfig:

@@ -5,7 +5,6 @@ Knows no tokens and no ONNX Runtime. A row is one sequence; its positions fill f
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
@@ -13,20 +12,8 @@ import numpy.typing as npt
 
 from gpt2onnx.errors import OptionError
 
+from ..arrays import CacheCopy, CacheShape
 from ..host import resources
-
-# [layer, key or value, row, head, position, size]
-Shape = tuple[int, int, int, int, int, int]
-
-
-@dataclass(frozen=True)
-class Copy:
-    """A row's positions from `start` to before `end`, to be copied to the same positions of another row."""
-
-    source: int
-    target: int
-    start: int
-    end: int
 
 
 class Storage(Protocol):
@@ -38,7 +25,7 @@ class Storage(Protocol):
 
     base: int
 
-    def copy(self, copies: Sequence[Copy]) -> None:
+    def copy(self, copies: Sequence[CacheCopy]) -> None:
         """Copies positions from row to row; all sources are read before any target is written."""
         ...
 
@@ -50,11 +37,11 @@ class Storage(Protocol):
 class HostStorage:
     """Keys and values in a NumPy array, `data`."""
 
-    def __init__(self, shape: Shape, dtype: npt.DTypeLike) -> None:
+    def __init__(self, shape: CacheShape, dtype: npt.DTypeLike) -> None:
         self.data: npt.NDArray[Any] = np.zeros(shape, dtype)
         self.base = int(self.data.ctypes.data)
 
-    def copy(self, copies: Sequence[Copy]) -> None:
+    def copy(self, copies: Sequence[CacheCopy]) -> None:
         # A target that nobody reads is written at once; rows that trade places are set aside first.
         pending, sources = list(copies), {one.source for one in copies}
         while ready := [one for one in pending if one.target not in sources]:
@@ -66,7 +53,7 @@ class HostStorage:
         for one, part in zip(pending, parts, strict=True):
             self._part(one.target, one)[:] = part
 
-    def _part(self, row: int, copy: Copy) -> npt.NDArray[Any]:
+    def _part(self, row: int, copy: CacheCopy) -> npt.NDArray[Any]:
         return self.data[:, :, row, :, copy.start : copy.end]
 
     def take_over(self, smaller: "HostStorage", rows: int) -> None:
@@ -89,9 +76,9 @@ class KVCache:
 
     def __init__(
         self,
-        shape: Shape,
+        shape: CacheShape,
         dtype: npt.DTypeLike = np.float32,
-        storage: Callable[[Shape, npt.DTypeLike], Storage] = HostStorage,
+        storage: Callable[[CacheShape, npt.DTypeLike], Storage] = HostStorage,
     ) -> None:
         _, _, self.rows, _, self.positions, _ = self.shape = shape
         self._dtype = np.dtype(dtype)
@@ -140,7 +127,7 @@ class KVCache:
         """Drops a row's positions from `length` on."""
         self.lengths[row] = length
 
-    def copy(self, copies: Sequence[Copy]) -> None:
+    def copy(self, copies: Sequence[CacheCopy]) -> None:
         """Makes each target row equal to its source row up to `end`; both are equal up to `start` already.
 
         All sources are read before any target is written, so rows may trade places.

@@ -17,9 +17,8 @@ _TWIN = frozenset({TWIN_GRAPH, TWIN_WEIGHTS})
 
 
 def threads(bundle: Bundle) -> int:
-    """Threads of one operator: the cores that this process may use, but none for less than 4 MB of weights."""
-    worth = max(1, round(weight_bytes(bundle) / _WEIGHTS_PER_THREAD))
-    return worth if worth == 1 else min(resources.cores().usable, worth)
+    """Threads of one operator: one for each 4 MB of weights, at most the cores that this process may use."""
+    return min(resources.cores().usable, max(1, round(weight_bytes(bundle) / _WEIGHTS_PER_THREAD)))
 
 
 def weight_bytes(bundle: Bundle) -> int:
@@ -69,14 +68,13 @@ def _load_on(provider: str, bundle: Bundle, threads: int, alone: bool) -> tuple[
     return providers.open_graph(path, provider, threads=threads, name=path, alone=alone), provider, file
 
 
-def load_twin(bundle: Bundle, device: str, threads: int, *, alone: bool) -> tuple[providers.Graph, str, str]:
-    """Loads the graph of a bundle's twin; otherwise as `load`. The device can only be the CPU."""
-    assert device == "cpu"
+def load_twin(bundle: Bundle, threads: int) -> tuple[providers.Graph, str, str]:
+    """Loads the graph of a bundle's twin on the CPU; otherwise as `load`."""
     bundle.check_in_place()
     path, size = bundle.graph(TWIN_GRAPH), bundle.manifest.files[TWIN_WEIGHTS].size
     if short := resources.shortage(2 * size):  # packed for the processor, weights are in memory once more
         raise BackendError(f"{path} needs about {short}")
-    graph = providers.open_graph(path, devices.CPU, threads=threads, name=path, alone=alone)
+    graph = providers.open_graph(path, devices.CPU, threads=threads, name=path, alone=False)
     bundle.check_in_place()  # again: all that was read is of one bundle
     return graph, devices.CPU, TWIN_GRAPH
 

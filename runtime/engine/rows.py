@@ -8,10 +8,10 @@ import numpy as np
 
 from gpt2onnx.errors import OptionError
 
-from ..arrays import Float32Array, Logits, Tokens
+from ..arrays import CacheCopy, Float32Array, Logits, Tokens
 from ..decoding.strategy import Strategy
 from .draft_length import Acceptance
-from .kv_cache import Copy, KVCache
+from .kv_cache import KVCache
 
 _POSITIONS_STEP = 64  # the cache's positions are a multiple of this
 
@@ -137,7 +137,7 @@ class Rows:
         source, length = self.prefix(reusable)
         present = common_prefix(reusable, self.held[row])
         if present < length:
-            self.cache.copy([Copy(source, row, present, length)])
+            self.cache.copy([CacheCopy(source, row, present, length)])
         self.keep(row, running.prompt[: max(present, length)])
 
     def keep(self, row: int, tokens: Tokens) -> None:
@@ -157,7 +157,7 @@ class Rows:
         # Rows share the tokens up to where they last parted; only the others are copied.
         self._take(
             [
-                Copy(source, row, common_prefix(self.held[source], self.held[row]), len(self.held[source]))
+                CacheCopy(source, row, common_prefix(self.held[source], self.held[row]), len(self.held[source]))
                 for row, source in zip(rows, sources, strict=False)
                 if source != row
             ]
@@ -167,12 +167,12 @@ class Rows:
             last = self.used - 1
             if row != last:  # the last row fills the gap
                 shared = common_prefix(self.held[last], self.held[row])
-                self._take([Copy(last, row, shared, len(self.held[last]))])
+                self._take([CacheCopy(last, row, shared, len(self.held[last]))])
                 owner = self._owners[row] = self._owners[last]
                 owner.rows[owner.rows.index(last)] = row
             self._owners.pop()
 
-    def _take(self, copies: list[Copy]) -> None:
+    def _take(self, copies: list[CacheCopy]) -> None:
         self.cache.copy(copies)
         held = [self.held[one.source] for one in copies]
         for one, tokens in zip(copies, held, strict=True):

@@ -14,16 +14,16 @@ import numpy.typing as npt
 
 from gpt2onnx.errors import BackendError, OptionError
 
-from ...models import contract
+from ...models import contract, limits
 from ...models.bundle import RAGGED_GRAPH, SECOND_GRAPH, TWIN_GRAPH, Bundle
 from ..arrays import Float32Array, Int64Array, Logits
 from ..host import resources
 from ..ort import binding, devices, providers, signature
 from . import loading
 from .kv_cache import HostStorage, KVCache, check_memory
-from .second_graph import WORTH, SecondGraph
+from .second_graph import OPEN_AFTER, SecondGraph
 
-# Arrays bound for a pass over more tokens per row than this aren't kept for the next: prompts differ in length.
+# Most tokens per row of a pass whose bound arrays are kept: prompts rarely have the same length twice.
 _KEPT_TOKENS = 16
 
 
@@ -67,18 +67,21 @@ class Runner:
         *,
         device: str = "cpu",
         threads: int | None = None,
-        wide_after: int | None = WORTH,
+        wide_after: int | None = OPEN_AFTER,
         alone: bool = True,
         twin: bool = False,
     ) -> None:
-        for name, value, least in (("threads", threads, 1), ("wide_after", wide_after, 0)):
-            if value is not None and value < least:
-                raise OptionError(f"{name} must be at least {least}, not {value}")
+        if threads is not None:
+            limits.check_at_least(1, threads=threads)
+        if wide_after is not None:
+            limits.check_at_least(0, wide_after=wide_after)
         self.config = bundle.config
         self.dtype = np.dtype(np.float16 if bundle.manifest.dtype == "fp16" and not twin else np.float32)
         self.threads = threads or loading.threads(bundle)
-        load = loading.load_twin if twin else loading.load
-        self._graph, provider, file = load(bundle, device, self.threads, alone=alone)
+        if twin:
+            self._graph, provider, file = loading.load_twin(bundle, self.threads)
+        else:
+            self._graph, provider, file = loading.load(bundle, device, self.threads, alone=alone)
         self.device = devices.device_name(provider)
         self._ragged = file in (RAGGED_GRAPH, TWIN_GRAPH)
         self._in_place = bundle.manifest.graph != "portable"
@@ -93,7 +96,7 @@ class Runner:
         self._second_graph = (
             SecondGraph(bundle, self.threads, wide_after) if offered and wide_after is not None else None
         )
-        self._has_hidden = contract.KEPT in outputs
+        self._has_hidden = contract.HIDDEN in outputs
         self._hidden: list[npt.NDArray[np.floating]] = []
         self.has_twin = bundle.has_twin and file == RAGGED_GRAPH
         # Of the cache that passed last. A weak dictionary would swallow a Ctrl-C that comes while it drops an entry.
@@ -305,7 +308,7 @@ class Runner:
         bound.bind_output(contract.LOGITS, output)
         hidden = np.zeros((*shape, self.config.n_embd), self.dtype) if self._has_hidden else None
         if hidden is not None:
-            bound.bind_output(contract.KEPT, hidden)
+            bound.bind_output(contract.HIDDEN, hidden)
         cached = [rows.stop - rows.start, self.config.n_head, cache.positions, self.config.head_size]
         for layer in range(self.config.n_layer):
             names = zip(contract.past_names(layer), contract.present_names(layer), strict=True)

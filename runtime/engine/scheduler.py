@@ -18,7 +18,7 @@ from ..decoding.strategy import Strategy
 from .rows import Network, Rows, Running, common_prefix
 from .speculation import Drafter
 
-MIN_CHUNK = 16  # tokens of a prompt; a pass over fewer takes as long
+MIN_CHUNK = 16  # prefill of fewer tokens costs the same
 _FULL_PASS = 128  # tokens; prompts are padded to pass together up to this many, beyond which each token costs the same
 _PADDING = 8  # tokens; padding a prompt by more costs more than a pass of its own
 _MAX_SCORED = 128  # positions whose logits [positions, vocab] are in memory at once
@@ -169,7 +169,7 @@ class Scheduler:
         self._decoding = [running for running in self._decoding if not running.strategy.done]
 
     def _together(self, waiting: list[Strategy], most: int | None) -> list[Strategy]:
-        """The first that waits, with others whose prompts pass together with its own in less time than one by one.
+        """The first waiting strategy, and those whose prompts cost less in one pass with its own than alone.
 
         Args:
             waiting: at least one.

@@ -17,10 +17,8 @@ from ..ort import devices, providers, signature
 from . import loading
 
 _log = logging.getLogger(__name__)
-# In one pass, from which on its operators are faster.
-FEWEST = 6
-# In all such passes: with one more, it has become worth opening it.
-WORTH = 512
+MIN_TOKENS = 6  # of a pass; with fewer, the first graph is faster
+OPEN_AFTER = 512  # tokens in such passes, after which opening it has paid
 
 
 def make_weights(bundle: Bundle, threads: int) -> dict[str, npt.NDArray[np.generic]]:
@@ -60,7 +58,7 @@ class SecondGraph:
         Raises:
             BundleError: it isn't the graph that config.json describes.
         """
-        if tokens < FEWEST:
+        if tokens < MIN_TOKENS:
             return None
         if not self._tried:
             self._left -= tokens

@@ -22,8 +22,7 @@ from .draft_length import Acceptance, PassTimes
 from .rows import Network, Rows, Running, common_prefix
 
 _log = logging.getLogger(__name__)
-# Tokens after which the drafting network is opened: opening it takes as long as it saves on this many.
-WORTH = 48
+OPEN_AFTER = 48  # tokens, after which opening the drafting network has paid: it takes as long as it saves on this many
 LONGEST = 7
 # Length of a draft that measures: for one sequence, where a few more tokens cost hardly more, and for several.
 _TRIAL, _TRIAL_OF_SEVERAL = 4, 1

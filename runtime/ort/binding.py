@@ -3,25 +3,15 @@
 import math
 from collections.abc import Sequence
 from functools import partial
-from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
 
+from ..arrays import CacheCopy, CacheShape
 from . import forks, helper_graphs, providers
 
 # After providers, whose error says how to install it.
 import onnxruntime as ort  # isort: skip
-
-# [layer, key or value, row, head, position, size]
-_Shape = tuple[int, int, int, int, int, int]
-
-
-class _Copy(Protocol):
-    @property
-    def source(self) -> int: ...
-    @property
-    def target(self) -> int: ...
 
 
 class Binding:
@@ -84,14 +74,14 @@ class DeviceStorage:
         dtype: of keys and values.
     """
 
-    def __init__(self, mover: providers.Graph, device: str, shape: _Shape, dtype: npt.DTypeLike) -> None:
+    def __init__(self, mover: providers.Graph, device: str, shape: CacheShape, dtype: npt.DTypeLike) -> None:
         self._mover, self._device, self._shape, self._dtype = mover, device, shape, np.dtype(dtype)
         # Zeros: attention gives positions that aren't in use no weight, and no weight times NaN is NaN.
         self._memory = ort.OrtValue.ortvalue_from_numpy(np.zeros(max(1, math.prod(shape)), dtype), device, 0)
         self._spare: ort.OrtValue | None = None
         self.base = int(self._memory.data_ptr())
 
-    def copy(self, copies: Sequence[_Copy]) -> None:
+    def copy(self, copies: Sequence[CacheCopy]) -> None:
         """Copies whole rows to a second memory; nobody reads what lies beyond the copied positions."""
         rows = np.arange(self._shape[2])
         rows[[one.target for one in copies]] = [one.source for one in copies]

@@ -51,8 +51,8 @@ def check(
     _compare("input", inputs, wanted, graph)
     wanted = {contract.LOGITS: (None, (None, None, config.vocab_size))}
     wanted |= {name: cache for layer in layers for name in contract.present_names(layer)}
-    if contract.COUNTS in inputs and contract.KEPT in outputs:
-        wanted[contract.KEPT] = floats, (None, 1, config.n_embd)
+    if contract.COUNTS in inputs and contract.HIDDEN in outputs:
+        wanted[contract.HIDDEN] = floats, (None, 1, config.n_embd)
     _compare("output", outputs, wanted, graph)
 
 

@@ -19,11 +19,6 @@ class BatchEncoding(dict[str, Any]):
     Each has a list for every text; of a single text it is the list itself; as arrays they are int64 [texts, tokens].
     """
 
-    @classmethod
-    def of(cls, rows: Sequence[Sequence[int]]) -> "BatchEncoding":
-        """Of rows of token ids, none of which is padding."""
-        return cls(input_ids=list(rows), attention_mask=[[1] * len(row) for row in rows])
-
     @property
     def input_ids(self) -> Any:
         """The token ids."""
@@ -67,13 +62,9 @@ class BatchEncoding(dict[str, Any]):
             raise OptionError("texts of different lengths make no array: padding=True fills them up")
         return BatchEncoding({name: np.array(rows, np.int64) for name, rows in self.items()})
 
-    def first(self) -> "BatchEncoding":
-        """The first row alone."""
-        return BatchEncoding({name: rows[0] for name, rows in self.items()})
-
 
 def listed_prompts(prompts: Any, given: dict[str, Any]) -> tuple[Sequence[Any], bool]:
-    """The prompts of a call, without padding, and whether it is about a single one, which is then a list of one.
+    """The prompts as a list, without padding, and whether a single one was given.
 
     Args:
         prompts: a text, token ids, or several of them; None where `input_ids` are given.

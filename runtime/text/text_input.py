@@ -91,7 +91,8 @@ def lines(stream: IO[bytes], source: str, encoding: str = UTF_8) -> Iterator[str
                 return
             # Files that were joined bring their marks along.
             if line := line.lstrip("\ufeff").strip():
-                yield _checked(line, source, number, codec)
+                byte = None if line.isascii() else undecoded(line)
+                yield line if byte is None else _undecodable(source, number, byte, codec)
     except UnicodeDecodeError as error:  # UTF-16 and UTF-32: bytes that can't be told apart line by line
         yield _undecodable(source, number + 1, error.object[error.start], codec)
     finally:
@@ -106,11 +107,6 @@ def undecoded(text: str) -> int | None:
 
 def _codec(start: bytes, encoding: str) -> str:
     return next((codec for mark, codec in _MARKS if start.startswith(mark)), encoding)
-
-
-def _checked(line: str, source: str, number: int, codec: str) -> str | PromptError:
-    byte = None if line.isascii() else undecoded(line)
-    return line if byte is None else _undecodable(source, number, byte, codec)
 
 
 def _undecodable(source: str, line: int, byte: int, codec: str) -> PromptError:

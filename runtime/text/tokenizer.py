@@ -2,13 +2,13 @@
 
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any, overload
 
 import numpy as np
 import numpy.typing as npt
+from tokenizers import Encoding
 from tokenizers import Tokenizer as HuggingFaceTokenizer
 from tokenizers.decoders import ByteLevel
 from tokenizers.models import BPE
@@ -32,20 +32,6 @@ _PRINTABLE = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
 _BYTE_OF_LETTER = {chr(byte): byte for byte in _PRINTABLE} | {
     chr(256 + index): byte for index, byte in enumerate(sorted(set(range(256)) - set(_PRINTABLE)))
 }
-
-
-@dataclass(frozen=True)
-class Encoded:
-    """A text as tokens.
-
-    Attributes:
-        ids: its tokens.
-        spans: for each token the characters, from `start` to before `end`, that it stands for. Tokens that share
-            a character of several bytes all have it in their span.
-    """
-
-    ids: list[int]
-    spans: list[tuple[int, int]]
 
 
 class Tokenizer:
@@ -107,14 +93,14 @@ class Tokenizer:
         rows = [self.encode(each, add_special_tokens=add_special_tokens) for each in texts]
         if padding not in (False, True, "longest", "do_not_pad"):
             raise OptionError(f"padding must be true, false or 'longest', not {shown(padding)}")
-        encoding = BatchEncoding.of(rows)
+        encoding = BatchEncoding(input_ids=rows, attention_mask=[[1] * len(row) for row in rows])
         if padding not in (False, "do_not_pad"):
             if self.pad_token_id is None:
                 raise OptionError("padding needs a pad token: tokenizer.pad_token = tokenizer.eos_token")
             encoding = encoding.padded(self.pad_token_id, self.padding_side)
         if return_tensors is not None:
             return encoding.arrays(return_tensors)
-        return encoding.first() if isinstance(text, str) else encoding
+        return BatchEncoding({name: rows[0] for name, rows in encoding.items()}) if isinstance(text, str) else encoding
 
     def __len__(self) -> int:
         """Number of tokens, special ones included."""
@@ -128,22 +114,22 @@ class Tokenizer:
     @property
     def bos_token_id(self) -> int | None:
         """The id of `bos_token`."""
-        return self._id_of_role(self.bos_token)
+        return self._id(self.bos_token)
 
     @property
     def eos_token_id(self) -> int | None:
         """The id of `eos_token`."""
-        return self._id_of_role(self.eos_token)
+        return self._id(self.eos_token)
 
     @property
     def unk_token_id(self) -> int | None:
         """The id of `unk_token`."""
-        return self._id_of_role(self.unk_token)
+        return self._id(self.unk_token)
 
     @property
     def pad_token_id(self) -> int | None:
         """The id of `pad_token`."""
-        return self._id_of_role(self.pad_token)
+        return self._id(self.pad_token)
 
     def check(self, vocab_size: int, *, thorough: bool = False) -> None:
         """Compares the tokenizer with the vocabulary of the network that reads its ids.
@@ -190,19 +176,15 @@ class Tokenizer:
         Raises:
             PromptError: there is no tokenizer, or it can't read the text.
         """
-        self._require()
-        # Half of a surrogate pair can't be written in UTF-8; transformers' tokenizers refuse it, too.
-        clean = text.encode("utf-8", "replace").decode("utf-8")
-        with native.raising(self._unreadable, silently=self._may_panic):
-            return list(self._tokenizer.encode(clean, add_special_tokens=add_special_tokens).ids)
+        return list(self._encoding(text, add_special_tokens=add_special_tokens).ids)
 
-    def encode_with_spans(self, text: str) -> Encoded:
-        """As `encode`, and where in the text each token stands."""
-        self._require()
-        clean = text.encode("utf-8", "replace").decode("utf-8")
-        with native.raising(self._unreadable, silently=self._may_panic):
-            encoding = self._tokenizer.encode(clean)
-        return Encoded(list(encoding.ids), list(encoding.offsets))
+    def encode_with_spans(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
+        """As `encode`, and for each token the characters, from the first to before the last, that it stands for.
+
+        Tokens that share a character of several bytes all have it in their span.
+        """
+        encoding = self._encoding(text)
+        return list(encoding.ids), list(encoding.offsets)
 
     def tokenize(self, text: str) -> list[str]:
         """A text's tokens as the vocabulary writes them, such as `ĠOnce`, without those put around a text."""
@@ -217,9 +199,9 @@ class Tokenizer:
 
     def convert_ids_to_tokens(self, ids: int | Sequence[int]) -> str | list[str | None] | None:
         """A token, or several, as the vocabulary writes them, such as `ĠOnce`; None where there is none of an id."""
-        if isinstance(ids, Sequence):
-            return [self._tokenizer.id_to_token(token) for token in ids]
-        return self._tokenizer.id_to_token(ids)
+        if isinstance(ids, int | np.integer):
+            return self._tokenizer.id_to_token(int(ids))
+        return [self._tokenizer.id_to_token(int(token)) for token in ids]
 
     @overload
     def convert_tokens_to_ids(self, tokens: str) -> int | None: ...  # type: ignore[overload-overlap]  # a text is a sequence, too
@@ -312,19 +294,23 @@ class Tokenizer:
 
         return stops
 
-    def _id(self, token: str) -> int | None:
+    def _encoding(self, text: str, *, add_special_tokens: bool = True) -> Encoding:
+        self._require()
+        # Half of a surrogate pair can't be written in UTF-8; transformers' tokenizers refuse it, too.
+        clean = text.encode("utf-8", "replace").decode("utf-8")
+        with native.raising(self._unreadable, silently=self._may_panic):
+            return self._tokenizer.encode(clean, add_special_tokens=add_special_tokens)
+
+    def _id(self, token: str | None) -> int | None:
         try:
-            return self._tokenizer.token_to_id(token)
+            return None if token is None else self._tokenizer.token_to_id(token)
         except UnicodeEncodeError:  # half of a surrogate pair, which files may hold
             return None
 
     def _known(self, token: Any) -> str | None:
         """A token of the settings as text, if the vocabulary has it."""
         text = None if token is None else special_tokens.text(token)
-        return None if text is None or self._id(text) is None else text
-
-    def _id_of_role(self, token: str | None) -> int | None:
-        return None if token is None else self._id(token)
+        return None if self._id(text) is None else text
 
     def _unreadable(self, reason: str) -> PromptError:
         return PromptError(f"{self._path} can't read the text: {reason}")

@@ -113,7 +113,7 @@ def test_prompts_are_the_seed_s_and_end_tokens_end_nothing(make_checkpoint: Make
 
 @pytest.mark.parametrize("name", ["prompt_tokens", "new_tokens", "batch_size", "repetitions"])
 def test_numbers_below_one_are_refused(tales_model: Model, name: str) -> None:
-    with pytest.raises(OptionError, match=f"{name} must be at least 1, not 0"):
+    with pytest.raises(OptionError, match=f"{name} must be a whole number, at least 1, not 0"):
         benchmark(tales_model, **{name: 0})
 
 

@@ -79,6 +79,8 @@ def test_max_time(tales_model: gpt2onnx.Model, tales_reference: Reference, optio
         ({"pad_token_id": 0}, "pad_token_id isn't needed here: leave it out"),
         ({"use_cache": True}, "use_cache isn't needed here"),
         ({"generation_config": {"num_beams": 2}}, "generation_config must be a gpt2onnx.GenerationConfig"),
+        ({"batch_size": None}, "batch_size must be a whole number, at least 1, not None"),
+        ({"batch_size": "8"}, "batch_size must be a whole number, at least 1, not '8'"),
     ],
 )
 def test_what_callers_of_transformers_bring(tales_model: gpt2onnx.Model, given: dict[str, Any], message: str) -> None:

@@ -97,7 +97,7 @@ def test_hidden_states_leave_the_graph_that_others_load_as_it_is(pair: tuple[gpt
     folder = pair[0].bundle.folder
     graphs = [onnx.load(folder / name, load_external_data=False).graph for name in (GRAPH, RAGGED_GRAPH)]
     interchange, own = [{each.name for each in graph.output} for graph in graphs]
-    assert own == interchange | {contract.KEPT}
+    assert own == interchange | {contract.HIDDEN}
 
 
 def test_hidden_states_of_all_precisions(make_checkpoint: MakeCheckpoint, tmp_path: Path) -> None:
@@ -131,7 +131,7 @@ def test_a_bundle_of_an_earlier_version_says_how_to_mend_it(
 ) -> None:
     """Bundles whose graph doesn't return hidden states do all else."""
     folder = shutil.copytree(pair[0].bundle.folder, tmp_path / "earlier")
-    edit_graphs(folder, lambda model: remove_output(model, contract.KEPT), RAGGED_GRAPH)
+    edit_graphs(folder, lambda model: remove_output(model, contract.HIDDEN), RAGGED_GRAPH)
     earlier = gpt2onnx.load(folder)
     assert earlier.generate(PROMPT).sequences == pair[0].generate(PROMPT).sequences
     with pytest.raises(

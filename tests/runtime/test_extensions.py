@@ -144,6 +144,14 @@ def test_a_function_that_fails_says_so(tales_model: gpt2onnx.Model) -> None:
     assert tales_model.generate(PROMPT, max_new_tokens=2).usage["completion_tokens"] == 2
 
 
+def test_none_switches_functions_off(tales_model: gpt2onnx.Model) -> None:
+    none: dict[str, Any] = {"logits_processor": None, "stopping_criteria": None, "prefix_allowed_tokens_fn": None}
+    assert (
+        tales_model.generate(PROMPT, max_new_tokens=4, **none).text
+        == tales_model.generate(PROMPT, max_new_tokens=4).text
+    )
+
+
 def test_a_generation_config_takes_the_place_of_the_bundles(tales_model: gpt2onnx.Model) -> None:
     config = gpt2onnx.GenerationConfig(max_new_tokens=3, num_beams=2)
     assert tales_model.generate(PROMPT, generation_config=config).usage["completion_tokens"] == 3

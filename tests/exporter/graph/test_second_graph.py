@@ -71,11 +71,11 @@ def test_graphs_share_a_cache(made: Bundle) -> None:
     one, both = Runner(made, threads=1, wide_after=None), Runner(made, threads=1, wide_after=0)
     count = 20
     tokens = np.random.default_rng(0).integers(made.config.vocab_size, size=(1, count))
-    steps = [1] * (count - second_graph.FEWEST)
-    alone = logits(one, tokens, second_graph.FEWEST, *steps)
+    steps = [1] * (count - second_graph.MIN_TOKENS)
+    alone = logits(one, tokens, second_graph.MIN_TOKENS, *steps)
     np.testing.assert_array_equal(logits(both, tokens, *[1] * count), logits(one, tokens, *[1] * count))
-    mixed = logits(both, tokens, second_graph.FEWEST, *steps)
-    assert not np.array_equal(mixed[:, second_graph.FEWEST - 1], alone[:, second_graph.FEWEST - 1]), (
+    mixed = logits(both, tokens, second_graph.MIN_TOKENS, *steps)
+    assert not np.array_equal(mixed[:, second_graph.MIN_TOKENS - 1], alone[:, second_graph.MIN_TOKENS - 1]), (
         "which graph was it?"
     )
     assert np.abs(mixed - alone).max() < 0.1 * np.abs(alone).max()
@@ -128,19 +128,19 @@ def opened(session: Runner, rows: int, passes: int, count: int = 1) -> int | Non
 
 @pytest.mark.parametrize("made", ["int8"], indirect=True)
 def test_opened_when_worth_it(made: Bundle) -> None:
-    assert opened(Runner(made), second_graph.FEWEST - 1, 300) is None
-    assert opened(Runner(made), 16, 100) == second_graph.WORTH // 16
-    assert opened(Runner(made), 1, 100, 64) == second_graph.WORTH // 64
-    assert opened(Runner(made, wide_after=0), second_graph.FEWEST, 1) == 0
+    assert opened(Runner(made), second_graph.MIN_TOKENS - 1, 300) is None
+    assert opened(Runner(made), 16, 100) == second_graph.OPEN_AFTER // 16
+    assert opened(Runner(made), 1, 100, 64) == second_graph.OPEN_AFTER // 64
+    assert opened(Runner(made, wide_after=0), second_graph.MIN_TOKENS, 1) == 0
     assert opened(Runner(made, wide_after=None), 16, 100) is None
     assert opened(gpt2onnx.load(made.folder, wide_after=100).runner, 25, 5) == 4
-    with pytest.raises(OptionError, match="wide_after must be at least 0, not -1"):
+    with pytest.raises(OptionError, match="wide_after must be a whole number, at least 0, not -1"):
         gpt2onnx.load(made.folder, wide_after=-1)
 
 
 def test_numbers_are_those_of_the_documents() -> None:
     default = inspect.signature(gpt2onnx.load).parameters["wide_after"].default
-    assert (second_graph.FEWEST, second_graph.WORTH, default) == (6, 512, 512)
+    assert (second_graph.MIN_TOKENS, second_graph.OPEN_AFTER, default) == (6, 512, 512)
 
 
 @pytest.mark.parametrize(

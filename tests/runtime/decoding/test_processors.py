@@ -22,9 +22,12 @@ from support.logits import (
 )
 from support.versions import skip_with_transformers_4
 
+from gpt2onnx.runtime.arrays import Logits, Tokens
 from gpt2onnx.runtime.decoding import filters as our_warpers
 from gpt2onnx.runtime.decoding import processors as ours
+from gpt2onnx.runtime.decoding.strategy import Scores
 from gpt2onnx.runtime.decoding.torch_random import Candidates, softmax
+from gpt2onnx.runtime.extensions import Extensions
 from gpt2onnx.runtime.options import GenerationConfig
 
 PROMPTS = ([7], [3, 5, 3], [1, 2, 3, 1, 2, 3, 1, 2], list(range(12)) * 2)
@@ -179,6 +182,12 @@ def test_warpers_in_a_large_vocabulary(kind: str, golden: Golden) -> None:
         assert summary([candidates.dense()]) == after_others, f"{name} after those before it"
 
 
+def renormalized(tokens: Tokens, scores: Logits) -> Logits:
+    """Scores of greedy search, where nothing filters them."""
+    options = GenerationConfig(renormalize_logits=True)
+    return Scores(options, tokens, Extensions())([tokens], scores[None])[0]
+
+
 def test_renormalized_as_in_transformers(golden: Golden) -> None:
     """Sums round in an order of their own, so the last digits may differ; what is forbidden stays so."""
     for label, scores in LOGITS.items():
@@ -186,12 +195,12 @@ def test_renormalized_as_in_transformers(golden: Golden) -> None:
             ["renormalized", label],
             lambda scores=scores: apply_reference(reference("LogitNormalization"), [1], scores),
         )
-        alone = ours.process([ours.renormalize()], np.array([1]), scores)
+        alone = renormalized(np.array([1]), scores)
         candidates = our_warpers.renormalize()(Candidates.all(scores))
         for actual in (alone, candidates.dense()):
             np.testing.assert_allclose(actual, expected, rtol=3e-7, atol=3e-6, err_msg=label)
     nothing = np.full(SIZE, -INF, np.float32)
-    assert_same(ours.process([ours.renormalize()], np.array([1]), nothing), nothing, "nothing is left")
+    assert_same(renormalized(np.array([1]), nothing), nothing, "nothing is left")
     assert not len(our_warpers.renormalize()(Candidates.all(nothing)).scores)
 
 

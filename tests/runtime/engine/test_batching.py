@@ -13,9 +13,10 @@ from support.scheduling import CONTEXT, PROMPTS, REQUESTS, VOCABULARY, HashingNe
 
 import gpt2onnx
 from gpt2onnx.errors import OptionError
+from gpt2onnx.runtime.arrays import CacheCopy
 from gpt2onnx.runtime.decoding.start import start
 from gpt2onnx.runtime.decoding.strategy import Strategy
-from gpt2onnx.runtime.engine.kv_cache import Copy, KVCache
+from gpt2onnx.runtime.engine.kv_cache import KVCache
 from gpt2onnx.runtime.engine.scheduler import Scheduler
 from gpt2onnx.runtime.options import GenerationConfig
 from gpt2onnx.runtime.requests import Request
@@ -198,10 +199,10 @@ def test_memory_is_taken_once_for_all_that_wait() -> None:
 
 def test_finished_rows_are_not_moved() -> None:
     """Texts that end together leave nothing to rearrange."""
-    copied: list[Copy] = []
+    copied: list[CacheCopy] = []
 
     class Recording(KVCache):
-        def copy(self, copies: Sequence[Copy]) -> None:
+        def copy(self, copies: Sequence[CacheCopy]) -> None:
             copied.extend(copies)
             super().copy(copies)
 
@@ -271,7 +272,7 @@ def test_cache_against_lists(data: st.DataObject) -> None:
                     shared = 0
                     while shared < min(len(lists[source]), len(lists[target])) and lists[source][shared] == lists[target][shared]:  # fmt: skip
                         shared += 1
-                    copies.append(Copy(source, target, data.draw(st.integers(0, shared)), len(lists[source])))
+                    copies.append(CacheCopy(source, target, data.draw(st.integers(0, shared)), len(lists[source])))
                 cache.copy([one for one in copies if one.source != one.target])
                 lists = [lists[source].copy() for source in sources]
             case "grow":

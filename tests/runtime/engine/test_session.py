@@ -3,6 +3,7 @@
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnxruntime
@@ -14,9 +15,9 @@ from gpt2onnx.models.bundle import RAGGED_GRAPH, Bundle
 from gpt2onnx.runtime.engine.runner import Runner
 
 
-@pytest.mark.parametrize("threads", [0, -1])
-def test_threads_out_of_range(tales_bundle: Path, threads: int) -> None:
-    with pytest.raises(OptionError, match=f"threads must be at least 1, not {threads}"):
+@pytest.mark.parametrize("threads", [0, -1, 1.5, "2"])
+def test_threads_out_of_range(tales_bundle: Path, threads: Any) -> None:
+    with pytest.raises(OptionError, match=f"threads must be a whole number, at least 1, not {threads!r}"):
         gpt2onnx.load(tales_bundle, threads=threads)
 
 

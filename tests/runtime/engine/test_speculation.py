@@ -207,7 +207,7 @@ def test_what_cannot_draft_is_refused(tales_twin_bundle: Path, tales_int8_bundle
         gpt2onnx.load(tales_int8_bundle, draft="twin")
     with pytest.raises(OptionError, match="draft must be one of auto, none, lookup, twin, not 'self'"):
         gpt2onnx.load(tales_twin_bundle, draft="self")
-    with pytest.raises(OptionError, match="draft_length must be at least 1"):
+    with pytest.raises(OptionError, match="draft_length must be a whole number, at least 1"):
         gpt2onnx.load(tales_twin_bundle, draft_length=0)
     with pytest.raises(OptionError, match="twin goes with dtype fp32 or fp16"):
         gpt2onnx.export("tales", tmp_path / "none", dtype="int8", twin=True)
@@ -215,7 +215,7 @@ def test_what_cannot_draft_is_refused(tales_twin_bundle: Path, tales_int8_bundle
 
 def test_numbers_are_those_of_the_documents() -> None:
     text = " ".join((REPOSITORY / "docs" / "export.md").read_text().split())
-    assert f"It is opened after {speculation.WORTH} tokens" in text
+    assert f"It is opened after {speculation.OPEN_AFTER} tokens" in text
     assert f"A draft has 0 to {speculation.LONGEST} tokens" in text
 
 

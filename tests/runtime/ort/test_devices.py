@@ -23,7 +23,8 @@ from support.tokens import assert_same_tokens
 import gpt2onnx
 from gpt2onnx.errors import BackendError, OptionError, install_command
 from gpt2onnx.models.bundle import Bundle
-from gpt2onnx.runtime.engine.kv_cache import Copy, KVCache
+from gpt2onnx.runtime.arrays import CacheCopy
+from gpt2onnx.runtime.engine.kv_cache import KVCache
 from gpt2onnx.runtime.engine.runner import Runner
 from gpt2onnx.runtime.ort import devices, helper_graphs, providers
 from gpt2onnx.runtime.ort.binding import device_storage
@@ -95,7 +96,7 @@ def test_device_storage_moves_rows_as_the_host_does(dtype: type) -> None:
         _view(cache)[:] = content
         for row in range(3):
             cache.advance(slice(row, row + 1), 3 + row)
-        cache.copy([Copy(0, 2, 0, 3), Copy(2, 0, 0, 5)])
+        cache.copy([CacheCopy(0, 2, 0, 3), CacheCopy(2, 0, 0, 5)])
         cache.copy([])
     for larger in ((2, 2, 3, 2, 9, 8), (2, 2, 7, 2, 9, 8)):
         grown = KVCache(larger, dtype), KVCache(larger, dtype, device_storage(devices.CPU, "cpu", dtype))

@@ -38,6 +38,9 @@ CALLS: dict[str, Callable[[Any], Any]] = {
     "pieces": lambda tokenizer: [tokenizer.tokenize(text) for text in TEXTS],
     "ids to tokens": lambda tokenizer: tokenizer.convert_ids_to_tokens([0, 300, END]),
     "id to token": lambda tokenizer: tokenizer.convert_ids_to_tokens(300),
+    "ids of an array to tokens": lambda tokenizer: tokenizer.convert_ids_to_tokens(
+        tokenizer(TEXTS[0], return_tensors="np").input_ids[0]
+    ),
     "tokens to ids": lambda tokenizer: tokenizer.convert_tokens_to_ids(["ĠOnce", "<|endoftext|>", "no such token"]),
     "token to id": lambda tokenizer: tokenizer.convert_tokens_to_ids("Ġking"),
     "text of ids": lambda tokenizer: tokenizer.decode(tokenizer(TEXTS[2]).input_ids),
