@@ -59,14 +59,15 @@ class SharedBundle:
 
         Raises:
             BundleError: the copy is damaged.
+            OutputError: there is no cache of this user's own.
             BackendError: the copy can't be written.
         """
         folder = Path(self.folder)
         if (folder / MANIFEST).is_file() and sha256_of(folder / MANIFEST) == self.digest:
             return folder
-        target = user_cache.folder() / "fleet" / self.digest[:16]
+        target = user_cache.made() / "fleet" / self.digest[:16]
         try:
-            target.parent.mkdir(parents=True, exist_ok=True)
+            target.parent.mkdir(exist_ok=True)
             # One worker of a machine makes the copy; the others wait for it.
             with target.with_suffix(".lock").open("wb") as file:
                 lock(file)

@@ -52,7 +52,7 @@ def carry_out(
 
     Raises:
         BundleError, BackendError: the model can't be loaded, or fails.
-        OutputError: the part can't be written.
+        OutputError: the part or a copy of the bundle can't be written.
     """
     model = _load(bundle.here(), work.device, work.threads)
     # A cache of an earlier part would round sums differently: results must not depend on the worker's history.
