@@ -86,7 +86,7 @@ class Job:
     prompt_logprobs: list[TokenLogprobs] | None = None
     error: Exception | None = None
     submitted: float = field(default_factory=time.perf_counter)
-    joined: float | None = None
+    joined: float = 0.0
     first: float | None = None
     last: float = 0.0
     ended: float | None = None
@@ -346,10 +346,9 @@ class Engine:
                 self._active.remove(job)
                 self._rows -= job.rows
             self._advanced.discard(job)
-        if job.joined is not None:
-            self._mean_seconds += 0.1 * (job.ended - job.joined - self._mean_seconds)
         if not job.cancelled:
             self._failures = 0
+            self._mean_seconds += 0.1 * (job.ended - job.joined - self._mean_seconds)
             self._metrics.request_seconds.observe(job.ended - job.submitted)
         job.wake()
 

@@ -196,6 +196,20 @@ def test_vanished_clients_free_their_rows(
         assert server.metric("completion_tokens_total") < 4 * 500
 
 
+def test_clients_that_leave_do_not_shorten_the_wait_of_others(
+    slow_model: ControlledModel, opened: contextlib.ExitStack
+) -> None:
+    waits = []
+    with serving(slow_model, max_batch=16, max_queue=64) as server:
+        for _ in range(2):
+            connect(server.address, opened, post(prompt=["A"] * 64, **LONG))
+            server.wait_for_state(16, 48)
+            waits.append(server.complete().headers["retry-after"])
+            opened.close()
+            server.wait_for_idle()
+    assert waits[0] == waits[1] != "1"
+
+
 @pytest.mark.system
 def test_slow_readers_disturb_nobody(
     slow_model: ControlledModel, tales_model: gpt2onnx.Model, opened: contextlib.ExitStack
