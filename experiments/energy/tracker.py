@@ -4,7 +4,6 @@
 """
 
 import os
-import secrets
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import contextmanager
@@ -16,6 +15,7 @@ from typing import Any
 
 from gpt2onnx.errors import OptionError
 
+from ...runtime.decoding.strategy import new_seed
 from ...runtime.model import METER, Model
 from ...runtime.options import OPTIONS, GenerationConfig
 from ...runtime.ort.providers import VERSION
@@ -83,7 +83,8 @@ class EnergyTracker:
         self, model: Model, options: GenerationConfig, run: Callable[[GenerationConfig], list[Result]]
     ) -> list[Result]:
         """Measures a run of `Model.generate`; see `runtime.model.Meter`."""
-        options = repeatable(options)
+        if options.do_sample:  # repetitions give the same tokens
+            options = options.replaced(seed=new_seed(options))
         with self.begin(model, options) as measured:
             return measured.end(run(options), again=lambda: run(options))
 
@@ -122,7 +123,7 @@ class EnergyTracker:
         """Begins to measure a run.
 
         Args:
-            strategy: a name for them; by default greedy, sampling, beam search or beam sampling.
+            strategy: name in the run's row; by default greedy, sampling, beam search or beam sampling.
             close: ends the run if the caller has left it.
         """
         model.reset()
@@ -254,13 +255,6 @@ class MeasuredStream(Stream):
                 (self._result,) = run.end([self._stream.result])
                 raise
             (self._result,) = run.end([self._stream.result], again)
-
-
-def repeatable(options: GenerationConfig) -> GenerationConfig:
-    """The options, with a seed if sampling would have none."""
-    if options.do_sample and options.seed is None:
-        return options.replaced(seed=secrets.randbits(32))
-    return options
 
 
 _COLUMNS = [
