@@ -116,24 +116,15 @@ class Engine:
         model: for the engine's thread alone, except for its stateless tokenizer.
         max_batch: most sequences in the batch; a quarter more for jobs of no more than that.
         max_queue: most prompts in the queue.
-        pass_seconds: longest time between two steps of the batch.
 
     Attributes:
         failure: the exception that ended the thread, or its use.
     """
 
-    def __init__(
-        self,
-        model: Model,
-        *,
-        max_batch: int,
-        max_queue: int,
-        metrics: ModelMetrics,
-        pass_seconds: float = limits.PASS_SECONDS,
-    ) -> None:
+    def __init__(self, model: Model, *, max_batch: int, max_queue: int, metrics: ModelMetrics) -> None:
         self.max_batch, self.max_queue = max_batch, max_queue
         self.failure: Exception | None = None
-        self._pass_seconds, self._stepped = pass_seconds, time.monotonic()
+        self._stepped = time.monotonic()
         self._model, self._metrics = model, metrics
         self._changed = threading.Condition()
         self._waiting: deque[Request] = deque()
@@ -213,9 +204,9 @@ class Engine:
 
     def fail_if_stuck(self) -> bool:
         """Whether a forward pass takes too long. Then all jobs have failed, and no more are taken."""
-        if not self._active or time.monotonic() < self._stepped + self._pass_seconds:
+        if not self._active or time.monotonic() < self._stepped + limits.PASS_SECONDS:
             return False
-        self.failure = BackendError(f"a forward pass hasn't ended after {self._pass_seconds:g} seconds")
+        self.failure = BackendError(f"a forward pass hasn't ended after {limits.PASS_SECONDS:g} seconds")
         _log.error("%s: the server ends", self.failure)
         self._give_up(self.failure, also_waiting=True)
         return True

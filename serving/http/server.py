@@ -21,7 +21,7 @@ from starlette.types import ASGIApp
 
 from gpt2onnx.errors import OptionError
 
-from ...models.limits import BODIES, HEADER_SECONDS, IDLE_SECONDS, KEY_FILE, PASS_SECONDS, WRITE_SECONDS
+from ...models.limits import BODIES, HEADER_SECONDS, IDLE_SECONDS, KEY_FILE, WRITE_SECONDS
 from ...runtime.model import Model
 from ..chat_template import ChatTemplate
 from ..engine import Engine
@@ -58,7 +58,6 @@ class Settings:
         write_seconds: time for a client to read a full write buffer.
         shutdown_seconds: time for running requests to finish.
         bodies: most bytes of bodies that haven't arrived as a whole, if that is room for two.
-        pass_seconds: time for a step of the batch; the server ends when one takes longer.
     """
 
     names: Sequence[str]
@@ -79,7 +78,6 @@ class Settings:
     shutdown_seconds: float = 30.0
     connections: int = field(default_factory=most)
     bodies: int = BODIES
-    pass_seconds: float = PASS_SECONDS
 
 
 def listen(host: str, port: int) -> socket.socket:
@@ -202,13 +200,8 @@ def make_server(
     metrics, notifier = Metrics(settings.joules), Notifier()
 
     def serve_model(names: Sequence[str], model: Model) -> Service:
-        engine = Engine(
-            model,
-            max_batch=settings.max_batch,
-            max_queue=settings.max_queue,
-            metrics=metrics.of(names[0], model),
-            pass_seconds=settings.pass_seconds,
-        )
+        measured = metrics.of(names[0], model)
+        engine = Engine(model, max_batch=settings.max_batch, max_queue=settings.max_queue, metrics=measured)
         return Service(
             names=names,
             model=model,
