@@ -22,8 +22,8 @@ from .metrics import ModelMetrics
 _log = logging.getLogger(__name__)
 # Most prompt tokens computed between two decoding steps; docs/serve.md compares 32, 64 and no limit.
 _PREFILL_CHUNK = 64
-_SHARE_OF_SMALL_JOBS = 4  # one row for as many of the batch
-_SHARE_OF_OTHERS = 4
+_SHARE_OF_SMALL_JOBS = 4  # max_batch / 4 rows are added for jobs of at most that many rows
+_SHARE_OF_OTHERS = 4  # the last quarter of the queue is for other clients
 _MAX_RETRY_SECONDS = 60
 _MAX_FAILURES = 3  # of the batch in a row: by then ONNX Runtime won't recover
 
@@ -74,7 +74,7 @@ class Job:
         pieces: new tokens that `take` hasn't returned yet.
         prompt_logprobs: of each token of the prompt but the first, if the request asks for them.
         error: why there is no result.
-        submitted, joined, first, last, ended: times of the way, the last two tokens' among them; `time.perf_counter`.
+        submitted, joined, first, last, ended: `time.perf_counter` at the queue, the batch, the first and latest token, the end.
         seen: number of new tokens of each continuation.
     """
 
@@ -114,16 +114,18 @@ class Engine:
 
     Args:
         model: for the engine's thread alone, except for its stateless tokenizer.
-        max_batch: most sequences in the batch; a quarter more for jobs of no more than that.
+        max_batch: most sequences in the batch. Jobs of up to a quarter of it may use a quarter more.
         max_queue: most prompts in the queue.
 
     Attributes:
         failure: the exception that ended the thread, or its use.
+        stopping: whether no more requests are taken.
     """
 
     def __init__(self, model: Model, *, max_batch: int, max_queue: int, metrics: ModelMetrics) -> None:
         self.max_batch, self.max_queue = max_batch, max_queue
         self.failure: Exception | None = None
+        self.stopping = False
         self._stepped = time.monotonic()
         self._model, self._metrics = model, metrics
         self._changed = threading.Condition()
@@ -132,7 +134,6 @@ class Engine:
         self._rows = 0  # of the active ones
         # Beside the batch, for small jobs: so a prompt with many continuations doesn't hold up those with few.
         self._reserved = max_batch // _SHARE_OF_SMALL_JOBS
-        self._stopping = False
         self._thread = threading.Thread(target=self._run, name="gpt2onnx-engine", daemon=True)
         self._advanced: set[Job] = set()  # in the step under way
         self._mean_seconds = 1.0  # of a job in the batch
@@ -153,11 +154,6 @@ class Engine:
         """Share of the KV cache's rows in use, from 0 to 1."""
         return self._rows / (self.max_batch + self._reserved)
 
-    @property
-    def stopping(self) -> bool:
-        """Whether no more requests are taken."""
-        return self._stopping
-
     def start(self) -> None:
         """Starts the thread."""
         self._thread.start()
@@ -172,7 +168,7 @@ class Engine:
         with self._changed:
             if self.failure is not None:
                 raise UnavailableError("the model's thread has failed: restart the server")
-            if self._stopping:
+            if self.stopping:
                 raise UnavailableError("the server is shutting down")
             self._queue(requests)
             self._changed.notify()
@@ -186,7 +182,7 @@ class Engine:
     def close(self) -> None:
         """Takes no more requests, and ends the thread after the last one."""
         with self._changed:
-            self._stopping = True
+            self.stopping = True
             self._changed.notify()
 
     def abandon(self) -> None:
@@ -213,7 +209,7 @@ class Engine:
 
     def _run(self) -> None:
         try:
-            while not (self._stopping and not self._waiting):
+            while not (self.stopping and not self._waiting):
                 try:
                     for request, state in self._model.follow(
                         self._arrivals(), self.max_batch + self._reserved, _PREFILL_CHUNK
@@ -235,9 +231,9 @@ class Engine:
         """The requests that join the batch now, None when there are none; waits while nothing runs."""
         while True:
             with self._changed:
-                while not (self._waiting or self._active or self._stopping):
+                while not (self._waiting or self._active or self.stopping):
                     self._changed.wait()
-                if self._stopping and not self._waiting:
+                if self.stopping and not self._waiting:
                     return
                 request = self._next()
                 self._stepped = time.monotonic()
@@ -248,7 +244,6 @@ class Engine:
         client = requests[0].id.client
         own = [request.id.turn for request in self._waiting if request.id.client == client]
         full = len(self._waiting) + len(requests) > self.max_queue
-        # The last quarter is for clients that haven't filled the others.
         if full or (own and len(own) + len(requests) > self.max_queue - self.max_queue // _SHARE_OF_OTHERS):
             raise QueueFullError(self._retry_after())
         turn = max(own, default=sum(job.client == client for job in self._active) - 1)
