@@ -90,10 +90,9 @@ def _prompts(body: CompletionRequest) -> list[str | list[int]]:
 def _prompt(service: Service, prompt: str | list[int], options: GenerationConfig, kept: int | None) -> Prompt:
     """A prompt as text and token ids; of those, the last `kept`."""
     model = service.model
-    ids = model.prompt_ids(prompt, options).tolist()
-    cut = kept is not None and kept < len(ids)
-    ids = ids[-kept:] if cut and kept is not None else ids
-    if isinstance(prompt, str) and options.truncate == "none" and not cut:
+    whole = model.prompt_ids(prompt, options).tolist()
+    ids = whole[-(kept or 0) :]
+    if isinstance(prompt, str) and options.truncate == "none" and len(ids) == len(whole):
         # Half of a surrogate pair is no text, and no JSON that all clients read.
         return Prompt(prompt.encode("utf-8", "replace").decode("utf-8"), ids)
     return Prompt(model.tokenizer.decode(ids, skip_special_tokens=options.skip_special_tokens), ids)

@@ -55,7 +55,6 @@ class _Request(GenerationOptions):  # type: ignore[misc, valid-type]
     """What requests for completions and for chats share. A field that is null counts as not given."""
 
     model: str | None = Field(None, description="Name of the model. Default: the served one.")
-    max_tokens: Count | None = Field(None, description="Most new tokens.")
     n: Sequences | None = Field(None, description="Choices for each prompt.")
     stream: bool | None = Field(None, description="Return server-sent events with the text as it grows.")
     stream_options: StreamOptions | None = Field(None, description="Only with stream.")
@@ -267,7 +266,7 @@ class ChatChoice(BaseModel):
 
 
 class ChatCompletion(BaseModel):
-    """Answers in a conversation, or a part of them in a stream."""
+    """Answers in a conversation. A stream's events have `delta` in place of `message`."""
 
     id: str
     object: Literal["chat.completion", "chat.completion.chunk"]
@@ -300,7 +299,7 @@ class ServerVersion(BaseModel):
 
 
 class ServedModel(BaseModel):
-    """The served model."""
+    """A served model."""
 
     id: str
     object: Literal["model"]
@@ -314,7 +313,7 @@ class ServedModel(BaseModel):
 
 
 class ServedModels(BaseModel):
-    """All served names: of one model."""
+    """All served models, by each of their names."""
 
     object: Literal["list"]
     data: list[ServedModel]
