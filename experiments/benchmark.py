@@ -7,7 +7,6 @@ exactly `new_tokens` tokens.
 
 import time
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from itertools import pairwise
 from platform import machine as architecture
@@ -163,13 +162,12 @@ def benchmark(
     on_cpu = runner.device == devices.device_name(devices.CPU)
     reader = machine.MemoryReader(runner.threads) if on_cpu else None
     runs: list[Run] = []
-    with reader or nullcontext():
-        for done in range(repetitions):
-            if reader is not None:
-                reader.read()
-            runs.append(time_run(model, prompts, new_tokens))
-            if progress is not None:
-                progress(done + 1, repetitions)
+    for done in range(repetitions):
+        if reader is not None:
+            reader.read()
+        runs.append(time_run(model, prompts, new_tokens))
+        if progress is not None:
+            progress(done + 1, repetitions)
     decode = seconds_per_token = bandwidth = None
     per_position = memory(config, model.bundle.manifest.dtype).cache_per_token
     if new_tokens > 1:
