@@ -202,6 +202,11 @@ def test_a_json_file_that_is_too_large_is_not_read(folder: Path, state: State) -
 def test_a_json_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"can't read .*config\.json: "):
         GPT2Config.from_file(tmp_path / "config.json")
+    for content in ("{", "[]"):
+        (tmp_path / "config.json").write_text(content)
+        with pytest.raises(CheckpointError, match=r"config\.json"):
+            GPT2Config.from_file(tmp_path / "config.json")
+    (tmp_path / "config.json").unlink()
     (tmp_path / "config.json").mkdir()
     with pytest.raises(CheckpointError, match=r"can't read .*config\.json: "):
         GPT2Config.from_file(tmp_path / "config.json")
