@@ -86,7 +86,8 @@ def test_no_such_model(source: str, hint: str, place: Path, command_line: Comman
     before = snapshot(place)
     assert_one_line(command_line("export", source, "bundle"), 1, hint)
     assert snapshot(place) == before
-    assert_one_line(command_line("generate", "Once", "-m", source), 1, hint)
+    for command in (["generate", "Once", "-m"], ["inspect"]):
+        assert_one_line(command_line(*command, source), 1, hint)
     assert not [path for path in place.parent.rglob("*") if path.is_file()]
 
 

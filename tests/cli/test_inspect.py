@@ -220,12 +220,3 @@ def test_needs_nothing_but_the_base_install(tales_bundle: Path, tmp_path: Path) 
         code, out, err = run(COMMAND_LINE, "inspect", model, without=without, GPT2ONNX_CACHE=str(tmp_path / "cache"))
         assert (code, err) == (0, "")
         assert "6,967,296" in out
-
-
-@pytest.mark.parametrize("model", ["no-such-model", "./nowhere", "empty", "x" * 300])
-def test_no_such_model(model: str, command_line: CommandLine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "empty").mkdir()
-    done = command_line("inspect", model)
-    assert (done.code, done.out, done.err.count("\n")) == (1, "", 1)
-    assert model[:50] in done.err
