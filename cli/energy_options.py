@@ -18,8 +18,3 @@ def energy_options(command: Callable[..., Any]) -> Callable[..., Any]:
     return click.option(
         "--country", metavar="ISO3", help="Country of the electricity, such as FRA (default: the world's average)."
     )(command)
-
-
-def settings(country: str | None, energy_seconds: float | None) -> dict[str, Any]:
-    """Arguments for `track_energy`."""
-    return {"country": country, "seconds": DEFAULT_SECONDS if energy_seconds is None else energy_seconds}

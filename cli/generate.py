@@ -120,10 +120,11 @@ def command(
         tracker = None
         if energy_file is not None:
             # Before the model: a missing package or a file that can't be written is told at once.
+            from ..experiments.energy.power import DEFAULT_SECONDS
             from ..experiments.energy.tracker import track_energy
 
-            settings = energy_options.settings(country, energy_seconds)
-            tracker = stack.enter_context(track_energy(energy_file, **settings))
+            seconds = DEFAULT_SECONDS if energy_seconds is None else energy_seconds
+            tracker = stack.enter_context(track_energy(energy_file, country=country, seconds=seconds))
         # A job's results don't depend on those before, which a resumed one hasn't computed.
         others: dict[str, Any] = {} if requests is None else {"wide_after": 0}
         loaded = load(model, device, threads, tokenizer=tokenizer, **others)

@@ -24,13 +24,7 @@ from . import console
 @click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
 @console.verbosity
 def command(
-    bundle: Path,
-    source: str,
-    revision: str | None,
-    adapter: str | None,
-    suite: str,
-    as_json: bool,
-    quiet: bool,
+    bundle: Path, source: str, revision: str | None, adapter: str | None, suite: str, as_json: bool, quiet: bool
 ) -> None:
     """Compare BUNDLE with SOURCE run by PyTorch: weights, logits, and tokens of every strategy.
 
