@@ -4,7 +4,7 @@ index.html …      the server's page, whose calls gpt2onnx.js answers
 gpt2onnx.js       for pages of one's own, with its types in gpt2onnx.d.ts
 runtime/          transformers.js and ONNX Runtime, with their licences
 model/            the bundle, as far as a browser needs it
-web.json          what the model is, and the size of each file
+web.json          model, precision, context, and the bytes each device loads
 version.js        what the service worker keeps
 """
 
@@ -41,7 +41,7 @@ def write(made: Bundle, target: Path, *, npm: Path | None = None, force: bool = 
         npm: a node_modules with the packages; None to let npm fetch them into the user's cache, once.
 
     Returns:
-        The size of each file in bytes, by its path.
+        Size in bytes of each file but web.json and version.js, by its path.
 
     Raises:
         BundleError: the bundle has no tokenizer, or is too large for a browser.
@@ -67,7 +67,8 @@ def write(made: Bundle, target: Path, *, npm: Path | None = None, force: bool = 
             place.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(made.folder / name, place)
         graphs = _write_graphs(made, folder / "model")
-        sizes = {name: record.size for name, record in bundle.describe_files(folder).items()}
+        records = bundle.describe_files(folder)
+        sizes = {name: record.size for name, record in records.items()}
         facts = {
             "id": Path(made.manifest.source).name,
             "dtype": made.manifest.dtype,
@@ -76,7 +77,7 @@ def write(made: Bundle, target: Path, *, npm: Path | None = None, force: bool = 
             "devices": {device: _device(device, graph, sizes) for device, graph in graphs.items()},
         }
         (folder / _FACTS).write_text(json.dumps(facts, indent=1), encoding="utf-8")
-        _write_version(folder, [*shell, _FACTS])
+        _write_version(folder, [*shell, _FACTS], [facts, {name: record.sha256 for name, record in records.items()}])
     return sizes
 
 
@@ -111,12 +112,11 @@ def _device(device: str, graph: str, sizes: dict[str, int]) -> dict[str, str | i
     return {"runtime": runtime, "graph": graph, "bytes": needed}
 
 
-def _write_version(folder: Path, shell: list[str]) -> None:
-    """What browsers compare at each visit: any other byte in the folder changes it."""
-    hashes = {name: record.sha256 for name, record in bundle.describe_files(folder).items()}
-    version = hashlib.sha256(json.dumps(hashes).encode()).hexdigest()[:16]
-    content = f"self.VERSION = {json.dumps(version)};\nself.SHELL = {json.dumps(shell)};\n"
-    (folder / "version.js").write_text(content, encoding="utf-8")
+def _write_version(folder: Path, shell: list[str], content: list[object]) -> None:
+    """What browsers compare at each visit: any other byte in the folder, all of which `content` tells of, changes it."""
+    version = hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
+    text = f"self.VERSION = {json.dumps(version)};\nself.SHELL = {json.dumps(shell)};\n"
+    (folder / "version.js").write_text(text, encoding="utf-8")
 
 
 def _check_target(folder: Path, *, force: bool) -> None:
