@@ -14,7 +14,7 @@ from ..models.bundle import MANIFEST, sha256_of
 from ..runtime import jobs
 from ..runtime.text import text_input
 from .parts import Part, cut
-from .storage import Place, public, reading, unfinished_file, writing
+from .storage import Place, reading, unfinished_file, writing
 from .worker import Work
 
 RECORD = "_job.json"  # readers of data folders skip names that begin with an underscore
@@ -75,7 +75,7 @@ class Job:
             files = [one for one in source.files() if not _is_hidden(one)]
         if not files:
             raise PromptError(f"can't read {source.name}: there is no such file, and no folder with files in it")
-        with writing(public(output_name)):
+        with writing(output_name):
             output = Place.of(output_name)
             present = output.files()
             if [one.path for one in present] == [output.path]:

@@ -115,7 +115,7 @@ def writing(name: str) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise OutputError(f"can't write {name}: {_reason(error)}") from error
+        raise OutputError(f"can't write {public(name)}: {_reason(error)}") from error
 
 
 def unfinished_file(name: str) -> str | None:
