@@ -97,6 +97,7 @@ class GPT2Config:
         model_type = raw.get("model_type", "gpt2")
         if model_type != "gpt2":
             raise CheckpointError(f"not a GPT-2: config.json says model_type {shown(model_type)}")
+        raw = without_gptq(raw)
         for name, reason in _FOREIGN.items():
             if raw.get(name):
                 raise CheckpointError(f"config.json: {name} is not supported ({reason})")
@@ -108,6 +109,14 @@ class GPT2Config:
     def from_file(cls, path: Path) -> "GPT2Config":
         """Reads a config.json; raises CheckpointError as `from_dict` does, or where it can't be read."""
         return cls.from_dict(read_json(path))
+
+
+def without_gptq(raw: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A config.json without GPTQ's settings, which nothing but the reader of such weights heeds."""
+    match raw:
+        case {"quantization_config": {"quant_method": "gptq"}, **others}:
+            return others
+    return raw
 
 
 def read_json(path: Path, most: int = limits.JSON) -> dict[str, Any]:

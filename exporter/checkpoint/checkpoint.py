@@ -28,7 +28,6 @@ try:
     from .formats import open_weights
     from .hub import find
     from .layouts import arrange
-    from .layouts.gptq import without_settings
     from .weight import Weight
 except ModuleNotFoundError as error:
     raise MissingExtraError("Exporting a checkpoint", error.name or "safetensors", "export") from error
@@ -91,7 +90,7 @@ class Checkpoint:
                 raise CheckpointError(f"{folder / CONFIG} says n_head {told}, not {n_head}")
             given = (given or {}) | {"n_head": n_head}
         if given is not None and "model_type" in given:
-            GPT2Config.from_dict(without_settings(given))  # names another architecture before a missing tensor does
+            GPT2Config.from_dict(given)  # another architecture is refused by its model_type, not by a missing tensor
         saved = open_weights(path)
         raw_config, weights = arrange(saved, given)
         config = GPT2Config.from_dict(raw_config)

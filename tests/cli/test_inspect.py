@@ -11,11 +11,13 @@ import onnx
 import pytest
 from support.checkpoints import MakeCheckpoint
 from support.commands import CommandLine
+from support.golden import FOLDER as GOLDEN
 from support.golden import Golden
 from support.hub import MAIN, REPOSITORY, Hub, checkpoints, hub
 from support.isolated import COMMAND_LINE, EXPORT_ONLY, REFERENCES, run
 
 import gpt2onnx
+from gpt2onnx.exporter.checkpoint.checkpoint import Checkpoint
 from gpt2onnx.models.bundle import GRAPH, MANIFEST, Manifest
 from gpt2onnx.models.config import GPT2Config
 from gpt2onnx.models.inspection import Layer, layers
@@ -185,6 +187,10 @@ def test_a_source_that_was_never_exported(
         assert f"{parameters:,}" in done.out
         assert "parity" not in done.out
     assert not (tmp_path / "cache").exists(), "inspect exported something"
+    # A checkpoint that GPTQ quantised.
+    quantized = GOLDEN / "other_formats" / "gptq"
+    record = json.loads(command_line("inspect", quantized, "--json").out)
+    assert record["parameters"] == layers(Checkpoint.open(str(quantized)).config).parameters
     # One weights file without a configuration: read off the weights.
     folder = make_checkpoint(n_embd=64, n_head=2)
     exported = gpt2onnx.export(folder, tmp_path / "bundle").config

@@ -9,6 +9,7 @@ from typing import Any, Protocol
 
 from gpt2onnx.errors import CheckpointError
 
+from ....models.config import without_gptq
 from ..formats import SavedWeights
 from ..weight import Weight
 from . import book, gptq, hugging_face, keras_hub, llama_cpp, megatron, mingpt, mlx, nanogpt, openai, tensorflow_flax
@@ -82,7 +83,7 @@ def arrange(saved: SavedWeights, config: Mapping[str, Any] | None) -> tuple[dict
     """
     quantiser = gptq if any(name.endswith(gptq.PACKED) for name in saved.arrays) else mlx
     plain = quantiser.dequantised(saved.arrays, config)
-    config = config and gptq.without_settings(config)
+    config = config and without_gptq(config)
     prefix = next((match[1] for name in plain if (match := _WRAPPED.match(name))), "")
     arrays = {name.removeprefix(prefix).removeprefix(_TRANSFORMER): array for name, array in plain.items()}
     tensors = Tensors(saved.path, arrays, saved.settings)

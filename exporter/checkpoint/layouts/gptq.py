@@ -70,13 +70,6 @@ class QuantisedArray(DerivedArray):
         return unpacked(stored + np.uint32(sum(1 << place for place in range(0, 32, self.bits))), self.bits)
 
 
-def without_settings(config: Mapping[str, Any]) -> dict[str, Any]:
-    """A config.json without GPTQ's settings, which nothing but the reader of these weights heeds."""
-    settings = config.get(_SETTINGS)
-    theirs = isinstance(settings, dict) and settings.get("quant_method") == "gptq"
-    return {name: value for name, value in config.items() if not (theirs and name == _SETTINGS)}
-
-
 def dequantised(arrays: Mapping[str, StoredArray], config: Mapping[str, Any] | None) -> dict[str, StoredArray]:
     """The arrays with one for each quantised matrix.
 
