@@ -94,8 +94,8 @@ class Checkpoint:
         saved = open_weights(path)
         raw_config, weights = arrange(saved, given)
         config = GPT2Config.from_dict(raw_config)
-        tied = _is_tied(config, weights, saved.path)
-        shapes = _checked_shapes(config, weights, saved.path, tied=tied)
+        tied = _checked(config, weights, saved.path)
+        shapes = weight_shapes(config, tied=tied)
         files = tuple(sorted({part.path for weight in weights.values() for part in weight.parts} | set(saved.files)))
         unused = [name for name in weights.keys() - shapes.keys() - {"lm_head.weight"} if not _BUFFER.match(name)]
         if unused:
@@ -104,10 +104,9 @@ class Checkpoint:
         if added is not None:
             weights, files = added.merge(weights, shapes), files + added.files
             vocabulary = weights["wte.weight"].parts[0].shape[0]
-            raw_config = raw_config | {"vocab_size": vocabulary}
+            raw_config = raw_config | {"vocab_size": vocabulary, "tie_word_embeddings": tied}
             config = GPT2Config.from_dict(raw_config)
-            tied = (head := weights.get("lm_head.weight")) is None or head.equals(weights["wte.weight"])
-            _checked_shapes(config, weights, added.path, tied=tied)
+            tied = _checked(config, weights, added.path)
         if tied != config.tie_word_embeddings:
             raw_config, config = raw_config | {"tie_word_embeddings": tied}, replace(config, tie_word_embeddings=tied)
         name = source if adapter is None else f"{source} with {adapter}"
@@ -161,25 +160,19 @@ def _find_base(adapter: Adapter) -> Path:
         ) from error
 
 
-def _checked_shapes(
-    config: GPT2Config, weights: Mapping[str, Weight], path: Path, *, tied: bool
-) -> dict[str, tuple[int, ...]]:
-    """The shape of each weight that the configuration asks for; CheckpointError if one is missing or has another shape."""
-    shapes = weight_shapes(config, tied=tied)
-    for name, expected in shapes.items():
+def _checked(config: GPT2Config, weights: Mapping[str, Weight], path: Path) -> bool:
+    """Checks names, shapes and types; whether the output head is the token embedding. Like transformers 5, keeps a head that differs.
+
+    Raises:
+        CheckpointError: a weight that the configuration asks for is missing, or has another shape or type.
+    """
+    head = weights.get("lm_head.weight")
+    for name, expected in weight_shapes(config, tied=head is None).items():
         if name not in weights:
             raise CheckpointError(f"{path}: the weights lack tensor {name} (shape {list(expected)})")
         weights[name].check(expected)
-    return shapes
-
-
-def _is_tied(config: GPT2Config, weights: Mapping[str, Weight], path: Path) -> bool:
-    """Whether the output head is the token embedding. Like transformers 5, keeps a head that differs."""
-    head = weights.get("lm_head.weight")
-    if head is not None:
-        return head.equals(weights["wte.weight"])
-    if not config.tie_word_embeddings:
+    if head is None and not config.tie_word_embeddings:
         raise CheckpointError(
             f"{path}: the weights lack tensor lm_head.weight, and config.json says tie_word_embeddings false"
         )
-    return True
+    return head is None or head.equals(weights["wte.weight"])

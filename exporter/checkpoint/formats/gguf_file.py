@@ -95,13 +95,14 @@ def open_gguf(path: Path) -> SavedWeights:
             for each in reader.tensors
         }  # fmt: skip
         settings = {name: value.contents() for name, value in reader.fields.items()}
+        tokenizer_files = _tokenizer_files(settings)
     except OSError as error:
         raise CheckpointError(f"can't read {path}: {error.strerror}") from error
     except Exception as error:  # the package raises any type
         raise CheckpointError(f"{path} is not a whole GGUF file: {one_line(error)}") from error
     if any(math.prod(array.shape) == 0 for array in arrays.values()):
         raise CheckpointError(f"{path} is not a whole GGUF file: a tensor is empty")
-    return SavedWeights(path, arrays, settings, _tokenizer_files(settings))
+    return SavedWeights(path, arrays, settings, tokenizer_files)
 
 
 def _tokenizer_files(settings: Mapping[str, Any]) -> dict[str, str]:

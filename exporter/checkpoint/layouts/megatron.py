@@ -57,12 +57,17 @@ def recognises(tensors: Tensors) -> bool:
 def arrange(tensors: Tensors, config: Mapping[str, Any] | None) -> tuple[dict[str, Any], dict[str, Weight]]:
     """Transposes the matrices of the blocks, orders queries, keys and values, and leaves out the rows that pad the vocabulary."""
     tensors = replace(tensors, arrays={_spelled(name): array for name, array in tensors.arrays.items()})
-    told = tensors.settings["args"]
+    told, parts = (tensors.settings.get(name) for name in ("args", "parts"))
+    if not isinstance(told, dict) or not isinstance(parts, int) or parts < 1:
+        raise CheckpointError(
+            f"{tensors.path} has Megatron-LM's names without its settings, which tell the order of queries, keys and values: export the"
+            " folder that Megatron-LM saved"
+        )
     if foreign := next((name for name in _FOREIGN if told.get(name)), None):
         raise CheckpointError(f"{tensors.path}: {foreign} makes it no GPT-2")
     rows, width = tensors.matrix_shape(EMBEDDING)
     architecture = {
-        "vocab_size": _vocabulary(rows, tensors.settings["parts"], told),
+        "vocab_size": _vocabulary(rows, parts, told),
         "n_positions": tensors.matrix_shape(_POSITIONS)[0],
         "n_embd": width,
         "n_layer": tensors.count_blocks(_LAYERS),
@@ -102,7 +107,7 @@ def _tokens(array: StoredArray, vocabulary: object) -> StoredArray:
 
 def _ordered(tensors: Tensors, array: StoredArray, heads: object) -> StoredArray:
     """Queries, keys and values one after another, in each of them one head after another."""
-    version, parts = tensors.settings["checkpoint_version"], tensors.settings["parts"]
+    version, parts = tensors.settings.get("checkpoint_version"), tensors.settings["parts"]
     if not isinstance(heads, int) or heads < 1 or heads % parts or not array.shape or array.shape[0] % (3 * heads):
         raise CheckpointError(
             f"{tensors.path}: tensor {array.name} has shape {list(array.shape)}, which {shown(heads)} heads in {parts} parts can't have"

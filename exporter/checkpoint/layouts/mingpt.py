@@ -75,4 +75,4 @@ def arrange(tensors: Tensors, config: Mapping[str, Any] | None) -> tuple[dict[st
         "n_layer": layers,
         "activation_function": "gelu",
     }
-    return tensors.config(architecture, tensors.settings.get("config", {}).get("n_head"), config), weights
+    return tensors.config(architecture, tensors.setting("config", "n_head"), config), weights

@@ -27,15 +27,14 @@ def recognises(tensors: Tensors) -> bool:
 
 def arrange(tensors: Tensors, config: Mapping[str, Any] | None) -> tuple[dict[str, Any], dict[str, Weight]]:
     """Transposes the matrices of the blocks; a network built with bias=False gets biases of 0."""
-    saved = {name: settings for name, settings in tensors.settings.items() if isinstance(settings, dict)}
-    n_head = next((saved[name]["n_head"] for name in ("model_args", "config") if "n_head" in saved.get(name, {})), None)
+    n_head = tensors.setting("model_args", "n_head") or tensors.setting("config", "n_head")
     vocabulary, width = tensors.matrix_shape(EMBEDDING)
     architecture = {
         "vocab_size": vocabulary,
         "n_positions": tensors.matrix_shape("wpe.weight")[0],
         "n_embd": width,
         "n_layer": tensors.count_blocks("h."),
-        "activation_function": _activation(tensors, saved, config or {}),
+        "activation_function": _activation(tensors, config or {}),
     }
     full = tensors.config(architecture, n_head, config)
     weights = {
@@ -49,7 +48,7 @@ def arrange(tensors: Tensors, config: Mapping[str, Any] | None) -> tuple[dict[st
     return full, weights
 
 
-def _activation(tensors: Tensors, saved: Mapping[str, Any], config: Mapping[str, Any]) -> str:
+def _activation(tensors: Tensors, config: Mapping[str, Any]) -> str:
     """What a network has whose config.json names none.
 
     nanoGPT has the exact GELU, the others its approximation: build-nanogpt and llm.c, which save no model_args, and minGPT.
@@ -58,6 +57,6 @@ def _activation(tensors: Tensors, saved: Mapping[str, Any], config: Mapping[str,
     """
     if config.get("model_type") == "gpt2":  # by MLX, with transformers' config.json
         return "gelu_new"
-    alone = not saved.keys() & {"model_args", "config"}
-    approximate = "h.0.attn.bias" in tensors.arrays if alone else "model_args" not in saved
+    saved = {name for name in ("model_args", "config") if isinstance(tensors.settings.get(name), dict)}
+    approximate = "h.0.attn.bias" in tensors.arrays if not saved else "model_args" not in saved
     return "gelu_pytorch_tanh" if approximate else "gelu"

@@ -38,7 +38,7 @@ def arrange(tensors: Tensors, config: Mapping[str, Any] | None) -> tuple[dict[st
         ours = f"{match[1]}.weight" if match[5] is None else f"{place}{match[4].replace('/', '.')}.{_KINDS[match[5]]}"
         arrays[ours] = array
     named = Tensors(tensors.path, arrays, tensors.settings)
-    (vocabulary, width), hparams = named.matrix_shape("wte.weight"), tensors.settings.get("hparams", {})
+    vocabulary, width = named.matrix_shape("wte.weight")
     architecture = {
         "vocab_size": vocabulary,
         "n_positions": named.matrix_shape("wpe.weight")[0],
@@ -47,4 +47,4 @@ def arrange(tensors: Tensors, config: Mapping[str, Any] | None) -> tuple[dict[st
         "activation_function": "gelu_new",
     }
     weights = {name: Weight((array,)) for name, array in arrays.items()}
-    return named.config(architecture, hparams.get("n_head"), config), weights
+    return named.config(architecture, named.setting("hparams", "n_head"), config), weights

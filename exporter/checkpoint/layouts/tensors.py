@@ -58,6 +58,11 @@ class Tensors:
         block = re.compile(rf"^{re.escape(prefix)}(\d{{1,4}})\.")
         return 1 + max((int(match[1]) for name in self.arrays if (match := block.match(name))), default=-1)
 
+    def setting(self, group: str, name: str) -> Any:
+        """A setting of a group that was saved in the same file; None if it wasn't."""
+        settings = self.settings.get(group)
+        return settings.get(name) if isinstance(settings, dict) else None
+
     def config(
         self, architecture: Mapping[str, Any], n_head: object | None, given: Mapping[str, Any] | None
     ) -> dict[str, Any]:

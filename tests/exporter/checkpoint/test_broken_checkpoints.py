@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 import pytest
 from safetensors.numpy import save_file
@@ -52,6 +53,12 @@ def test_a_missing_tensor_and_a_wrong_type_are_named(form: str, folder: Path, st
     message = refused(folder)
     assert name in message
     assert "int64" in message.lower().replace("i64", "int64")
+
+
+def test_a_head_in_8_bits_is_named(folder: Path, state: State) -> None:
+    head = state["transformer.wte.weight"].astype(ml_dtypes.float8_e4m3fn)
+    SAVE["safetensors"](state | {"lm_head.weight": head}, folder)
+    assert "tensor lm_head.weight holds F8_E4M3, not floating-point numbers" in refused(folder)
 
 
 @pytest.mark.parametrize("part", [0.0, 0.001, 0.5, 0.999])

@@ -8,8 +8,10 @@ import random
 import shutil
 from pathlib import Path
 
+import gguf
 import numpy as np
 import pytest
+from support import torch_files
 from support.checkpoints import MakeCheckpoint
 from support.commands import CommandLine
 from support.fuzzing import ASKED
@@ -127,6 +129,27 @@ def test_gguf_of_another_architecture(tmp_path: Path) -> None:
     content = (FILES / "F32.gguf").read_bytes()
     (tmp_path / "other.gguf").write_bytes(content.replace(b"gpt2", b"phi2", 1))
     assert "its architecture is 'phi2'" in refused(tmp_path / "other.gguf")
+
+
+@pytest.mark.parametrize("types", [3, 0.5, True])
+def test_gguf_with_one_type_for_all_tokens(types: float, tmp_path: Path) -> None:
+    writer = gguf.GGUFWriter(tmp_path / "odd.gguf", "gpt2")
+    writer.add_token_list(["a", "b"])
+    writer.add_token_merges(["a b"])
+    writer.add_key_value(gguf.Keys.Tokenizer.TOKEN_TYPE, types, gguf.GGUFValueType.get_type(types))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    assert "odd.gguf is not a whole GGUF file" in refused(tmp_path / "odd.gguf")
+
+
+def test_openai_s_names_beside_settings_that_are_a_text(numbers: State, tmp_path: Path) -> None:
+    state = {f"model/{name}": array for name, array in np.load(FILES / "numbers.npz").items()}
+    torch_files.save({"model": state, "hparams": "117M"}, tmp_path / "mine.pt")
+    assert "the number of attention heads can't be read off the weights" in refused(tmp_path)
+    opened = Checkpoint.open(str(tmp_path), n_head=4)
+    assert np.array_equal(opened.tensor("wte.weight"), numbers["wte.weight"])
 
 
 # What lies beside

@@ -137,6 +137,13 @@ def test_what_does_not_fit(edit: Callable[[Any], object], message: str, folder: 
     assert message in refused(folder)
 
 
+@pytest.mark.parametrize("settings", [{}, {"args": {}, "parts": 0}, {"args": [], "parts": 1}])
+def test_names_of_megatron_in_another_file(settings: dict[str, object], tmp_path: Path) -> None:
+    state = {"language_model.embedding.word_embeddings.weight": np.ones((61, 16), np.float32)}
+    torch_files.save({"model": state, **settings}, tmp_path / "mine.pt")
+    assert "has Megatron-LM's names without its settings" in refused(tmp_path)
+
+
 def test_parts_that_are_missing_or_of_a_pipeline(folder: Path) -> None:
     step = folder / "iter_0000100"
     (step / "mp_rank_01").rename(step / "mp_rank_00_001")

@@ -25,6 +25,7 @@ from support.weight_files import refused
 import gpt2onnx
 from gpt2onnx.errors import CheckpointError, install_command
 from gpt2onnx.exporter.checkpoint.checkpoint import Checkpoint
+from gpt2onnx.exporter.checkpoint.formats.torch_file import read_checkpoint_file
 
 FILES = FOLDER / "other_formats"
 TOKENS = [3, 60, 0, 17, 17, 42]
@@ -113,6 +114,14 @@ def test_mingpt_tells_its_heads_in_config_json(part: str, model: dict[str, objec
     config = {"system": {"seed": 3407}, "data": {"block_size": 8}, "model": model, "trainer": {"num_workers": 4}}
     (tmp_path / "config.json").write_text(json.dumps(config))
     assert Checkpoint.open(str(tmp_path)).config.n_head == 4
+
+
+def test_mingpt_beside_settings_that_are_a_text(tmp_path: Path) -> None:
+    stored = read_checkpoint_file(FILES / "mingpt_2020" / "model.pt")
+    state = {name: array.read() for name, array in stored.items()}
+    torch_files.save({"model": state, "config": "gpt-mini"}, tmp_path / "mine.pt")
+    assert Checkpoint.open(str(tmp_path), n_head=2).config.n_head == 2
+    assert "the number of attention heads can't be read off the weights" in refused(tmp_path)
 
 
 # MLX, and other quantised weights
