@@ -11,7 +11,7 @@ EMBEDDING = "wte.weight"
 # In a graph that PyTorch exported the output head, its only matrix that PyTorch has to transpose, has no name of its own.
 _ONNX_HEAD = "onnx::MatMul_"
 _POSITIONS = {"n_positions", "max_position_embeddings"}
-_LAYERS = {"n_layer", "num_hidden_layers", "n_layers"}
+_LAYERS = {"n_layer", "num_hidden_layers"}
 
 
 def recognises(tensors: Tensors) -> bool:

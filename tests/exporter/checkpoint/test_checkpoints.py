@@ -315,6 +315,15 @@ def test_the_first_configs_say_n_ctx(make_checkpoint: MakeCheckpoint) -> None:
     assert opened.config.n_positions == opened.raw_config["n_positions"] == 40
 
 
+def test_the_book_s_names_in_a_config_are_read(make_checkpoint: MakeCheckpoint) -> None:
+    folder = make_checkpoint(n_positions=40)
+    expected = Checkpoint.open(str(folder)).config
+    theirs = {"vocab_size": "vocab_size", "context_length": "n_positions", "emb_dim": "n_embd", "n_layers": "n_layer", "n_heads": "n_head"}  # fmt: skip
+    content = {name: getattr(expected, ours) for name, ours in theirs.items()}
+    (folder / "config.json").write_text(json.dumps(content))
+    assert Checkpoint.open(str(folder)).config == expected
+
+
 def test_generation_options_in_config_json_count_where_there_is_no_other_file(
     folder: Path, checkpoint: Path, state: State, reference_of: type[Reference]
 ) -> None:
