@@ -4,7 +4,7 @@ import logging
 import math
 import os
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -24,6 +24,7 @@ from ..models.shapes import weight_shapes
 from ..runtime.host import progress as progress_bars
 from ..runtime.host.progress import Progress
 from ..runtime.text import text_input
+from ..runtime.text.tokenizer import Tokenizer
 
 try:
     from .checkpoint.checkpoint import Checkpoint
@@ -135,11 +136,14 @@ def export(
         with checkpoint.tokenizer_folder() as place:
             has_tokenizer = write_tokenizer(place, settings, folder)
         if not has_tokenizer:
+            if texts:
+                raise OptionError(f"quality_texts need a tokenizer, and {checkpoint.folder} has none")
             _log.warning(
                 "%s has no tokenizer, so the bundle takes and gives token ids; for text put tokenizer.json there, vocab.json with"
                 " merges.txt, vocab.txt or nanoGPT's meta.pkl, or give --tokenizer FOLDER later",
                 checkpoint.folder,
             )
+        tokens = _encoded(texts, folder)
         manifest = Manifest(
             gpt2onnx=version("gpt2onnx"),
             source=checkpoint.name,
@@ -184,7 +188,7 @@ def export(
                 from .validate.quality import report
 
                 made = Bundle(folder, manifest, checkpoint.config)
-                manifest = replace(manifest, quality=report(made, reference, texts))
+                manifest = replace(manifest, quality=report(made, reference, tokens))
         shutil.rmtree(folder / _REFERENCE, ignore_errors=True)
         manifest.write(folder)
         if parity or (parity is None and small):
@@ -209,6 +213,14 @@ def _check_options(dtype: str, graph: str, block_size: int | None, *, pure: bool
         raise OptionError(f"block_size must be one of {', '.join(map(str, BLOCK_SIZES))}, not {block_size}")
 
 
+def _encoded(texts: Mapping[str, str], folder: Path) -> dict[str, list[int]]:
+    """The tokens of the texts to compare on, by a bundle's tokenizer; early, since a text may be of no use."""
+    tokens = {name: Tokenizer(folder / bundle.TOKENIZER).encode(text) for name, text in texts.items()}
+    if short := [name for name, ids in tokens.items() if len(ids) < 2]:
+        raise OptionError(f"the quality text {short[0]} has fewer than two tokens: give a longer one")
+    return tokens
+
+
 def _count_weights(checkpoint: Checkpoint) -> int:
     shapes = weight_shapes(checkpoint.config, tied=checkpoint.tied)
     return sum(math.prod(shape) for shape in shapes.values())
@@ -224,9 +236,11 @@ def _write_reference(checkpoint: Checkpoint, manifest: Manifest, folder: Path, p
 
 def _collect(reference: Bundle, checkpoint: Checkpoint, dtype: str, progress: Share, *, pure: bool) -> "Statistics":
     """Activation statistics of the network, on texts of its own."""
-    from .quantize.statistics import collect, number_of_texts, write_texts
+    from ..runtime.engine.runner import Runner
+    from .quantize.statistics import TEXT_LENGTH, collect, number_of_texts, sample
 
-    tokens = write_texts(reference, number_of_texts(dtype, _count_weights(checkpoint), pure=pure))
+    number = number_of_texts(dtype, _count_weights(checkpoint), pure=pure)
+    tokens = sample(Runner(reference), number, min(TEXT_LENGTH, reference.config.n_positions))
     progress(0.5)
     return collect(reference, tokens, gradients=dtype == "int4", progress=lambda share: progress(0.5 + 0.5 * share))
 

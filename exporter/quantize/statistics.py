@@ -25,7 +25,7 @@ from .gradients import Gradients
 # too long for large networks, and raise the perplexity of `pure`: docs/export.md.
 TEXTS, MORE_TEXTS = {"int8": 16, "int4": 32}, 64
 _MANY_WEIGHTS = 50_000_000
-_TEXT_LENGTH = 256
+TEXT_LENGTH = 256
 _HEAD = "lm_head"
 
 
@@ -54,15 +54,6 @@ def number_of_texts(dtype: str, weights: int, *, pure: bool) -> int:
     return MORE_TEXTS if dtype == "int4" and not pure and weights <= _MANY_WEIGHTS else TEXTS[dtype]
 
 
-def write_texts(reference: Bundle, number: int, *, threads: int | None = None) -> npt.NDArray[np.int64]:
-    """Lets an fp32 bundle write texts to calibrate on, int64 [number, length].
-
-    Raises:
-        BackendError: ONNX Runtime can't load or run the graph.
-    """
-    return sample(Runner(reference, threads=threads), number, min(_TEXT_LENGTH, reference.config.n_positions))
-
-
 def sample(runner: Runner, rows: int, length: int, seed: int = 0) -> npt.NDArray[np.int64]:
     """Samples texts from a network's own distribution, int64 [rows, length], each from a random first token."""
     random = np.random.default_rng(seed)
@@ -81,7 +72,6 @@ def collect(
     reference: Bundle,
     tokens: npt.NDArray[np.int64],
     *,
-    threads: int | None = None,
     gradients: bool = True,
     progress: Callable[[float], None] = lambda share: None,
 ) -> Statistics:
@@ -90,14 +80,13 @@ def collect(
     Args:
         reference: its fp32 bundle; another graph is written beside the bundle's.
         tokens: the texts, int64 [texts, length].
-        threads: of one operator.
         gradients: also collect second moments of gradients.
         progress: called with the finished share.
 
     Raises:
         BackendError: ONNX Runtime can't load or run the graph.
     """
-    threads = threads or loading.threads(reference)
+    threads = loading.threads(reference)
     model = load(reference.folder / GRAPH, load_external_data=False)
     values = _inputs_of_layers(model)
     loss = Gradients(model, (reference.folder / GRAPH).parent, reference.config, threads=threads) if gradients else None

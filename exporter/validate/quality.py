@@ -14,12 +14,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from gpt2onnx.errors import OptionError
-
-from ...models.bundle import TOKENIZER, Bundle
+from ...models.bundle import Bundle
 from ...runtime.engine.kv_cache import KVCache
 from ...runtime.engine.runner import Runner
-from ...runtime.text.tokenizer import Tokenizer
 from ..quantize.statistics import sample
 from .logits import divergence, log_softmax
 
@@ -47,48 +44,45 @@ class Quality:
     kl: float
 
 
-def report(bundle: Bundle, reference: Bundle, texts: Mapping[str, str]) -> dict[str, Any]:
-    """The manifest's figures: on samples of the reference, and on texts by their names."""
+def report(bundle: Bundle, reference: Bundle, texts: Mapping[str, Sequence[int]]) -> dict[str, Any]:
+    """The manifest's figures: on samples of the reference, and on the tokens of texts, by their names."""
     figures = asdict(on_own_samples(bundle, reference))
     if texts:
-        figures["texts"] = [asdict(on_text(bundle, reference, text, name=name)) for name, text in texts.items()]
+        figures["texts"] = [asdict(on_text(bundle, reference, tokens, name=name)) for name, tokens in texts.items()]
     return figures
 
 
-def on_text(bundle: Bundle, reference: Bundle, text: str, *, name: str = "text", threads: int | None = None) -> Quality:
+def on_text(bundle: Bundle, reference: Bundle, tokens: Sequence[int], *, name: str = "text") -> Quality:
     """Compares a bundle with the same checkpoint's fp32 bundle on a text.
 
     The text is cut into windows as long as the context; the first token of each is not predicted.
 
+    Args:
+        tokens: of the text, two at least.
+
     Raises:
-        OptionError: the text has fewer than two tokens.
-        BundleError, BackendError: a bundle can't be used.
+        BackendError: ONNX Runtime can't load or run a graph.
     """
-    tokens = Tokenizer(bundle.folder / TOKENIZER).encode(text)
-    if len(tokens) < 2:
-        raise OptionError("quality is measured on a text of at least two tokens")
-    ours, theirs = _sessions(bundle, reference, threads)
+    ours, theirs = _sessions(bundle, reference)
     return _summary(name, _windows(ours, theirs, tokens))
 
 
-def on_own_samples(
-    bundle: Bundle, reference: Bundle, *, tokens: int = 256, seed: int = 1, threads: int | None = None
-) -> Quality:
+def on_own_samples(bundle: Bundle, reference: Bundle, *, tokens: int = 256, seed: int = 1) -> Quality:
     """Compares a bundle with the same checkpoint's fp32 bundle on texts that the latter samples.
 
     Raises:
         BackendError: ONNX Runtime can't load or run a graph.
     """
-    ours, theirs = _sessions(bundle, reference, threads)
+    ours, theirs = _sessions(bundle, reference)
     texts = sample(theirs, _TEXTS, min(theirs.config.n_positions, -(-tokens // _TEXTS) + 1), seed)
     return _summary("own samples", itertools.chain.from_iterable(_windows(ours, theirs, text) for text in texts))
 
 
-def _sessions(bundle: Bundle, reference: Bundle, threads: int | None) -> tuple[Runner, Runner]:
+def _sessions(bundle: Bundle, reference: Bundle) -> tuple[Runner, Runner]:
     """Opens both. A second graph rounds more than the first, so it is the one that is judged where there is one."""
-    ours = Runner(bundle, threads=threads)
+    ours = Runner(bundle)
     ours.open_second_graph()
-    return ours, Runner(reference, threads=threads)
+    return ours, Runner(reference)
 
 
 # At each predicted position: the losses of fp32 and of the bundle, and their divergence.

@@ -18,7 +18,7 @@ LIMITS = {"int8": 0.001, "int4": 0.0045, "int4 pure": 0.022}
 def test_promised_quality(precision: str, tales_bundle: Path, tmp_path: Path) -> None:
     """On texts that the fp32 model samples, others than those that it calibrates with."""
     made = gpt2onnx.export("tales", tmp_path / "bundle", quality=False, **CALIBRATED[precision])
-    found = quality.on_own_samples(made, Bundle.open(tales_bundle), tokens=2048, seed=7, threads=1)
+    found = quality.on_own_samples(made, Bundle.open(tales_bundle), tokens=2048, seed=7)
     most = LIMITS[precision]
     assert found.kl <= most, f"KL {found.kl:.5f}, promised is {most}"
     # Expected is that the logarithm of perplexity rises by the divergence; over few tokens it scatters.

@@ -39,7 +39,7 @@ def test_judge_of_tales_is_pytorch(tales_reference: Reference) -> None:
 @pytest.fixture(scope="module")
 def collected(tales_bundle: Path) -> Statistics:
     made = Bundle.open(tales_bundle)
-    return collect(made, fixed_texts(made.config, 4), threads=1, gradients=False)
+    return collect(made, fixed_texts(made.config, 4), gradients=False)
 
 
 def test_inputs_are_those_of_pytorch(collected: Statistics, tales_reference: Reference, golden: Golden) -> None:
@@ -114,7 +114,7 @@ def test_gradients_are_those_of_pytorch(
     source = make_checkpoint(**{"n_embd": 16} | settings)
     made, reference = gpt2onnx.export(source, tmp_path / "fp32"), reference_of(source)
     tokens = fixed_texts(made.config, 3)
-    gradients = collect(made, tokens, threads=1).gradients
+    gradients = collect(made, tokens).gradients
     names = [f"h.{layer}.{each}" for layer in range(made.config.n_layer) for each in ("attn.c_attn", "mlp.c_proj")]
     about = ["gradients", reference.name, digest(tokens.flat)]
 
@@ -157,7 +157,7 @@ def test_centred_network_is_the_same_network(
     expected = tales_reference.logits(tokens)
     assert_close(logits_of_prompt(opened, tokens), expected, 1e-5 * np.nanmax(np.abs(expected)), "centred")
 
-    again = collect(opened, collected.tokens, threads=1, gradients=False)
+    again = collect(opened, collected.tokens, gradients=False)
     for name, inputs in again.inputs.items():
         if not name.endswith("mlp.c_proj"):
             assert not after[name].mean.any()

@@ -119,7 +119,7 @@ def test_layers_are_quantised_for_both_networks(short_tales: Path, fp32: Path, t
         def observe(self, name: str, inputs: np.ndarray, outputs: np.ndarray) -> Moments:
             return seen.setdefault(name, super().observe(name, inputs, outputs))
 
-    collected = statistics.collect(reference, tokens, threads=1, gradients=False)
+    collected = statistics.collect(reference, tokens, gradients=False)
     recorder = Recorder(
         config,
         checkpoint.tensor,
@@ -152,9 +152,8 @@ def test_layers_are_quantised_for_both_networks(short_tales: Path, fp32: Path, t
 def test_quality_is_that_of_the_stored_weights(short_tales: Path, fp32: Path, quantized: Callable[..., Bundle]) -> None:
     made = quantized("int4", calibrate=False)
     text = "Once upon a time there was a fox who wished to see the sea. " * 20
-    found = quality.on_text(made, Bundle.open(fp32), text, threads=1)
-
     ids = gpt2onnx.load(fp32, threads=1).tokenizer.encode(text)
+    found = quality.on_text(made, Bundle.open(fp32), ids)
     assert len(ids) < made.config.n_positions
     networks = in_numpy(short_tales), in_numpy(short_tales, weights_of(made))
     truth, candidate = (log_softmax(each.logits(np.array([ids]))[0, :-1].astype(np.float64)) for each in networks)
@@ -171,14 +170,14 @@ def test_quality_is_that_of_the_stored_weights(short_tales: Path, fp32: Path, qu
 def test_calibration_helps(precision: str, quantized: Callable[..., Bundle], fp32: Path) -> None:
     bundles = (quantized(precision, calibrate=calibrate) for calibrate in (True, False))
     reference = Bundle.open(fp32)
-    kl, plain = (quality.on_own_samples(each, reference, tokens=256, seed=7, threads=1).kl for each in bundles)
+    kl, plain = (quality.on_own_samples(each, reference, tokens=256, seed=7).kl for each in bundles)
     assert kl < SHARES[precision] * plain, f"KL {kl:.5f}, without calibration {plain:.5f}"
 
 
 def test_samples_follow_the_network(fp32: Path) -> None:
     """Their mean loss is the network's own entropy."""
     opened = Bundle.open(fp32)
-    figures = quality.on_own_samples(opened, opened, tokens=1024, seed=3, threads=1)
+    figures = quality.on_own_samples(opened, opened, tokens=1024, seed=3)
     session = Runner(opened, threads=1)
     tokens = statistics.sample(session, 16, 65, seed=5)
     losses = []
@@ -239,7 +238,8 @@ def test_quality_in_the_manifest(short_tales: Path, fp32: Path, tmp_path: Path) 
     assert 0 < figures["kl"] < 0.0005
     assert [each["text"] for each in figures["texts"]] == list(texts)
     for each in figures["texts"]:
-        measured = quality.on_text(made, Bundle.open(fp32), texts[each["text"]], name=each["text"])
+        tokens = gpt2onnx.load(fp32, threads=1).tokenizer.encode(texts[each["text"]])
+        measured = quality.on_text(made, Bundle.open(fp32), tokens)
         assert each["tokens"] == measured.tokens
         assert each["perplexity"] == pytest.approx(measured.perplexity, rel=1e-4)
         assert each["reference_perplexity"] == pytest.approx(measured.reference_perplexity, rel=1e-4)
@@ -263,7 +263,7 @@ def test_quality_texts_on_the_command_line(command_line: CommandLine, short_tale
 
 def test_quality_of_equal_bundles_is_perfect(tales_bundle: Path) -> None:
     opened = Bundle.open(tales_bundle)
-    figures = quality.on_own_samples(opened, opened, tokens=40, threads=1)
+    figures = quality.on_own_samples(opened, opened, tokens=40)
     assert figures.kl == 0
     assert figures.perplexity == figures.reference_perplexity
 
@@ -272,6 +272,23 @@ def test_quality_text_that_is_missing(tales_checkpoint: Path, tmp_path: Path) ->
     with pytest.raises(PromptError, match="can't read the text missing"):
         gpt2onnx.export(tales_checkpoint, tmp_path / "bundle", dtype="int8", quality_texts=["missing.txt"])
     assert not any(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(("text", "message"), [("Once upon", "need a tokenizer"), ("a", "fewer than two tokens")])
+def test_quality_text_of_no_use(text: str, message: str, make_checkpoint: MakeCheckpoint, tmp_path: Path) -> None:
+    """It is refused before anything is computed."""
+    folder = make_checkpoint()
+    assert (folder / "tokenizer.json").is_file()
+    if "tokenizer" in message:
+        (folder / "tokenizer.json").unlink()
+    (tmp_path / "text.txt").write_text(text)
+    seen: list[int] = []
+    with pytest.raises(OptionError, match=message):
+        gpt2onnx.export(
+            folder, tmp_path / "bundle", dtype="int8", quality_texts=[tmp_path / "text.txt"],
+            progress=lambda done, _: seen.append(done),
+        )  # fmt: skip
+    assert seen == []
 
 
 @pytest.mark.parametrize(

@@ -47,7 +47,7 @@ def test_smoothed_network_is_the_same_network(
     source = make_checkpoint()
     made, checkpoint = gpt2onnx.export(source, tmp_path / "fp32"), Checkpoint.open(str(source))
     tokens = fixed_texts(made.config, 32)
-    before = collect(made, tokens, threads=1)
+    before = collect(made, tokens)
     by_weights = partial(range_by_weights, checkpoint.config, checkpoint.tensor)
     smoothed = smoothing(checkpoint, partial(range_on, before.inputs) if calibrated else by_weights, bits)
     expected_inputs = {
@@ -61,7 +61,7 @@ def test_smoothed_network_is_the_same_network(
     expected = in_numpy(source).logits(prompt)
     assert_close(logits_of_prompt(opened, prompt), expected, 1e-5 * np.abs(expected).max(), "smoothed")
 
-    after = collect(opened, tokens, threads=1)
+    after = collect(opened, tokens)
     for name, inputs in after.inputs.items():
         sample, scale = expected_inputs[name].sample, np.abs(expected_inputs[name].sample).max()
         np.testing.assert_allclose(inputs.sample, sample, rtol=0, atol=1e-4 * scale, err_msg=name)
@@ -142,7 +142,7 @@ def test_scaled_channels_cost_nothing(
             export_short_tales(each, **options)
             for options in ({}, {"dtype": dtype, "calibrate": calibrate, "quality": False})
         )
-        kl.append(quality.on_own_samples(made, fp32, tokens=256, seed=7, threads=1).kl)
+        kl.append(quality.on_own_samples(made, fp32, tokens=256, seed=7).kl)
     assert kl[1] < 1.3 * kl[0], f"KL {kl[1]:.5f}, without scales {kl[0]:.5f}"
 
 
