@@ -90,9 +90,6 @@ class MergedArray:
         with np.errstate(all="ignore"):  # the checkpoint reports infinite numbers
             return self.change(self.base.read())
 
-    def same_bytes(self, other: StoredArray) -> bool:
-        return self is other
-
 
 @dataclass(frozen=True)
 class Adapter:

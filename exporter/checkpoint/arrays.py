@@ -3,7 +3,7 @@
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
@@ -47,10 +47,6 @@ class StoredArray(Protocol):
         """
         ...
 
-    def same_bytes(self, other: "StoredArray") -> bool:
-        """Whether both are known, without reading them, to be the same numbers of the same file."""
-        ...
-
 
 @dataclass(frozen=True)
 class SafetensorsArray:
@@ -69,13 +65,10 @@ class SafetensorsArray:
             raise CheckpointError(f"{self.path}: can't read tensor {self.name}: {error}") from error
         return array
 
-    def same_bytes(self, other: StoredArray) -> bool:
-        return False
-
 
 @dataclass(frozen=True)
 class StridedArray:
-    """An array in a file of raw little-endian numbers: PyTorch's storages, and views of them.
+    """An array in a file of raw little-endian numbers: PyTorch's storages, and views of them. Two of the same numbers are equal.
 
     Attributes:
         offset: of its first number in the file, in bytes.
@@ -83,7 +76,7 @@ class StridedArray:
     """
 
     path: Path
-    name: str
+    name: str = field(compare=False)
     shape: tuple[int, ...]
     dtype: str
     offset: int
@@ -101,12 +94,6 @@ class StridedArray:
             raise CheckpointError(f"{self.path} ends inside tensor {self.name}: fetch or save it again")
         steps = tuple(stride * size for stride in self.strides)
         return np.lib.stride_tricks.as_strided(raw.view(np.dtype(self.dtype)), self.shape, steps)
-
-    def same_bytes(self, other: StoredArray) -> bool:
-        return isinstance(other, StridedArray) and (
-            (self.path, self.offset, self.shape, self.strides, self.dtype)
-            == (other.path, other.offset, other.shape, other.strides, other.dtype)
-        )
 
 
 @dataclass(frozen=True)
@@ -131,9 +118,6 @@ class DerivedArray(ABC):
     @abstractmethod
     def read(self) -> npt.NDArray[np.generic]: ...
 
-    def same_bytes(self, other: StoredArray) -> bool:
-        return self is other
-
 
 @dataclass(frozen=True)
 class ReshapedArray(DerivedArray):
@@ -141,9 +125,6 @@ class ReshapedArray(DerivedArray):
 
     def read(self) -> npt.NDArray[np.generic]:
         return self.stored.read().reshape(self.shape)
-
-    def same_bytes(self, other: StoredArray) -> bool:
-        return isinstance(other, ReshapedArray) and self.stored.same_bytes(other.stored)
 
 
 def without_first_axis(array: StoredArray, axes: int) -> StoredArray:
@@ -169,9 +150,6 @@ class ZeroArray:
 
     def read(self) -> npt.NDArray[np.generic]:
         return np.zeros(self.shape, np.float32)
-
-    def same_bytes(self, other: StoredArray) -> bool:
-        return False
 
 
 def item_size(dtype: str) -> int:

@@ -18,7 +18,7 @@ import numpy.typing as npt
 from gpt2onnx.errors import CheckpointError
 
 from ....models.messages import one_line
-from ..arrays import FLOATS, StoredArray, item_size
+from ..arrays import FLOATS, item_size
 from .saved import SavedWeights
 from .torch_file import read_plain_pickle, read_saved_tensor
 from .unpickle import Call, Record, RecordType
@@ -76,9 +76,6 @@ class PiecedArray:
             ends = zip(piece.begin, piece.shape, strict=True)
             whole[tuple(slice(begin, begin + count) for begin, count in ends)] = part.read()
         return whole
-
-    def same_bytes(self, other: StoredArray) -> bool:
-        return self is other
 
 
 def pieces_of(folder: Path) -> Path | None:

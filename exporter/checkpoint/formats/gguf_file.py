@@ -59,9 +59,6 @@ class GGUFArray:
             raise CheckpointError(f"{self.path}: can't read tensor {self.name} in {kind.name}: {error}") from error
         return array
 
-    def same_bytes(self, other: StoredArray) -> bool:
-        return isinstance(other, GGUFArray) and (self.path, self.offset) == (other.path, other.offset)
-
 
 def open_gguf(path: Path) -> SavedWeights:
     """The arrays of a file, its settings and its tokenizer.

@@ -18,7 +18,7 @@ from gpt2onnx.errors import CheckpointError, MissingExtraError
 
 from ....models import limits, protobuf
 from ....models.config import read_json
-from ..arrays import StoredArray, item_size
+from ..arrays import item_size
 from .saved import SavedWeights
 
 INDEX = ".index"
@@ -62,9 +62,6 @@ class TensorFlowArray:
         if len(raw) != size or _masked_crc(raw) != self.checksum:
             raise CheckpointError(f"{self.path}: tensor {self.name} is damaged: fetch or save it again")
         return raw.view(np.dtype(self.dtype)).reshape(self.shape)
-
-    def same_bytes(self, other: StoredArray) -> bool:
-        return False
 
 
 def latest(folder: Path) -> Path | None:
