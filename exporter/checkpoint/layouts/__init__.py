@@ -1,11 +1,12 @@
 """Naming schemes of checkpoints: how the tensors of each become the weights of GPT2LMHeadModel.
 
-A new scheme is one file here, which has the parts of `Layout`, and one entry in LAYOUTS.
+A new scheme is one file here with a function `arrange`, and one entry in LAYOUTS.
 """
 
 import re
-from collections.abc import Mapping
-from typing import Any, Protocol
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
 
 from gpt2onnx.errors import CheckpointError
 
@@ -16,55 +17,44 @@ from . import book, gptq, hugging_face, keras_hub, llama_cpp, megatron, mingpt, 
 from .tensors import Tensors
 
 
-class Layout(Protocol):
+@dataclass(frozen=True)
+class Layout:
     """A naming scheme.
 
     Attributes:
-        NAME: as errors call it.
-        EMBEDDING: name of the token embedding.
+        name: as errors call it.
+        embedding: name of the token embedding.
+        arrange: gives a config.json, and the weights by their names in GPT2LMHeadModel; takes the tensors, and the content of the
+            checkpoint's config.json, None if it has none. Raises CheckpointError where a tensor is missing, or the
+            architecture can't be known.
+        recognises: whether tensors have this scheme's names and shapes; by default whether the embedding is one of them.
     """
 
-    @property
-    def NAME(self) -> str: ...  # noqa: N802  # a module's constant
-    @property
-    def EMBEDDING(self) -> str: ...  # noqa: N802
-
-    def recognises(self, tensors: Tensors) -> bool:
-        """Whether the tensors have this scheme's names and shapes."""
-        ...
-
-    def arrange(
-        self, tensors: Tensors, config: Mapping[str, Any] | None
-    ) -> tuple[Mapping[str, Any], Mapping[str, Weight]]:
-        """A config.json, and the weights by their names in GPT2LMHeadModel.
-
-        Args:
-            tensors: of the checkpoint.
-            config: the content of its config.json; None if it has none.
-
-        Raises:
-            CheckpointError: a tensor is missing, or the architecture can't be known.
-        """
-        ...
+    name: str
+    embedding: str
+    arrange: Callable[[Tensors, Mapping[str, Any] | None], tuple[dict[str, Any], dict[str, Weight]]]
+    recognises: Callable[[Tensors], bool] | None = None
 
 
 # The first that recognises a checkpoint reads it.
-LAYOUTS: tuple[Layout, ...] = (
-    mingpt,
-    book,
-    openai,
-    llama_cpp,
-    megatron,
-    nanogpt,
-    hugging_face,
-    tensorflow_flax,
-    keras_hub,
+LAYOUTS = (
+    Layout("minGPT's", mingpt.EMBEDDING, mingpt.arrange, mingpt.recognises),
+    Layout("GPTModel's", book.EMBEDDING, book.arrange),
+    Layout("OpenAI's", "model/wte", openai.arrange),
+    Layout("llama.cpp's", llama_cpp.EMBEDDING, llama_cpp.arrange),
+    Layout("Megatron-LM's", megatron.EMBEDDING, megatron.arrange),
+    Layout("nanoGPT's", nanogpt.EMBEDDING, nanogpt.arrange, nanogpt.recognises),
+    Layout("Hugging Face's", hugging_face.EMBEDDING, hugging_face.arrange),
+    Layout(
+        "transformers' in TensorFlow or Flax", "wte/embeddings:0", tensorflow_flax.arrange, tensorflow_flax.recognises
+    ),
+    Layout("keras-hub's", keras_hub.EMBEDDING, keras_hub.arrange),
 )
 
 # Wrappers put a prefix before every name: torch.compile `_orig_mod.`, DistributedDataParallel `module.`, others the name of
 # the attribute that holds the network. GPT2LMHeadModel puts `transformer.` before every name but its head's.
 _TRANSFORMER = "transformer."
-_EMBEDDINGS = "|".join(re.escape(layout.EMBEDDING) for layout in LAYOUTS)
+_EMBEDDINGS = "|".join(re.escape(layout.embedding) for layout in LAYOUTS)
 _WRAPPED = re.compile(rf"^(.*?)(?:{re.escape(_TRANSFORMER)})?(?:{_EMBEDDINGS})$")
 
 
@@ -88,9 +78,9 @@ def arrange(saved: SavedWeights, config: Mapping[str, Any] | None) -> tuple[dict
     arrays = {name.removeprefix(prefix).removeprefix(_TRANSFORMER): array for name, array in plain.items()}
     tensors = Tensors(saved.path, arrays, saved.settings)
     for layout in LAYOUTS:
-        if layout.recognises(tensors):
-            full, weights = layout.arrange(tensors, config)
-            return dict(full), dict(weights)
+        fits = layout.recognises(tensors) if layout.recognises else layout.embedding in arrays
+        if fits:
+            return layout.arrange(tensors, config)
     some = ", ".join(sorted(saved.arrays)[:3]) or "nothing"
-    known = ", ".join(f"{layout.EMBEDDING} ({layout.NAME})" for layout in LAYOUTS)
+    known = ", ".join(f"{layout.embedding} ({layout.name})" for layout in LAYOUTS)
     raise CheckpointError(f"{saved.path} is no known GPT-2: its tensors are {some} …, and none of {known}")

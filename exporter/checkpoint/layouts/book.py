@@ -23,7 +23,6 @@ from ..arrays import FLOATS, StoredArray, ZeroArray
 from ..weight import Weight
 from .tensors import Tensors
 
-NAME = "GPTModel's"
 EMBEDDING = "tok_emb.weight"
 
 _OUTSIDE = {
@@ -54,11 +53,6 @@ _WRAPPED, _DOWN, _UP = ".linear.", ".lora.A", ".lora.B"
 _log = logging.getLogger(__name__)
 
 
-def recognises(tensors: Tensors) -> bool:
-    """Whether it has the token embedding's name."""
-    return EMBEDDING in tensors.arrays
-
-
 def arrange(tensors: Tensors, config: Mapping[str, Any] | None) -> tuple[dict[str, Any], dict[str, Weight]]:
     """Transposes the matrices of the blocks, and joins those of queries, keys and values; merges LoRA layers."""
     alpha = _alpha(tensors.settings, config or {})
@@ -67,14 +61,6 @@ def arrange(tensors: Tensors, config: Mapping[str, Any] | None) -> tuple[dict[st
     tensors = replace(tensors, arrays=_without_lora(tensors, alpha))
     (vocabulary, width), layers = tensors.matrix_shape(EMBEDDING), tensors.count_blocks("trf_blocks.")
     inner = tensors.matrix_shape("trf_blocks.0.ff.layers.0.weight")[0]
-    architecture = {
-        "vocab_size": vocabulary,
-        "n_positions": tensors.matrix_shape("pos_emb.weight")[0],
-        "n_embd": width,
-        "n_layer": layers,
-        "n_inner": None if inner == 4 * width else inner,
-        "activation_function": "gelu_new",
-    }
     saved = [each["n_heads"] for each in tensors.settings.values() if isinstance(each, dict) and "n_heads" in each]
     if (outputs := tensors.matrix_shape("out_head.weight")[0]) != vocabulary:
         raise CheckpointError(
@@ -97,7 +83,10 @@ def arrange(tensors: Tensors, config: Mapping[str, Any] | None) -> tuple[dict[st
         if f"{theirs_of}{names[0]}.bias" in tensors.arrays:
             biases = tuple(tensors.need(f"{theirs_of}{name}.bias") for name in names)
         weights[bias] = Weight(biases)
-    return tensors.config(architecture, saved[-1] if saved else None, config), weights
+    full = tensors.config(
+        EMBEDDING, "pos_emb.weight", "trf_blocks.", saved[-1] if saved else None, config, n_inner=None if inner == 4 * width else inner
+    )  # fmt: skip
+    return full, weights
 
 
 def _plainly_named(name: str) -> str:

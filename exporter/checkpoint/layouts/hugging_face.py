@@ -6,17 +6,11 @@ from typing import Any
 from ..weight import Weight
 from .tensors import Tensors
 
-NAME = "Hugging Face's"
 EMBEDDING = "wte.weight"
 # In a graph that PyTorch exported the output head, its only matrix that PyTorch has to transpose, has no name of its own.
 _ONNX_HEAD = "onnx::MatMul_"
 _POSITIONS = {"n_positions", "max_position_embeddings"}
 _LAYERS = {"n_layer", "num_hidden_layers"}
-
-
-def recognises(tensors: Tensors) -> bool:
-    """Whether it has the token embedding's name; nanoGPT's, which has the same, comes before."""
-    return EMBEDDING in tensors.arrays
 
 
 def arrange(tensors: Tensors, config: Mapping[str, Any] | None) -> tuple[dict[str, Any], dict[str, Weight]]:
@@ -25,16 +19,9 @@ def arrange(tensors: Tensors, config: Mapping[str, Any] | None) -> tuple[dict[st
     if head := next((name for name in weights if name.startswith(_ONNX_HEAD)), None):
         weights["lm_head.weight"] = Weight(weights.pop(head).parts, transposed=True)
     if config is None or not config.keys() & _LAYERS:
-        (vocabulary, width), inner = tensors.matrix_shape(EMBEDDING), tensors.matrix_shape("h.0.mlp.c_fc.weight")[1]
-        architecture = {
-            "vocab_size": vocabulary,
-            "n_positions": tensors.matrix_shape("wpe.weight")[0],
-            "n_embd": width,
-            "n_layer": tensors.count_blocks("h."),
-            "n_inner": None if inner == 4 * width else inner,
-            "activation_function": "gelu_new",
-        }
-        return tensors.config(architecture, None, config), weights
+        width, inner = tensors.matrix_shape(EMBEDDING)[1], tensors.matrix_shape("h.0.mlp.c_fc.weight")[1]
+        n_inner = None if inner == 4 * width else inner
+        return tensors.config(EMBEDDING, "wpe.weight", "h.", None, config, n_inner=n_inner), weights
     # The first GPT-2s' config.json called it n_ctx; later ones have both.
     older = {"n_positions": config["n_ctx"]} if "n_ctx" in config and not config.keys() & _POSITIONS else {}
     return dict(config) | older, weights

@@ -7,7 +7,6 @@ https://github.com/keras-team/keras-hub/blob/master/keras_hub/src/layers/modelin
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import Any
 
 from gpt2onnx.errors import CheckpointError
@@ -16,14 +15,13 @@ from ..arrays import ReshapedArray, StoredArray
 from ..weight import Weight
 from .tensors import Tensors
 
-NAME = "keras-hub's"
 EMBEDDING = "layers/reversible_embedding/vars/0"
 
-_BEFORE = re.compile(r".*/(?=layers/)")  # GPT2CausalLM keeps its backbone among its layers
-_BLOCK = re.compile(r"layers/transformer_decoder(?:_(\d{1,4}))?/.*")
+_POSITIONS, _BLOCKS = "layers/position_embedding/vars/0", "layers/transformer_decoder"
+_BLOCK = re.compile(rf"{_BLOCKS}(?:_(\d{{1,4}}))?/.*")
 _OUTSIDE = {
     EMBEDDING: "wte.weight",
-    "layers/position_embedding/vars/0": "wpe.weight",
+    _POSITIONS: "wpe.weight",
     "layers/layer_normalization/vars/0": "ln_f.weight",
     "layers/layer_normalization/vars/1": "ln_f.bias",
 }
@@ -38,23 +36,14 @@ _IN_BLOCK = {
 }
 
 
-def recognises(tensors: Tensors) -> bool:
-    """Whether it has the token embedding's name."""
-    return any(name.endswith(EMBEDDING) for name in tensors.arrays)
-
-
 def arrange(tensors: Tensors, config: Mapping[str, Any] | None) -> tuple[dict[str, Any], dict[str, Weight]]:
     """Renames the weights, joins queries, keys and values, and puts the numbers of all heads on one axis."""
-    tensors = replace(tensors, arrays={_BEFORE.sub("", name): array for name, array in tensors.arrays.items()})
-    (vocabulary, width), positions = (
-        tensors.matrix_shape(EMBEDDING),
-        tensors.matrix_shape("layers/position_embedding/vars/0")[0],
-    )
+    width = tensors.matrix_shape(EMBEDDING)[1]
     layers = 1 + max((int(match[1] or 0) for name in tensors.arrays if (match := _BLOCK.fullmatch(name))), default=-1)
     weights = {ours: Weight((tensors.need(theirs),)) for theirs, ours in _OUTSIDE.items()}
     heads, inner = None, 4 * width
     for layer in range(layers):
-        block = "layers/transformer_decoder" + (f"_{layer}/" if layer else "/")
+        block = _BLOCKS + (f"_{layer}/" if layer else "/")
         for ours, theirs in _IN_BLOCK.items():
             for number, kind in enumerate(("weight", "bias")):
                 parts = tuple(tensors.need(f"{block}{name}/vars/{number}") for name in theirs)
@@ -62,16 +51,10 @@ def arrange(tensors: Tensors, config: Mapping[str, Any] | None) -> tuple[dict[st
                     heads = parts[0].shape[-2] if len(parts[0].shape) > 1 else None
                 inner = parts[0].shape[-1] if (ours, kind) == ("mlp.c_fc", "bias") and parts[0].shape else inner
                 weights[f"h.{layer}.{ours}.{kind}"] = Weight(tuple(_flat(ours, kind, part, width) for part in parts))
-    architecture = {
-        "vocab_size": vocabulary,
-        "n_positions": positions,
-        "n_embd": width,
-        "n_layer": layers,
-        "n_inner": inner,
-        "activation_function": "gelu_new",
-    }
     # A preset's own config.json tells nothing that the shapes don't.
-    return tensors.config(architecture, heads, None if "class_name" in (config or {}) else config), weights
+    config = None if "class_name" in (config or {}) else config
+    full = tensors.config(EMBEDDING, _POSITIONS, _BLOCKS, heads, config, n_layer=layers, n_inner=inner)
+    return full, weights
 
 
 def _flat(ours: str, kind: str, array: StoredArray, width: int) -> StoredArray:

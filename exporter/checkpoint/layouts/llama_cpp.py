@@ -14,8 +14,7 @@ from ..formats.gguf_file import ARCHITECTURE
 from ..weight import Weight
 from .tensors import Tensors
 
-NAME = "llama.cpp's"
-EMBEDDING = "token_embd.weight"
+EMBEDDING, _POSITIONS = "token_embd.weight", "position_embd.weight"
 
 _BLOCK = re.compile(r"blk\.(\d{1,4})\.(\w+)\.(weight|bias)")
 _IN_BLOCK = {
@@ -28,16 +27,11 @@ _IN_BLOCK = {
 }
 _OUTSIDE = {
     EMBEDDING: "wte.weight",
-    "position_embd.weight": "wpe.weight",
+    _POSITIONS: "wpe.weight",
     "output_norm.weight": "ln_f.weight",
     "output_norm.bias": "ln_f.bias",
     "output.weight": "lm_head.weight",
 }
-
-
-def recognises(tensors: Tensors) -> bool:
-    """Whether it has the token embedding's name."""
-    return EMBEDDING in tensors.arrays
 
 
 def arrange(tensors: Tensors, config: Mapping[str, Any] | None) -> tuple[dict[str, Any], dict[str, Weight]]:
@@ -52,19 +46,19 @@ def arrange(tensors: Tensors, config: Mapping[str, Any] | None) -> tuple[dict[st
         elif (match := _BLOCK.fullmatch(name)) and match[2] in _IN_BLOCK:
             ours = f"h.{int(match[1])}.{_IN_BLOCK[match[2]]}.{match[3]}"
             weights[ours] = Weight((array,), transposed=len(array.shape) == 2)
-    vocabulary, width = tensors.matrix_shape(EMBEDDING)
-    architecture = {
-        "vocab_size": vocabulary,
-        "n_positions": tensors.matrix_shape("position_embd.weight")[0],
-        "n_embd": width,
-        "n_layer": tensors.count_blocks("blk."),
-        "n_inner": settings.get("gpt2.feed_forward_length"),
-        "layer_norm_epsilon": settings.get("gpt2.attention.layer_norm_epsilon", 1e-5),
-        "activation_function": "gelu_new",
-        **{
-            f"{role}_token_id": index
-            for role in ("bos", "eos")
-            if (index := settings.get(f"tokenizer.ggml.{role}_token_id")) is not None
-        },
+    ends = {
+        f"{role}_token_id": index
+        for role in ("bos", "eos")
+        if (index := settings.get(f"tokenizer.ggml.{role}_token_id")) is not None
     }
-    return tensors.config(architecture, settings.get("gpt2.attention.head_count"), config), weights
+    full = tensors.config(
+        EMBEDDING,
+        _POSITIONS,
+        "blk.",
+        settings.get("gpt2.attention.head_count"),
+        config,
+        n_inner=settings.get("gpt2.feed_forward_length"),
+        layer_norm_epsilon=settings.get("gpt2.attention.layer_norm_epsilon", 1e-5),
+        **ends,
+    )
+    return full, weights

@@ -19,7 +19,6 @@ from ..arrays import DerivedArray, StoredArray
 from ..weight import Weight
 from .tensors import Tensors
 
-NAME = "Megatron-LM's"
 EMBEDDING = "language_model.embedding.word_embeddings.weight"
 
 _POSITIONS, _HEAD = "language_model.embedding.position_embeddings.weight", "language_model.output_layer.weight"
@@ -49,11 +48,6 @@ class ChangedArray(DerivedArray):
         return self.change(self.stored.read())
 
 
-def recognises(tensors: Tensors) -> bool:
-    """Whether it has the name of the token embedding."""
-    return EMBEDDING in tensors.arrays
-
-
 def arrange(tensors: Tensors, config: Mapping[str, Any] | None) -> tuple[dict[str, Any], dict[str, Weight]]:
     """Transposes the matrices of the blocks, orders queries, keys and values, and leaves out the rows that pad the vocabulary."""
     tensors = replace(tensors, arrays={_spelled(name): array for name, array in tensors.arrays.items()})
@@ -65,21 +59,21 @@ def arrange(tensors: Tensors, config: Mapping[str, Any] | None) -> tuple[dict[st
         )
     if foreign := next((name for name in _FOREIGN if told.get(name)), None):
         raise CheckpointError(f"{tensors.path}: {foreign} makes it no GPT-2")
-    rows, width = tensors.matrix_shape(EMBEDDING)
-    architecture = {
-        "vocab_size": _vocabulary(rows, parts, told),
-        "n_positions": tensors.matrix_shape(_POSITIONS)[0],
-        "n_embd": width,
-        "n_layer": tensors.count_blocks(_LAYERS),
-        "n_inner": tensors.matrix_shape(f"{_LAYERS}0.mlp.dense_h_to_4h.weight")[0],
-        "activation_function": _activation(told),
-        "layer_norm_epsilon": told.get("layernorm_epsilon", 1e-5),
-    }
-    full = tensors.config(architecture, told.get("num_attention_heads"), config)
+    full = tensors.config(
+        EMBEDDING,
+        _POSITIONS,
+        _LAYERS,
+        told.get("num_attention_heads"),
+        config,
+        vocab_size=_vocabulary(tensors.matrix_shape(EMBEDDING)[0], parts, told),
+        n_inner=tensors.matrix_shape(f"{_LAYERS}0.mlp.dense_h_to_4h.weight")[0],
+        activation_function=_activation(told),
+        layer_norm_epsilon=told.get("layernorm_epsilon", 1e-5),
+    )
     names = {EMBEDDING: "wte.weight", _POSITIONS: "wpe.weight", _HEAD: "lm_head.weight"}
     for kind in ("weight", "bias"):
         names[f"{_ENCODER}final_layernorm.{kind}"] = f"ln_f.{kind}"
-        for layer in range(architecture["n_layer"]):
+        for layer in range(tensors.count_blocks(_LAYERS)):
             names |= {f"{_LAYERS}{layer}.{its}.{kind}": f"h.{layer}.{ours}.{kind}" for its, ours in _IN_BLOCK.items()}
     weights = {}
     for name, stored in tensors.arrays.items():

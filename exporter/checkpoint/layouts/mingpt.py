@@ -13,11 +13,11 @@ from ..weight import Weight
 from . import nanogpt
 from .tensors import Tensors
 
-NAME = "minGPT's"
-EMBEDDING = "tok_emb.weight"
+EMBEDDING, _POSITIONS = "tok_emb.weight", "pos_emb"
 
 _OUTSIDE = {
     EMBEDDING: "wte.weight",
+    _POSITIONS: "wpe.weight",
     "ln_f.weight": "ln_f.weight",
     "ln_f.bias": "ln_f.bias",
     "head.weight": "lm_head.weight",
@@ -58,21 +58,14 @@ def arrange(tensors: Tensors, config: Mapping[str, Any] | None) -> tuple[dict[st
         tensors = replace(tensors, settings={"config": {"n_head": heads}} if heads else {})
     if EMBEDDING not in tensors.arrays:
         return nanogpt.arrange(tensors, config)
-    (vocabulary, width), layers = tensors.matrix_shape(EMBEDDING), tensors.count_blocks("blocks.")
-    positions = without_first_axis(tensors.need("pos_emb"), 2)
-    weights = {ours: Weight((tensors.need(theirs),)) for theirs, ours in _OUTSIDE.items()} | {
-        "wpe.weight": Weight((positions,))
-    }
+    layers = tensors.count_blocks("blocks.")
+    positions = without_first_axis(tensors.need(_POSITIONS), 2)
+    tensors = replace(tensors, arrays={**tensors.arrays, _POSITIONS: positions})
+    weights = {ours: Weight((tensors.need(theirs),)) for theirs, ours in _OUTSIDE.items()}
     for layer in range(layers):
         for ours, theirs in _IN_BLOCK.items():
             for kind in ("weight", "bias"):
                 arrays = tuple(tensors.need(f"blocks.{layer}.{name}.{kind}") for name in theirs)
                 weights[f"h.{layer}.{ours}.{kind}"] = Weight(arrays, transposed=len(arrays[0].shape) == 2)
-    architecture = {
-        "vocab_size": vocabulary,
-        "n_positions": positions.shape[0],
-        "n_embd": width,
-        "n_layer": layers,
-        "activation_function": "gelu",
-    }
-    return tensors.config(architecture, tensors.setting("config", "n_head"), config), weights
+    heads = tensors.setting("config", "n_head")
+    return tensors.config(EMBEDDING, _POSITIONS, "blocks.", heads, config, activation_function="gelu"), weights

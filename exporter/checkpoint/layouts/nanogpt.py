@@ -13,7 +13,6 @@ from ..arrays import ZeroArray
 from ..weight import Weight
 from .tensors import Tensors
 
-NAME = "nanoGPT's"
 EMBEDDING = "wte.weight"
 
 
@@ -28,15 +27,8 @@ def recognises(tensors: Tensors) -> bool:
 def arrange(tensors: Tensors, config: Mapping[str, Any] | None) -> tuple[dict[str, Any], dict[str, Weight]]:
     """Transposes the matrices of the blocks; a network built with bias=False gets biases of 0."""
     n_head = tensors.setting("model_args", "n_head") or tensors.setting("config", "n_head")
-    vocabulary, width = tensors.matrix_shape(EMBEDDING)
-    architecture = {
-        "vocab_size": vocabulary,
-        "n_positions": tensors.matrix_shape("wpe.weight")[0],
-        "n_embd": width,
-        "n_layer": tensors.count_blocks("h."),
-        "activation_function": _activation(tensors, config or {}),
-    }
-    full = tensors.config(architecture, n_head, config)
+    activation = _activation(tensors, config or {})
+    full = tensors.config(EMBEDDING, "wpe.weight", "h.", n_head, config, activation_function=activation)
     weights = {
         name: Weight((array,), transposed=name.startswith("h.") and len(array.shape) == 2)
         for name, array in tensors.arrays.items()

@@ -5,25 +5,18 @@ https://github.com/openai/gpt-2/blob/master/src/model.py
 
 import re
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from ..arrays import without_first_axis
 from ..weight import Weight
 from .tensors import Tensors
 
-NAME = "OpenAI's"
-EMBEDDING = "model/wte"
-
 # Of a weight; what follows such a name belongs to the optimizer.
 _NAME = re.compile(
     r"model/(wte|wpe|(?:(h)(\d{1,4})/)?(ln_1|ln_2|ln_f|attn/c_attn|attn/c_proj|mlp/c_fc|mlp/c_proj)/([gwb]))"
 )
 _KINDS = {"g": "weight", "w": "weight", "b": "bias"}
-
-
-def recognises(tensors: Tensors) -> bool:
-    """Whether it has the token embedding's name."""
-    return EMBEDDING in tensors.arrays
 
 
 def arrange(tensors: Tensors, config: Mapping[str, Any] | None) -> tuple[dict[str, Any], dict[str, Weight]]:
@@ -37,14 +30,6 @@ def arrange(tensors: Tensors, config: Mapping[str, Any] | None) -> tuple[dict[st
         place = "" if match[3] is None else f"h.{int(match[3])}."
         ours = f"{match[1]}.weight" if match[5] is None else f"{place}{match[4].replace('/', '.')}.{_KINDS[match[5]]}"
         arrays[ours] = array
-    named = Tensors(tensors.path, arrays, tensors.settings)
-    vocabulary, width = named.matrix_shape("wte.weight")
-    architecture = {
-        "vocab_size": vocabulary,
-        "n_positions": named.matrix_shape("wpe.weight")[0],
-        "n_embd": width,
-        "n_layer": named.count_blocks("h."),
-        "activation_function": "gelu_new",
-    }
+    named = replace(tensors, arrays=arrays)
     weights = {name: Weight((array,)) for name, array in arrays.items()}
-    return named.config(architecture, named.setting("hparams", "n_head"), config), weights
+    return named.config("wte.weight", "wpe.weight", "h.", named.setting("hparams", "n_head"), config), weights

@@ -14,9 +14,6 @@ from ..weight import Weight
 from . import hugging_face
 from .tensors import Tensors
 
-NAME = "transformers' in TensorFlow or Flax"
-EMBEDDING = "wte/embeddings:0"
-
 _EMBEDDING = re.compile(r"(?:.*/)?wte/(?:weight|embeddings?)(?::0)?")
 _NAME = re.compile(
     r"(?:.*/)?(wte|wpe|ln_f|lm_head|(?:h_\._|h/)(\d{1,4})/(ln_1|ln_2|attn/c_attn|attn/c_proj|mlp/c_fc|mlp/c_proj))/(\w+)(?::0)?"

@@ -3,14 +3,13 @@
 import logging
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from gpt2onnx.errors import CheckpointError
 
 from ....models.config import ALIASES
 from ..arrays import StoredArray
+from ..formats.saved import SavedWeights
 
 _log = logging.getLogger(__name__)
 _HEAD_SIZE = 64  # of GPT-2's four sizes
@@ -26,19 +25,8 @@ _OTHER_NAMES = ALIASES | {
 }
 
 
-@dataclass(frozen=True)
-class Tensors:
-    """Tensors of a checkpoint.
-
-    Attributes:
-        path: the file that errors name.
-        arrays: by their names, without a wrapper's prefix.
-        settings: whatever else was saved in the same file.
-    """
-
-    path: Path
-    arrays: Mapping[str, StoredArray]
-    settings: Mapping[str, Any]
+class Tensors(SavedWeights):
+    """Tensors of a checkpoint by their names in its scheme, without a wrapper's prefix."""
 
     def need(self, name: str) -> StoredArray:
         """A tensor; CheckpointError if it is missing."""
@@ -64,19 +52,36 @@ class Tensors:
         return settings.get(name) if isinstance(settings, dict) else None
 
     def config(
-        self, architecture: Mapping[str, Any], n_head: object | None, given: Mapping[str, Any] | None
+        self,
+        embedding: str,
+        positions: str,
+        blocks: str,
+        n_head: object | None,
+        given: Mapping[str, Any] | None,
+        **told: Any,
     ) -> dict[str, Any]:
-        """A config.json for a checkpoint that was saved without one.
+        """A config.json of the tensors' shapes, and of what was saved or put beside them.
 
         Args:
-            architecture: fields that the shapes tell.
+            embedding: name of the tokens' embedding.
+            positions: name of the positions' embedding.
+            blocks: beginning of the blocks' names, up to their number.
             n_head: number of attention heads as saved beside the weights; None if it wasn't.
             given: a config.json that the user put beside the file; its fields come before all others.
+            told: fields that come before what is read off the tensors named here.
 
         Raises:
-            CheckpointError: the number of heads can't be known.
+            CheckpointError: a tensor is missing, or the number of heads can't be known.
         """
-        width = architecture["n_embd"]
+        vocabulary, width = self.matrix_shape(embedding)
+        architecture = {
+            "vocab_size": vocabulary,
+            "n_positions": self.matrix_shape(positions)[0],
+            "n_embd": width,
+            "n_layer": self.count_blocks(blocks),
+            "activation_function": "gelu_new",
+            **told,
+        }
         end = _GPT2_END if architecture["vocab_size"] >= _GPT2_VOCABULARY else None
         heads = n_head
         if heads is None and width % _HEAD_SIZE == 0:
