@@ -1,13 +1,12 @@
 """The configuration files of a bundle, for this runtime, transformers.js and onnxruntime-genai."""
 
-import json
 from pathlib import Path
 from typing import Any
 
 from gpt2onnx.errors import CheckpointError, OptionError
 
 from ..models import bundle, contract
-from ..models.config import GPT2Config, read_json
+from ..models.config import GPT2Config, read_json, write_json
 from ..runtime.options import BY_NAME, GenerationConfig
 from .checkpoint.checkpoint import Checkpoint
 
@@ -29,10 +28,10 @@ def write_configuration(checkpoint: Checkpoint, folder: Path, *, half: bool) -> 
     }
     if half:
         config["transformers.js_config"]["kv_cache_dtype"] = "float16"
-    _write_json(folder / bundle.CONFIG, config)
+    write_json(folder / bundle.CONFIG, config)
     generation = _generation_config(checkpoint)
-    _write_json(folder / bundle.GENERATION_CONFIG, generation)
-    _write_json(folder / bundle.GENAI_CONFIG, _genai_config(checkpoint.config, generation))
+    write_json(folder / bundle.GENERATION_CONFIG, generation)
+    write_json(folder / bundle.GENAI_CONFIG, _genai_config(checkpoint.config, generation))
 
 
 def _generation_config(checkpoint: Checkpoint) -> dict[str, Any]:
@@ -90,8 +89,3 @@ def _genai_config(config: GPT2Config, generation: dict[str, Any]) -> dict[str, A
         },
         "search": {"max_length": config.n_positions, "past_present_share_buffer": True},
     }
-
-
-def _write_json(path: Path, content: dict[str, Any]) -> None:
-    # Windows' own line ends would give the bundle other hashes.
-    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8", newline="\n")

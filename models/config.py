@@ -128,6 +128,11 @@ def read_json(path: Path, most: int = limits.JSON) -> dict[str, Any]:
     return json_object(read_small(path, most), path)
 
 
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """Writes a JSON file, with the same bytes on every system."""
+    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8", newline="\n")
+
+
 def read_small(path: Path, most: int = limits.JSON) -> bytes:
     """The bytes of a small file; raises CheckpointError as `read_json` does."""
     try:

@@ -13,10 +13,11 @@ from tokenizers import Tokenizer
 from gpt2onnx.errors import BundleError, CheckpointError
 
 from ...models.bundle import CHAT_TEMPLATE, TOKENIZER
+from ...models.config import write_json
 from ...models.messages import shown
 from ...runtime.text import special_tokens
 from ...runtime.text.tokenizer import Tokenizer as RuntimeTokenizer
-from .files import SETTINGS, WORD_PIECE_FILE, TokenizerFiles, compact, write_settings
+from .files import SETTINGS, WORD_PIECE_FILE, TokenizerFiles, compact
 from .known import CHARACTERS, GPT2_VOCABULARIES, characters
 
 _COMPANIONS = (SETTINGS, special_tokens.OLDER, "added_tokens.json", CHAT_TEMPLATE)
@@ -84,7 +85,7 @@ def write_tokenizer(checkpoint: Path, config: Mapping[str, Any], target: Path) -
             shutil.copyfile(checkpoint / name, target / name)
     if not (target / SETTINGS).exists():
         defaults = special_tokens.DEFAULTS.get(files.class_name, {})
-        write_settings(target, {"tokenizer_class": files.class_name, **defaults})
+        write_json(target / SETTINGS, {"tokenizer_class": files.class_name, **defaults})
     try:
         if not RuntimeTokenizer(target / TOKENIZER).reads_any_text:
             _log.warning("%s: the tokenizer has no token for unknown words: a text with one is an error", checkpoint)

@@ -16,7 +16,7 @@ from gpt2onnx.errors import CheckpointError
 
 from ...models import limits
 from ...models.bundle import TOKENIZER
-from ...models.config import read_json
+from ...models.config import read_json, write_json
 from ...models.messages import shown
 from ...runtime.host import native
 from ...runtime.text import special_tokens, tokenizer_rules
@@ -176,7 +176,7 @@ class TokenizerFiles:
     def write_general_settings(self, target: Path) -> None:
         """A tokenizer_config.json for a class that itself reads no tokenizer.json, or cuts texts in a way of its own."""
         roles = {role: text_of(token) for role, token in self.special.items() if token is not None}
-        write_settings(target, {**self.settings, **roles, "tokenizer_class": "PreTrainedTokenizerFast"})
+        write_json(target / SETTINGS, {**self.settings, **roles, "tokenizer_class": "PreTrainedTokenizerFast"})
 
     def _add_ends(self, tokenizer: Tokenizer) -> None:
         """Puts the tokens that the settings ask for before and after every text."""
@@ -279,11 +279,6 @@ def _byte_level_bpe(vocab: Path, merges: Path, *, add_prefix_space: bool) -> Tok
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=add_prefix_space)
     tokenizer.decoder = decoders.ByteLevel()
     return tokenizer
-
-
-def write_settings(folder: Path, settings: Mapping[str, Any]) -> None:
-    """Writes a tokenizer_config.json."""
-    (folder / SETTINGS).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8", newline="\n")
 
 
 def compact(content: dict[str, Any]) -> str:
