@@ -226,12 +226,12 @@ class Adapter:
             changes.append(partial(_with_rows, self._need(module, "tokens", (len(rows), *shape[1:])), rows))
         return changes
 
-    def _need(self, module: str, part: str, shape: tuple[int, ...] | None = None) -> StoredArray:
+    def _need(self, module: str, part: str, shape: tuple[int, ...]) -> StoredArray:
         """A tensor of this shape."""
         array = self.modules[module].get(part)
         if array is None:
             raise CheckpointError(f"{self.path} lacks {part} of {module}: save the adapter again")
-        if shape is not None and (array.shape != shape or 0 in shape):
+        if array.shape != shape or 0 in shape:
             raise self._misfit(array, shape)
         return array
 

@@ -4,7 +4,7 @@ A new format is one file here with a function from a path to `SavedWeights`, and
 """
 
 from collections.abc import Callable, Mapping
-from pathlib import Path, PurePath
+from pathlib import Path
 
 from gpt2onnx.errors import CheckpointError
 
@@ -20,7 +20,7 @@ from .llm_c_file import is_llm_c, open_llm_c
 from .megatron_file import PARTS as MEGATRON_PARTS
 from .megatron_file import open_megatron
 from .onnx_file import open_onnx
-from .saved import SavedWeights
+from .saved import SavedWeights, beside
 from .state_dict import open_state_dict
 from .tensorflow_file import INDEX, open_tensorflow
 
@@ -44,9 +44,7 @@ def _open_index(path: Path) -> SavedWeights:
         raise CheckpointError(f"{path} has no weight_map: fetch or save the checkpoint again")
     shards = {}
     for name in sorted(set(places.values())):
-        if PurePath(name).name != name or name in (".", "..") or "\\" in name:
-            raise CheckpointError(f"{path} names a file outside the checkpoint's folder: {name}")
-        shards[name] = _open_file(path.parent / name).arrays
+        shards[name] = _open_file(beside(path, name)).arrays
     arrays = {}
     for name, shard in places.items():
         if name not in shards[shard]:

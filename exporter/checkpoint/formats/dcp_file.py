@@ -9,7 +9,7 @@ https://github.com/pytorch/pytorch/blob/main/torch/distributed/checkpoint/filesy
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path, PurePath
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,9 +19,9 @@ from gpt2onnx.errors import CheckpointError
 
 from ....models.messages import one_line
 from ..arrays import FLOATS, item_size
-from .saved import SavedWeights
+from .saved import SavedWeights, beside
 from .torch_file import read_plain_pickle, read_saved_tensor
-from .unpickle import Call, Record, RecordType
+from .unpickle import Call, Record, record
 
 INDEX, _PIECES = ".metadata", ".distcp"
 _MOST_AXES = 32
@@ -32,7 +32,7 @@ _RECORDS = (
 )  # fmt: skip
 # Values that say nothing about weights.
 _DROPPED = ("_MEM_FORMAT_ENCODING", "MEM_FORMAT_ENCODING", "_get_layout", "PosixPath", "WindowsPath", "PurePosixPath")
-_NAMES: Mapping[str, object] = {name: RecordType(name) for name in _RECORDS} | {
+_NAMES: Mapping[str, object] = {name: record(name) for name in _RECORDS} | {
     name: Call(lambda *_: None) for name in _DROPPED
 }
 
@@ -133,11 +133,7 @@ def _places(
         offset, length = _numbers((place["offset"], place["length"]))
         if place.get("transform_descriptors"):
             raise CheckpointError(f"{index}: the pieces were compressed: save them without transforms")
-        if PurePath(file).name != file or file in ("", ".", "..") or "\\" in file:
-            raise CheckpointError(f"{index} names a file outside its folder: {file}")
-        if not (index.parent / file).is_file():
-            raise CheckpointError(f"{index.parent / file} is missing: fetch or save the checkpoint again")
-        yield (str(name), begin), (index.parent / file, offset, length)
+        yield (str(name), begin), (beside(index, file), offset, length)
 
 
 def _array(
@@ -168,5 +164,5 @@ def _numbers(value: Any) -> tuple[int, ...]:
     if not isinstance(value, tuple) or len(value) > _MOST_AXES:
         raise ValueError("a shape is no tuple of numbers")
     if not all(isinstance(number, int) and 0 <= number < 2**63 for number in value):
-        raise ValueError("a shape has another number than lengths")
+        raise ValueError("a shape has an entry that is no length")
     return value

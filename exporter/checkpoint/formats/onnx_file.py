@@ -5,13 +5,13 @@ https://github.com/onnx/onnx/blob/main/onnx/onnx.proto
 
 import math
 import mmap
-from pathlib import Path, PurePath
+from pathlib import Path
 
 from gpt2onnx.errors import CheckpointError
 
 from ....models import protobuf
 from ..arrays import FLOATS, StoredArray, StridedArray, dense_strides, item_size
-from .saved import SavedWeights
+from .saved import SavedWeights, beside
 
 _GRAPH, _INITIALIZER = 7, 5  # of ModelProto, GraphProto
 _DIMENSIONS, _TYPE, _FLOATS, _NAME, _RAW, _EXTERNAL = 1, 2, 4, 8, 9, 13  # of TensorProto
@@ -69,7 +69,7 @@ def _array(path: Path, content: mmap.mmap, place: slice) -> StridedArray | None:
     begin, size = data.start, data.stop - data.start
     file = path
     if external:
-        file, begin, size = _beside(path, external)
+        file, begin, size = _place(path, external)
     if math.prod(shape) * item_size(_TYPES[kind]) != size:
         raise ValueError(f"tensor {name} has another size than its shape")
     return StridedArray(file, name, tuple(shape), _TYPES[kind], begin, dense_strides(shape))
@@ -83,14 +83,10 @@ def _packed(content: mmap.mmap, place: slice) -> list[int]:
     return found
 
 
-def _beside(path: Path, external: dict[str, str]) -> tuple[Path, int, int]:
+def _place(path: Path, external: dict[str, str]) -> tuple[Path, int, int]:
     """File, offset and size of data that lie in another file of the same folder."""
-    name = external.get("location", "")
-    if PurePath(name).name != name or name in ("", ".", "..") or "\\" in name:
-        raise CheckpointError(f"{path} names a file outside its folder: {name}")
-    file, offset, size = path.with_name(name), int(external.get("offset", 0)), int(external.get("length", -1))
-    if not file.is_file():
-        raise CheckpointError(f"{file} is missing: fetch or save the checkpoint again")
+    file = beside(path, external.get("location", ""))
+    offset, size = int(external.get("offset", 0)), int(external.get("length", -1))
     if offset < 0 or size < 0 or offset + size > file.stat().st_size:
         raise CheckpointError(f"{file} is truncated: fetch or save it again")
     return file, offset, size

@@ -6,6 +6,7 @@ https://github.com/google/leveldb/blob/main/doc/table_format.md
 https://github.com/tensorflow/tensorflow/blob/master/tensorflow/core/protobuf/tensor_bundle.proto
 """
 
+import math
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -18,8 +19,8 @@ from gpt2onnx.errors import CheckpointError, MissingExtraError
 
 from ....models import limits, protobuf
 from ....models.config import read_json
-from ..arrays import item_size
-from .saved import SavedWeights
+from ..arrays import StridedArray, dense_strides, item_size
+from .saved import SavedWeights, beside
 
 INDEX = ".index"
 # The file that names a folder's latest checkpoint, and how.
@@ -38,30 +39,16 @@ _SHARDS, _ENDIANNESS = 1, 2  # of BundleHeaderProto
 
 
 @dataclass(frozen=True)
-class TensorFlowArray:
-    """A tensor in a flat file of little-endian numbers, with a checksum.
+class TensorFlowArray(StridedArray):
+    """A tensor with a checksum, the masked CRC-32C of its bytes."""
 
-    Attributes:
-        offset: of its first number in the file, in bytes.
-        checksum: masked CRC-32C of its bytes.
-    """
-
-    path: Path
-    name: str
-    shape: tuple[int, ...]
-    dtype: str
-    offset: int
     checksum: int
 
     def read(self) -> npt.NDArray[np.generic]:
-        size = int(np.prod(self.shape, dtype=object)) * item_size(self.dtype)
-        try:
-            raw = np.fromfile(self.path, np.uint8, size, offset=self.offset)
-        except OSError as error:
-            raise CheckpointError(f"{self.path}: can't read tensor {self.name}: {error.strerror or error}") from error
-        if len(raw) != size or _masked_crc(raw) != self.checksum:
+        array = super().read()
+        if _masked_crc(array.reshape(-1).view(np.uint8)) != self.checksum:
             raise CheckpointError(f"{self.path}: tensor {self.name} is damaged: fetch or save it again")
-        return raw.view(np.dtype(self.dtype)).reshape(self.shape)
+        return array
 
 
 def latest(folder: Path) -> Path | None:
@@ -120,13 +107,11 @@ def _array(index: Path, shards: int, name: str, entry: bytes) -> TensorFlowArray
     size, offset = facts.get(_SIZE, 0), facts.get(_OFFSET, 0)
     path = index.with_name(f"{index.name.removesuffix(INDEX)}.data-{facts.get(_SHARD, 0):05}-of-{shards:05}")
     if dtype in _TYPES.values():
-        if np.prod(shape, dtype=object) * item_size(dtype) != size:
+        if math.prod(shape) * item_size(dtype) != size:
             raise ValueError(f"tensor {name} has another size than its shape")
-        if not path.is_file():
-            raise CheckpointError(f"{path} is missing: fetch or save the checkpoint again")
-        if path.stat().st_size < offset + size:
+        if beside(index, path.name).stat().st_size < offset + size:
             raise CheckpointError(f"{path} ends inside tensor {name}: fetch or save it again")
-    return TensorFlowArray(path, name, shape, dtype, offset, facts.get(_CHECKSUM, 0))
+    return TensorFlowArray(path, name, shape, dtype, offset, dense_strides(shape), facts.get(_CHECKSUM, 0))
 
 
 def _table(content: bytes) -> Iterator[tuple[str, bytes]]:

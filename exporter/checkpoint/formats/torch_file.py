@@ -25,7 +25,7 @@ from ....models import limits
 from ....models.messages import one_line, shown
 from ..arrays import StoredArray, StridedArray, extent, item_size
 from . import unpickle
-from .unpickle import Call, PickleError, Record, RecordType, UnsupportedPickleError
+from .unpickle import Call, PickleError, Record, UnsupportedPickleError, record
 
 _ZIP_START = b"PK\x03\x04"
 _ZIP_HEADER = 30  # bytes of a member's local header, without its name
@@ -34,8 +34,6 @@ _LONGEST_LINE = 2**16  # bytes, of a name or a number
 _MODULE = "__torch__"  # package of TorchScript's classes
 _LONGEST_NAME = 1024  # letters, of a tensor in modules in modules
 _LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
-# Scripts save these beside the weights, as they do devices: their names are enough.
-_DTYPES = ("float64", "float32", "float16", "bfloat16", "int64", "int32", "int16", "int8", "uint8", "bool")
 _STORAGE_TYPES = {
     "DoubleStorage": "float64",
     "FloatStorage": "float32",
@@ -286,12 +284,13 @@ class _Pickles:
         module = "builtins" if module_name == "__builtin__" else module_name
         if (module, name) in _ALLOWED:
             return _ALLOWED[module, name]
-        if module == "torch" and name in _DTYPES:
+        # Scripts save types beside the weights, as they do devices: their names are enough.
+        if module == "torch" and name in _STORAGE_TYPES.values():
             return name
         if name in self._names and module.partition(".")[0] in ("torch", "pathlib"):
             return self._names[name]
         if (package := module.partition(".")[0]) in _BESIDE or package == _MODULE:
-            return RecordType(_MODULE if package == _MODULE else name)
+            return record(_MODULE if package == _MODULE else name)
         raise CheckpointError(
             f"{self._path} was refused: {shown(f'{module}.{name}')[1:-1]} is no tensor and no plain container, and"
             " might run code; save the model's state_dict() alone"

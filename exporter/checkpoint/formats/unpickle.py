@@ -46,17 +46,15 @@ class Record:
 
 
 @dataclass(frozen=True)
-class RecordType:
-    """Stands for a class or a function: what it makes becomes a record, whatever it is made of."""
-
-    name: str
-
-
-@dataclass(frozen=True)
 class Call:
     """Stands for a function: `function` is called in its place."""
 
     function: Callable[..., Any]
+
+
+def record(name: str) -> Call:
+    """Stands for a class or a function: what it makes becomes a record, whatever it is made of."""
+    return Call(lambda *_: Record(name))
 
 
 def load(file: IO[bytes], find: Callable[[str, str], object], refer: Callable[[Any], Any]) -> Any:
@@ -64,7 +62,7 @@ def load(file: IO[bytes], find: Callable[[str, str], object], refer: Callable[[A
 
     Args:
         file: its position ends right behind the pickle. It bounds the bytes that are read at once.
-        find: returns the value of a global name, given module and name: a `Call`, a `RecordType`, or a plain value.
+        find: returns the value of a global name, given module and name: a `Call` or a plain value.
             Raises if the name isn't allowed.
         refer: returns the value of a persistent id.
 
@@ -95,11 +93,11 @@ class _Machine:
         match name:
             case "PROTO" | "FRAME" | "STOP":
                 pass
-            case "INT" | "BININT" | "BININT1" | "BININT2" | "LONG" | "LONG1" | "LONG4" | "FLOAT" | "BINFLOAT":
-                self.stack.append(argument)
-            case "STRING" | "BINSTRING" | "SHORT_BINSTRING" | "BINBYTES" | "SHORT_BINBYTES" | "BINBYTES8":
-                self.stack.append(argument)
-            case "UNICODE" | "BINUNICODE" | "SHORT_BINUNICODE" | "BINUNICODE8":
+            case (
+                "INT" | "BININT" | "BININT1" | "BININT2" | "LONG" | "LONG1" | "LONG4" | "FLOAT" | "BINFLOAT"
+                | "STRING" | "BINSTRING" | "SHORT_BINSTRING" | "BINBYTES" | "SHORT_BINBYTES" | "BINBYTES8"
+                | "UNICODE" | "BINUNICODE" | "SHORT_BINUNICODE" | "BINUNICODE8"
+            ):  # fmt: skip
                 self.stack.append(argument)
             case "NONE" | "NEWTRUE" | "NEWFALSE" | "EMPTY_TUPLE":
                 self.stack.append(_CONSTANTS[name])
@@ -148,8 +146,10 @@ class _Machine:
                 arguments, called = self.pop(), self.pop()
                 if not isinstance(arguments, tuple):
                     raise PickleError("it calls a function without a tuple of arguments")
+                if not isinstance(called, Call):
+                    raise PickleError("it calls a value that is no function")
                 self.spend(sum(len(each) for each in arguments if isinstance(each, list | tuple)))
-                self.stack.append(_called(called, arguments))
+                self.stack.append(called.function(*arguments))
             case "BUILD":
                 state = self.pop()
                 self.spend(len(state) if isinstance(state, dict) else 0)
@@ -195,15 +195,6 @@ def _key(key: Any) -> Any:
         return key
     kind = "large number" if isinstance(key, int) else type(key).__name__
     raise UnsupportedPickleError(f"a key of one of its mappings is a {kind}")
-
-
-def _called(called: Any, arguments: tuple[Any, ...]) -> Any:
-    match called:
-        case Call():
-            return called.function(*arguments)
-        case RecordType():
-            return Record(called.name)
-    raise PickleError("it calls a value that is no function")
 
 
 def _set_state(target: Any, state: Any) -> None:
