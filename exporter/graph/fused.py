@@ -16,7 +16,7 @@ from ...models import contract
 from ...models.config import GPT2Config
 from .blocks import Array, QuantizedMatrix
 from .operators import MICROSOFT, Graph, StoredMatrix, Weight, activation, as_model
-from .weights import WeightStore
+from .weights import Store
 
 _HEAD_SIZE_UNIT = 8  # GroupQueryAttention takes multiples only
 _LARGEST_PART = 40 << 20  # bytes of the output head that one operator multiplies with
@@ -34,7 +34,7 @@ def build(
     weights: Weights,
     *,
     tied: bool,
-    store: WeightStore,
+    store: Store,
     floats: type[np.float32] | type[np.float16] = np.float32,
 ) -> ModelProto:
     """Writes the network as an ONNX model that fulfils `models.contract`.

@@ -16,7 +16,7 @@ from onnx import GraphProto, ModelProto, NodeProto, TensorProto, helper, numpy_h
 from gpt2onnx.errors import CheckpointError
 
 from .blocks import Array, QuantizedMatrix
-from .weights import WeightStore, view
+from .weights import Store, view
 
 # A weight as a graph takes it. Quantised matrices are [out, in]; a layer's others [in, out].
 Weight: TypeAlias = Array | QuantizedMatrix
@@ -102,12 +102,12 @@ class Graph(Nodes):
         floats: type of activations, biases, norms and whatever isn't quantised.
     """
 
-    store: WeightStore
+    store: Store
     floats: type[np.float32] | type[np.float16] = np.float32
 
     def weight(self, name: str, array: npt.NDArray[np.generic]) -> str:
         """Stores a weight."""
-        self.initializers.append(self.store.append(name, array))
+        self.initializers.append(self.store(name, array))
         return name
 
     def view(self, name: str, weight: str, *shape: int, first_byte: int = 0) -> str:

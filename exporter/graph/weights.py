@@ -1,9 +1,9 @@
 """Where graphs keep their weights: one after another in an external data file, or in the graph itself."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path, PurePosixPath
-from typing import Any, BinaryIO, Protocol
+from typing import Any, BinaryIO, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -14,12 +14,8 @@ _PAGE, _CACHE_LINE = 4096, 64
 _LARGE = 1 << 20  # bytes
 
 
-class WeightStore(Protocol):
-    """Takes the weights of a graph."""
-
-    def append(self, name: str, array: npt.NDArray[np.generic]) -> TensorProto:
-        """Stores an array and returns an initializer of that name for it."""
-        ...
+# Stores a weight; gives an initializer of that name for it.
+Store: TypeAlias = Callable[[str, npt.NDArray[np.generic]], TensorProto]
 
 
 class WeightsFile:
@@ -42,11 +38,9 @@ class WeightsFile:
         )
 
 
-class InlineWeights:
-    """Weights inside the graph, for graphs that no file holds."""
-
-    def append(self, name: str, array: npt.NDArray[np.generic]) -> TensorProto:
-        return numpy_helper.from_array(np.ascontiguousarray(array), name)
+def inline(name: str, array: npt.NDArray[np.generic]) -> TensorProto:
+    """Stores a weight in the graph itself, for graphs that no file holds."""
+    return numpy_helper.from_array(np.ascontiguousarray(array), name)
 
 
 def view(tensor: TensorProto, name: str, shape: Sequence[int], first_byte: int = 0) -> TensorProto:

@@ -1,10 +1,9 @@
 """The graph files of a bundle."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
-from onnx import ModelProto
 
 from ...models import bundle
 from ...models.config import GPT2Config
@@ -36,25 +35,19 @@ def write_graphs(
     """
     (folder / bundle.GRAPH).parent.mkdir(parents=True, exist_ok=True)
     with (folder / bundle.WEIGHTS).open("wb") as file:
-        store = WeightsFile(folder / bundle.WEIGHTS, file)
+        store = WeightsFile(folder / bundle.WEIGHTS, file).append
         model = build(config, weights, tied=tied, store=store, floats=floats)
-    _write(folder, [bundle.GRAPH], [model])
-    _write(folder, [bundle.RAGGED_GRAPH], [ragged.build(model, config)])
+    (folder / bundle.GRAPH).write_bytes(model.SerializeToString())
+    (folder / bundle.RAGGED_GRAPH).write_bytes(ragged.build(model, config).SerializeToString())
     if per_tensor:
         second, weights_graph = second_graph.build(model, per_tensor)
-        _write(
-            folder, [bundle.SECOND_GRAPH, bundle.SECOND_GRAPH_WEIGHTS], [ragged.build(second, config), weights_graph]
-        )
+        (folder / bundle.SECOND_GRAPH).write_bytes(ragged.build(second, config).SerializeToString())
+        (folder / bundle.SECOND_GRAPH_WEIGHTS).write_bytes(weights_graph.SerializeToString())
 
 
 def write_twin(folder: Path, config: GPT2Config, weights: Weights, *, tied: bool) -> None:
     """Writes the graph of the network's quantised twin, with its weights; arguments are those of `write_graphs`."""
     with (folder / bundle.TWIN_WEIGHTS).open("wb") as file:
-        store = WeightsFile(folder / bundle.TWIN_WEIGHTS, file)
+        store = WeightsFile(folder / bundle.TWIN_WEIGHTS, file).append
         model = build(config, weights, tied=tied, store=store)
-    _write(folder, [bundle.TWIN_GRAPH], [ragged.build(model, config)])
-
-
-def _write(folder: Path, names: Sequence[str], models: Sequence[ModelProto]) -> None:
-    for name, model in zip(names, models, strict=True):
-        (folder / name).write_bytes(model.SerializeToString())
+    (folder / bundle.TWIN_GRAPH).write_bytes(ragged.build(model, config).SerializeToString())

@@ -24,19 +24,6 @@ class InputStats:
 
 
 @dataclass(frozen=True)
-class HeadStats:
-    """Activation statistics of the output head's input.
-
-    Attributes:
-        second_moment: float32 [in, in].
-        sample: some of the inputs, float32 [rows, in], evenly from all texts and positions.
-    """
-
-    second_moment: Array
-    sample: Array
-
-
-@dataclass(frozen=True)
 class Moments:
     """Moments of a layer's inputs in the quantised network, and of its outputs in the fp32 network, over texts.
 

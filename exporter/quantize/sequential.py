@@ -18,8 +18,8 @@ from ..graph import fused
 from ..graph.blocks import Array, QuantizedMatrix, dequantize, quantize
 from ..graph.input_rounding import PerTensor
 from ..graph.operators import Graph, Weight, activation, as_model
-from ..graph.weights import InlineWeights
-from .activations import HeadStats, Moments
+from ..graph.weights import inline
+from .activations import Moments
 from .feedback import quantize_with_feedback
 from .layers import Layout, QuantizedLayers, Tensor
 from .per_tensor import choose
@@ -77,19 +77,19 @@ class SequentialCalibrator:
 
     def _embed(self) -> Array:
         """Quantises the embedding and the head, and looks the texts up."""
-        head, tokens = self._statistics.head, self._statistics.tokens
+        moment, tokens = self._statistics.head_moment, self._statistics.tokens
         blocks, exact = self._blocks("wte"), self._tensor("wte.weight")
-        if head is None or not self._tied:
+        if moment is None or not self._tied:
             matrix = quantize(exact, blocks.bits, blocks.size)
         else:
-            matrix = quantize_with_feedback(exact, blocks.bits, blocks.size, _of_both_uses(head))
+            matrix = quantize_with_feedback(exact, blocks.bits, blocks.size, _of_both_uses(moment))
         self._weights["wte.weight"] = matrix
         x = np.stack([exact[tokens], dequantize(matrix)[tokens]])
         if not self._tied:
             blocks, exact = self._blocks("lm_head"), self._tensor("lm_head.weight")
             self._weights["lm_head.weight"] = matrix = quantize(exact, blocks.bits, blocks.size)
-        if head is not None:
-            self._choose_rounding("lm_head", matrix, head.sample, exact.T)
+        if moment is not None:
+            self._choose_rounding("lm_head", matrix, self._statistics.inputs["lm_head"].sample, exact.T)
         return x
 
     def _quantize(self, name: str, x: Array) -> Array:
@@ -159,7 +159,7 @@ class SequentialCalibrator:
 
     def _run(self, part: Part, *values: Array) -> list[Array]:
         """Runs operators of the network on both networks' activations, one text at a time."""
-        graph = Graph(store=InlineWeights())
+        graph = Graph(store=inline)
         texts, length = self._statistics.tokens.shape
         feeds: dict[str, npt.NDArray[np.generic]] = {
             contract.ATTENTION_MASK: np.ones((2, length), np.int64),
@@ -191,12 +191,14 @@ class SequentialCalibrator:
         return found
 
 
-def _of_both_uses(head: HeadStats) -> Array:
+def _of_both_uses(moment: Array) -> Array:
     """The covariance for which a tied embedding is rounded, float32 [in, in].
 
     As the output head it multiplies its inputs; as the table of embeddings its own error counts, and counts as much.
+
+    Args:
+        moment: second moment of the head's inputs, float32 [in, in].
     """
-    moment = head.second_moment
     scaled: Array = moment / np.float32(np.trace(moment) / len(moment))
     return scaled + np.eye(len(moment), dtype=np.float32)
 

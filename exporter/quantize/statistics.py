@@ -18,7 +18,7 @@ from ...runtime.engine import loading
 from ...runtime.engine.runner import Runner
 from ...runtime.ort import devices, providers
 from ..graph.blocks import Array
-from .activations import SAMPLE_ROWS, HeadStats, InputStats
+from .activations import SAMPLE_ROWS, InputStats
 from .gradients import Gradients
 
 # Texts to calibrate on. Half as many don't raise the divergence of int8; in int4 twice as many lower it by a tenth, but take
@@ -35,8 +35,8 @@ class Statistics:
 
     Attributes:
         tokens: the texts, int64 [texts, length].
-        inputs: of the blocks' layers, by name; without those that overflow.
-        head: of the output head; None where it overflows or is all zero.
+        inputs: of linear layers, by name; without those that overflow.
+        head_moment: second moment of the output head's input, float32 [in, in]; None where it overflows or is all zero.
         gradients: second moments of the loss' gradients by a layer's outputs, float32 [out, out], by name; empty where
             they weren't asked for.
         threads: of one operator.
@@ -44,7 +44,7 @@ class Statistics:
 
     tokens: npt.NDArray[np.int64]
     inputs: dict[str, InputStats]
-    head: HeadStats | None
+    head_moment: Array | None
     gradients: dict[str, Array]
     threads: int
 
@@ -112,10 +112,8 @@ def collect(
         progress((row + 1) / len(tokens))
     inputs = {name: InputStats(np.mean(means[name], axis=0), np.concatenate(kept[name])) for name in values}
     finite = {name: each for name, each in inputs.items() if np.isfinite(each.mean).all()}
-    finite.pop(_HEAD, None)
     usable = bool(np.isfinite(moment).all()) and np.trace(moment) > 0
-    head = HeadStats(moment, inputs[_HEAD].sample) if usable else None
-    return Statistics(tokens, finite, head, loss.moments() if loss else {}, threads)
+    return Statistics(tokens, finite, moment if usable else None, loss.moments() if loss else {}, threads)
 
 
 def _inputs_of_layers(model: ModelProto) -> dict[str, str]:

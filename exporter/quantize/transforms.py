@@ -63,7 +63,7 @@ def centre(
 
     after = {
         name: each
-        if name.endswith(".mlp.c_proj")
+        if name.endswith((".mlp.c_proj", "lm_head"))
         else replace(each, mean=np.zeros_like(each.mean), sample=each.sample - each.mean)
         for name, each in inputs.items()
     }
