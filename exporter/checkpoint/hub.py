@@ -93,7 +93,6 @@ def _fetch(repository: str, revision: str | None, patterns: list[str]) -> Path:
         from huggingface_hub import snapshot_download
         from huggingface_hub.errors import (
             GatedRepoError,
-            HfHubHTTPError,
             HFValidationError,
             LocalEntryNotFoundError,
             RepositoryNotFoundError,
@@ -135,10 +134,7 @@ def _fetch(repository: str, revision: str | None, patterns: list[str]) -> Path:
         raise CheckpointError(
             f"{hint}, and the Hugging Face hub can't be reached, nor is all of it in the hub's cache"
         ) from error
-    except HfHubHTTPError as error:
-        status = error.response.status_code if error.response is not None else "no answer"
-        raise CheckpointError(f"the Hugging Face hub answered {status} for {repository!r}: try again later") from error
     except Exception as error:  # the HTTP library, and so its errors, changes with the hub's version
         raise CheckpointError(
-            f"fetching {repository!r} from the Hugging Face hub broke off: {one_line(error)}; try again"
+            f"fetching {repository!r} from the Hugging Face hub broke off: {one_line(error)}; try again later"
         ) from error

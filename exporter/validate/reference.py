@@ -159,7 +159,7 @@ def _load(checkpoint: Checkpoint) -> "GPT2LMHeadModel":
 
 
 def same_random_numbers() -> bool:
-    """Whether this PyTorch's CPU generator draws the numbers that `runtime.decoding.sampling` reproduces."""
+    """Whether this PyTorch's CPU generator draws the numbers that `runtime.decoding.torch_random` reproduces."""
     import torch
 
     logits = np.zeros(1000, np.float32)

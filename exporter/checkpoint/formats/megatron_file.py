@@ -50,7 +50,7 @@ def megatron_in(folder: Path) -> Path | None:
     """The first part's file in a folder, or in the step that it names; None if the folder isn't Megatron-LM's.
 
     Raises:
-        CheckpointError: it holds several steps and names none, or layers of the network are apart, too.
+        CheckpointError: it holds several steps and names none, or the network is split by layers, too (pipeline parallel).
     """
     if (folder / _LATEST).is_file():
         with (folder / _LATEST).open("rb") as file:
@@ -74,7 +74,7 @@ def _parts_of(folder: Path) -> list[Path]:
     ranks = sorted((path.name, path) for path in folder.glob("mp_rank_*") if path.is_dir())
     if any(not _PART.fullmatch(name) for name, _ in ranks):
         raise CheckpointError(
-            f"{folder} has a network whose layers are apart ({ranks[-1][0]}): join them with Megatron-LM's tools/checkpoint, and export that"
+            f"{folder} is pipeline parallel ({ranks[-1][0]}): join the parts with Megatron-LM's tools/checkpoint, and export that"
         )
     return [file for _, path in ranks for file in _parts_of(path)]
 

@@ -7,7 +7,7 @@ from ..weight import Weight
 from .tensors import Tensors
 
 EMBEDDING = "wte.weight"
-# In a graph that PyTorch exported the output head, its only matrix that PyTorch has to transpose, has no name of its own.
+# PyTorch's ONNX export transposes the output head and calls it onnx::MatMul_<number>.
 _ONNX_HEAD = "onnx::MatMul_"
 _POSITIONS = {"n_positions", "max_position_embeddings"}
 _LAYERS = {"n_layer", "num_hidden_layers"}

@@ -147,7 +147,7 @@ def test_names_of_megatron_in_another_file(settings: dict[str, object], tmp_path
 def test_parts_that_are_missing_or_of_a_pipeline(folder: Path) -> None:
     step = folder / "iter_0000100"
     (step / "mp_rank_01").rename(step / "mp_rank_00_001")
-    assert "iter_0000100 has a network whose layers are apart (mp_rank_00_001): join them" in refused(folder)
+    assert "iter_0000100 is pipeline parallel (mp_rank_00_001): join the parts" in refused(folder)
     shutil.rmtree(step / "mp_rank_00_001")
     assert "iter_0000100 has 1 of 2 parts" in refused(folder)
     (folder / "latest_checkpointed_iteration.txt").write_text("release")
