@@ -3,7 +3,6 @@
 import logging
 import math
 import os
-import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -43,7 +42,7 @@ from .tokenizer.convert import write_tokenizer
 if TYPE_CHECKING:
     from .quantize.statistics import Statistics
 
-_REFERENCE = "fp32"  # folder of the same weights in fp32 while a bundle is being made
+_REFERENCE = "fp32"  # beside a new bundle: a folder of the same weights in fp32, which goes with the workspace
 # Above this number of weights, calibration and checks take long and much memory, so they have to be asked for.
 _CHECKED_WEIGHTS = 200_000_000
 # From this number of weights on, a pass takes so long that drafting pays.
@@ -157,7 +156,7 @@ def export(
         passes = _Passes(progress, checkpoint, 1 + (calibrated or compared) + calibrated + drafted)
         reference = None
         if calibrated or compared:
-            reference = _write_reference(checkpoint, manifest, folder / _REFERENCE, passes.next())
+            reference = _write_reference(checkpoint, manifest, folder.with_name(_REFERENCE), passes.next())
         if graph == "portable":
             from .graph.portable import write_portable_graph
 
@@ -182,14 +181,13 @@ def export(
                 layout = partial(blocks, checkpoint.config, "int8", pure=False, block_size=None)
                 layers = _quantize(checkpoint, "int8", layout, None, passes.next(), shares_cache=True)
                 write_twin(folder, checkpoint.config, layers.weights, tied=checkpoint.tied)
-        manifest = replace(manifest, files=bundle.describe_files(folder, without=folder / _REFERENCE))
+        manifest = replace(manifest, files=bundle.describe_files(folder))
         if compared and reference:
             with _unless_missing(quality or bool(texts)):
                 from .validate.quality import report
 
-                made = Bundle(folder, manifest, checkpoint.config)
-                manifest = replace(manifest, quality=report(made, reference, tokens))
-        shutil.rmtree(folder / _REFERENCE, ignore_errors=True)
+                written = Bundle(folder, manifest, checkpoint.config)
+                manifest = replace(manifest, quality=report(written, reference, tokens))
         manifest.write(folder)
         if parity or (parity is None and small):
             with _unless_missing(parity):

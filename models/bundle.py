@@ -332,16 +332,12 @@ def is_bundle(folder: Path) -> bool:
     return os.path.isfile(folder / MANIFEST)  # noqa: PTH113
 
 
-def describe_files(folder: Path, *, without: Path | None = None) -> dict[str, FileRecord]:
-    """Size and sha256 of every file below the folder, by path with forward slashes.
-
-    Args:
-        without: a folder in it to leave out, as the manifest always is.
-    """
+def describe_files(folder: Path) -> dict[str, FileRecord]:
+    """Size and sha256 of every file below the folder but the manifest, by path with forward slashes."""
     return {
         path.relative_to(folder).as_posix(): FileRecord(path.stat().st_size, sha256_of(path))
         for path in sorted(files_in(folder))
-        if path != folder / MANIFEST and (without is None or without not in path.parents)
+        if path != folder / MANIFEST
     }
 
 

@@ -3,7 +3,7 @@
 It is written in a workspace, a hidden folder beside the target, and renamed into place at the end. The workspace holds
 
     .gpt2onnx-unfinished   the mark: nobody but a run of gpt2onnx makes this file
-    new/                   the new folder, or the folder of the new file
+    new/                   the new folder, or the folder of the new file; its writer may put others beside it
     old/                   the previous target, while the new one takes its place
 
 and is locked while its process lives. A later run beside it removes a workspace that carries the mark and isn't locked.
