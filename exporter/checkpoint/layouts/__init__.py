@@ -72,7 +72,7 @@ def arrange(saved: SavedWeights, config: Mapping[str, Any] | None) -> tuple[dict
         CheckpointError: the scheme or the architecture isn't known.
     """
     quantiser = gptq if any(name.endswith(gptq.PACKED) for name in saved.arrays) else mlx
-    plain = quantiser.dequantised(saved.arrays, config)
+    plain = quantiser.dequantized(saved.arrays, config)
     config = config and without_gptq(config)
     prefix = next((match[1] for name in plain if (match := _WRAPPED.match(name))), "")
     arrays = {name.removeprefix(prefix).removeprefix(_TRANSFORMER): array for name, array in plain.items()}

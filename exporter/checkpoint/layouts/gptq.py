@@ -32,18 +32,18 @@ _log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class QuantisedArray(DerivedArray):
+class QuantizedArray(DerivedArray):
     """A quantised matrix, read in the type of its scales; what is stored are its packed numbers.
 
     Attributes:
-        second: whether the zeros are stored as they are (`gptq_v2`), not less 1.
+        plain_zeros: whether the zeros are stored as they are (`gptq_v2`), not less 1.
     """
 
     zeros: StoredArray
     scales: StoredArray
     groups: StoredArray
     bits: int
-    second: bool
+    plain_zeros: bool
 
     @property
     def dtype(self) -> str:
@@ -63,14 +63,14 @@ class QuantisedArray(DerivedArray):
 
     def _zeros(self) -> npt.NDArray[np.float32]:
         stored = np.ascontiguousarray(self.zeros.read()).view(np.uint32)
-        if self.second:
+        if self.plain_zeros:
             return unpacked(stored, self.bits)
         if 32 % self.bits:  # a number may lie in two words
             return (unpacked(stored, self.bits) + 1) % np.float32(2**self.bits)
         return unpacked(stored + np.uint32(sum(1 << place for place in range(0, 32, self.bits))), self.bits)
 
 
-def dequantised(arrays: Mapping[str, StoredArray], config: Mapping[str, Any] | None) -> dict[str, StoredArray]:
+def dequantized(arrays: Mapping[str, StoredArray], config: Mapping[str, Any] | None) -> dict[str, StoredArray]:
     """The arrays with one for each quantised matrix.
 
     Args:
@@ -80,10 +80,10 @@ def dequantised(arrays: Mapping[str, StoredArray], config: Mapping[str, Any] | N
     Raises:
         CheckpointError: AWQ quantised them, or they don't fit together.
     """
-    plain, bits, second = dict(arrays), set[int](), False
+    plain, bits, plain_zeros = dict(arrays), set[int](), False
     for packed_name in [name for name in arrays if name.endswith(PACKED)]:
         module, packed = packed_name.removesuffix(PACKED), plain.pop(packed_name)
-        second = _is_second(packed.path.parent, config) if not bits else second
+        plain_zeros = _has_plain_zeros(packed.path.parent, config) if not bits else plain_zeros
         zeros, scales, groups = (plain.pop(module + part, None) for part in (_ZEROS, _SCALES, _GROUPS))
         if groups is None:
             raise CheckpointError(
@@ -91,7 +91,7 @@ def dequantised(arrays: Mapping[str, StoredArray], config: Mapping[str, Any] | N
             )
         if zeros is None or scales is None:
             raise CheckpointError(f"{packed.path}: tensor {packed_name} lacks its zeros or scales: fetch it again")
-        matrix = _checked(packed, zeros, scales, groups, second=second)
+        matrix = _checked(packed, zeros, scales, groups, plain_zeros=plain_zeros)
         plain[f"{module}.weight"] = matrix
         bits.add(matrix.bits)
     _log.warning(
@@ -101,7 +101,7 @@ def dequantised(arrays: Mapping[str, StoredArray], config: Mapping[str, Any] | N
     return plain
 
 
-def _is_second(folder: Path, config: Mapping[str, Any] | None) -> bool:
+def _has_plain_zeros(folder: Path, config: Mapping[str, Any] | None) -> bool:
     """Whether the format is gptq_v2."""
     settings = (config or {}).get(_SETTINGS)
     if not isinstance(settings, dict):
@@ -110,8 +110,8 @@ def _is_second(folder: Path, config: Mapping[str, Any] | None) -> bool:
 
 
 def _checked(
-    packed: StoredArray, zeros: StoredArray, scales: StoredArray, groups: StoredArray, *, second: bool
-) -> QuantisedArray:
+    packed: StoredArray, zeros: StoredArray, scales: StoredArray, groups: StoredArray, *, plain_zeros: bool
+) -> QuantizedArray:
     """The quantised matrix, whose parts are proven to fit together."""
     whole = all(part.dtype in _INTEGERS for part in (packed, zeros, groups)) and scales.dtype in FLOATS
     if whole and [len(part.shape) for part in (packed, zeros, scales, groups)] == [2, 2, 2, 1]:
@@ -119,7 +119,7 @@ def _checked(
         for bits in _BITS:
             fits = (words * 32, zeros.shape[1] * 32) == (inputs * bits, outputs * bits) and inputs and outputs
             if fits and scales.shape == (zeros.shape[0], outputs):
-                return QuantisedArray(packed, (inputs, outputs), zeros, scales, groups, bits, second)
+                return QuantizedArray(packed, (inputs, outputs), zeros, scales, groups, bits, plain_zeros)
     raise CheckpointError(
         f"{packed.path}: tensor {packed.name} of {packed.dtype} {list(packed.shape)} doesn't fit its zeros {list(zeros.shape)},"
         f" scales {list(scales.shape)} and groups {list(groups.shape)} in 2, 3, 4 or 8 bits: fetch or save it again"

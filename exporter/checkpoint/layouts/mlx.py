@@ -23,7 +23,7 @@ _BITS = range(1, 9)
 
 
 @dataclass(frozen=True)
-class QuantisedArray(DerivedArray):
+class QuantizedArray(DerivedArray):
     """A quantised matrix, read in float32; what is stored are its packed numbers."""
 
     scales: StoredArray
@@ -42,7 +42,7 @@ class QuantisedArray(DerivedArray):
         return numbers
 
 
-def dequantised(arrays: Mapping[str, StoredArray], config: Mapping[str, Any] | None) -> dict[str, StoredArray]:
+def dequantized(arrays: Mapping[str, StoredArray], config: Mapping[str, Any] | None) -> dict[str, StoredArray]:
     """The arrays with one for each quantised matrix.
 
     Args:
@@ -73,13 +73,13 @@ def dequantised(arrays: Mapping[str, StoredArray], config: Mapping[str, Any] | N
     return plain
 
 
-def _checked(packed: StoredArray, scales: StoredArray, offsets: StoredArray, bits: int) -> QuantisedArray:
+def _checked(packed: StoredArray, scales: StoredArray, offsets: StoredArray, bits: int) -> QuantizedArray:
     """The quantised matrix, whose parts are proven to fit together."""
     whole = packed.dtype == "U32" and len(packed.shape) == len(scales.shape) == 2 and scales.shape == offsets.shape
     if whole and scales.dtype in FLOATS and offsets.dtype in FLOATS and 0 not in scales.shape:
         rows, inputs = packed.shape[0], packed.shape[1] * 32 // bits
         if rows == scales.shape[0] and packed.shape[1] * 32 == inputs * bits and inputs % scales.shape[1] == 0 < inputs:
-            return QuantisedArray(packed, (rows, inputs), scales, offsets, bits)
+            return QuantizedArray(packed, (rows, inputs), scales, offsets, bits)
     raise CheckpointError(
         f"{packed.path}: tensor {packed.name} of {packed.dtype} {list(packed.shape)} doesn't fit its scales {list(scales.shape)} and"
         f" {bits} bits: fetch or save it again"
