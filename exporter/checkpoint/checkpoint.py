@@ -94,7 +94,7 @@ class Checkpoint:
         saved = open_weights(path)
         raw_config, weights = arrange(saved, given)
         config = GPT2Config.from_dict(raw_config)
-        tied = _checked(config, weights, saved.path)
+        tied = _check_and_tie(config, weights, saved.path)
         shapes = weight_shapes(config, tied=tied)
         files = tuple(sorted({part.path for weight in weights.values() for part in weight.parts} | set(saved.files)))
         unused = [name for name in weights.keys() - shapes.keys() - {"lm_head.weight"} if not _BUFFER.match(name)]
@@ -106,7 +106,7 @@ class Checkpoint:
             vocabulary = weights["wte.weight"].parts[0].shape[0]
             raw_config = raw_config | {"vocab_size": vocabulary, "tie_word_embeddings": tied}
             config = GPT2Config.from_dict(raw_config)
-            tied = _checked(config, weights, added.path)
+            tied = _check_and_tie(config, weights, added.path)
         if tied != config.tie_word_embeddings:
             raw_config, config = raw_config | {"tie_word_embeddings": tied}, replace(config, tie_word_embeddings=tied)
         name = source if adapter is None else f"{source} with {adapter}"
@@ -160,8 +160,11 @@ def _find_base(adapter: Adapter) -> Path:
         ) from error
 
 
-def _checked(config: GPT2Config, weights: Mapping[str, Weight], path: Path) -> bool:
-    """Checks names, shapes and types; whether the output head is the token embedding. Like transformers 5, keeps a head that differs.
+def _check_and_tie(config: GPT2Config, weights: Mapping[str, Weight], path: Path) -> bool:
+    """Checks names, shapes and types, then compares the output head with the token embedding.
+
+    Returns:
+        Whether the two are one. Like transformers 5, keeps a head that differs.
 
     Raises:
         CheckpointError: a weight that the configuration asks for is missing, or has another shape or type.

@@ -24,8 +24,8 @@ class Layout:
     Attributes:
         name: as errors call it.
         embedding: name of the token embedding.
-        arrange: gives a config.json, and the weights by their names in GPT2LMHeadModel; takes the tensors, and the content of the
-            checkpoint's config.json, None if it has none. Raises CheckpointError where a tensor is missing, or the
+        arrange: takes the tensors, and the content of the checkpoint's config.json, None if it has none; gives a config.json,
+            and the weights by their names in GPT2LMHeadModel. Raises CheckpointError where a tensor is missing, or the
             architecture can't be known.
         recognises: whether tensors have this scheme's names and shapes; by default whether the embedding is one of them.
     """
