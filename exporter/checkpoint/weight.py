@@ -49,4 +49,7 @@ class Weight:
 
     def equals(self, other: "Weight") -> bool:
         """Whether both hold the same numbers. Arrays at the same place in the same file aren't read."""
-        return self == other or np.array_equal(self.read(), other.read())
+        if (self.transposed, len(self.parts)) != (other.transposed, len(other.parts)):
+            return np.array_equal(self.read(), other.read())
+        pairs = zip(self.parts, other.parts, strict=True)  # in their own types: 16-bit ones take half the memory
+        return all(mine == its or np.array_equal(mine.read(), its.read()) for mine, its in pairs)
