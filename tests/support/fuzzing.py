@@ -22,7 +22,7 @@ Result = TypeVar("Result")
 
 
 def inputs(few: int) -> hypothesis.settings:
-    """So many inputs, always the same ones; or as many as were asked for."""
+    """A few inputs, always the same ones, or the number that was asked for."""
     return hypothesis.settings(
         max_examples=int(ASKED) if ASKED else few,
         derandomize=not ASKED,

@@ -118,7 +118,7 @@ def test_weights_are_kept_only_where_they_are_read(made: Bundle, copied: bool, m
 
 
 def opened(session: Runner, rows: int, passes: int, count: int = 1) -> int | None:
-    """In which of some passes of so many tokens the second graph is opened."""
+    """The pass, of some of that many tokens, in which the second graph is opened."""
     for number in range(passes):
         session.forward(session.new_cache(rows, count), slice(0, rows), np.ones((rows, count), np.int64))
         if session._second_graph is not None and session._second_graph._graph is not None:

@@ -164,7 +164,7 @@ def _limit(size: int) -> None:
 
 @pytest.fixture
 def little_memory(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
-    """Lets only so many bytes be available."""
+    """Limits the bytes that are available."""
 
     def set_to(size: int) -> None:
         monkeypatch.setattr(resources, "memory", lambda root=None: resources.Memory(size, "a limit"))

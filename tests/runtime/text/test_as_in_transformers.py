@@ -22,6 +22,7 @@ END = 8191
 ROLES = ("bos_token", "eos_token", "unk_token", "pad_token")
 
 # The same call of both tokenizers.
+CONFIG = {"model_type": "gpt2", "vocab_size": 50257}
 CALLS: dict[str, Callable[[Any], Any]] = {
     "a text": lambda tokenizer: dict(tokenizer(TEXTS[0])),
     "attributes": lambda tokenizer: [tokenizer(TEXTS[0]).input_ids, tokenizer(TEXTS[0]).attention_mask],
@@ -62,6 +63,14 @@ def in_transformers(folder: Path = FOLDER) -> Any:
     return transformers.AutoTokenizer.from_pretrained(folder)
 
 
+@pytest.fixture(scope="module")
+def gpt2_tokenizer(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """GPT-2's tokenizer.json."""
+    folder = tmp_path_factory.mktemp("gpt2")
+    write_tokenizer(GPT2_FILES, CONFIG, folder)
+    return (folder / "tokenizer.json").read_text("utf-8")
+
+
 @pytest.fixture
 def tokenizer(tales_bundle: Path) -> Tokenizer:
     """The embedded model's, on which a test may set roles."""
@@ -96,15 +105,12 @@ def test_before_anything_is_set(tokenizer: Tokenizer, golden: Golden) -> None:
     ],
     ids=str,
 )
-def test_roles_of_a_checkpoint(files: dict[str, Any], tmp_path: Path, golden: Golden) -> None:
+def test_roles_of_a_checkpoint(files: dict[str, Any], gpt2_tokenizer: str, tmp_path: Path, golden: Golden) -> None:
     skip_with_transformers_4("files of tokenizers mean something else")
-    plain, bundle = tmp_path / "plain", tmp_path / "bundle"
-    plain.mkdir()
+    bundle = tmp_path / "bundle"
     bundle.mkdir()
-    config = {"model_type": "gpt2", "vocab_size": 50257}
-    write_tokenizer(GPT2_FILES, config, plain)
-    write(tmp_path, tokenizer_json=(plain / "tokenizer.json").read_text("utf-8"), **files)
-    write_tokenizer(tmp_path, config, bundle)
+    write(tmp_path, tokenizer_json=gpt2_tokenizer, **files)
+    write_tokenizer(tmp_path, CONFIG, bundle)
 
     def asked(of: Any) -> Any:
         return [of.padding_side, *CALLS["roles"](of)]
