@@ -84,13 +84,16 @@ class MemoryReader:
         self._ways = [(way, np.array_split(content, threads)) for way, content in ways]
         self._size = array.nbytes
 
-    def read(self) -> None:
-        """Reads once in each way."""
+    def read(self) -> float:
+        """Reads once in each way; returns the bytes a second of the fastest."""
+        found = 0.0
         for way, parts in self._ways:
             started = time.perf_counter()
             for _ in self._pool.map(way, parts):
                 pass
-            self.best = max(self.best, self._size / (time.perf_counter() - started))
+            found = max(found, self._size / (time.perf_counter() - started))
+        self.best = max(self.best, found)
+        return found
 
 
 def describe() -> dict[str, Any]:

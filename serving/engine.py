@@ -150,6 +150,12 @@ class Engine:
         return len(self._waiting)
 
     @property
+    def idle(self) -> bool:
+        """Whether it has no prompts."""
+        with self._changed:
+            return not (self._active or self._waiting)
+
+    @property
     def cache_use(self) -> float:
         """Share of the KV cache's rows in use, from 0 to 1."""
         return self._rows / (self.max_batch + self._reserved)

@@ -122,7 +122,7 @@ class Pool:
     async def _drop_idle(self) -> bool:
         """Drops the loaded model that has been idle for longest; False: there is none."""
         for name, service in self._loaded.items():
-            if not (self._users[name] or service.engine.running or service.engine.waiting):
+            if not self._users[name] and service.engine.idle:
                 del self._loaded[name]
                 service.engine.close()
                 await asyncio.to_thread(service.engine.join, _JOIN_SECONDS)
