@@ -183,8 +183,8 @@ def test_text_never_raises(encoding: str, in_encoding: Callable[..., Finished], 
 
 
 def test_text_never_raises_in_a_process_of_its_own(tales_bundle: Path) -> None:
-    environment = os.environ | {"PYTHONIOENCODING": "cp1252"}
-    done = run("tokens", "Zoë: “日本” 😀", "-m", tales_bundle, env=environment, text=False)
+    environment = os.environ | {"PYTHONIOENCODING": "cp1252", "PYTHONUTF8": "1"}
+    done = run("tokens", "Zoë: “日本” 😀".encode(), "-m", tales_bundle, env=environment, text=False)
     assert (done.code, done.err) == (0, b"")
 
 
@@ -192,8 +192,9 @@ def test_text_never_raises_in_a_process_of_its_own(tales_bundle: Path) -> None:
 def test_arguments_are_bytes_of_an_encoding(command_line: CommandLine, tales_bundle: Path) -> None:
     command = ["tokens", "-m", tales_bundle, "--json", b"caf\xe9"]
     latin, named = (
-        run(*command, *more, env=os.environ | {"PYTHONUTF8": "1"}) for more in ([], ["--encoding", "latin-1"])
+        run(*command, *more, env=os.environ | {"PYTHONUTF8": "1"}, text=False)
+        for more in ([], ["--encoding", "latin-1"])
     )
     assert latin.code == 1
-    assert "byte 0xe9 is not UTF-8" in latin.err
+    assert b"byte 0xe9 is not UTF-8" in latin.err
     assert json.loads(named.out) == json.loads(command_line("tokens", "-m", tales_bundle, "--json", "café").out)
