@@ -65,7 +65,7 @@ lint: $(VENV)/installed
 	$(BIN)/check-jsonschema --builtin-schema vendor.github-workflows .github/workflows/tests.yml deploy/ci.yml
 
 # Types are checked for this system; `make reference` names them all.
-SYSTEMS := $(shell $(PYTHON) -c "import sys; print(sys.platform)")
+SYSTEMS = $(shell $(PYTHON) -c "import sys; print(sys.platform)")
 # The installed package is checked from another folder, which also proves that it is whole. What mypy remembers holds for one system.
 MYPY = "$(abspath $(BIN))/mypy" --config-file ../../pyproject.toml --strict --cache-dir ../mypy/$(1) --platform $(1)
 types: $(VENV)/installed

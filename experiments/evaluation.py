@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 from gpt2onnx.errors import OptionError, PromptError
 
+from ..models import limits
 from ..runtime.host import progress as progress_bars
 from ..runtime.host.progress import Progress
 from ..runtime.model import Model
@@ -138,9 +139,9 @@ def evaluate(
         BackendError: ONNX Runtime failed.
     """
     positions = model.config.n_positions
-    context = positions if context is None else _whole("context", context, most=positions)
-    stride = context if stride is None else _whole("stride", stride, most=context)
-    _whole("batch_size", batch_size)
+    context = positions if context is None else _within("context", context, positions)
+    stride = context if stride is None else _within("stride", stride, context)
+    limits.check_at_least(1, batch_size=batch_size)
     if split is not None and not 0 < split < 1:
         raise OptionError(f"split must be above 0 and below 1, not {split}")
     if drop_last not in ("none", "train", "all"):
@@ -180,10 +181,9 @@ def evaluate(
     )
 
 
-def _whole(name: str, value: int, most: int | None = None) -> int:
-    if value < 1 or (most is not None and value > most):
-        limit = "at least 1" if most is None else f"between 1 and {most}"
-        raise OptionError(f"{name} must be {limit}, not {value}")
+def _within(name: str, value: int, most: int) -> int:
+    if not 1 <= value <= most:
+        raise OptionError(f"{name} must be between 1 and {most}, not {value}")
     return value
 
 

@@ -213,7 +213,10 @@ def _check_options(dtype: str, graph: str, block_size: int | None, *, pure: bool
 
 def _encoded(texts: Mapping[str, str], folder: Path) -> dict[str, list[int]]:
     """The tokens of the texts to compare on, by a bundle's tokenizer; early, since a text may be of no use."""
-    tokens = {name: Tokenizer(folder / bundle.TOKENIZER).encode(text) for name, text in texts.items()}
+    if not texts:
+        return {}
+    tokenizer = Tokenizer(folder / bundle.TOKENIZER)
+    tokens = {name: tokenizer.encode(text) for name, text in texts.items()}
     if short := [name for name, ids in tokens.items() if len(ids) < 2]:
         raise OptionError(f"the quality text {short[0]} has fewer than two tokens: give a longer one")
     return tokens
