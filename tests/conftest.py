@@ -16,9 +16,11 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 # Read when NumPy is imported. Two files are tested at a time: BLAS threads of both would wait for each other's cores.
 os.environ["OPENBLAS_NUM_THREADS"] = "1"
 
+import hypothesis
 import pytest
 from support.checkpoints import MakeCheckpoint, random_checkpoint
 from support.commands import CommandLine, Finished
+from support.fuzzing import ASKED
 from support.golden import MODES, Golden, golden
 from support.reference import Reference
 
@@ -29,6 +31,9 @@ from gpt2onnx.runtime.ort import devices, providers
 
 _NOT_RUN = pytest.StashKey[str]()
 collect_ignore = list[str]()
+# A run repeats the last one's inputs, so that it tells what a change did; `make fuzz` tries others.
+hypothesis.settings.register_profile("repeatable", derandomize=not ASKED, database=None, deadline=None)
+hypothesis.settings.load_profile("repeatable")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

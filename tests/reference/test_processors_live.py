@@ -46,7 +46,7 @@ OPTIONS = st.fixed_dictionaries(
 )  # fmt: skip
 
 
-@settings(deadline=None, max_examples=300)
+@settings(max_examples=300)
 @given(
     options=OPTIONS,
     length=st.sampled_from([1, 3]),

@@ -27,7 +27,7 @@ def reference() -> Any:
 
 
 @given(sample=text)
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 def test_ids_of_any_text_are_those_of_transformers(sample: str, tokenizer: Tokenizer, reference: Any) -> None:
     ids = tokenizer.encode(sample)
     assert ids == reference.encode(sample)

@@ -56,9 +56,7 @@ def test_interface_keeps_to_its_schema(
     schema = schemathesis.openapi.from_url(f"{server.address}/openapi.json", config=CONFIG)
     statuses = set()
 
-    @settings(
-        max_examples=examples, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck)
-    )
+    @settings(max_examples=examples, suppress_health_check=list(HealthCheck))
     @given(case=schema[path][method].as_strategy(generation_mode=mode))
     def check(case: Any) -> None:
         response = case.call()

@@ -25,9 +25,6 @@ def inputs(few: int) -> hypothesis.settings:
     """A few inputs, always the same ones, or the number that was asked for."""
     return hypothesis.settings(
         max_examples=int(ASKED) if ASKED else few,
-        derandomize=not ASKED,
-        database=None,
-        deadline=None,
         suppress_health_check=list(hypothesis.HealthCheck),
         print_blob=True,
     )

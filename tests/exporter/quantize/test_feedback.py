@@ -12,7 +12,7 @@ from gpt2onnx.exporter.quantize.activations import Moments
 from gpt2onnx.exporter.quantize.feedback import quantize_with_feedback
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(
     seed=st.integers(0, 2**32 - 1),
     rows=st.integers(1, 5),

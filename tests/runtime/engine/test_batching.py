@@ -22,7 +22,7 @@ from gpt2onnx.runtime.options import GenerationConfig
 from gpt2onnx.runtime.requests import Request
 
 
-@settings(deadline=None, max_examples=120)
+@settings(max_examples=120)
 @given(requests=st.lists(REQUESTS, min_size=1, max_size=8), batch_size=st.integers(1, 5))
 def test_batched_is_alone(requests: list[tuple[list[int], dict[str, Any]]], batch_size: int) -> None:
     together = run(HashingNetwork(), requests, batch_size)
@@ -31,7 +31,7 @@ def test_batched_is_alone(requests: list[tuple[list[int], dict[str, Any]]], batc
         assert one == other, f"request {index}: {requests[index]}"
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(
     rounds=st.lists(st.lists(REQUESTS, min_size=1, max_size=3), min_size=1, max_size=5), batch_size=st.integers(1, 3)
 )
@@ -42,7 +42,7 @@ def test_used_cache_is_as_good_as_fresh(rounds: list[Any], batch_size: int) -> N
         assert run(network, requests, batch_size, decoder) == run(HashingNetwork(), requests, 1)
 
 
-@settings(deadline=None, max_examples=100)
+@settings(max_examples=100)
 @given(
     prompt=PROMPTS, draft=st.integers(1, 8), length=st.integers(1, 25), end=st.sampled_from([-1, 3]),
     sampling=st.sampled_from([{}, {"do_sample": True, "seed": 5, "top_k": 2}, {"do_sample": True, "seed": 6}]),
@@ -239,7 +239,7 @@ def test_abandoned_run_leaves_nothing_behind() -> None:
         assert inside == run(network, requests, 2, decoder) == run(HashingNetwork(), requests, 1)
 
 
-@settings(deadline=None, max_examples=100)
+@settings(max_examples=100)
 @given(data=st.data())
 def test_cache_against_lists(data: st.DataObject) -> None:
     """Every operation of the cache, against a model that keeps each row's list of tokens."""

@@ -18,7 +18,7 @@ from gpt2onnx.runtime.generation import Generation
 from gpt2onnx.runtime.requests import Request
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(
     arrivals=st.lists(st.tuples(st.integers(0, 6), REQUESTS), min_size=1, max_size=8),
     batch_size=st.integers(1, 4), chunk=st.one_of(st.none(), st.integers(1, 40)), data=st.data(),

@@ -41,7 +41,7 @@ def drafter(network: HashingNetwork, *, shared: bool = True, length: int | None 
     return Drafter(lambda: network, shared=shared, context=CONTEXT, length=length, after=after)
 
 
-@settings(deadline=None, max_examples=150)
+@settings(max_examples=150)
 @given(
     rounds=st.lists(st.lists(REQUESTS, min_size=1, max_size=6), min_size=1, max_size=3), batch_size=st.integers(1, 4),
     noise=st.sampled_from([0.0, 0.5, 2.0]), shared=st.booleans(), length=st.sampled_from([None, 1, 2, 7]), after=st.integers(0, 9),

@@ -70,7 +70,7 @@ def test_ids_are_those_of_transformers(samples: list[str], tokenizer: Tokenizer,
 
 
 @given(sample=text)
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 def test_any_text_comes_back(sample: str, tokenizer: Tokenizer) -> None:
     assert tokenizer.decode(tokenizer.encode(sample)) == sample
 
@@ -124,13 +124,13 @@ def byte_ids(tokenizer: Tokenizer) -> list[list[int]]:
 
 
 @given(ids=st.lists(st.integers(0, 255), max_size=12))
-@settings(max_examples=500, deadline=None)
+@settings(max_examples=500)
 def test_pieces_of_any_bytes_make_their_text(ids: list[int], tokenizer: Tokenizer) -> None:
     assert "".join(streamed(tokenizer, ids)) == tokenizer.decode(ids)
 
 
 @given(data=st.data(), sample=st.text("ab 👋é", max_size=30))
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 def test_nothing_of_a_stop_string_is_shown(data: st.DataObject, sample: str, tokenizer: Tokenizer) -> None:
     stop = tuple(data.draw(st.lists(st.text("ab 👋é", min_size=1, max_size=5), min_size=1, max_size=3)))
     ids = tokenizer.encode(sample)
