@@ -1,9 +1,10 @@
 """What native libraries do in place of raising an exception: print on standard error, panic."""
 
+import logging
 import os
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 
 from ...models.messages import one_line
 
@@ -34,7 +35,7 @@ def raising(error: Callable[[str], Exception], *, silently: bool = True) -> Iter
 
 @contextmanager
 def silenced_stderr() -> Iterator[None]:
-    """Drops what is written to standard error, by other threads, too."""
+    """Drops what is written to standard error, by other threads, too; but log lines of theirs wait."""
     nowhere = os.open(os.devnull, os.O_WRONLY)
     try:
         with _stderr_to(nowhere):
@@ -60,7 +61,11 @@ def captured_stderr() -> Iterator[Callable[[], str]]:
 
 @contextmanager
 def _stderr_to(descriptor: int) -> Iterator[None]:
-    with _one_at_a_time:  # of two, the first to end would give back what the second took away
+    with ExitStack() as held:
+        held.enter_context(_one_at_a_time)  # of two, the first to end would give back what the second took away
+        for handler in logging.getLogger().handlers:
+            handler.acquire()
+            held.callback(handler.release)
         try:
             saved = os.dup(2)
         except OSError:  # closed
