@@ -2,7 +2,7 @@
 
 from collections import deque
 
-_KEPT = 5  # passes of a size whose median counts
+_KEPT = 5  # passes of a size whose median counts; of two the shorter one, since noise only lengthens
 _CLOSE = 1.5  # a pass of this many times the tokens is still like the other
 _MEMORY = 100  # drafted tokens, about, that a share of right ones is taken over
 
@@ -21,7 +21,7 @@ class PassTimes:
             return
         passes = self._passes[tokens]
         passes.append(seconds)
-        self._seconds[tokens] = sorted(passes)[len(passes) // 2]
+        self._seconds[tokens] = sorted(passes)[(len(passes) - 1) // 2]
 
     def expected(self, tokens: int) -> float | None:
         """Seconds of a pass; None where neither a pass of about its size was noted, nor a smaller and a larger one."""

@@ -58,7 +58,8 @@ class Drafter:
         self._own: Rows | None = None
         self._draft_times, self._verify_times = PassTimes(), PassTimes()
         self._acceptance = Acceptance()
-        self._rest, self._resting, self._drafted = _FIRST_REST, 0, 0
+        self._rest = self._resting = _FIRST_REST
+        self._drafted = 0
 
     def propose(self, rows: Rows, decoding: Sequence[Running]) -> list[Tokens]:
         """Drafts for the next pass, one for each running strategy; empty where none pays or none is possible."""
@@ -115,11 +116,7 @@ class Drafter:
         for running in single:
             if running.acceptance is None:
                 running.acceptance = Acceptance(self._acceptance.share)
-                self._resting = 0
         trial = _TRIAL if rows == 1 else _TRIAL_OF_SEVERAL
-        if self._resting:
-            self._resting -= 1
-            return 0 if self._resting else trial
         plain, draft = self._verify_times.expected(rows), self._draft_times.expected(rows)
         if plain is None:
             return 0
@@ -131,11 +128,15 @@ class Drafter:
             verify = self._verify_times.expected(rows * (1 + length))
             if verify is not None and (rows + gained) / (verify + length * draft) > most:
                 best, most = length, (rows + gained) / (verify + length * draft)
-        if not best:
-            self._resting, self._rest = self._rest, min(2 * self._rest, _LONGEST_REST)
+        if best:
+            self._rest = self._resting = _FIRST_REST
+            self._drafted += 1
+            return best if self._drafted % _STEPS_PER_PLAIN else 0
+        self._resting -= 1
+        if self._resting:
             return 0
-        self._rest, self._drafted = _FIRST_REST, self._drafted + 1
-        return best if self._drafted % _STEPS_PER_PLAIN else 0
+        self._rest = self._resting = min(2 * self._rest, _LONGEST_REST)
+        return trial
 
     def _draft(self, network: Network, rows: Rows, forks: dict[int, Strategy], length: int) -> dict[int, Tokens]:
         """Carries on forks, given by their rows in rising order, for up to `length` tokens."""
