@@ -27,8 +27,8 @@ from ..runtime.text.tokenizer import Tokenizer
 
 try:
     from .checkpoint.checkpoint import Checkpoint
-    from .graph import second_graph
-    from .graph.write import write_graphs, write_twin
+    from .graph import second_graph, transposed
+    from .graph.write import BuildSecond, write_graphs, write_twin
     from .quantize.layers import Layout, QuantizedLayers, Tensor, to_nearest
     from .quantize.transforms import Smoothing, centre, range_by_weights, range_on
 except ModuleNotFoundError as error:
@@ -168,14 +168,18 @@ def export(
                     statistics = _collect(reference, checkpoint, dtype, passes.next(), pure=pure)
             layout = partial(blocks, checkpoint.config, dtype, pure=pure, block_size=block_size)
             layers = _quantize(checkpoint, dtype, layout, statistics, passes.next())
-            floats = np.float16 if dtype == "fp16" else np.float32
+            second: BuildSecond | None = None
+            if layers.per_tensor:
+                second = partial(second_graph.build, layers=layers.per_tensor)
+            elif dtype == "fp32" and checkpoint.config.n_embd >= second_graph.MIN_WIDTH:
+                second = transposed.build
             write_graphs(
                 folder,
                 checkpoint.config,
                 layers.weights,
                 tied=checkpoint.tied,
-                floats=floats,
-                per_tensor=layers.per_tensor,
+                floats=np.float16 if dtype == "fp16" else np.float32,
+                second=second,
             )
             if drafted:
                 layout = partial(blocks, checkpoint.config, "int8", pure=False, block_size=None)

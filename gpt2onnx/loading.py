@@ -39,8 +39,9 @@ def load(
         threads: of one operator; by default as many as this process may use, fewer for very small models.
         verify: compare every byte of the bundle with its manifest first; otherwise only the files' sizes, and the
             small files' content.
-        wide_after: in int8 and int4, tokens in prompts and batches after which these go through a second graph. It takes
-            a moment and memory to open, and rounds a little more. 0 opens it right away, None never.
+        wide_after: in int8 and int4, tokens in prompts and batches after which these go through a second graph; in fp32,
+            where the processor has AVX-512, tokens in batches. It takes a moment and memory to open, and in int8 and
+            int4 rounds a little more. 0 opens it right away, None never.
         draft: source of drafts, next tokens that one forward pass then verifies: "none"; "lookup", the text so
             far; "twin", the bundle's network in 8 bits; "auto", the twin where it pays. In fp32 tokens are the
             same; kernels of lower precision round several tokens in another way than one, which may decide a near tie.

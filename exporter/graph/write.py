@@ -1,16 +1,20 @@
 """The graph files of a bundle."""
 
-from collections.abc import Mapping
+from collections.abc import Callable
 from pathlib import Path
+from typing import TypeAlias
 
 import numpy as np
+from onnx import ModelProto
 
 from ...models import bundle
 from ...models.config import GPT2Config
-from . import ragged, second_graph
+from . import ragged
 from .fused import Weights, build
-from .input_rounding import PerTensor
 from .weights import WeightsFile
+
+# The second graph and the one that makes its weights, of the fused graph.
+BuildSecond: TypeAlias = Callable[[ModelProto], tuple[ModelProto, ModelProto]]
 
 
 def write_graphs(
@@ -20,7 +24,7 @@ def write_graphs(
     *,
     tied: bool,
     floats: type[np.float32] | type[np.float16] = np.float32,
-    per_tensor: Mapping[str, PerTensor] | None = None,
+    second: BuildSecond | None = None,
 ) -> None:
     """Writes the fused graph with its weights, and the graphs that go with it.
 
@@ -28,7 +32,7 @@ def write_graphs(
         weights: gives each weight by its checkpoint name, plain or quantised.
         tied: whether the output head is the token embedding.
         floats: type of weights that aren't quantised.
-        per_tensor: the layers that a second graph runs in another way; without any there is none.
+        second: builds the second graph; None: there is none.
 
     Raises:
         CheckpointError: a number is beyond float16's range.
@@ -39,9 +43,9 @@ def write_graphs(
         model = build(config, weights, tied=tied, store=store, floats=floats)
     (folder / bundle.GRAPH).write_bytes(model.SerializeToString())
     (folder / bundle.RAGGED_GRAPH).write_bytes(ragged.build(model, config).SerializeToString())
-    if per_tensor:
-        second, weights_graph = second_graph.build(model, per_tensor)
-        (folder / bundle.SECOND_GRAPH).write_bytes(ragged.build(second, config).SerializeToString())
+    if second is not None:
+        graph, weights_graph = second(model)
+        (folder / bundle.SECOND_GRAPH).write_bytes(ragged.build(graph, config).SerializeToString())
         (folder / bundle.SECOND_GRAPH_WEIGHTS).write_bytes(weights_graph.SerializeToString())
 
 

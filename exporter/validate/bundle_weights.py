@@ -20,7 +20,7 @@ from ..graph.blocks import Array, QuantizedMatrix, dequantize, in_axis
 from ..graph.input_rounding import Blockwise, InputRounding, PerTensor
 from ..graph.weights import mapped
 
-_SCALES, _COLUMNS, _STEPS = ".scales", ".columns", ".steps"
+_SCALES, _COLUMNS, _STEPS, _TRANSPOSED = ".scales", ".columns", ".steps", ".transposed"
 
 
 class BundleWeights:
@@ -55,7 +55,10 @@ class BundleWeights:
             self._made = make_weights(bundle, loading.threads(bundle))
 
     def made_scales(self) -> Iterator[tuple[str, Array]]:
-        """Names of the second graph's own weights, and their scales, with an axis for the inputs."""
+        """Names of the second graph's own weights, and their scales, with an axis for the inputs; of float32, next to nothing."""
+        for made in self._made:
+            if made.endswith(_TRANSPOSED):
+                yield made.removesuffix(_TRANSPOSED), np.array(1e-30, np.float32)
         for base in self._per_tensor:
             name = f"{base}.weight"
             yield name, np.expand_dims(self._made[f"{base}{_STEPS}"], in_axis(name))
@@ -76,6 +79,8 @@ class BundleWeights:
             BundleError: the bundle holds no such weight.
         """
         base, axis = name.removesuffix(".weight"), in_axis(name)
+        if (transposed := self._made.get(f"{name}{_TRANSPOSED}")) is not None:
+            return transposed.T
         if base in self._per_tensor:
             made: Array = self._made[f"{base}{_COLUMNS}"].astype(np.float32) * self._made[f"{base}{_STEPS}"]
             return made if axis == 0 else made.T

@@ -27,12 +27,12 @@ import numpy as np
 
 from gpt2onnx.errors import Gpt2OnnxError
 
-from ...models.bundle import RAGGED_GRAPH, SECOND_GRAPH, Bundle
+from ...models.bundle import RAGGED_GRAPH, Bundle
 from ...models.config import GPT2Config
 from ...models.shapes import weight_shapes
 from ...runtime.arrays import Tokens
 from ...runtime.engine.runner import Runner
-from ...runtime.engine.second_graph import MIN_TOKENS
+from ...runtime.engine.second_graph import min_tokens
 from ...runtime.host.progress import Progress
 from ...runtime.model import Model
 from ...runtime.options import GenerationConfig
@@ -113,8 +113,9 @@ def check(
         del model, runner  # one network at a time
         runner = Runner(bundle.without(RAGGED_GRAPH), wide_after=None)
         report["interchange"] = logits.judged(logits.cached(runner, prompts), expected, allowed, _NOISE)
-    long = [prompt for prompt in prompts if len(prompt) >= MIN_TOKENS]
-    if SECOND_GRAPH in manifest.files and long:
+    least = min_tokens(bundle)
+    long = [prompt for prompt in prompts if least and len(prompt) >= least]
+    if long:
         report["wide"] = _check_second_graph(bundle, reference, long)
     report["tokens"] = tokens
     report["passed"] = all(part["passed"] for part in report.values() if isinstance(part, dict) and "passed" in part)

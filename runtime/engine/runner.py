@@ -15,13 +15,13 @@ import numpy.typing as npt
 from gpt2onnx.errors import BackendError, OptionError
 
 from ...models import contract, limits
-from ...models.bundle import RAGGED_GRAPH, SECOND_GRAPH, TWIN_GRAPH, Bundle
+from ...models.bundle import RAGGED_GRAPH, TWIN_GRAPH, Bundle
 from ..arrays import Float32Array, Int64Array, Logits
 from ..host import resources
 from ..ort import binding, devices, providers, signature
 from . import loading
 from .kv_cache import HostStorage, KVCache, check_memory
-from .second_graph import OPEN_AFTER, SecondGraph
+from .second_graph import OPEN_AFTER, SecondGraph, min_tokens
 
 # Most tokens per row of a pass whose bound arrays are kept: prompts rarely have the same length twice.
 _KEPT_TOKENS = 16
@@ -92,10 +92,9 @@ class Runner:
         floats = "tensor(float16)" if self.dtype == np.float16 else "tensor(float)"
         signature.check(self.config, floats, inputs, outputs, path)
         self._inputs = list(inputs)
-        offered = SECOND_GRAPH in bundle.manifest.files and file == RAGGED_GRAPH
-        self._second_graph = (
-            SecondGraph(bundle, self.threads, wide_after) if offered and wide_after is not None else None
-        )
+        self._second_graph = None
+        if file == RAGGED_GRAPH and wide_after is not None and (least := min_tokens(bundle)):
+            self._second_graph = SecondGraph(bundle, self.threads, least, wide_after)
         self._has_hidden = contract.HIDDEN in outputs
         self._hidden: list[npt.NDArray[np.floating]] = []
         self.has_twin = bundle.has_twin and file == RAGGED_GRAPH
@@ -200,12 +199,12 @@ class Runner:
     def _run_ragged(self, cache: KVCache, rows: slice, tokens: Int64Array, counts: Int64Array, logits: str) -> Logits:
         """A pass of `contract`'s second form: each row brings its own number of tokens."""
         count, longest = tokens.shape
-        graph = (self._second_graph and self._second_graph.take(tokens.size)) or self._graph
         begins, used = longest * np.arange(count), counts > 0
         if logits == "last":
             at = (begins + counts - 1)[used]
         else:
             at = np.concatenate([np.arange(begin, begin + n) for begin, n in zip(begins, counts, strict=True)])
+        graph = (self._second_graph and self._second_graph.take(tokens.size, len(at))) or self._graph
         past = cache.advance(rows, counts)
 
         def made() -> _Pass:

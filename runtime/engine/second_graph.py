@@ -17,12 +17,15 @@ from ..ort import devices, providers, signature
 from . import loading
 
 _log = logging.getLogger(__name__)
-MIN_TOKENS = 6  # of a pass; with fewer, the first graph is faster
+# Tokens of a pass from which on the second graph is faster. In fp32 only those count whose logits are asked for, and there may be
+# too many: it is for batches and drafts, while prompts are as fast in the first graph.
+MIN_TOKENS = {"fp32": 8, "int8": 6, "int4": 6}
+_MOST_IN_FP32 = 48
 OPEN_AFTER = 512  # tokens in such passes, after which opening it has paid
 
 
 def make_weights(bundle: Bundle, threads: int) -> dict[str, npt.NDArray[np.generic]]:
-    """The second graph's own weights, by name: of each matrix the values, int8 [in, out], and the scales, float32 [out].
+    """The second graph's own weights, by name: what `exporter.graph.second_graph` and `exporter.graph.transposed` say.
 
     Raises:
         BackendError: ONNX Runtime failed.
@@ -34,31 +37,43 @@ def make_weights(bundle: Bundle, threads: int) -> dict[str, npt.NDArray[np.gener
     return dict(zip(names, providers.run(graph, names, {}), strict=True))
 
 
+def min_tokens(bundle: Bundle) -> int | None:
+    """Tokens of the shortest pass for which a bundle's second graph is faster here; None: it has none, or it isn't faster."""
+    dtype = bundle.manifest.dtype
+    if SECOND_GRAPH not in bundle.manifest.files or (dtype == "fp32" and not resources.has_avx512()):
+        return None
+    return MIN_TOKENS.get(dtype)
+
+
 class SecondGraph:
     """The second graph of a bundle, on the CPU.
 
     Args:
         bundle: whose it is.
         threads: of one operator.
+        min_tokens: of a pass that takes it, as MIN_TOKENS counts them.
         after: tokens that have to come in passes of many until it is opened; 0 opens it right away.
 
     Raises:
         BundleError: it isn't the graph that config.json describes.
     """
 
-    def __init__(self, bundle: Bundle, threads: int, after: int) -> None:
-        self._bundle, self._threads, self._left, self._tried = bundle, threads, after, False
+    def __init__(self, bundle: Bundle, threads: int, min_tokens: int, after: int) -> None:
+        self._bundle, self._threads, self._min_tokens = bundle, threads, min_tokens
+        self._left, self._tried = after, False
         self._graph: providers.Graph | None = None
         if after == 0:
             self._try()
 
-    def take(self, tokens: int) -> providers.Graph | None:
-        """The graph for a pass of `tokens` tokens; None if the pass is too short, or there isn't the memory.
+    def take(self, tokens: int, logits: int) -> providers.Graph | None:
+        """The graph for a pass of some tokens and logits; None if it isn't faster for them, or there isn't the memory.
 
         Raises:
             BundleError: it isn't the graph that config.json describes.
         """
-        if tokens < MIN_TOKENS:
+        if self._bundle.manifest.dtype == "fp32":
+            tokens = logits if logits <= _MOST_IN_FP32 else 0
+        if tokens < self._min_tokens:
             return None
         if not self._tried:
             self._left -= tokens

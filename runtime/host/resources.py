@@ -80,6 +80,12 @@ def sums_of_byte_products_overflow(root: Path = _ROOT) -> bool:
     return "avx512_vnni" not in flags and "avx_vnni" not in flags
 
 
+@functools.cache
+def has_avx512(root: Path = _ROOT) -> bool:
+    """Whether the processor is known to have vectors of 512 bits, of x86."""
+    return "avx512f" in _words(root / "proc/cpuinfo")
+
+
 def shortage(needed: int, root: Path = _ROOT) -> str | None:
     """The needed and available memory in words, if the needed bytes aren't available."""
     if needed < _NEGLIGIBLE:

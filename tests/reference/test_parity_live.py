@@ -262,15 +262,28 @@ def test_faults_are_found(precision: str, file: str, fault: Fault, export_as: Ex
     assert not report["passed"], json.dumps(report, indent=2)
 
 
-@pytest.mark.parametrize("precision", ["int8 calibrated", "int4 calibrated"])
+def made_of_another_layer(folder: Path, graph: ModelProto) -> None:
+    rename_inputs(graph, lambda name: name.replace("h.0.mlp.c_proj", "h.1.mlp.c_proj"))
+
+
 @pytest.mark.parametrize(
-    ("file", "fault"),
+    ("precision", "file", "fault"),
     [
-        (SECOND_GRAPH, swapped_layers),
-        (SECOND_GRAPH, wrong_epsilon),
-        (SECOND_GRAPH, wrong_attention_scale),
-        (SECOND_GRAPH_WEIGHTS, wrong_zero),
-        (SECOND_GRAPH_WEIGHTS, wrong_zero_of_head),
+        (precision, file, fault)
+        for precision in ("int8 calibrated", "int4 calibrated")
+        for file, fault in (
+            (SECOND_GRAPH, swapped_layers),
+            (SECOND_GRAPH, wrong_epsilon),
+            (SECOND_GRAPH, wrong_attention_scale),
+            (SECOND_GRAPH_WEIGHTS, wrong_zero),
+            (SECOND_GRAPH_WEIGHTS, wrong_zero_of_head),
+        )
+    ]
+    + [
+        ("fp32", SECOND_GRAPH, swapped_layers),
+        ("fp32", SECOND_GRAPH, wrong_epsilon),
+        ("fp32", SECOND_GRAPH, wrong_attention_scale),
+        ("fp32", SECOND_GRAPH_WEIGHTS, made_of_another_layer),
     ],
 )
 def test_faults_of_the_second_graph_are_found(precision: str, file: str, fault: Fault, export_as: ExportAs) -> None:

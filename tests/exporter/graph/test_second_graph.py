@@ -27,6 +27,7 @@ from gpt2onnx.runtime.host import resources
 from gpt2onnx.runtime.ort import providers
 
 # Matrices of 8 bits in short blocks, and those of 4 and 8 bits in longer ones.
+MIN_TOKENS = second_graph.MIN_TOKENS["int8"]
 PRECISIONS: dict[str, dict[str, Any]] = {"int8": {"dtype": "int8", "block_size": 16}, "int4": {"dtype": "int4"}}
 
 
@@ -71,13 +72,11 @@ def test_graphs_share_a_cache(made: Bundle) -> None:
     one, both = Runner(made, threads=1, wide_after=None), Runner(made, threads=1, wide_after=0)
     count = 20
     tokens = np.random.default_rng(0).integers(made.config.vocab_size, size=(1, count))
-    steps = [1] * (count - second_graph.MIN_TOKENS)
-    alone = logits(one, tokens, second_graph.MIN_TOKENS, *steps)
+    steps = [1] * (count - MIN_TOKENS)
+    alone = logits(one, tokens, MIN_TOKENS, *steps)
     np.testing.assert_array_equal(logits(both, tokens, *[1] * count), logits(one, tokens, *[1] * count))
-    mixed = logits(both, tokens, second_graph.MIN_TOKENS, *steps)
-    assert not np.array_equal(mixed[:, second_graph.MIN_TOKENS - 1], alone[:, second_graph.MIN_TOKENS - 1]), (
-        "which graph was it?"
-    )
+    mixed = logits(both, tokens, MIN_TOKENS, *steps)
+    assert not np.array_equal(mixed[:, MIN_TOKENS - 1], alone[:, MIN_TOKENS - 1]), "which graph was it?"
     assert np.abs(mixed - alone).max() < 0.1 * np.abs(alone).max()
 
 
@@ -128,10 +127,10 @@ def opened(session: Runner, rows: int, passes: int, count: int = 1) -> int | Non
 
 @pytest.mark.parametrize("made", ["int8"], indirect=True)
 def test_opened_when_worth_it(made: Bundle) -> None:
-    assert opened(Runner(made), second_graph.MIN_TOKENS - 1, 300) is None
+    assert opened(Runner(made), MIN_TOKENS - 1, 300) is None
     assert opened(Runner(made), 16, 100) == second_graph.OPEN_AFTER // 16
     assert opened(Runner(made), 1, 100, 64) == second_graph.OPEN_AFTER // 64
-    assert opened(Runner(made, wide_after=0), second_graph.MIN_TOKENS, 1) == 0
+    assert opened(Runner(made, wide_after=0), MIN_TOKENS, 1) == 0
     assert opened(Runner(made, wide_after=None), 16, 100) is None
     assert opened(gpt2onnx.load(made.folder, wide_after=100).runner, 25, 5) == 4
     with pytest.raises(OptionError, match="wide_after must be a whole number, at least 0, not -1"):
@@ -140,7 +139,7 @@ def test_opened_when_worth_it(made: Bundle) -> None:
 
 def test_numbers_are_those_of_the_documents() -> None:
     default = inspect.signature(gpt2onnx.load).parameters["wide_after"].default
-    assert (second_graph.MIN_TOKENS, second_graph.OPEN_AFTER, default) == (6, 512, 512)
+    assert (second_graph.MIN_TOKENS, second_graph.OPEN_AFTER, default) == ({"fp32": 8, "int8": 6, "int4": 6}, 512, 512)
 
 
 @pytest.mark.parametrize(
