@@ -136,7 +136,9 @@ class Drafter:
         if self._resting:
             return 0
         self._rest = self._resting = min(2 * self._rest, _LONGEST_REST)
-        return trial
+        # Measured anew: passes may take another time by now, as when a second graph was opened.
+        self._draft_times, self._verify_times = PassTimes(), PassTimes()
+        return 0
 
     def _draft(self, network: Network, rows: Rows, forks: dict[int, Strategy], length: int) -> dict[int, Tokens]:
         """Carries on forks, given by their rows in rising order, for up to `length` tokens."""

@@ -137,6 +137,26 @@ def test_drafts_cost_little_where_they_dont_pay(
     assert plain * 0.99 < drafted < plain * 1.05
 
 
+def test_drafts_are_tried_again_in_short_requests(clock: Clock) -> None:
+    """Passes over several tokens become faster, as when a second graph is opened."""
+    full = TimedNetwork(clock, 1, 20)
+    decoder = Scheduler(full, drafter(TimedNetwork(clock, 4, 0.7, 0.02)))
+
+    def times(count: int) -> list[float]:
+        found = []
+        for first in range(count):
+            begin = clock.now
+            run(full, [([first % 13, 5], {"max_new_tokens": 30, "eos_token_id": -1})], 1, decoder)
+            found.append(clock.now - begin)
+        return found
+
+    busy = times(20)
+    full._a_pass, full._a_token = 15, 0.7
+    *_, drafted = times(20)
+    assert busy[-1] == pytest.approx(30 * 21, rel=0.1), "without drafts"
+    assert drafted < 30 * 15.7 / 1.7
+
+
 def test_times_of_passes() -> None:
     times = PassTimes()
     assert times.expected(1) is None
@@ -144,8 +164,11 @@ def test_times_of_passes() -> None:
         for one in each:
             times.note(size, one)
     assert [times.expected(size) for size in (1, 3, 5)] == [1, 2, 3]
-    assert times.expected(7) == pytest.approx(3 * 7 / 5)
+    assert times.expected(7) == pytest.approx(3 + 2 * (3 - 1) / 4)
     assert times.expected(8) is None
+    for one in (9, 2, 7):
+        times.note(20, one)
+    assert times.expected(20) == 2, "of two, the shorter one"
 
 
 def test_acceptance_follows_what_happens() -> None:
