@@ -66,6 +66,7 @@ class Run:
 
     def __init__(self, path: Path) -> None:
         content = json.loads(path.read_text())
+        self.folder = path.parent
         self.machine: dict[str, Any] = content["machine"]
         self.threads: int = content["threads"]
         self.rounds: int = content["rounds"]

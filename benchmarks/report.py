@@ -6,10 +6,12 @@ Writes README.md beside the figures.
 from __future__ import annotations
 
 import argparse
+import os
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
+from .environments import REPOSITORY
 from .figures import Part, Run, Spread
 from .run import COLD, MEMORY, RESULTS
 
@@ -21,15 +23,18 @@ medians of the rounds' ratios: above 1 gpt2onnx is ahead, below 1 the peer. Read
 has its own prompts, of the same lengths, since some runtimes cache prompts.
 
 Speed doesn't depend on the values of weights, with two exceptions. In int8 and int4 gpt2onnx chooses the operators for prompts and
-batches by the activation statistics, and a network with strong outliers keeps slower ones. It opens the second graph, which has the
-faster operators, while it runs, as in any process: that time counts, and earlier rounds, in batch 8, run without it. In fp32 its
-[twin](../export.md#the-twin) drafts tokens after the first 48: how many of them are right depends on the network (0.94 with these random
-weights, 0.98 of a trained network's). "of the bandwidth" counts fp32's weights once a token, which drafting reads less often.
+batches by the activation statistics, and a network with strong outliers keeps slower ones. It opens
+[the second graph]({export}#the-second-graph), which has the faster operators, while it runs, as in any process: that time counts, and
+earlier rounds, in batch 8, run without it. In fp32 its [twin]({export}#the-twin) drafts tokens after the first 48. How many of them
+are right depends on the network: 0.94 with these random weights, 0.98 of a trained network's. "of the bandwidth" counts fp32's
+weights once a token, which drafting reads less often.
 
     python -m benchmarks.prepare
     python -m benchmarks.run
     python -m benchmarks.report docs/benchmarks/results.json
 """
+# What decides about the speed of products, the most first.
+EXTENSIONS = {"avx512_vnni": "AVX-512 VNNI", "avx512f": "AVX-512", "avx2": "AVX2"}
 
 
 NONE = "\N{EN DASH}"
@@ -37,7 +42,8 @@ NONE = "\N{EN DASH}"
 
 def report(run: Run, plots: list[tuple[str, str]]) -> str:
     """The whole page. `plots` are (file name, title)."""
-    blocks = ["# Benchmarks", *_about(run), "## In short", *_short(run)]
+    extensions = [name for flag, name in EXTENSIONS.items() if flag in run.machine.get("extensions", [])]
+    blocks = [" with ".join(["# Benchmarks", *extensions[:1]]), *_about(run), "## In short", *_short(run)]
     blocks += [f"![{title}]({name})" for name, title in plots]
     blocks += ["## Scenario by scenario", *_scenarios(run)]
     blocks += ["## Whole processes", *_processes(run), "## Who was compared", *_contenders(run)]
@@ -65,7 +71,8 @@ def _about(run: Run) -> Iterator[str]:
     days = sorted({moment[:10] for moment in run.finished})
     extensions = f" ({', '.join(facts['extensions'])})" if facts.get("extensions") else ""
     memory = f", {facts['memory_bytes'] / 2**30:.0f} GiB of memory" if "memory_bytes" in facts else ""
-    yield HOW.format(threads=run.threads, rounds=run.rounds)
+    export = Path(os.path.relpath(REPOSITORY / "docs" / "export.md", run.folder)).as_posix()
+    yield HOW.format(threads=run.threads, rounds=run.rounds, export=export)
     yield (
         f"Measured {' to '.join(dict.fromkeys([days[0], days[-1]]))} on {facts['processor']}{extensions}, {facts['cores']} "
         f"cores{memory}, {facts['system']}; {_commits(run)}. It read "

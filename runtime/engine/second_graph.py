@@ -17,8 +17,8 @@ from ..ort import devices, providers, signature
 from . import loading
 
 _log = logging.getLogger(__name__)
-# Tokens of a pass from which on the second graph is faster. In fp32 only those count whose logits are asked for, and there may be
-# too many: it is for batches and drafts, while prompts are as fast in the first graph.
+# Tokens of a pass from which on the second graph is faster. In fp32 only those count whose logits are asked for, and of more than
+# so many the first graph is faster again.
 MIN_TOKENS = {"fp32": 8, "int8": 6, "int4": 6}
 _MOST_IN_FP32 = 48
 OPEN_AFTER = 512  # tokens in such passes, after which opening it has paid
