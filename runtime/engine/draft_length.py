@@ -30,12 +30,13 @@ class PassTimes:
         above = min((size for size in seconds if size > tokens), default=None)
         if below and above:
             return seconds[below] + (tokens - below) / (above - below) * (seconds[above] - seconds[below])
-        if below and tokens <= _CLOSE * below:  # on the line through the next smaller size
+        if below:
+            if tokens > _CLOSE * below:
+                return None
+            # On the line through this size and the next smaller one.
             smaller = max((size for size in seconds if size < below), default=0)
             slope = (seconds[below] - seconds.get(smaller, 0.0)) / (below - smaller)
             return seconds[below] + max(0.0, slope) * (tokens - below)
-        if below:
-            return None
         return seconds[above] if above and above <= _CLOSE * tokens else None
 
 
