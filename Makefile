@@ -41,10 +41,11 @@ OPTIMUM_TESTS := checkpoint_tokenizers checkpoints generation graph portable ref
 # What only an older transformers can answer.
 FORMER_TESTS := contrastive_search diverse_beams
 
-reference: system lowest $(REFERENCE)/installed $(OPTIMUM)/installed $(FORMER)/installed  ## compare with PyTorch; run whole programs, and the lowest versions
+reference: system lowest $(REFERENCE)/installed $(OPTIMUM)/installed $(FORMER)/installed  ## compare with PyTorch and other runtimes; run whole programs, and the lowest versions
 	$(MAKE) types SYSTEMS='linux darwin win32'
 	$(call bin,$(REFERENCE))/python $(PYTEST) --golden check
 	GPT2ONNX_PEERS=build/peers $(call bin,$(OPTIMUM))/python $(PYTEST) --golden live $(call tests,$(OPTIMUM_TESTS))
+	GPT2ONNX_PEERS=build/peers $(BIN)/python $(PYTEST) -k 'not transformers.js' $(call tests,other_runtimes)
 	$(call bin,$(FORMER))/python $(PYTEST) --golden check $(call tests,$(FORMER_TESTS))
 
 newest:  ## `make test` with the newest packages that pyproject.toml allows
