@@ -7,6 +7,7 @@ without replacement). Each q takes two 32-bit words, the higher one first; the l
 Source: ATen/native/Distributions.cpp, ATen/core/DistributionsHelper.h and CPUGeneratorImpl.cpp.
 """
 
+import functools
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -43,7 +44,7 @@ class Candidates:
     @classmethod
     def all(cls, scores: Logits) -> "Candidates":
         """Every entry, given their scores, float32 [entries]."""
-        return cls(scores, np.arange(len(scores)), len(scores))
+        return cls(scores, _numbers(len(scores)), len(scores))
 
     @classmethod
     def joined(cls, parts: Sequence["Candidates"]) -> "Candidates":
@@ -103,7 +104,9 @@ class Generator:
         if not len(possible.scores):  # transformers fails here; as greedy decoding does, go on with the first
             self.skip(entries)
             return largest(candidates.dense(), count)
-        words = self._words(entries)[possible.indices]
+        words = self._words(entries)
+        if len(possible.scores) < entries:
+            words = words[possible.indices]
         probabilities = softmax(possible.scores)
         if len(probabilities) > max(count, _FEW):
             finalists = _finalists(probabilities, words, count)
@@ -138,6 +141,14 @@ class _Fork(Generator):
             ahead.append(self._other._draw(entries))
         self._place += 1
         return ahead[self._place - 1]
+
+
+@functools.lru_cache(maxsize=4)
+def _numbers(count: int) -> Indices:
+    """The numbers below `count`, which nobody changes."""
+    numbers = np.arange(count)
+    numbers.flags.writeable = False
+    return numbers
 
 
 def _race(probabilities: Logits, words: Words) -> Logits:
