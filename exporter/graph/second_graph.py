@@ -9,7 +9,7 @@ https://github.com/microsoft/onnxruntime/blob/main/docs/ContribOperators.md#com.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 from onnx import ModelProto, NodeProto, TensorProto, ValueInfoProto, helper
@@ -50,6 +50,20 @@ def build(model: ModelProto, layers: Mapping[str, PerTensor]) -> tuple[ModelProt
             made += _make(making, node, layer, stored, makers)
         else:
             second.nodes.append(node)
+    return assembled(model, second, making, made)
+
+
+def assembled(
+    model: ModelProto, second: Nodes, making: Nodes, made: Sequence[ValueInfoProto]
+) -> tuple[ModelProto, ModelProto]:
+    """The second graph, and the graph that makes its weights.
+
+    Args:
+        model: the first graph, with the same inputs and outputs.
+        second: nodes of the second graph.
+        making: nodes that make weights for it.
+        made: these weights.
+    """
     used = {name for node in second.nodes for name in node.input}
     kept = [each for each in model.graph.initializer if each.name in used]
     graph = helper.make_graph(

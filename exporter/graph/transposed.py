@@ -13,9 +13,9 @@ import numpy as np
 from onnx import ModelProto, NodeProto, TensorProto, ValueInfoProto, helper
 
 from ...models import contract
-from ...models.bundle import SECOND_GRAPH_WEIGHTS
-from .operators import Nodes, as_model
-from .weights import view, without_data
+from .operators import Nodes
+from .second_graph import assembled
+from .weights import view
 
 _STAYS_TRANSPOSED = ".mlp.c_fc"  # layers whose result goes through an activation function into the next product
 
@@ -44,15 +44,7 @@ def build(model: ModelProto) -> tuple[ModelProto, ModelProto]:
             transposed |= _multiply(second, node, product, stored, transposed, axes)
         else:
             transposed |= _carry_on(second, node, transposed)
-    used = {name for node in second.nodes for name in node.input}
-    kept = [each for each in model.graph.initializer if each.name in used]
-    graph = helper.make_graph(
-        second.nodes, "gpt2_second_graph", model.graph.input, model.graph.output,
-        [*kept, *second.initializers, *(without_data(each, SECOND_GRAPH_WEIGHTS) for each in made)],
-        value_info=model.graph.value_info,
-    )  # fmt: skip
-    weights = helper.make_graph(making.nodes, "second_graph_weights", [], made, making.initializers)
-    return as_model(graph), as_model(weights)
+    return assembled(model, second, making, made)
 
 
 def _make(making: Nodes, matrix: TensorProto) -> ValueInfoProto:
