@@ -32,7 +32,7 @@ from ...models.config import GPT2Config
 from ...models.shapes import weight_shapes
 from ...runtime.arrays import Tokens
 from ...runtime.engine.runner import Runner
-from ...runtime.engine.second_graph import min_tokens
+from ...runtime.engine.second_graph import MIN_TOKENS, pays
 from ...runtime.host.progress import Progress
 from ...runtime.model import Model
 from ...runtime.options import GenerationConfig
@@ -113,9 +113,7 @@ def check(
         del model, runner  # one network at a time
         runner = Runner(bundle.without(RAGGED_GRAPH), wide_after=None)
         report["interchange"] = logits.judged(logits.cached(runner, prompts), expected, allowed, _NOISE)
-    least = min_tokens(bundle)
-    long = [prompt for prompt in prompts if least and len(prompt) >= least]
-    if long:
+    if pays(bundle) and (long := [prompt for prompt in prompts if len(prompt) >= MIN_TOKENS[manifest.dtype]]):
         report["wide"] = _check_second_graph(bundle, reference, long)
     report["tokens"] = tokens
     report["passed"] = all(part["passed"] for part in report.values() if isinstance(part, dict) and "passed" in part)

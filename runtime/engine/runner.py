@@ -21,7 +21,7 @@ from ..host import resources
 from ..ort import binding, devices, providers, signature
 from . import loading
 from .kv_cache import HostStorage, KVCache, check_memory
-from .second_graph import OPEN_AFTER, SecondGraph, min_tokens
+from .second_graph import OPEN_AFTER, SecondGraph, pays
 
 # Most tokens per row of a pass whose bound arrays are kept: prompts rarely have the same length twice.
 _KEPT_TOKENS = 16
@@ -93,8 +93,8 @@ class Runner:
         signature.check(self.config, floats, inputs, outputs, path)
         self._inputs = list(inputs)
         self._second_graph = None
-        if file == RAGGED_GRAPH and wide_after is not None and (least := min_tokens(bundle)):
-            self._second_graph = SecondGraph(bundle, self.threads, least, wide_after)
+        if file == RAGGED_GRAPH and wide_after is not None and pays(bundle):
+            self._second_graph = SecondGraph(bundle, self.threads, wide_after)
         self._has_hidden = contract.HIDDEN in outputs
         self._hidden: list[npt.NDArray[np.floating]] = []
         self.has_twin = bundle.has_twin and file == RAGGED_GRAPH

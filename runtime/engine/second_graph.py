@@ -17,9 +17,9 @@ from ..ort import devices, providers, signature
 from . import loading
 
 _log = logging.getLogger(__name__)
-# Tokens of a pass from which on the second graph is faster. In fp32 only those count whose logits are asked for, and of more than
-# so many the first graph is faster again.
+# Tokens of a pass from which on the second graph is faster.
 MIN_TOKENS = {"fp32": 8, "int8": 6, "int4": 6}
+# In fp32 only tokens whose logits are asked for count. With more of them than this, the first graph is faster.
 _MOST_IN_FP32 = 48
 OPEN_AFTER = 512  # tokens in such passes, after which opening it has paid
 
@@ -37,12 +37,10 @@ def make_weights(bundle: Bundle, threads: int) -> dict[str, npt.NDArray[np.gener
     return dict(zip(names, providers.run(graph, names, {}), strict=True))
 
 
-def min_tokens(bundle: Bundle) -> int | None:
-    """Tokens of the shortest pass for which a bundle's second graph is faster here; None: it has none, or it isn't faster."""
+def pays(bundle: Bundle) -> bool:
+    """Whether a bundle has a second graph, and one that is faster on this processor."""
     dtype = bundle.manifest.dtype
-    if SECOND_GRAPH not in bundle.manifest.files or (dtype == "fp32" and not resources.has_avx512()):
-        return None
-    return MIN_TOKENS.get(dtype)
+    return SECOND_GRAPH in bundle.manifest.files and dtype in MIN_TOKENS and (dtype != "fp32" or resources.has_avx512())
 
 
 class SecondGraph:
@@ -51,16 +49,14 @@ class SecondGraph:
     Args:
         bundle: whose it is.
         threads: of one operator.
-        min_tokens: of a pass that takes it, as MIN_TOKENS counts them.
         after: tokens that have to come in passes of many until it is opened; 0 opens it right away.
 
     Raises:
         BundleError: it isn't the graph that config.json describes.
     """
 
-    def __init__(self, bundle: Bundle, threads: int, min_tokens: int, after: int) -> None:
-        self._bundle, self._threads, self._min_tokens = bundle, threads, min_tokens
-        self._left, self._tried = after, False
+    def __init__(self, bundle: Bundle, threads: int, after: int) -> None:
+        self._bundle, self._threads, self._left, self._tried = bundle, threads, after, False
         self._graph: providers.Graph | None = None
         if after == 0:
             self._try()
@@ -71,9 +67,10 @@ class SecondGraph:
         Raises:
             BundleError: it isn't the graph that config.json describes.
         """
-        if self._bundle.manifest.dtype == "fp32":
+        dtype = self._bundle.manifest.dtype
+        if dtype == "fp32":
             tokens = logits if logits <= _MOST_IN_FP32 else 0
-        if tokens < self._min_tokens:
+        if tokens < MIN_TOKENS[dtype]:
             return None
         if not self._tried:
             self._left -= tokens

@@ -68,7 +68,6 @@ def memory(root: Path = _ROOT) -> Memory | None:
     return min(_memory_limits(root), key=lambda limit: limit.available, default=None)
 
 
-@functools.cache
 def sums_of_byte_products_overflow(root: Path = _ROOT) -> bool:
     """Whether the processor may add up products of bytes in 16 bits, as x86 does without VNNI.
 
@@ -76,14 +75,18 @@ def sums_of_byte_products_overflow(root: Path = _ROOT) -> bool:
     """
     if platform.machine().lower() not in ("x86_64", "amd64"):
         return False
-    flags = _text(root / "proc/cpuinfo")
-    return "avx512_vnni" not in flags and "avx_vnni" not in flags
+    return not {"avx512_vnni", "avx_vnni"} & _processor_flags(root)
+
+
+def has_avx512(root: Path = _ROOT) -> bool:
+    """Whether the processor is known to have vectors of 512 bits, of x86."""
+    return "avx512f" in _processor_flags(root)
 
 
 @functools.cache
-def has_avx512(root: Path = _ROOT) -> bool:
-    """Whether the processor is known to have vectors of 512 bits, of x86."""
-    return "avx512f" in _words(root / "proc/cpuinfo")
+def _processor_flags(root: Path) -> frozenset[str]:
+    """The extensions that the system names, among other words."""
+    return frozenset(_words(root / "proc/cpuinfo"))
 
 
 def shortage(needed: int, root: Path = _ROOT) -> str | None:

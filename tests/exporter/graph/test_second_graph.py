@@ -26,8 +26,8 @@ from gpt2onnx.runtime.engine.runner import Runner
 from gpt2onnx.runtime.host import resources
 from gpt2onnx.runtime.ort import providers
 
-# Matrices of 8 bits in short blocks, and those of 4 and 8 bits in longer ones.
 MIN_TOKENS = second_graph.MIN_TOKENS["int8"]
+# Matrices of 8 bits in short blocks, and those of 4 and 8 bits in longer ones.
 PRECISIONS: dict[str, dict[str, Any]] = {"int8": {"dtype": "int8", "block_size": 16}, "int4": {"dtype": "int4"}}
 
 

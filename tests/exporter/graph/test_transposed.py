@@ -94,12 +94,14 @@ def test_only_with_avx512(bundle: Bundle, monkeypatch: pytest.MonkeyPatch, tmp_p
     monkeypatch.setattr(resources, "has_avx512", lambda: False)
     assert not is_open(Runner(bundle, wide_after=0))
     monkeypatch.undo()
-    (tmp_path / "proc").mkdir()
-    for flags, expected in {"fpu avx2 avx512f avx512bw": True, "fpu avx2 avx512fp16": False, "": False}.items():
-        (tmp_path / "proc/cpuinfo").write_text(f"processor : 0\nflags : {flags}\n")
-        resources.has_avx512.cache_clear()
-        assert resources.has_avx512(tmp_path) == expected
-    resources.has_avx512.cache_clear()
+    for name, flags, expected in (
+        ("with", "avx512f avx512bw", True),
+        ("without", "avx512fp16", False),
+        ("empty", "", False),
+    ):
+        (tmp_path / name / "proc").mkdir(parents=True)
+        (tmp_path / name / "proc/cpuinfo").write_text(f"processor : 0\nflags : fpu avx2 {flags}\n")
+        assert resources.has_avx512(tmp_path / name) == expected
 
 
 @pytest.mark.parametrize("width", [504, 512])
