@@ -118,6 +118,21 @@ def test_the_speeds_of_the_readme_are_those_of_the_benchmarks() -> None:
             assert cell == ("" if found == "\N{EN DASH}" else found), (name, precision)
 
 
+def test_the_speeds_with_avx512_are_those_of_the_benchmarks() -> None:
+    head, _, *lines = rows(DOCS / "benchmarks/avx512-vnni/README.md", "gpt2onnx against the best peer of its class")
+    measured = {line[0]: dict(zip(head, line, strict=True)) for line in lines}
+    classes = [f"gpt2onnx {each}, class {each.split()[0]}" for each in ("fp32", "int8", "int4", "int4 pure")]
+
+    def found(scenario: str, *contenders: str) -> list[str]:
+        return [measured[each][scenario].split()[0] for each in contenders]
+
+    one, (fp32, int8) = found("batch 1", *classes), found("beam 6", *classes[:2])
+    others = [each for name in ("batch 8", "batch 16", "prefill 512", "prefill 960") for each in found(name, *classes)]
+    text = " ".join(README.read_text(encoding="utf-8").split())
+    assert f"a single text is at {', '.join(one[:3])} and {one[3]} of the fastest" in text
+    assert f"beam search at {fp32} and {int8}, batches and long prompts at {min(others)} to {max(others)}." in text
+
+
 def rows(page: Path, before: str) -> list[list[str]]:
     """The cells of the first table behind a text."""
     lines = page.read_text(encoding="utf-8").partition(before)[2].splitlines()
