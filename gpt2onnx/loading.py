@@ -3,6 +3,7 @@
 import hashlib
 import os
 import re
+from contextlib import suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
@@ -32,8 +33,8 @@ def load(
     """Loads a model.
 
     Args:
-        model: a bundle folder; or any source that `export` takes, which is then exported once, in fp32,
-            into the user's cache (the folder that GPT2ONNX_CACHE names, or else the platform's).
+        model: a bundle folder; or any source that `export` takes, which is then exported, in fp32, into the user's cache
+            (the folder that GPT2ONNX_CACHE names, or else the platform's), and anew when a file of its folder changes.
         tokenizer: folder of a tokenizer in any form that `export` takes, for a bundle without one, or in its place.
         device: "cpu", "cuda", the name of another execution provider, or "auto": CUDA where it works, else the CPU.
         threads: of one operator; by default as many as this process may use, fewer for very small models.
@@ -159,7 +160,10 @@ def _cache_name(source: str, dtype: str = "fp32") -> str:
         folder = Path(place) if os.path.isdir(place) else Path(place).parent  # noqa: PTH112
         state.append(place)
         for path in sorted(folder.iterdir()):
-            facts = path.stat()
-            state.append(f"{path.name} {facts.st_size} {facts.st_mtime_ns}")
+            if path.name.startswith("."):  # such as an editor's lock file
+                continue
+            with suppress(FileNotFoundError):  # a link that leads nowhere
+                facts = path.stat()
+                state.append(f"{path.name} {facts.st_size} {facts.st_mtime_ns}")
     digest = hashlib.sha256("\n".join(state).encode("utf-8", "surrogateescape")).hexdigest()
     return f"{re.sub(r'[^A-Za-z0-9._-]+', '-', source)[-40:].strip('-.') or 'model'}-{digest[:12]}"

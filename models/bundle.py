@@ -48,7 +48,7 @@ TWIN_WEIGHTS = "onnx/twin.onnx_data"
 GRAPHS = ("fused", "portable")
 FORMAT_VERSION = 1
 
-_GRAPHS = (GRAPH, RAGGED_GRAPH, SECOND_GRAPH, SECOND_GRAPH_WEIGHTS, TWIN_GRAPH)
+_GRAPH_FILES = (GRAPH, RAGGED_GRAPH, SECOND_GRAPH, SECOND_GRAPH_WEIGHTS, TWIN_GRAPH)
 _REQUIRED = (CONFIG, GENERATION_CONFIG, GRAPH)
 # Files up to this size are hashed whenever a bundle is opened, which takes less than a millisecond in all.
 _SMALL = 2**18
@@ -266,7 +266,7 @@ class Bundle:
 
         for name, record in self.manifest.files.items():
             _check_hash(self.folder / name, record, advance)
-            if name in _GRAPHS:
+            if name in _GRAPH_FILES:
                 self.graph(name)
         try:
             for path in files_in(self.folder):
@@ -285,12 +285,14 @@ class Bundle:
         """Looks whether it is still what its folder holds, before more of it is read than was opened.
 
         Raises:
-            BackendError: another export has taken its place.
+            BackendError: it is gone, or another export has taken its place.
         """
+        if not self.folder.is_dir():
+            raise BackendError(f"{self.folder} is gone")
         try:
             current = Manifest.read(self.folder).sha256
         except (BundleError, OSError):
-            return  # it is gone, or not done yet
+            return  # it isn't done yet
         if current != self.manifest.sha256:
             raise BackendError(f"{self.folder} is another bundle by now: load it again")
 

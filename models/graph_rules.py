@@ -27,7 +27,7 @@ _ATTRIBUTES = frozenset(
     b" kv_num_heads num_heads num_outputs perm quantize_axis saturate scale start stash_type to transA transB upper"
     b" value".split()
 )
-# What exported graphs compute of constants alone: no more numbers than they take, or as many as a constant says.
+# Operators that exported graphs apply to constants alone: they make no more numbers than they take, or as many as a constant says.
 _OF_CONSTANTS = frozenset({b"Cast", b"ConstantOfShape", b"Neg"})
 # Operators that make as many numbers as an input says, and which input. It may also come from the inputs' shapes.
 _SIZES = {b"ConstantOfShape": 0, b"Expand": 1, b"Pad": 1}

@@ -18,7 +18,7 @@ def folder() -> Path:
     """
     configured = os.environ.get("GPT2ONNX_CACHE")
     path = Path(configured) if configured else user_cache_path("gpt2onnx", appauthor=False)
-    with suppress(FileNotFoundError):
+    with suppress(FileNotFoundError, NotADirectoryError):
         facts = path.stat()
         if sys.platform != "win32" and (facts.st_uid not in (0, os.geteuid()) or facts.st_mode & 0o002):
             raise OutputError(

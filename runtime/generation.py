@@ -1,7 +1,8 @@
 """A request under way: its strategy, and its result so far."""
 
-import time
 from collections.abc import Sequence
+
+from gpt2onnx.errors import OptionError
 
 from .decoding.logprobs import PromptLogprobs, TokenLogprobs
 from .decoding.strategy import Continuation, Strategy
@@ -22,11 +23,15 @@ class Generation:
         options, ids = request.options, strategy.prompt.tolist()
         self.stop = tokenizer.stop_strings(options.stop_strings, ids, skip_special_tokens=options.skip_special_tokens)
         self._tokenizer, self._model = tokenizer, model
-        self._started = time.perf_counter()
 
     @property
     def done(self) -> bool:
         return self.strategy.done
+
+    @property
+    def error(self) -> OptionError | None:
+        """Why it can't go on; None: it can, or has ended."""
+        return self.strategy.error
 
     @property
     def prompt_logprobs(self) -> list[TokenLogprobs] | None:
@@ -46,13 +51,12 @@ class Generation:
         """The result so far."""
         prompt, ids = self.request.prompt, self.strategy.prompt.tolist()
         text = prompt if isinstance(prompt, str) else self._decode(list(prompt))
-        seconds = time.perf_counter() - self._started
         sequences = [self._sequence(continuation) for continuation in self.continuations()]
         return Result(
             text,
             ids,
             sequences,
-            seconds,
+            self.strategy.seconds,
             seed=self.strategy.seed,
             request_hash=self.request.sha256(self._model),
             prompt_logprobs=self.prompt_logprobs,

@@ -26,7 +26,7 @@ from .decoding.torch_random import log_softmax
 from .engine import second_graph
 from .engine.drafting import Drafting
 from .engine.runner import Runner
-from .engine.scheduler import Scheduler
+from .engine.scheduler import MAX_SCORED, Scheduler
 from .extensions import Extensions
 from .generation import Generation
 from .options import GenerationConfig
@@ -39,7 +39,6 @@ from .text.tokenizer import Tokenizer
 BATCH_SIZE = 8
 _LONG = 16  # letters a position; of longer prompts, the bytes are compared with the longest token's
 _HEAD_START = 0.03  # seconds that opening the graph gets before the tokenizer is read
-_MAX_SCORED = 128  # positions whose logits [positions, vocab] are in memory at once
 
 
 class Model:
@@ -116,7 +115,7 @@ class Model:
             options: those of `GenerationConfig`; one that isn't given is the bundle's own, None switches one off. A sampling
                 option without `do_sample` turns sampling on. Besides:
                 input_ids, attention_mask: in place of prompts what `tokenizer(...)` returns: `generate(**tokenizer("Once"))`.
-                generation_config: options in place of the bundle's own.
+                generation_config: options; where they differ from the defaults, they take the place of the bundle's own.
                 logits_processor, stopping_criteria, prefix_allowed_tokens_fn: your own functions (docs/extend.md).
                 seed: one for all prompts, with which equal prompts give equal continuations; or a list with one for each.
                 batch_size: prompts that are decoded together, 8 by default. In fp32 no result depends on it; kernels of lower
@@ -227,7 +226,7 @@ class Model:
                     continue
                 try:
                     generation = self.begin(request)
-                except (PromptError, OptionError) as error:
+                except Gpt2OnnxError as error:
                     refused.append((request, error))
                     yield None
                 else:
@@ -240,7 +239,7 @@ class Model:
                 refused.clear()
             else:
                 generation = running.pop(id(strategy)) if strategy.done else running[id(strategy)]
-                yield generation.request, generation
+                yield generation.request, generation.error or generation
 
     def score(self, text: Prompt, *, prompt: Prompt | None = None) -> Score:
         """The log probability of each token of a text, given those before it.
@@ -255,7 +254,7 @@ class Model:
             BackendError: ONNX Runtime failed.
         """
         try:
-            ids = scored = self._ids(text)
+            ids = scored = self._ids(text, spare=1)  # the last token is only predicted and needs no position
         except PromptError as error:
             if not error.too_long:
                 raise
@@ -264,14 +263,12 @@ class Model:
             ids = np.concatenate([self.prompt_ids(prompt), scored])
         if len(ids) < 2 or not len(scored):
             raise PromptError("there is nothing to score: a text needs two tokens, behind a prompt one")
-        context = self.config.n_positions
-        # The last token is only predicted: it needs no position of its own.
-        if len(ids) > context + 1:
+        if len(ids) > (context := self.config.n_positions) + 1:
             raise PromptError(f"prompt and text have {len(ids)} tokens, the context window {context}: shorten one")
         cache = self.runner.new_cache(1, len(ids))
         logprobs: list[float] = []
-        for begin in range(0, len(ids) - 1, _MAX_SCORED):
-            end = min(begin + _MAX_SCORED, len(ids) - 1)
+        for begin in range(0, len(ids) - 1, MAX_SCORED):
+            end = min(begin + MAX_SCORED, len(ids) - 1)
             logits = self.runner.forward(cache, slice(0, 1), ids[None, begin:end], np.array([end - begin]), "all")
             following = ids[begin + 1 : end + 1]
             logprobs += log_softmax(logits)[np.arange(end - begin), following].tolist()
@@ -286,38 +283,43 @@ class Model:
 
         Raises:
             PromptError: the prompt is too long, or not in the vocabulary.
-            OptionError: the options don't fit this model or this prompt length, or there isn't the memory.
+            OptionError, MissingExtraError: see `check_options`; or there isn't the memory.
         """
         if request.error is not None:
             raise request.error
         options = self._drafting.options(request.options)
         ids = self.prompt_ids(request.prompt, options)
-        self.check_options(options, len(ids))
+        constraint, negative = self.check_options(options, len(ids))
         stop, extensions = self.tokenizer.stop(options.stop_strings, ids.tolist()), request.extensions
-        if constraint := self._constraint(options, len(ids)):
+        if constraint is not None:
             extensions = replace(extensions, constraint=constraint)
             if options.num_beam_groups == 1:  # diverse beams end by end tokens only
                 stop = constraint.or_complete(stop)
-        strategy = start(ids, options, self.config.n_positions, stop, extensions, self._negative_ids(options))
+        strategy = start(ids, options, self.config.n_positions, stop, extensions, negative)
         self.runner.check_memory(strategy.rows, strategy.positions, self._scheduler.reserved_bytes)
         if request.prompt_logprobs is not None:
             strategy.reader = PromptLogprobs(ids, request.prompt_logprobs)
         return Generation(request, strategy, self.tokenizer, self.sha256)
 
-    def check_options(self, options: GenerationConfig, prompt_length: int) -> None:
-        """Raises OptionError if the options don't fit this model or this prompt length."""
+    def check_options(self, options: GenerationConfig, prompt_length: int) -> tuple[Constraint | None, Tokens | None]:
+        """Checks options; returns the constraint and the negative prompt, int64 [length], that they ask for.
+
+        Raises:
+            OptionError: they don't fit this model or this prompt length.
+            MissingExtraError: they ask for structured output, and llguidance isn't installed.
+        """
         if options.new_tokens(prompt_length) < 1:
             raise OptionError(f"max_length {options.max_length} leaves no room behind {prompt_length} prompt tokens")
-        self._negative_ids(options)
-        self._constraint(options, prompt_length)
+        negative, constraint = self._negative_ids(options), self._constraint(options, prompt_length)
         counts = {"logprobs": options.logprobs or 0}
         if options.strategy == "contrastive search":
             self.runner.check_hidden()
             counts["top_k"] = options.top_k
-        for name, count in counts.items():
-            if count > self.config.vocab_size:
-                raise OptionError(f"{name} {count} is above the vocabulary's {self.config.vocab_size}", name)
-        check_vocabulary(options, self.config.vocab_size, prompt_length)
+        vocabulary = self.config.vocab_size
+        if above := next((name for name, count in counts.items() if count > vocabulary), None):
+            raise OptionError(f"{above} {counts[above]} is above the vocabulary's {vocabulary}", above)
+        check_vocabulary(options, vocabulary, prompt_length)
+        return constraint, negative
 
     def prompt_ids(self, prompt: Prompt, options: GenerationConfig | None = None) -> Tokens:
         """The tokens of a prompt, int64 [length]; of an empty one the BOS token, as in transformers.
@@ -334,8 +336,9 @@ class Model:
         if len(ids):
             return ids
         if self._bos_token_id is None:
-            reason = "the model's generation_config.json names no bos_token_id to begin with"
-            raise PromptError(f"the prompt is empty, and {reason}: give at least one token")
+            raise PromptError(
+                "the prompt is empty, and generation_config.json names no bos_token_id to begin with: give at least one token"
+            )
         return self._ids([self._bos_token_id])
 
     def _constraint(self, options: GenerationConfig, prompt_length: int) -> Constraint | None:
@@ -353,10 +356,10 @@ class Model:
         except PromptError as error:
             raise OptionError(f"negative_prompt: {error}", "negative_prompt") from error
 
-    def _ids(self, prompt: Prompt, options: GenerationConfig | None = None) -> Tokens:
-        """The tokens of a text, int64 [length], which may have none."""
+    def _ids(self, prompt: Prompt, options: GenerationConfig | None = None, spare: int = 0) -> Tokens:
+        """The tokens of a text, int64 [length], which may have none, and `spare` more than the context window at most."""
         context, vocabulary = self.config.n_positions, self.config.vocab_size
-        if not isinstance(prompt, Sequence | np.ndarray):
+        if not isinstance(prompt, Sequence | np.ndarray) or isinstance(prompt, bytes | bytearray):
             raise PromptError(f"a prompt is a text or a list of token ids, not {shown(prompt)}")
         most = limits.LETTERS_PER_TOKEN * context
         if isinstance(prompt, str) and len(prompt) > _LONG * context and (longest := self.tokenizer.longest_token):
@@ -374,10 +377,9 @@ class Model:
         for token in ids:
             if isinstance(token, bool) or not isinstance(token, int | np.integer) or not 0 <= token < vocabulary:
                 raise PromptError(f"{shown(token)} is no token id: they are whole numbers from 0 to {vocabulary - 1}")
-        if len(ids) > context:
-            raise PromptError(
-                f"the prompt has {len(ids)} tokens, the context window {context}: shorten the prompt", too_long=True
-            )
+        if len(ids) > context + spare:
+            words = f"the prompt has {len(ids)} tokens, the context window {context}: shorten the prompt"
+            raise PromptError(words, too_long=True)
         return np.array(ids, np.int64)
 
 

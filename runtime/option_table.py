@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Annotated, Any, get_type_hints
 
 import msgspec
+import numpy as np
 from msgspec import Meta, inspect
 
 from gpt2onnx.errors import OptionError
@@ -132,6 +133,20 @@ def table(options: type[msgspec.Struct]) -> tuple[Option, ...]:
         holder = msgspec.defstruct(field.name, [("value", kind)])
         rows.append(Option(field.name, kind, field.default, off, meta.description, **extra, holder=holder))
     return tuple(rows)
+
+
+def plain(value: Any) -> Any:
+    """The value with Python's numbers and lists in place of NumPy's."""
+    if isinstance(value, np.ndarray | np.generic):
+        return value.tolist()
+    return [plain(each) for each in value] if isinstance(value, list | tuple) else value
+
+
+def as_tuple(ids: int | Sequence[int] | None) -> tuple[int, ...]:
+    """Ids as an option has them, as a tuple."""
+    if ids is None:
+        return ()
+    return tuple(ids) if isinstance(ids, Sequence) else (ids,)
 
 
 def _alternatives(kind: inspect.Type) -> list[inspect.Type]:

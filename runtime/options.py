@@ -5,6 +5,7 @@ server's schema, the grid of a sweep and the documentation are derived from it. 
 types for type checkers and editors, which can't derive them; a test compares the two.
 """
 
+import json
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Annotated, Any, Literal
@@ -35,6 +36,8 @@ from .option_table import (
     TokenIdOrNone,
     Words,
     about,
+    as_tuple,
+    plain,
     table,
 )  # fmt: skip
 
@@ -45,7 +48,7 @@ _log = logging.getLogger(__name__)
 
 
 class GenerationConfig(msgspec.Struct, frozen=True, kw_only=True):
-    """How to continue a prompt; each field's help is in the table below, and in docs/cli.md.
+    """How to continue a prompt; docs/cli.md has each field's help, too.
 
     Raises:
         OptionError: a value is of the wrong type or out of range, or options contradict each other.
@@ -181,7 +184,8 @@ class GenerationConfig(msgspec.Struct, frozen=True, kw_only=True):
         about("String or strings that end a sequence; the text is cut before them.", example="END", repeated=True),
     ] = ()
     json_schema: Annotated[
-        dict[str, Any] | Text | None, about("JSON schema of the new text, or a file with it.", example="schema.json")
+        dict[str, Any] | Text | None,
+        about("JSON schema of the new text; on the command line also a file with it.", example="schema.json"),
     ] = None
     regex: Annotated[
         Text | None, about("Regular expression that the whole new text matches.", example="'[0-9]+ [a-z]+'")
@@ -202,14 +206,13 @@ class GenerationConfig(msgspec.Struct, frozen=True, kw_only=True):
     truncate: Annotated[
         Literal["none", "left"],
         about(
-            "Where a prompt leaves no room for the new tokens, left drops its first tokens; none refuses a prompt that is longer than"
-            " the context window."
+            "Where a prompt leaves no room for the new tokens, left drops its first tokens, none refuses one beyond the context window."
         ),
     ] = "none"
 
     def __post_init__(self) -> None:
         for option in OPTIONS:
-            value = getattr(self, option.name)
+            value = plain(getattr(self, option.name))
             if value != option.default:
                 msgspec.structs.force_setattr(self, option.name, option.checked(value))
         if self.temperature == 0:
@@ -237,12 +240,12 @@ class GenerationConfig(msgspec.Struct, frozen=True, kw_only=True):
     @property
     def eos_token_ids(self) -> tuple[int, ...]:
         """The end tokens as a tuple."""
-        return _ids(self.eos_token_id)
+        return as_tuple(self.eos_token_id)
 
     @property
     def forced_eos_token_ids(self) -> tuple[int, ...]:
         """The tokens of which one comes last, as a tuple."""
-        return _ids(self.forced_eos_token_id)
+        return as_tuple(self.forced_eos_token_id)
 
     @property
     def stop_strings(self) -> tuple[str, ...]:
@@ -282,7 +285,14 @@ class GenerationConfig(msgspec.Struct, frozen=True, kw_only=True):
 
     def to_dict(self) -> dict[str, Any]:
         """All options by name, as JSON holds them."""
-        return dict(msgspec.json.decode(msgspec.json.encode(self)))
+        # Not by msgspec's own JSON, which has no form for half a surrogate pair.
+        return dict(json.loads(json.dumps(msgspec.to_builtins(self))))
+
+    def over(self, others: "GenerationConfig") -> "GenerationConfig":
+        """These options where they differ from the defaults, else the others: so transformers 4.57 fills a generation_config."""
+        given = {each.name: value for each in OPTIONS if (value := getattr(self, each.name)) != each.default}
+        alone = {"max_new_tokens": None} if "max_length" in given else {}
+        return others.replaced(**alone | given)
 
     def replaced(self, **options: Any) -> "GenerationConfig":
         """These options with others in their place, without the rules of `merged`."""
@@ -297,10 +307,10 @@ class GenerationConfig(msgspec.Struct, frozen=True, kw_only=True):
             OptionError: an unknown name, a value out of range, or a contradiction.
         """
         if (unknown := min(given.keys() - BY_NAME.keys(), default=None)) is not None:
-            if unknown in NEEDLESS:
-                raise OptionError(f"{unknown} isn't needed here: leave it out", unknown)
             from difflib import get_close_matches  # only now: it takes milliseconds
 
+            if unknown in NEEDLESS:
+                raise OptionError(f"{unknown} isn't needed here: leave it out", unknown)
             hint = "".join(f": did you mean {close!r}?" for close in get_close_matches(unknown, BY_NAME, 1))
             raise OptionError(f"unknown generation option {unknown!r}{hint}", unknown)
         values = {name: BY_NAME[name].off if value is None else value for name, value in given.items()}
@@ -308,7 +318,7 @@ class GenerationConfig(msgspec.Struct, frozen=True, kw_only=True):
             values["logit_bias"] = [(int(id_) if str(id_).isdecimal() else id_, each) for id_, each in bias.items()]
         if values.get("max_length") is not None and values.get("max_new_tokens") is None:
             values["max_new_tokens"] = None
-        if "do_sample" not in values and sampling_options(given):
+        if "do_sample" not in values and sampling_options({"penalty_alpha": self.penalty_alpha} | dict(given)):
             values["do_sample"] = True
         return self.replaced(**values)
 
@@ -372,7 +382,7 @@ class GenerationConfig(msgspec.Struct, frozen=True, kw_only=True):
         yield strategy == "contrastive search" and guided, contrastive, name
         # transformers refuses these, too.
         for name, ids in (
-            ("forced_bos_token_id", _ids(self.forced_bos_token_id)),
+            ("forced_bos_token_id", as_tuple(self.forced_bos_token_id)),
             ("forced_eos_token_id", self.forced_eos_token_ids),
         ):
             suppressed = bool(ids) and set(ids) <= set(self.suppress_tokens or ())
@@ -388,9 +398,3 @@ def sampling_options(given: Mapping[str, Any]) -> list[str]:
     """Names of the given options that ask for sampling."""
     contrastive = {"top_k"} if given.get("penalty_alpha") else set()
     return [name for name in SAMPLING_OPTIONS if given.get(name) is not None and name not in contrastive]
-
-
-def _ids(ids: int | Sequence[int] | None) -> tuple[int, ...]:
-    if ids is None:
-        return ()
-    return tuple(ids) if isinstance(ids, Sequence) else (ids,)

@@ -204,7 +204,7 @@ class Result:
         prompt: its text.
         prompt_ids: its tokens, without those that `truncate` has dropped.
         sequences: its continuations, best first if they are ranked.
-        seconds: from joining the batch to the last token.
+        seconds: from the start of the prompt's computation to the last token.
         seed: of its random draws; None without any.
         request_hash: of model, prompt and options.
         energy: of the run, if it was measured; see `track_energy`.
@@ -289,7 +289,7 @@ def split_given(given: dict[str, Any], default: GenerationConfig) -> tuple[Gener
     """Keyword arguments of `Model.stream` as options and the caller's own functions.
 
     Args:
-        given: the arguments; what isn't among them is the `generation_config` given there, or the default's.
+        given: the arguments; what isn't among them comes from the `generation_config` given there, else from the default.
         default: the bundle's own options.
 
     Raises:
@@ -303,7 +303,7 @@ def split_given(given: dict[str, Any], default: GenerationConfig) -> tuple[Gener
         tuple(given.pop("stopping_criteria", None) or ()),
         given.pop("prefix_allowed_tokens_fn", None),
     )
-    return (default if config is None else config).merged(given), extensions
+    return (default if config is None else config.over(default)).merged(given), extensions
 
 
 def split_seeds(given: dict[str, Any], prompts: int) -> Sequence[int] | None:

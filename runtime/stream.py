@@ -33,6 +33,7 @@ class Stream(Iterator[str]):
     def close(self) -> None:
         """Ends it where it is."""
         self._pieces.close()
+        self._result = self.result
 
     @property
     def request(self) -> Request:
@@ -53,5 +54,7 @@ def _pieces(generation: Generation, steps: Iterable[object], text: TextStream) -
             if piece := text.push(token):
                 yield piece
         sent = len(tokens)
+    if generation.error is not None:
+        raise generation.error
     if piece := text.finish():
         yield piece

@@ -71,6 +71,8 @@ class BeamSearch(Decoding):
         self._logprobs = [logprobs[candidate] for candidate in going_on.tolist()]
         self._scores = running_scores[going_on]
         self._update_done(all_ended=bool(ended.all()))
+        if self._extensions.constraint is not None and not any(one.finished for one in self._best):
+            self._extensions.constraint.check(scores)
         return [int(beam) for beam in beams[going_on]]
 
     def continuations(self) -> list[Continuation]:

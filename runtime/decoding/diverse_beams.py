@@ -76,7 +76,10 @@ class DiverseBeams(Decoding):
             own = logits[row : row + self._beams]
             # transformers subtracts behind sequence_bias, which comes to the same.
             scores = log_softmax(own) - np.float32(self._options.diversity_penalty) * chosen
-            parents = self._advance(group, own, self._score(list(group.tokens), scores))
+            scores = self._score(list(group.tokens), scores)
+            if self._extensions.constraint is not None and not group.ended:
+                self._extensions.constraint.check(scores)
+            parents = self._advance(group, own, scores)
             np.add.at(chosen, group.tokens[:, -1], 1)
             if not group.done:
                 sources += [row + parent for parent in parents]

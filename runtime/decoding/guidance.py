@@ -5,6 +5,8 @@ Source: Sanchez et al. 2023, "Stay on topic with Classifier-Free Guidance".
 
 import numpy as np
 
+from gpt2onnx.errors import OptionError
+
 from ..arrays import Logits, Tokens
 from .beam_search import BeamSearch
 from .sampling import Sampling
@@ -36,6 +38,17 @@ class Guided:
     def done(self) -> bool:
         return self._strategy.done
 
+    @property
+    def seconds(self) -> float:
+        return self._strategy.seconds
+
+    def begin(self) -> None:
+        self._strategy.begin()
+
+    @property
+    def error(self) -> OptionError | None:
+        return self._strategy.error
+
     def tokens(self, row: int) -> Tokens:
         own = self._strategy.rows
         return self._strategy.tokens(row) if row < own else self._negative[row - own]
@@ -57,8 +70,8 @@ class Guided:
         ]
         return sources + [own + source for source in negative]
 
-    def cancel(self) -> None:
-        self._strategy.cancel()
+    def cancel(self, error: OptionError | None = None) -> None:
+        self._strategy.cancel(error)
 
     def continuations(self) -> list[Continuation]:
         return self._strategy.continuations()

@@ -4,6 +4,7 @@ Knows neither text, cache nor ONNX Runtime. A strategy carries on one sequence a
 lengthens them and says which row of the last pass each row of the next one continues.
 """
 
+import math
 import secrets
 import time
 from collections.abc import Callable
@@ -11,6 +12,8 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 import numpy as np
+
+from gpt2onnx.errors import OptionError
 
 from ..arrays import Logits, Tokens
 from ..extensions import Extensions
@@ -61,12 +64,26 @@ class Strategy(Protocol):
     """Takes the hidden states of the whole prompt, then those of the rows before each `advance`; None: nobody wants them."""
 
     @property
+    def error(self) -> OptionError | None:
+        """Why it can't go on; None: it can, or has ended."""
+        ...
+
+    @property
     def rows(self) -> int:
         """Sequences in the next forward pass; the first passes are over the prompts, each once for all of its sequences."""
         ...
 
     @property
     def done(self) -> bool: ...
+
+    @property
+    def seconds(self) -> float:
+        """Since `begin`; 0 before."""
+        ...
+
+    def begin(self) -> None:
+        """Starts the clock: the computation of its prompt begins."""
+        ...
 
     def tokens(self, row: int) -> Tokens:
         """The row's sequence; its last token is the one that the next forward pass computes."""
@@ -88,11 +105,14 @@ class Strategy(Protocol):
 
         Returns:
             For each row of the next pass, the row of this pass that it continues.
+
+        Raises:
+            OptionError: options together leave no token.
         """
         ...
 
-    def cancel(self) -> None:
-        """Ends it where it is: it is done, and its rows are free."""
+    def cancel(self, error: OptionError | None = None) -> None:
+        """Ends it where it is: it is done, and its rows are free. An error says why it can't go on."""
         ...
 
     def continuations(self) -> list[Continuation]:
@@ -100,12 +120,21 @@ class Strategy(Protocol):
         ...
 
 
+def advance(strategy: Strategy, logits: Logits) -> list[int]:
+    """As `strategy.advance`, but an error ends this strategy alone."""
+    try:
+        return strategy.advance(logits)
+    except OptionError as error:
+        strategy.cancel(error)
+        return []
+
+
 class Limits:
     """When a sequence ends: an end token, a stop string, its length, the context window, or the time.
 
     Args:
         prompt: int64 [length].
-        options: end tokens, lengths and time, which begins now.
+        options: end tokens, lengths and time.
         context: positions of the network.
         stop: a further reason to end a sequence.
 
@@ -120,7 +149,17 @@ class Limits:
         self._full_reason = "length" if wanted <= context + 1 else "context"
         self._ends = frozenset(options.eos_token_ids)
         self._stop = stop
-        self._deadline = None if options.max_time is None else time.monotonic() + options.max_time
+        self._max_time = math.inf if options.max_time is None else options.max_time
+        self._began: float | None = None
+
+    def begin(self) -> None:
+        """Starts the clock."""
+        self._began = time.perf_counter()
+
+    @property
+    def seconds(self) -> float:
+        """Since `begin`; 0 before."""
+        return 0.0 if self._began is None else time.perf_counter() - self._began
 
     def reason(self, tokens: Tokens) -> str | None:
         """The finish reason of a sequence; None: it goes on."""
@@ -128,7 +167,7 @@ class Limits:
             return "stop"
         if len(tokens) >= self.max_length:
             return self._full_reason
-        return "time" if self._deadline is not None and time.monotonic() > self._deadline else None
+        return "time" if self.seconds > self._max_time else None
 
 
 class Scores:
@@ -185,6 +224,7 @@ class Decoding:
         self.reader: Reader | None = None
         self.hidden_reader: Reader | None = None
         self.done = False
+        self.error: OptionError | None = None
         self._options, self._extensions = options, extensions
         self._limits = Limits(prompt, options, context, stop)
         self._score = Scores(options, prompt, extensions)
@@ -192,14 +232,21 @@ class Decoding:
         self.seed = new_seed(options)
         self._generator = None if self.seed is None else Generator(self.seed)
 
+    @property
+    def seconds(self) -> float:
+        return self._limits.seconds
+
+    def begin(self) -> None:
+        self._limits.begin()
+
     def draft(self) -> Tokens:
         return self.prompt[:0]
 
     def fork(self) -> Strategy | None:
         return None
 
-    def cancel(self) -> None:
-        self.done = True
+    def cancel(self, error: OptionError | None = None) -> None:
+        self.done, self.error = True, error
 
 
 def new_seed(options: GenerationConfig) -> int | None:

@@ -79,8 +79,8 @@ class Rows:
         return len(self._owners)
 
     def reset(self) -> None:
-        """Drops the tokens of all rows."""
-        self.held = [np.zeros(0, np.int64)] * len(self.held)
+        """Drops the tokens of rows that aren't in use."""
+        self.held[self.used :] = [np.zeros(0, np.int64)] * (len(self.held) - self.used)
 
     def release_all(self) -> None:
         """Frees all rows."""
@@ -101,7 +101,14 @@ class Rows:
         try:
             larger = self._larger_cache(rows, spare, max(strategy.positions for strategy in waiting))
         except OptionError:
-            larger = self._larger_cache(rows, spare, positions)
+            try:
+                larger = self._larger_cache(rows, spare, positions)
+            except OptionError:
+                if self.used or not self.held:
+                    raise
+                # Nothing runs: the memory of the old cache may do.
+                self.cache, self.held = self._network.new_cache(0, 0), []
+                larger = self._larger_cache(rows, spare, positions)
         larger.take_over(self.cache)
         self.cache = larger
         self.held += [np.zeros(0, np.int64)] * (larger.rows - len(self.held))
@@ -113,12 +120,16 @@ class Rows:
         return larger
 
     def match(self, other: "Rows") -> None:
-        """Makes its cache as large as another one; drops its tokens where it was smaller."""
+        """Makes its cache as large as another one; drops its tokens where it was smaller.
+
+        Raises:
+            OptionError: there isn't the memory.
+        """
         wanted = other.cache
         if self.cache.rows < wanted.rows or self.cache.positions < wanted.positions:
-            self.cache = self._network.new_cache(wanted.rows, wanted.positions)
-            self.cache.reserve(wanted.rows)
-            self.held = [np.zeros(0, np.int64)] * wanted.rows
+            cache = self._network.new_cache(wanted.rows, wanted.positions)
+            cache.reserve(wanted.rows)
+            self.cache, self.held = cache, [np.zeros(0, np.int64)] * wanted.rows
 
     def prefix(self, tokens: Tokens) -> tuple[int, int]:
         """The row that holds the longest prefix of the tokens, and the prefix' length."""
@@ -136,9 +147,10 @@ class Rows:
         reusable = running.prompt[:0] if read else running.prompt[:-1]
         source, length = self.prefix(reusable)
         present = common_prefix(reusable, self.held[row])
+        self.keep(row, running.prompt[:present])
         if present < length:
             self.cache.copy([CacheCopy(source, row, present, length)])
-        self.keep(row, running.prompt[: max(present, length)])
+            self.keep(row, running.prompt[:length])
 
     def keep(self, row: int, tokens: Tokens) -> None:
         """Notes the tokens that a row holds; positions beyond them are dropped."""
@@ -155,28 +167,31 @@ class Rows:
         """Lets the first rows of a strategy continue other rows of the cache, and frees its rows beyond those."""
         rows = running.rows
         # Rows share the tokens up to where they last parted; only the others are copied.
-        self._take(
-            [
-                CacheCopy(source, row, common_prefix(self.held[source], self.held[row]), len(self.held[source]))
-                for row, source in zip(rows, sources, strict=False)
-                if source != row
-            ]
-        )
+        self._take([(source, row) for row, source in zip(rows, sources, strict=False) if source != row])
         running.rows, freed = rows[: len(sources)], rows[len(sources) :]
         for row in sorted(freed, reverse=True):
             last = self.used - 1
             if row != last:  # the last row fills the gap
-                shared = common_prefix(self.held[last], self.held[row])
-                self._take([CacheCopy(last, row, shared, len(self.held[last]))])
+                self._take([(last, row)])
                 owner = self._owners[row] = self._owners[last]
                 owner.rows[owner.rows.index(last)] = row
             self._owners.pop()
 
-    def _take(self, copies: list[CacheCopy]) -> None:
+    def _take(self, pairs: list[tuple[int, int]]) -> None:
+        """Makes each pair's second row a copy of its first."""
+        new = [
+            (target, self.held[source], common_prefix(self.held[source], self.held[target])) for source, target in pairs
+        ]
+        copies = [
+            CacheCopy(source, target, start, len(tokens))
+            for (source, target), (_, tokens, start) in zip(pairs, new, strict=True)
+        ]
+        # An interrupt while rows are copied leaves them with the tokens that are certain.
+        for target, tokens, start in new:
+            self.held[target] = tokens[:start]
         self.cache.copy(copies)
-        held = [self.held[one.source] for one in copies]
-        for one, tokens in zip(copies, held, strict=True):
-            self.held[one.target] = tokens
+        for target, tokens, _ in new:
+            self.held[target] = tokens
 
 
 def common_prefix(one: Tokens, other: Tokens) -> int:

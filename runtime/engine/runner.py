@@ -25,6 +25,7 @@ from .second_graph import OPEN_AFTER, SecondGraph, pays
 
 # Most tokens per row of a pass whose bound arrays are kept: prompts rarely have the same length twice.
 _KEPT_TOKENS = 16
+_KEPT_BYTES = 64 << 20  # of the logits of all passes that are kept, the last one aside
 
 
 @dataclass(frozen=True)
@@ -290,11 +291,11 @@ class Runner:
             self._passes.clear()
             self._bound_cache = weakref.ref(cache)
         key += (cache.storage.base,)
-        one = self._passes.get(key)
-        if one is None:
-            one = made()
-            if longest <= _KEPT_TOKENS:
-                self._passes[key] = one
+        one = self._passes.pop(key, None) or made()
+        if longest <= _KEPT_TOKENS:
+            self._passes[key] = one  # behind those that were used earlier
+            while len(self._passes) > 1 and sum(each.output.nbytes for each in self._passes.values()) > _KEPT_BYTES:
+                del self._passes[next(iter(self._passes))]
         return one
 
     def _bound(

@@ -14,14 +14,14 @@ import numpy as np
 from gpt2onnx.errors import OptionError
 
 from ..arrays import Logits, Tokens
-from ..decoding.strategy import Strategy
+from ..decoding.strategy import Strategy, advance
 from .rows import Network, Rows, Running, common_prefix
 from .speculation import Drafter
 
 MIN_CHUNK = 16  # prefill of fewer tokens costs the same
 _FULL_PASS = 128  # tokens; prompts are padded to pass together up to this many, beyond which each token costs the same
 _PADDING = 8  # tokens; padding a prompt by more costs more than a pass of its own
-_MAX_SCORED = 128  # positions whose logits [positions, vocab] are in memory at once
+MAX_SCORED = 128  # positions whose logits [positions, vocab] are in memory at once
 
 
 @dataclass
@@ -104,10 +104,9 @@ class Scheduler:
 
     def reset(self) -> None:
         """Drops cached prefixes."""
-        if not self._busy:
-            self._rows.reset()
-            if self._drafter is not None:
-                self._drafter.reset()
+        self._rows.reset()
+        if self._drafter is not None:
+            self._drafter.reset()
 
     def _run(self, queue: _Queue, batch_size: int, chunk: int | None) -> Iterator[Strategy | None]:
         while queue.open or queue.waiting or self._prefilling or self._decoding:
@@ -141,15 +140,17 @@ class Scheduler:
                     continue
                 strategies = self._together(queue.waiting, most)
                 try:
-                    self._rows.reserve(strategies, queue.waiting, batch_size)
-                except OptionError:
-                    # There is no memory for it beside the others: it waits for one of them to end.
-                    if not self._decoding:
-                        raise
+                    strategies = self._reserve(strategies, queue.waiting, batch_size)
+                except OptionError as error:
+                    strategies[0].cancel(error)
+                    yield strategies[0]
+                    continue
+                if not strategies:
                     return
                 queue.waiting = [each for each in queue.waiting if each not in strategies]
                 group = [Running(strategy) for strategy in strategies]
                 for running in group:
+                    running.strategy.begin()
                     self._rows.begin_prompt(running)
             computed = self._compute_prompts(group, most)
             if left is not None:
@@ -159,6 +160,21 @@ class Scheduler:
                 for running in group:
                     yield running.strategy
                 self._release()
+
+    def _reserve(self, strategies: list[Strategy], waiting: list[Strategy], batch_size: int) -> list[Strategy]:
+        """Makes room for strategies; returns those that there is memory for.
+
+        Raises:
+            OptionError: there is none for the first one, though nothing else runs.
+        """
+        try:
+            self._rows.reserve(strategies, waiting, batch_size)
+        except OptionError:
+            if self._decoding:  # it waits for one of them to end
+                return []
+            strategies = strategies[:1]
+            self._rows.reserve(strategies, strategies, 1)
+        return strategies
 
     def _release(self) -> None:
         """Frees the rows of strategies that are done, or were cancelled from outside."""
@@ -211,7 +227,7 @@ class Scheduler:
         read = alone if alone and group[0].prompt is alone.prompt else None
         reader, hidden_reader = (read.reader, read.hidden_reader) if read else (None, None)
         if reader or hidden_reader:
-            most = min(most or _MAX_SCORED, _MAX_SCORED)
+            most = min(most or MAX_SCORED, MAX_SCORED)
         first = group[0].rows[-1]
         new = [each.prompt[len(self._rows.held[each.rows[-1]]) :] for each in group]
         new = [tokens[:most] for tokens in new] if alone else new
@@ -244,7 +260,7 @@ class Scheduler:
         strategy, logits, prompts = running.strategy, np.stack(running.logits), running.rows.copy()
         shape = len(prompts), strategy.rows // len(prompts), logits.shape[-1]
         self._rows.expand(running, strategy.rows)
-        strategy.advance(np.broadcast_to(logits[:, None], shape).reshape(-1, logits.shape[-1]))
+        advance(strategy, np.broadcast_to(logits[:, None], shape).reshape(-1, logits.shape[-1]))
         running.logits.clear()
         if not strategy.done:
             self._rows.rearrange(running, np.repeat(prompts, strategy.rows // len(prompts)).tolist())
@@ -252,7 +268,7 @@ class Scheduler:
 
     def _step(self, decoding: list[Running]) -> None:
         """Computes the last token of every sequence, and drafts behind some; each strategy chooses the next ones."""
-        drafts = self._drafts(decoding)
+        drafts, drafter = self._drafts(decoding)
         rows = 1 + max(row for running in decoding for row in running.rows)
         longest = 1 + max(len(draft) for draft in drafts)
         tokens, counts = np.zeros((rows, longest), np.int64), np.zeros(rows, np.int64)
@@ -279,20 +295,20 @@ class Scheduler:
                 right.append(0)
                 if running.strategy.hidden_reader is not None:
                     running.strategy.hidden_reader(self._network.hidden[place[running.rows]])
-                parents.append(running.strategy.advance(_rows(logits, place[running.rows].tolist())))
-        if self._drafter is not None:
-            self._drafter.learn(decoding, drafts, right, tokens.size, seconds)
+                parents.append(advance(running.strategy, _of_rows(logits, place[running.rows].tolist())))
+        if drafter is not None:
+            drafter.learn(decoding, drafts, right, tokens.size, seconds)
         for running, sources in zip(decoding, parents, strict=True):
             if not running.strategy.done:
                 self._rows.rearrange(running, [running.rows[source] for source in sources])
 
-    def _drafts(self, decoding: list[Running]) -> list[Tokens]:
-        """For each strategy, the tokens that are computed behind its last one; none for most."""
+    def _drafts(self, decoding: list[Running]) -> tuple[list[Tokens], Drafter | None]:
+        """For each strategy, the tokens that are computed behind its last one, none for most; and the drafter that was asked."""
         if len(decoding) == 1 and len(draft := decoding[0].strategy.draft()):
-            return [draft]
+            return [draft], None
         if self._drafter is not None:
-            return self._drafter.propose(self._rows, decoding)
-        return [np.zeros(0, np.int64)] * len(decoding)
+            return self._drafter.propose(self._rows, decoding), self._drafter
+        return [np.zeros(0, np.int64)] * len(decoding), None
 
     def _accept(self, running: Running, draft: Tokens, logits: Logits) -> int:
         """Lets a strategy choose tokens as long as they are the drafted ones, and once more; returns how many were.
@@ -305,7 +321,7 @@ class Scheduler:
         strategy, (row,) = running.strategy, running.rows
         before, right = strategy.tokens(0), 0
         for guess, each in zip([*draft.tolist(), None], logits, strict=True):
-            strategy.advance(each[None])
+            advance(strategy, each[None])
             if strategy.done or strategy.tokens(0)[-1] != guess:
                 break
             right += 1
@@ -313,7 +329,7 @@ class Scheduler:
         return right
 
 
-def _rows(logits: Logits, rows: list[int]) -> Logits:
+def _of_rows(logits: Logits, rows: list[int]) -> Logits:
     """The logits of some rows, without a copy where the rows are contiguous."""
     if rows == list(range(rows[0], rows[0] + len(rows))):
         return logits[rows[0] : rows[0] + len(rows)]

@@ -14,10 +14,10 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from gpt2onnx.errors import BackendError
+from gpt2onnx.errors import BackendError, OptionError
 
 from ..arrays import Logits, Tokens
-from ..decoding.strategy import Strategy
+from ..decoding.strategy import Strategy, advance
 from .draft_length import Acceptance, PassTimes
 from .rows import Network, Rows, Running, common_prefix
 
@@ -144,7 +144,11 @@ class Drafter:
         """Carries on forks, given by their rows in rising order, for up to `length` tokens."""
         if not self._shared:
             self._own = self._own or Rows(network)
-            self._own.match(rows)
+            try:
+                self._own.match(rows)
+            except OptionError as error:
+                _log.info("tokens aren't drafted: %s", error)
+                return {}
         held = self._own or rows
         before = {row: fork.tokens(0) for row, fork in forks.items()}
         starts = {row: common_prefix(held.held[row], tokens[:-1]) for row, tokens in before.items()}
@@ -156,7 +160,7 @@ class Drafter:
             began, length = time.perf_counter(), length - 1
             size, logits = self._pass(network, held, new)
             for row, row_logits in zip(list(new), logits, strict=True):
-                forks[row].advance(row_logits[None])
+                advance(forks[row], row_logits[None])
                 if forks[row].done:  # its last token needs no pass, so it is no draft
                     del new[row]
                 else:

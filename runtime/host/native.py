@@ -35,7 +35,7 @@ def raising(error: Callable[[str], Exception], *, silently: bool = True) -> Iter
 
 @contextmanager
 def silenced_stderr() -> Iterator[None]:
-    """Drops what is written to standard error, by other threads, too; but log lines of theirs wait."""
+    """Discards standard error, of all threads. Log handlers are locked meanwhile."""
     nowhere = os.open(os.devnull, os.O_WRONLY)
     try:
         with _stderr_to(nowhere):
@@ -46,7 +46,7 @@ def silenced_stderr() -> Iterator[None]:
 
 @contextmanager
 def captured_stderr() -> Iterator[Callable[[], str]]:
-    """Keeps what native code writes to standard error, which has no other way out; gives the function that tells it."""
+    """Captures standard error of native code. Yields a function that returns it afterwards."""
     import tempfile  # slow to import, and rarely needed
 
     content = ""

@@ -121,8 +121,9 @@ def _memory_limits(root: Path) -> Iterator[Memory]:
         if limit.isdecimal() and used.isdecimal():
             counted = _numbers(folder / "memory.stat")
             files = sum(counted.get(f"{kind}_file", 0) for kind in ("active", "inactive"))
-            allowed = _text(folder / "memory.swap.max")
-            extra = min(swap, int(allowed)) if allowed.isdecimal() else swap
+            allowed, swapped = _text(folder / "memory.swap.max"), _text(folder / "memory.swap.current")
+            left = max(0, int(allowed) - int(swapped or 0)) if allowed.isdecimal() else swap
+            extra = min(swap, left)
             available = max(0, int(limit) - int(used) + files) + extra
             yield Memory(available, f"a control group's limit of {in_words(int(limit))}")
     yield from _address_space(root)

@@ -41,8 +41,8 @@ _SILENT, _WARNINGS = 4, 2
 Graph: TypeAlias = ort.InferenceSession
 # Weights that a graph reads in place, kept as long as the graph.
 _weights_in_use: WeakKeyDictionary[Graph, Mapping[str, npt.NDArray[np.generic]]] = WeakKeyDictionary()
-# Long enough for the way from one forward pass to the next: a thread that sleeps meanwhile is slow to wake, above all in
-# virtual machines. By default it is far longer: processes side by side then take each other's cores while they wait.
+# 1 ms spans the gap between two passes: a thread that sleeps there is slow to wake, above all in virtual machines. The
+# default is far longer: processes side by side then take each other's cores.
 _SPIN_MICROSECONDS = "1000"
 
 

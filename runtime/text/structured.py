@@ -35,7 +35,8 @@ class Constraint:
         name: of the option that it comes from.
         matcher: of the grammar, at its beginning.
         begin: the prompt's length in tokens.
-        beams: whether texts outside the grammar go on, without any token: a beam search has some while too few are inside.
+        beams: whether a text that no token may follow, or that is outside the grammar, goes on with scores of minus infinity, as one
+            beam of several; otherwise it is an error.
     """
 
     def __init__(self, name: str, matcher: "LLMatcher", begin: int, *, beams: bool) -> None:
@@ -46,7 +47,7 @@ class Constraint:
         """Sets the scores [vocab] of tokens that may not follow tokens [length] to minus infinity.
 
         Raises:
-            OptionError: other options leave no token that may.
+            OptionError: none is left, and it is the only text.
         """
         matcher = self._matcher(tokens[self._begin :])
         if matcher.is_error():
@@ -56,6 +57,11 @@ class Constraint:
         allowed = np.unpackbits(mask, bitorder="little")[: len(scores)].view(bool)
         scores[: len(allowed)][~allowed] = -np.inf
         scores[len(allowed) :] = -np.inf
+        if not self._beams:
+            self.check(scores)
+
+    def check(self, scores: Logits) -> None:
+        """Raises OptionError if scores are all minus infinity."""
         if not scores.max() > -np.inf:
             raise OptionError(f"other options leave no token that {self._name} allows", self._name)
 

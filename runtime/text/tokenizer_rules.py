@@ -1,7 +1,7 @@
 """How much a tokenizer.json may make of a text, checked before the tokenizers library opens it.
 
-Its parts rewrite a text one after another, each what the one before has made of it. A few hundred bytes of replacements
-can so turn one letter into billions, while the file is opened, even, as added tokens are rewritten then.
+Each step rewrites the output of the one before. A few hundred bytes of replacements can turn one letter into billions, even
+while the file is opened: added tokens are rewritten then.
 """
 
 import base64

@@ -293,6 +293,12 @@ def test_a_cache_that_others_can_write_to(place: Path, command_line: CommandLine
     assert cache.stat().st_mode & 0o777 == 0o700
 
 
+def test_a_cache_below_a_file(place: Path, command_line: CommandLine, monkeypatch: pytest.MonkeyPatch) -> None:
+    (place / "file").write_text("")
+    monkeypatch.setenv("GPT2ONNX_CACHE", str(place / "file" / "cache"))
+    assert_one_line(command_line("generate", "x", "-m", "tales"), 1, "can't make the cache")
+
+
 def test_names_do_not_steer_the_terminal(
     place: Path, command_line: CommandLine, make_checkpoint: MakeCheckpoint
 ) -> None:

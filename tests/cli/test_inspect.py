@@ -205,6 +205,20 @@ def test_a_source_that_was_never_exported(
     assert Path(record["bundle"]["folder"]).parent == tmp_path / "cache"
 
 
+def test_a_source_is_exported_again_when_a_file_of_it_changes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, make_checkpoint: MakeCheckpoint
+) -> None:
+    monkeypatch.setenv("GPT2ONNX_CACHE", str(tmp_path / "cache"))
+    folder = make_checkpoint(tokenizer=True)
+    bundle = gpt2onnx.load(folder, threads=1).bundle.folder
+    (folder / ".#config.json").symlink_to("nobody@nowhere")  # an editor's lock file
+    (folder / "leads-nowhere").symlink_to(tmp_path / "nothing")
+    assert gpt2onnx.load(folder, threads=1).bundle.folder == bundle
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"layer_norm_epsilon": 0.01}))
+    assert gpt2onnx.load(folder, threads=1).config.layer_norm_epsilon == 0.01
+
+
 def test_of_a_repository_only_the_configuration_is_fetched(
     hub: Hub, tmp_path: Path, golden: Golden, command_line: CommandLine, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -159,6 +159,24 @@ def test_a_generation_config_takes_the_place_of_the_bundles(tales_model: gpt2onn
     assert longer.usage["completion_tokens"] == 5
 
 
+def test_a_generation_config_leaves_the_rest_to_the_bundle(
+    tales_model: gpt2onnx.Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Fields at their defaults count as not given, as in transformers 4.57: end tokens stay those of the model."""
+    (comma,) = tales_model.tokenizer.encode(",")
+    monkeypatch.setattr(
+        tales_model, "generation_config", gpt2onnx.GenerationConfig(eos_token_id=comma, max_new_tokens=9)
+    )
+    alone = tales_model.generate(PROMPT, max_new_tokens=60).sequences
+    assert alone[0].finish_reason == "stop"
+    config = gpt2onnx.GenerationConfig(max_new_tokens=60)
+    assert tales_model.generate(PROMPT, generation_config=config).sequences == alone
+    config = gpt2onnx.GenerationConfig(max_length=len(PROMPT) + 60)
+    assert tales_model.generate(PROMPT, generation_config=config).sequences == alone
+    config = gpt2onnx.GenerationConfig(eos_token_id=0)
+    assert tales_model.generate(PROMPT, generation_config=config).usage["completion_tokens"] == 9
+
+
 def test_the_examples_of_the_documentation(capsys: pytest.CaptureFixture[str]) -> None:
     page = (DOCS / "extend.md").read_text(encoding="utf-8")
     names: dict[str, Any] = {}

@@ -13,6 +13,7 @@ from support.tokens import assert_same_tokens
 from tokenizers import Tokenizer
 
 import gpt2onnx
+from gpt2onnx.errors import PromptError
 from gpt2onnx.exporter.validate.cases import cases
 from gpt2onnx.runtime.decoding.torch_random import Candidates, Generator, log_softmax
 from gpt2onnx.runtime.decoding.torch_topk import ascending, largest
@@ -231,6 +232,14 @@ def test_score_agrees_with_transformers(pair: Pair, golden: Golden) -> None:
     ids = np.random.default_rng(0).integers(0, 90, 40)
     expected = golden.array(["score", reference.name], lambda: chosen(log_softmax(reference.live_logits(ids)), ids))
     assert_close(np.array(model.score(ids.tolist()).logprobs), expected, 2e-4)
+
+
+def test_a_text_may_have_a_token_more_than_the_context_window(tales_model: gpt2onnx.Model) -> None:
+    """The last token is only predicted."""
+    ids = np.random.default_rng(0).integers(1000, size=tales_model.config.n_positions + 2).tolist()
+    assert tales_model.score(ids[:-1]).logprobs == tales_model.score(ids[1:-1], prompt=ids[:1]).logprobs
+    with pytest.raises(PromptError, match="evaluate"):
+        tales_model.score(ids)
 
 
 def test_logprobs(pair: Pair, golden: Golden) -> None:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, get_type_hints
 
+import numpy as np
 import pytest
 from support.checkpoints import MakeCheckpoint
 from support.golden import Golden
@@ -308,3 +309,30 @@ def test_what_a_checkpoint_asks_for_and_cannot_have_is_logged(caplog: pytest.Log
 
 def test_stop_strings_of_a_checkpoint_hold() -> None:
     assert GenerationConfig.from_file_content({"stop_strings": ["END"]}).stop_strings == ("END",)
+
+
+def test_top_k_beside_the_bundles_penalty_alpha_is_contrastive_search() -> None:
+    assert GenerationConfig(penalty_alpha=0.6).merged({"top_k": 4}).strategy == "contrastive search"
+    assert GenerationConfig(penalty_alpha=0.6).merged({"top_k": 4, "penalty_alpha": None}).strategy == "sampling"
+
+
+def test_numbers_of_numpy_are_numbers() -> None:
+    given = {
+        "suppress_tokens": np.array([1, 2]),
+        "seed": np.int64(3),
+        "temperature": np.float32(0.5),
+        "do_sample": np.bool_(True),
+    }
+    plain = {"suppress_tokens": [1, 2], "seed": 3, "temperature": 0.5, "do_sample": True}
+    nested = {"eos_token_id": [np.int32(5)], "sequence_bias": [(np.array([1]), np.float64(2))]}
+    assert GenerationConfig(**given, **nested) == GenerationConfig(
+        **plain, eos_token_id=[5], sequence_bias=[([1], 2.0)]
+    )
+    assert GenerationConfig(**given) == GenerationConfig().merged(given)
+
+
+def test_half_a_surrogate_pair_is_a_text_like_any_other(tales_model: gpt2onnx.Model) -> None:
+    options = {"stop": "\ud83d", "negative_prompt": "\udc00 a", "guidance_scale": 1.5, "max_new_tokens": 2}
+    result = tales_model.generate("Once", **options)
+    assert result.request_hash
+    assert GenerationConfig(**options).to_dict()["stop"] == "\ud83d"

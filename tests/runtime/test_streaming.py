@@ -1,5 +1,7 @@
 """Text that grows token by token, and stop strings."""
 
+import time
+
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
@@ -114,6 +116,21 @@ def test_left_early(tales_model: gpt2onnx.Model) -> None:
     assert partial.token_ids == whole.token_ids[: len(partial.token_ids)]
     del stream
     assert tales_model.generate(PROMPT, max_new_tokens=40).sequences[0] == whole
+
+
+def test_the_clock_starts_with_the_prompt_and_ends_with_the_text(tales_model: gpt2onnx.Model) -> None:
+    stream = tales_model.stream(PROMPT, max_new_tokens=30, max_time=0.5)
+    time.sleep(0.6)  # until somebody reads, nothing is computed
+    started = time.perf_counter()
+    assert "".join(stream)
+    assert stream.result.seconds <= time.perf_counter() - started
+    assert len(stream.result.sequences[0].token_ids) > 1
+    left = tales_model.stream(PROMPT, max_new_tokens=30)
+    next(left)
+    left.close()
+    seconds = left.result.seconds
+    time.sleep(0.01)
+    assert left.result.seconds == seconds > 0
 
 
 def test_read_on_after_another_generation(tales_model: gpt2onnx.Model) -> None:

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support.scheduling import CONTEXT, PROMPTS, REQUESTS, VOCABULARY, HashingNetwork, results, run
+from support.scheduling import CONTEXT, PROMPTS, REQUESTS, VOCABULARY, HashingNetwork, begin, results, run
 
 import gpt2onnx
 from gpt2onnx.errors import OptionError
@@ -190,11 +190,82 @@ def test_memory_is_taken_once_for_all_that_wait() -> None:
     most = 64
     first = start(np.array([1, 2] * 40), GenerationConfig(max_new_tokens=40), 200)
     second = start(np.array([1]), GenerationConfig(max_new_tokens=40), 200)
-    with pytest.raises(OptionError, match="no memory"):
-        for _ in Scheduler(Recording()).run([second, first], 2):
-            pass
+    for _ in Scheduler(Recording()).run([second, first], 2):
+        pass
     assert second.done
+    assert second.error is None
+    assert "no memory" in str(first.error)
     assert made[1:3] == [(2, 128), (2, 64)]
+
+
+def test_the_old_cache_makes_room_for_a_larger_one() -> None:
+    """Both at once are more than there is. A prompt that doesn't fit even alone is refused, and the others go on."""
+
+    class Small(HashingNetwork):
+        def new_cache(self, rows: int, positions: int) -> KVCache:
+            if scheduler and rows + scheduler[0]._rows.cache.rows > 5:
+                raise OptionError("no memory")
+            return super().new_cache(rows, positions)
+
+    scheduler: list[Scheduler] = []
+    network = Small()
+    scheduler.append(Scheduler(network))
+    requests: list[tuple[list[int], dict[str, Any]]] = [
+        ([1, 2], {"max_new_tokens": 3, "num_beams": 2}),
+        ([1, 2], {"max_new_tokens": 3, "num_beams": 4}),
+        ([3], {"max_new_tokens": 3, "num_beams": 6}),
+        ([4], {"max_new_tokens": 3}),
+    ]
+    searches = [begin(*request) for request in requests]
+    for _ in scheduler[0].run(searches, 1):
+        pass
+    assert [search.error is None for search in searches] == [True, True, False, True]
+    del requests[2], searches[2]
+    assert results(searches) == run(HashingNetwork(), requests, 1)
+    # Prompts that fit one by one, but not together.
+    together = [begin([token], {"max_new_tokens": 3}) for token in range(8)]
+    for _ in scheduler[0].run(together, 8):
+        pass
+    assert results(together) == run(HashingNetwork(), [([token], {"max_new_tokens": 3}) for token in range(8)], 1)
+
+
+@pytest.mark.parametrize("beams", [1, 3])
+def test_an_interrupt_while_rows_are_copied_leaves_no_wrong_one(beams: int) -> None:
+    class Interrupted(KVCache):
+        def copy(self, copies: Sequence[CacheCopy]) -> None:
+            super().copy(copies)
+            if copies and interrupting:
+                raise KeyboardInterrupt
+
+    network = HashingNetwork(cache=Interrupted)
+    decoder = Scheduler(network)
+    requests = [([1, 2, 3, first, 4, 5], {"max_new_tokens": 6, "num_beams": beams}) for first in (6, 7, 8)]
+    interrupting = False
+    run(network, requests, 3, decoder)
+    interrupting, interrupted = True, 0
+    for request in [*requests, *requests[::-1]] * 2:
+        try:
+            run(network, [request], 1, decoder)
+        except KeyboardInterrupt:
+            interrupted += 1
+    assert interrupted
+    interrupting = False
+    for request in requests:
+        assert run(network, [request], 1, decoder) == run(HashingNetwork(), [request], 1)
+
+
+def test_reset_leaves_rows_in_use() -> None:
+    network = HashingNetwork()
+    decoder = Scheduler(network)
+    run(network, [([1, 2, 3, 4], {"max_new_tokens": 3}), ([5, 6, 7], {"max_new_tokens": 3})], 2, decoder)
+    (search,) = searches = [begin([1, 2, 3, 4], {"max_new_tokens": 8})]
+    steps = decoder.run(searches)
+    next(steps)
+    decoder.reset()
+    assert [len(held) > 0 for held in decoder._rows.held] == [True, False]
+    list(steps)
+    assert results(searches) == run(HashingNetwork(), [([1, 2, 3, 4], {"max_new_tokens": 8})], 1)
+    assert search.done
 
 
 def test_finished_rows_are_not_moved() -> None:

@@ -12,6 +12,7 @@ import pytest
 import gpt2onnx
 from gpt2onnx.errors import BackendError, OptionError
 from gpt2onnx.models.bundle import RAGGED_GRAPH, Bundle
+from gpt2onnx.runtime.engine import runner
 from gpt2onnx.runtime.engine.runner import Runner
 
 
@@ -74,12 +75,26 @@ def test_a_cache_that_numpy_cannot_make_is_an_option_error(tales_bundle: Path) -
 
 
 def test_buffers_of_long_prompts_are_not_kept(tales_model: gpt2onnx.Model) -> None:
-    runner = tales_model.runner
-    cache = runner.new_cache(2, 64)
+    network = tales_model.runner
+    cache = network.new_cache(2, 64)
     for count in (1, 4, 16, 17):
-        runner.forward(cache, slice(0, 1), np.ones((1, count), np.int64), logits="all")
-    runner.forward(cache, slice(0, 2), np.ones((2, 1), np.int64))
-    assert len(runner._passes) == 4
+        network.forward(cache, slice(0, 1), np.ones((1, count), np.int64), logits="all")
+    network.forward(cache, slice(0, 2), np.ones((2, 1), np.int64))
+    assert len(network._passes) == 4
+
+
+def test_buffers_of_many_batch_sizes_take_no_more_memory_than_those_of_a_few(
+    tales_model: gpt2onnx.Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    most = 100 * tales_model.config.vocab_size * 4
+    monkeypatch.setattr(runner, "_KEPT_BYTES", most)
+    network = tales_model.runner
+    cache = network.new_cache(40, 64)
+    for rows in (*range(40, 0, -1), 1, 2):
+        network.forward(cache, slice(0, rows), np.ones((rows, 1), np.int64))
+    kept = [each.output for each in network._passes.values()]
+    assert sum(output.nbytes for output in kept) <= most
+    assert [len(output) for output in kept][-4:] == [4, 3, 1, 2]  # those used last
 
 
 @pytest.mark.parametrize("left_out", [(), (RAGGED_GRAPH,)], ids=["ragged", "interchange"])

@@ -1,5 +1,6 @@
 """Drafts by a faster network: the same tokens whoever drafts, in fewer passes, as long as it pays."""
 
+import shutil
 import time
 from collections.abc import Callable
 from itertools import cycle
@@ -19,6 +20,7 @@ from gpt2onnx.errors import OptionError
 from gpt2onnx.models.bundle import Bundle
 from gpt2onnx.runtime.engine import speculation
 from gpt2onnx.runtime.engine.draft_length import Acceptance, PassTimes
+from gpt2onnx.runtime.engine.kv_cache import KVCache
 from gpt2onnx.runtime.engine.loading import runs_ragged
 from gpt2onnx.runtime.engine.scheduler import Scheduler
 from gpt2onnx.runtime.engine.speculation import Drafter
@@ -213,6 +215,37 @@ def test_draft_model_drafts_the_same_tokens(
     model = gpt2onnx.load(tales_twin_bundle, draft_model=tales_int8_bundle, draft_length=4, threads=1)
     for options, wanted in zip(OPTIONS, expected, strict=True):
         assert tokens(model, options, 3) == wanted, options
+
+
+@twins
+def test_a_bundle_that_is_gone_is_not_drafted_for(tales_twin_bundle: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "bundle"
+    shutil.copytree(tales_twin_bundle, folder)
+    model = gpt2onnx.load(folder, threads=1)
+    expected = model.generate(PROMPTS[0], max_new_tokens=10).sequences[0].token_ids
+    shutil.rmtree(folder)
+    tokens = model.generate(PROMPTS[0], max_new_tokens=speculation.OPEN_AFTER + 20).sequences[0].token_ids
+    assert (tokens[:10], len(tokens)) == (expected, speculation.OPEN_AFTER + 20)
+
+
+def test_drafts_from_the_text_say_nothing_about_the_drafter() -> None:
+    drafting, network = drafter(HashingNetwork(), after=1000), HashingNetwork(repetitive=True)  # which stays closed
+    run(network, [([1, 2, 3], {"max_new_tokens": 30, "prompt_lookup": 5})], 1, Scheduler(network, drafting))
+    assert len(network.passes) < 30
+    assert drafting._acceptance.share == Acceptance().share
+
+
+def test_without_memory_for_a_cache_of_its_own_nothing_is_drafted() -> None:
+    class Small(HashingNetwork):
+        def new_cache(self, rows: int, positions: int) -> KVCache:
+            if rows:
+                raise OptionError("no memory")
+            return super().new_cache(rows, positions)
+
+    request: tuple[list[int], dict[str, Any]] = ([1, 2, 3], {"max_new_tokens": 9})
+    network = HashingNetwork()
+    decoder = Scheduler(network, drafter(Small(), shared=False, length=3))
+    assert run(network, [request], 1, decoder) == run(HashingNetwork(), [request], 1)
 
 
 @twins

@@ -130,6 +130,11 @@ def test_swap_counts(machine: Machine) -> None:
     found = resources.memory(machine("0::/a\n", V2, {"proc/meminfo": swap} | files))
     assert found is not None
     assert found.available == 300_000_000
+    files = group("a", memory__max="2000000000", memory__current="2000000000", memory__swap__max="300000000",
+                  memory__swap__current="200000000")  # fmt: skip
+    found = resources.memory(machine("0::/a\n", V2, {"proc/meminfo": swap} | files))
+    assert found is not None
+    assert found.available == 100_000_000
     found = resources.memory(machine("0::/\n", V2, {"proc/meminfo": swap}))
     assert found is not None
     assert found.available == 5_120_000_000

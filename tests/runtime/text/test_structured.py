@@ -2,15 +2,18 @@
 
 import json
 import re
+import sys
 from pathlib import Path
 from typing import Any
 
 import jsonschema
+import numpy as np
 import pytest
 from support.commands import CommandLine
 
 import gpt2onnx
 from gpt2onnx.errors import OptionError, install_command
+from gpt2onnx.runtime import jobs
 
 PROMPT = "Once upon a time there was a"
 PERSON = {
@@ -82,6 +85,51 @@ def test_a_draft_model_keeps_to_it(tales_model: gpt2onnx.Model, tales_int8_bundl
     for options in ({}, {"seed": 5}):
         given = {"json_schema": PERSON, "max_new_tokens": 60, **options}
         assert drafted.generate(PROMPT, **given).sequences == tales_model.generate(PROMPT, **given).sequences
+
+
+# Nothing is possible behind " see the", and everything behind " see that".
+DEAD_END: dict[str, Any] = {"choice": [" see that ok", " see the~"], "suppress_tokens": [93], "max_new_tokens": 12}
+
+
+def test_a_dead_end_harms_no_other_request(tales_model: gpt2onnx.Model) -> None:
+    lines = [
+        {"prompt": PROMPT, "max_new_tokens": 8},
+        {"prompt": PROMPT, **DEAD_END, "choice": [" a~"]},
+        {"prompt": "The"},
+    ]
+    alone = tales_model.generate(PROMPT, max_new_tokens=8).sequences[0].token_ids
+    for batch_size in (1, 3):
+        first, second, third = jobs.run(tales_model, map(json.dumps, lines), tales_model.generation_config, batch_size)
+        assert second["error"] == "other options leave no token that choice allows"
+        assert first["sequences"][0]["token_ids"] == alone
+        assert third["sequences"][0]["text"]
+    with pytest.raises(OptionError, match="leave no token that choice allows"):
+        list(tales_model.stream(PROMPT, **{**DEAD_END, "choice": [" a~"]}))
+
+
+def test_a_dead_end_of_a_beam_or_a_draft_is_none_of_the_text(tales_model: gpt2onnx.Model) -> None:
+    for beams in (
+        {},
+        {"num_beams": 2},
+        {"num_beams": 4},
+        {"num_beams": 4, "num_beam_groups": 2, "diversity_penalty": 0.1},
+    ):
+        assert tales_model.generate("I say you", **DEAD_END, **beams).text == " see that ok"
+    drafting = gpt2onnx.load(tales_model.bundle.folder, draft_model=tales_model.bundle.folder, draft_length=4)
+    network = drafting._scheduler._drafter._network  # type: ignore[union-attr]
+    assert network is not None
+    the = tales_model.tokenizer.encode(" see the")[-1]
+    forward = network.forward
+    network.forward = lambda *given: forward(*given) + 99 * (np.arange(8192) == the)  # type: ignore[method-assign]
+    assert drafting.generate("I say you", **DEAD_END).text == " see that ok"
+
+
+def test_a_line_without_its_extra_harms_no_other(tales_model: gpt2onnx.Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "llguidance", None)
+    model = gpt2onnx.load(tales_model.bundle.folder, threads=1)
+    lines = [{"prompt": "a", "max_new_tokens": 2}, {"prompt": "a", "regex": "a"}, {"prompt": "b", "max_new_tokens": 2}]
+    records = list(jobs.run(model, map(json.dumps, lines), model.generation_config))
+    assert [install_command("structured") in record.get("error", "") for record in records] == [False, True, False]
 
 
 def test_ends_with_the_text_and_not_before(tales_model: gpt2onnx.Model) -> None:
