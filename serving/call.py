@@ -141,6 +141,8 @@ class Call:
         error = next((job.error for job in self._all_jobs if job.error is not None), None)
         if error is None:
             return None
+        if isinstance(error, OptionError) and error.option is not None:
+            return ApiError(400, str(error), error.option)
         # OptionError: no memory for the cache. Both may work later, or on another server.
         if isinstance(error, OptionError | UnavailableError):
             return ApiError(503, str(error), headers={"retry-after": "5"})

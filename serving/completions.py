@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
-from gpt2onnx.errors import OptionError, PromptError
+from gpt2onnx.errors import MissingExtraError, OptionError, PromptError
 
 from ..runtime.options import GenerationConfig, sampling_options
 from .call import Call, Part, Prompt
@@ -42,6 +42,8 @@ def prepare(service: Service, body: CompletionRequest, kind: type[Call] = Call) 
         raise ApiError(400, str(error), error.option) from error
     except PromptError as error:
         raise ApiError(400, str(error), "prompt", "context_length_exceeded" if error.too_long else None) from error
+    except MissingExtraError as error:  # for structured output
+        raise ApiError(400, str(error)) from error
     parts = _parts(service, options)
     _check_queue(service, len(prompts), len(parts))
     for prompt in prompts:

@@ -293,6 +293,7 @@ WRONG: list[tuple[dict[str, Any], str, str | None]] = [
     ({"logit_bias": {"five": 1}}, "logit_bias must be a list", "logit_bias"),
     ({"logit_bias": {"9999": 1}}, "logit_bias holds 9999", "logit_bias"),
     ({"logprobs": 9000}, "logprobs", "logprobs"),
+    ({"choice": [" a~"], "suppress_tokens": [93]}, "leave no token that choice allows", "choice"),  # known only later
     ({"suffix": "end"}, "Not supported", "suffix"),
     ({"max_new_tokens": 3}, "unknown field 'max_new_tokens'", "max_new_tokens"),
     ({"messages": []}, "unknown field 'messages'", "messages"),
