@@ -1,7 +1,7 @@
 """The archive of a bundle: one .tar.gz, the same bytes whenever the same bundle is packed.
 
 The manifest comes first, so that the name and size of every other file are known before it is read.
-Needs only the standard library.
+Needs neither NumPy nor ONNX Runtime.
 """
 
 import gzip
@@ -9,7 +9,6 @@ import os
 import shutil
 import tarfile
 import zlib
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO
@@ -18,13 +17,13 @@ from gpt2onnx.errors import BundleError, OptionError, OutputError
 
 from ...models import limits
 from ...models.bundle import MANIFEST, Bundle, FileRecord, Manifest, sha256_of
+from ...runtime.host.progress import Progress
 from .atomic import replacing, replacing_file
 from .target import check_target
 
-Progress = Callable[[int, int], None]
-
 _COMPRESSION_LEVEL = 6
 _CHUNK = 1 << 20  # bytes
+_TOO_MUCH = "holds more than its manifest lists: get the archive again"
 
 
 @dataclass(frozen=True)
@@ -156,7 +155,7 @@ def unpack(
             _extract(_Content(file), folder, max_size, progress)
             made = Bundle.open(folder)  # here, since another run may replace the target at once
             made.verify()
-        except tarfile.TarError as error:
+        except (tarfile.TarError, ValueError, RecursionError) as error:  # tarfile's, of hostile headers
             raise BundleError(f"{archive} is not an archive made by 'gpt2onnx pack', or damaged") from error
         except BundleError as error:
             # The folder is gone when the message is read.
@@ -182,7 +181,7 @@ class _Content:
             raise BundleError("cut off, damaged, or not made by 'gpt2onnx pack': get the archive again") from error
         self._done += len(data)
         if self._done > self.limit:
-            raise BundleError("holds more than its manifest lists: get the archive again")
+            raise BundleError(_TOO_MUCH)
         return data
 
 
@@ -192,7 +191,7 @@ def _extract(content: _Content, folder: Path, max_size: int, progress: Progress 
         first = tar.next()
         if first is None or first.name != MANIFEST:
             raise BundleError("not an archive made by 'gpt2onnx pack'")
-        _extract_file(tar, first, folder)
+        _extract_file(tar, first, folder, limits.ARCHIVE_MANIFEST)
         awaited = dict(Manifest.read(folder).files)
         sizes = [record.size for record in awaited.values()]
         done, total, free = 0, sum(sizes), shutil.disk_usage(folder).free
@@ -206,9 +205,10 @@ def _extract(content: _Content, folder: Path, max_size: int, progress: Progress 
             )
         content.limit = _tar_size([first.size, *sizes])
         while (member := tar.next()) is not None:
-            if awaited.pop(member.name, None) is None:
+            record = awaited.pop(member.name, None)
+            if record is None:
                 raise BundleError(f"holds {member.name!r}, which its manifest doesn't list")
-            _extract_file(tar, member, folder)
+            _extract_file(tar, member, folder, record.size)
             done += member.size
             if progress is not None:
                 progress(done, total)
@@ -218,11 +218,15 @@ def _extract(content: _Content, folder: Path, max_size: int, progress: Progress 
         pass
 
 
-def _extract_file(tar: tarfile.TarFile, member: tarfile.TarInfo, folder: Path) -> None:
-    """Writes one file below the folder; the manifest has been checked to name no other place."""
-    source = tar.extractfile(member) if member.isreg() else None
+def _extract_file(tar: tarfile.TarFile, member: tarfile.TarInfo, folder: Path, most: int) -> None:
+    """Writes one file of up to `most` bytes below the folder; the manifest has been checked to name no other place."""
+    # tarfile counts sparse files as regular ones; their holes take nothing in the archive and all their size on the disk.
+    regular = member.type in (tarfile.REGTYPE, tarfile.AREGTYPE) and not member.issparse()
+    source = tar.extractfile(member) if regular else None
     if source is None:
         raise BundleError(f"holds {member.name!r}, which is not a regular file")
+    if member.size > most:
+        raise BundleError(_TOO_MUCH)
     path = folder / member.name
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
