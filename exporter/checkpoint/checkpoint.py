@@ -142,10 +142,17 @@ class Checkpoint:
         return array
 
     def sha256(self) -> str:
-        """One hash over the weight files, in the order of their names, then the adapter's."""
+        """One hash over the weight files, in the order of their names, then the adapter's.
+
+        Raises:
+            CheckpointError: a file can't be read.
+        """
         digest = hashlib.sha256()
         for path in self._files:
-            digest.update(bytes.fromhex(sha256_of(path)))
+            try:
+                digest.update(bytes.fromhex(sha256_of(path)))
+            except OSError as error:
+                raise CheckpointError(f"can't read {path}: {error.strerror or error}") from error
         return digest.hexdigest()
 
 

@@ -2,7 +2,6 @@
 
 import json
 import logging
-import shutil
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -13,7 +12,7 @@ from tokenizers import Tokenizer
 from gpt2onnx.errors import BundleError, CheckpointError
 
 from ...models.bundle import CHAT_TEMPLATE, TOKENIZER
-from ...models.config import write_json
+from ...models.config import read_small, write_json
 from ...models.messages import shown
 from ...runtime.text import special_tokens
 from ...runtime.text.tokenizer import Tokenizer as RuntimeTokenizer
@@ -82,7 +81,7 @@ def write_tokenizer(checkpoint: Path, config: Mapping[str, Any], target: Path) -
         (target / TOKENIZER).write_text(compact(json.loads(tokenizer.to_str())), encoding="utf-8")
     for name in _COMPANIONS:
         if (checkpoint / name).is_file() and not (target / name).exists():
-            shutil.copyfile(checkpoint / name, target / name)
+            (target / name).write_bytes(read_small(checkpoint / name))
     if not (target / SETTINGS).exists():
         defaults = special_tokens.DEFAULTS.get(files.class_name, {})
         write_json(target / SETTINGS, {"tokenizer_class": files.class_name, **defaults})

@@ -8,3 +8,5 @@ posix = pytest.mark.skipif(sys.platform == "win32", reason="Windows has no such 
 linux = pytest.mark.skipif(
     sys.platform != "linux", reason="only Linux has it: /proc, /dev/full, an exchange of folders"
 )
+# A regular file that anyone may open, and that no one, not even root, can read from its beginning. On Linux.
+UNREADABLE = "/proc/self/mem"

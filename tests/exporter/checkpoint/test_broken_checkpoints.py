@@ -17,6 +17,7 @@ import pytest
 from safetensors.numpy import save_file
 from support import torch_files
 from support.golden import FOLDER
+from support.systems import UNREADABLE, linux
 from support.weight_files import SAVE, State, book_state, refused
 
 from gpt2onnx.errors import CheckpointError
@@ -217,6 +218,16 @@ def test_a_json_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
     (tmp_path / "config.json").mkdir()
     with pytest.raises(CheckpointError, match=r"can't read .*config\.json: "):
         GPT2Config.from_file(tmp_path / "config.json")
+
+
+@linux
+def test_a_weight_file_that_cannot_be_read_is_named(folder: Path, state: State) -> None:
+    save_file(state, folder / "model.safetensors")
+    opened = Checkpoint.open(str(folder))
+    (folder / "model.safetensors").unlink()
+    (folder / "model.safetensors").symlink_to(UNREADABLE)
+    with pytest.raises(CheckpointError, match=r"can't read .*model\.safetensors: "):
+        opened.sha256()
 
 
 def test_a_file_without_its_config_says_so(tmp_path: Path, state: State) -> None:

@@ -12,6 +12,7 @@ import tokenizers
 from support.checkpoints import END_OF_TEXT, MakeCheckpoint, byte_tokenizer
 from support.commands import CommandLine
 from support.golden import Golden
+from support.systems import UNREADABLE, linux
 from support.tokenizer_files import GPT2_FILES, TEXTS, Judge, differences, in_transformers, write
 from tokenizers import decoders, models, normalizers, pre_tokenizers
 
@@ -342,6 +343,15 @@ def test_a_broken_tokenizer_is_told_in_one_line(break_it: Callable[[Path], None]
     with pytest.raises(CheckpointError, match=word) as caught:
         write_tokenizer(byte_level, {"vocab_size": 200}, target)
     assert "\n" not in str(caught.value)
+
+
+@linux
+def test_a_file_that_can_t_be_read_is_named(byte_level: Path) -> None:
+    (byte_level / "chat_template.jinja").symlink_to(UNREADABLE)
+    target = byte_level / "target"
+    target.mkdir()
+    with pytest.raises(CheckpointError, match=r"can't read .*chat_template\.jinja"):
+        write_tokenizer(byte_level, {"vocab_size": END + 1}, target)
 
 
 def test_an_added_token_that_the_network_has_no_row_for_is_left_out(
