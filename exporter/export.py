@@ -3,7 +3,7 @@
 import logging
 import math
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -109,7 +109,8 @@ def export(
         OptionError: options are out of range or contradict each other.
         PromptError: a quality text can't be read.
         OutputError: the target exists or can't be written.
-        MissingExtraError: the packages of the extra `export` aren't installed, or those that `parity` needs.
+        MissingExtraError: the packages of the extra `export` aren't installed, or those that the graph or a check needs.
+        BackendError: ONNX Runtime or optimum failed.
     """
     target = Path(target)
     _check_options(dtype, graph, block_size, pure=pure)
@@ -120,7 +121,7 @@ def export(
         raise OptionError(f"twin goes with dtype fp32 or fp16 and graph fused, not with {dtype} and {graph}")
     if quality_texts and quality is False:
         raise OptionError("quality_texts are for quality, which is switched off")
-    texts = {Path(path).name: text_input.read(Path(path), f"the text {path}") for path in quality_texts}
+    texts = [(Path(path).name, text_input.read(Path(path), f"the text {path}")) for path in quality_texts]
     check_target(target, force=force)
     checkpoint = Checkpoint.open(os.fspath(source), revision, n_head, None if adapter is None else os.fspath(adapter))
     small = _count_weights(checkpoint) <= _CHECKED_WEIGHTS
@@ -128,7 +129,10 @@ def export(
     drafted = drafted and (_count_weights(checkpoint) >= _TWIN_WEIGHTS if twin is None else twin)
     by_default = small and dtype in QUANTIZED
     calibrated = by_default if calibrate is None else calibrate
-    compared = bool(texts) or by_default if quality is None else quality
+    predicts = checkpoint.config.n_positions > 1
+    compared = bool(texts) or (by_default and predicts) if quality is None else quality
+    if compared and not predicts:
+        raise OptionError(f"quality compares predictions, and {source} has room for one token: leave it out")
     with replacing(target, lambda: check_target(target, force=force)) as folder:
         write_configuration(checkpoint, folder, half=dtype == "fp16")
         settings = {**checkpoint.raw_config, "vocab_size": checkpoint.config.vocab_size}
@@ -164,8 +168,12 @@ def export(
         else:
             statistics = None
             if calibrated and reference:
-                with _unless_missing(calibrate):
+                try:
                     statistics = _collect(reference, checkpoint, dtype, passes.next(), pure=pure)
+                except MissingExtraError as error:
+                    if calibrate:
+                        raise
+                    _log.warning("not calibrated, so %s loses more accuracy: %s", dtype, error)
             layout = partial(blocks, checkpoint.config, dtype, pure=pure, block_size=block_size)
             layers = _quantize(checkpoint, dtype, layout, statistics, passes.next())
             second: BuildSecond | None = None
@@ -215,13 +223,13 @@ def _check_options(dtype: str, graph: str, block_size: int | None, *, pure: bool
         raise OptionError(f"block_size must be one of {', '.join(map(str, BLOCK_SIZES))}, not {block_size}")
 
 
-def _encoded(texts: Mapping[str, str], folder: Path) -> dict[str, list[int]]:
-    """The tokens of the texts to compare on, by a bundle's tokenizer; early, since a text may be of no use."""
+def _encoded(texts: Sequence[tuple[str, str]], folder: Path) -> list[tuple[str, list[int]]]:
+    """The names and tokens of the texts to compare on, by a bundle's tokenizer; early, since a text may be of no use."""
     if not texts:
-        return {}
+        return []
     tokenizer = Tokenizer(folder / bundle.TOKENIZER)
-    tokens = {name: tokenizer.encode(text) for name, text in texts.items()}
-    if short := [name for name, ids in tokens.items() if len(ids) < 2]:
+    tokens = [(name, tokenizer.encode(text)) for name, text in texts]
+    if short := [name for name, ids in tokens if len(ids) < 2]:
         raise OptionError(f"the quality text {short[0]} has fewer than two tokens: give a longer one")
     return tokens
 
@@ -282,7 +290,7 @@ def _quantize(
 
 @contextmanager
 def _unless_missing(wanted: bool | None) -> Iterator[None]:
-    """Leaves a check out if its packages aren't installed or can't load the checkpoint, unless it was asked for."""
+    """Leaves out a check that wasn't asked for, if a package is missing or transformers can't load the checkpoint."""
     try:
         yield
     except (CheckpointError, MissingExtraError) as error:

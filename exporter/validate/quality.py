@@ -7,7 +7,7 @@ divergence there equals, in expectation, the rise of the logarithm of perplexity
 
 import itertools
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -44,11 +44,11 @@ class Quality:
     kl: float
 
 
-def report(bundle: Bundle, reference: Bundle, texts: Mapping[str, Sequence[int]]) -> dict[str, Any]:
-    """The manifest's figures: on samples of the reference, and on the tokens of texts, by their names."""
+def report(bundle: Bundle, reference: Bundle, texts: Sequence[tuple[str, Sequence[int]]]) -> dict[str, Any]:
+    """The manifest's figures: on samples of the reference, and on texts, each a name and its tokens."""
     figures = asdict(on_own_samples(bundle, reference))
     if texts:
-        figures["texts"] = [asdict(on_text(bundle, reference, tokens, name=name)) for name, tokens in texts.items()]
+        figures["texts"] = [asdict(on_text(bundle, reference, tokens, name=name)) for name, tokens in texts]
     return figures
 
 
@@ -58,6 +58,7 @@ def on_text(bundle: Bundle, reference: Bundle, tokens: Sequence[int], *, name: s
     The text is cut into windows as long as the context; the first token of each is not predicted.
 
     Args:
+        bundle: of two positions at least.
         tokens: of the text, two at least.
 
     Raises:
@@ -69,6 +70,9 @@ def on_text(bundle: Bundle, reference: Bundle, tokens: Sequence[int], *, name: s
 
 def on_own_samples(bundle: Bundle, reference: Bundle, *, tokens: int = 256, seed: int = 1) -> Quality:
     """Compares a bundle with the same checkpoint's fp32 bundle on texts that the latter samples.
+
+    Args:
+        bundle: of two positions at least.
 
     Raises:
         BackendError: ONNX Runtime can't load or run a graph.

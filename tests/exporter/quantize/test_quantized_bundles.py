@@ -16,6 +16,7 @@ from support.checkpoints import MakeCheckpoint
 from support.commands import CommandLine
 from support.golden import assert_close
 from support.graphs import CONFIGS, logits_of_prompt, random_tokens
+from support.isolated import COMMAND_LINE, REFERENCES, run
 from support.quantized import (
     CALIBRATED,
     QUANTIZED,
@@ -30,7 +31,7 @@ from support.quantized import (
 )
 
 import gpt2onnx
-from gpt2onnx.errors import OptionError, PromptError
+from gpt2onnx.errors import OptionError, PromptError, install_command
 from gpt2onnx.exporter.checkpoint.checkpoint import Checkpoint
 from gpt2onnx.exporter.graph.write import write_graphs
 from gpt2onnx.exporter.quantize import statistics
@@ -227,6 +228,8 @@ def test_tied_embedding_is_stored_once(make_checkpoint: MakeCheckpoint, tmp_path
 
 def test_quality_in_the_manifest(short_tales: Path, fp32: Path, tmp_path: Path) -> None:
     texts = {"fox.txt": "Once upon a time there was a fox. " * 9, "sea.txt": "He wished to see the sea. " * 9}
+    texts["further/sea.txt"] = texts["sea.txt"] * 2
+    (tmp_path / "further").mkdir()
     for name, text in texts.items():
         (tmp_path / name).write_text(text, encoding="utf-8")
     paths = [tmp_path / name for name in texts]
@@ -236,9 +239,9 @@ def test_quality_in_the_manifest(short_tales: Path, fp32: Path, tmp_path: Path) 
     assert figures["text"] == "own samples"
     assert figures["tokens"] == 256
     assert 0 < figures["kl"] < 0.0005
-    assert [each["text"] for each in figures["texts"]] == list(texts)
-    for each in figures["texts"]:
-        tokens = gpt2onnx.load(fp32, threads=1).tokenizer.encode(texts[each["text"]])
+    assert [each["text"] for each in figures["texts"]] == ["fox.txt", "sea.txt", "sea.txt"]
+    for each, text in zip(figures["texts"], texts.values(), strict=True):
+        tokens = gpt2onnx.load(fp32, threads=1).tokenizer.encode(text)
         measured = quality.on_text(made, Bundle.open(fp32), tokens)
         assert each["tokens"] == measured.tokens
         assert each["perplexity"] == pytest.approx(measured.perplexity, rel=1e-4)
@@ -259,6 +262,25 @@ def test_quality_texts_on_the_command_line(command_line: CommandLine, short_tale
     done = command_line("export", short_tales, tmp_path / "other", *options[:-1], tmp_path / "missing.txt")
     assert done.code == 1
     assert "missing.txt" in done.err
+
+
+def test_one_position_predicts_nothing(make_checkpoint: MakeCheckpoint, tmp_path: Path) -> None:
+    checkpoint = make_checkpoint(n_positions=1)
+    made = gpt2onnx.export(checkpoint, tmp_path / "bundle", dtype="int8")
+    assert made.manifest.quality is None
+    with pytest.raises(OptionError, match="room for one token"):
+        gpt2onnx.export(checkpoint, tmp_path / "other", dtype="int8", quality=True)
+
+
+def test_calibration_is_not_left_out_in_silence(make_checkpoint: MakeCheckpoint, tmp_path: Path) -> None:
+    export = ["export", make_checkpoint(), tmp_path / "bundle", "--dtype", "int4"]
+    status, _, err = run(COMMAND_LINE, *export, without=(*REFERENCES, "onnxruntime"))
+    assert status == 0, err
+    assert err.count("\n") == 1
+    assert all(part in err for part in ("not calibrated", install_command("cpu"))), err
+    status, out, err = run(COMMAND_LINE, *export, "--force", "--calibrate", without=(*REFERENCES, "onnxruntime"))
+    assert (status, out) == (1, "")
+    assert install_command("cpu") in err
 
 
 def test_quality_of_equal_bundles_is_perfect(tales_bundle: Path) -> None:
