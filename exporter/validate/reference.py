@@ -30,7 +30,7 @@ _FLOAT32_NOISE = 1e-6
 
 
 class Reference:
-    """A checkpoint in PyTorch, float32; read by transformers itself where it is in transformers' own layout.
+    """A checkpoint in PyTorch, float32; read by transformers itself where it knows all tensors by their names.
 
     Attributes:
         name: versions of transformers and torch, and the implementation of attention, for the report.
@@ -152,9 +152,11 @@ def _load(checkpoint: Checkpoint) -> "GPT2LMHeadModel":
     own_layout = (checkpoint.folder / CONFIG).is_file() and weights and not Path(checkpoint.name).is_file()
     if own_layout and checkpoint.adapter is None:
         config = Settings.from_dict(dict(checkpoint.raw_config))
-        return GPT2LMHeadModel.from_pretrained(
-            checkpoint.folder, config=config, dtype=torch.float32, **attention
-        ).eval()
+        model, report = GPT2LMHeadModel.from_pretrained(
+            checkpoint.folder, config=config, dtype=torch.float32, output_loading_info=True, **attention
+        )
+        if not report["missing_keys"]:  # whose weights are random: the tensors have names of another layout
+            return model.eval()
     return in_pytorch.build(checkpoint)
 
 

@@ -111,6 +111,25 @@ def test_a_person_at_a_terminal_sees_how_many_requests_are_compared(
     assert command_line(*arguments).err == ""
 
 
+@pytest.mark.parametrize("layout", ["torch.compile", "mlx", "gptq"])
+def test_other_layouts_in_transformers_own_files_pass(
+    layout: str, make_checkpoint: MakeCheckpoint, tmp_path: Path
+) -> None:
+    """transformers finds no tensors by their names there, and would compute with random weights."""
+    folder = tmp_path / "checkpoint"
+    if layout == "torch.compile":
+        shutil.copytree(make_checkpoint(vocab_size=29), folder)
+        weights = load_file(folder / "model.safetensors")
+        save_file({f"_orig_mod.{name}": array for name, array in weights.items()}, folder / "model.safetensors")
+    else:
+        shutil.copytree(FOLDER / "other_formats" / layout, folder)
+        for file in folder.glob("gptq_model*.safetensors"):
+            file.rename(folder / "model.safetensors")
+    made = gpt2onnx.export(folder, tmp_path / "bundle")
+    report = check(made.folder, Checkpoint.open(str(folder)))
+    assert report["passed"], json.dumps(report, indent=2)
+
+
 @pytest.mark.parametrize("name", ["lora", "grown_saved"])
 def test_a_merged_adapter_passes(
     name: str, tmp_path: Path, command_line: CommandLine, monkeypatch: pytest.MonkeyPatch
