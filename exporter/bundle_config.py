@@ -18,7 +18,7 @@ def write_configuration(checkpoint: Checkpoint, folder: Path, *, half: bool) -> 
         half: whether the graph computes in float16.
 
     Raises:
-        CheckpointError: the checkpoint's generation_config.json can't be used.
+        CheckpointError: an option of the checkpoint's generation_config.json, or else its config.json, can't be used.
     """
     config = dict(checkpoint.raw_config) | {
         "model_type": "gpt2",
@@ -38,17 +38,19 @@ def _generation_config(checkpoint: Checkpoint) -> dict[str, Any]:
     """The checkpoint's own, or else the options that transformers derives from config.json."""
     path = checkpoint.folder / bundle.GENERATION_CONFIG
     if path.is_file():
-        own = {name: value for name, value in read_json(path).items() if value is not None}
-        try:
-            GenerationConfig.from_file_content(own)
-        except OptionError as error:
-            raise CheckpointError(f"{path}: {error}") from error
-        return own
-    # GPT2Config's own defaults hold where config.json is silent; older files have more options than these ids.
-    names = {"bos_token_id", "pad_token_id", *BY_NAME}
-    given = {name: value for name, value in checkpoint.raw_config.items() if name in names}
-    options = {"bos_token_id": 50256, "eos_token_id": 50256} | given
-    return {name: value for name, value in options.items() if value is not None}
+        content = read_json(path)
+    else:
+        path = checkpoint.folder / bundle.CONFIG
+        # GPT2Config's own defaults hold where config.json is silent; older files have more options than these ids.
+        names = {"bos_token_id", "pad_token_id", *BY_NAME}
+        given = {name: value for name, value in checkpoint.raw_config.items() if name in names}
+        content = {"bos_token_id": 50256, "eos_token_id": 50256} | given
+    options = {name: value for name, value in content.items() if value is not None}
+    try:
+        GenerationConfig.from_file_content(options)
+    except OptionError as error:
+        raise CheckpointError(f"{path}: {error}") from error
+    return options
 
 
 def _genai_config(config: GPT2Config, generation: dict[str, Any]) -> dict[str, Any]:

@@ -205,6 +205,9 @@ def test_generation_config_file_counts_as_in_transformers(
         ({"eos_token_id": "<|endoftext|>"}, "eos_token_id must be a token id or a list of at most 1,000,000 token ids"),
         ({"do_sample": True, "temperature": -1.0}, "temperature must be a number from 0"),
         ({"min_length": -1}, "min_length must be a whole number from 0"),
+        ({"repetition_penalty": -1}, "repetition_penalty must be"),
+        ({"num_beams": 0}, "num_beams must be"),
+        ({"max_length": 0}, "max_length must be"),
     ],
 )
 def test_an_export_refuses_options_that_no_bundle_can_have(
@@ -212,7 +215,12 @@ def test_an_export_refuses_options_that_no_bundle_can_have(
 ) -> None:
     folder = make_checkpoint()
     (folder / "generation_config.json").write_text(json.dumps(content))
-    with pytest.raises(CheckpointError, match=f"generation_config.json: {hint}"):
+    with pytest.raises(CheckpointError, match=f"/generation_config.json: {hint}"):
+        gpt2onnx.export(folder, tmp_path / "bundle")
+    (folder / "generation_config.json").unlink()
+    config = folder / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | content))
+    with pytest.raises(CheckpointError, match=f"/config.json: {hint}"):
         gpt2onnx.export(folder, tmp_path / "bundle")
     assert not (tmp_path / "bundle").exists()
 
