@@ -28,7 +28,7 @@ from .arrays import FLOATS, StoredArray
 from .formats import open_weights
 from .weight import Weight
 
-_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
+WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
 _KINDS = ("LORA", "IA3")
 _HEAD, _EMBEDDING = "lm_head", "wte"
 _WEIGHT_OR_BIAS = ("weight", "bias")
@@ -123,10 +123,10 @@ class Adapter:
             )
         settings = read_json(folder / ADAPTER_CONFIG)
         _check_kind(settings, folder)
-        path = next((folder / name for name in _WEIGHTS if (folder / name).is_file()), None)
+        path = next((folder / name for name in WEIGHTS if (folder / name).is_file()), None)
         if path is None:
             raise CheckpointError(
-                f"{folder} has {ADAPTER_CONFIG}, but no {' or '.join(_WEIGHTS)}: save the adapter again"
+                f"{folder} has {ADAPTER_CONFIG}, but no {' or '.join(WEIGHTS)}: save the adapter again"
             )
         wholly = settings.get("modules_to_save") or ()
         saved = tuple(name for name in wholly if isinstance(name, str)) if isinstance(wholly, list | tuple) else ()

@@ -24,9 +24,10 @@ from ...models.config import ADAPTER_CONFIG, GPT2Config, read_json
 from ...models.shapes import weight_shapes
 
 try:
+    from .adapter import WEIGHTS as ADAPTER_WEIGHTS
     from .adapter import Adapter
     from .formats import open_weights
-    from .hub import find
+    from .hub import find, find_here
     from .layouts import arrange
     from .weight import Weight
 except ModuleNotFoundError as error:
@@ -76,9 +77,14 @@ class Checkpoint:
 
         Raises:
             CheckpointError: it can't be found or read, has another number of heads, or isn't a GPT-2 that can be exported.
+            OptionError: a revision of what is on this machine.
             MissingExtraError: a Hugging Face id was given, and huggingface_hub isn't installed.
         """
         path, added = find(source, revision), None if adapter is None else Adapter.open(find(adapter, None))
+        if path.name in ADAPTER_WEIGHTS:
+            raise CheckpointError(
+                f"{path} is an adapter's: name its folder {path.parent}, or its base with --adapter {path.parent}"
+            )
         if added is None and (path / ADAPTER_CONFIG).is_file():
             added = Adapter.open(path)
             path = _find_base(added)
@@ -160,7 +166,7 @@ def _find_base(adapter: Adapter) -> Path:
     """The base that an adapter names, in the revision that it names."""
     revision = adapter.settings.get("revision")
     try:
-        return find(adapter.base, revision if isinstance(revision, str) else None)
+        return find_here(adapter.base) or find(adapter.base, revision if isinstance(revision, str) else None)
     except CheckpointError as error:
         raise CheckpointError(
             f"{adapter.folder} is an adapter, but its base isn't found ({error}): export the base with --adapter {adapter.folder}"

@@ -5,13 +5,13 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from gpt2onnx.errors import CheckpointError, MissingExtraError
+from gpt2onnx.errors import CheckpointError, MissingExtraError, OptionError
 
 from ...models import tales
 from ...models.bundle import CONFIG
 from ...models.config import ADAPTER_CONFIG
 from ...models.messages import one_line
-from .formats import SUFFIXES
+from .formats import SHARD_INDEX, SUFFIXES
 from .formats.tensorflow_file import INDEX
 
 # Files to fetch: the small ones, then the weights in one format.
@@ -30,8 +30,25 @@ def find(source: str, revision: str | None) -> Path:
 
     Raises:
         CheckpointError: it can't be found or fetched.
+        OptionError: a revision of what is on this machine.
         MissingExtraError: a Hugging Face id was given, and huggingface_hub isn't installed.
     """
+    place = find_here(source)
+    if place is None:
+        return _download(source, revision)
+    if revision is not None:
+        raise OptionError(f"revision goes with a Hugging Face id, and {source} is on this machine: leave it out")
+    return place
+
+
+def find_here(source: str) -> Path | None:
+    """The folder or file of a source on this machine; None if there is none, and the source may be a Hugging Face id.
+
+    Raises:
+        CheckpointError: it is neither.
+    """
+    if not source:
+        raise CheckpointError("the source is empty: name a checkpoint folder or file, a Hugging Face id, or tales")
     if source == "tales":
         return tales.FOLDER
     path = Path(source)
@@ -39,14 +56,14 @@ def find(source: str, revision: str | None) -> Path:
     if os.path.isdir(path):  # noqa: PTH112
         return path
     if os.path.isfile(path):  # noqa: PTH113
-        if path.suffix not in SUFFIXES:
+        if path.suffix not in SUFFIXES and not path.name.endswith(SHARD_INDEX):
             raise CheckpointError(f"{source} is not a checkpoint folder, nor a {', '.join(SUFFIXES)} file")
         return path
     if os.path.isfile(index := f"{source}{INDEX}"):  # noqa: PTH113  # a TensorFlow checkpoint goes by its files' common name
         return Path(index)
-    if not _may_be_an_id(source):
+    if path.is_absolute() or source.startswith((".", "~")) or source.count("/") > 1:
         raise CheckpointError(f"no checkpoint folder or file at {source!r}")
-    return _download(source, revision)
+    return None
 
 
 def find_config(source: str) -> Path | None:
@@ -55,18 +72,10 @@ def find_config(source: str) -> Path | None:
     Raises:
         CheckpointError, MissingExtraError: as for `find`.
     """
-    if source != "tales" and not os.path.exists(source) and _may_be_an_id(source):  # noqa: PTH110
-        folder = _fetch(source, None, [CONFIG])
-    else:
-        folder = find(source, None)
+    place = find_here(source)
+    folder = _fetch(source, None, [CONFIG]) if place is None else place
     path = (folder.parent if folder.is_file() else folder) / CONFIG
     return path if path.is_file() else None
-
-
-def _may_be_an_id(source: str) -> bool:
-    """Whether a source has the form of a hub id, `name` or `owner/name`; anything else is a path."""
-    path = Path(source)
-    return not (path.is_absolute() or source.startswith((".", "~")) or source.count("/") > 1 or not source)
 
 
 def _download(repository: str, revision: str | None) -> Path:

@@ -24,7 +24,9 @@ from .saved import SavedWeights, beside
 from .state_dict import open_state_dict
 from .tensorflow_file import INDEX, open_tensorflow
 
-__all__ = ["SUFFIXES", "SavedWeights", "open_weights"]
+__all__ = ["SHARD_INDEX", "SUFFIXES", "SavedWeights", "open_weights"]
+
+SHARD_INDEX = ".index.json"  # ends the name of the file that tells which tensors are in which of several files
 
 
 def open_weights(source: Path) -> SavedWeights:
@@ -35,7 +37,7 @@ def open_weights(source: Path) -> SavedWeights:
         MissingExtraError: a package that reads the format isn't installed.
     """
     path = source if source.is_file() else weights_of(source, SUFFIXES)
-    return _open_index(path) if path.name.endswith(".index.json") else _open_file(path)
+    return _open_index(path) if path.name.endswith(SHARD_INDEX) else _open_file(path)
 
 
 def _open_index(path: Path) -> SavedWeights:

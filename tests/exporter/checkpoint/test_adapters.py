@@ -189,6 +189,8 @@ def test_a_base_that_is_not_found(adapters: Path) -> None:
     edit(adapters / "lora", base_model_name_or_path="/where/it/was/trained")
     assert "no checkpoint folder or file at '/where/it/was/trained'" in (message := refused(Path("lora")))
     assert message.endswith("export the base with --adapter lora")
+    edit(adapters / "lora", base_model_name_or_path="base", revision="main")  # peft asks the hub alone for a revision
+    Checkpoint.open("lora")
     edit(adapters / "lora", base_model_name_or_path=None)
     assert "(adapter_config.json names none)" in refused(Path("lora"))
     edit(adapters / "lora", base_model_name_or_path="ia3")
@@ -199,8 +201,10 @@ def test_a_base_that_is_not_found(adapters: Path) -> None:
     ("lora", "lora", "lora is itself an adapter"),
     ("base", "base", "base has no adapter_config.json"),
     ("untied", "empty", "no adapter_model.safetensors or adapter_model.bin"),
+    ("lora/adapter_model.safetensors", None, "name its folder lora, or its base with --adapter lora"),
+    ("lora/adapter_model.safetensors", "lora", "name its folder lora, or its base"),
 ])  # fmt: skip
-def test_folders_that_are_mixed_up(source: str, adapter: str, expected: str, adapters: Path) -> None:
+def test_what_is_mixed_up(source: str, adapter: str | None, expected: str, adapters: Path) -> None:
     (adapters / "empty").mkdir()
     shutil.copy(adapters / "lora" / CONFIG, adapters / "empty")
     with pytest.raises(CheckpointError, match=expected):

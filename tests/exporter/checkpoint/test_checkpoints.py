@@ -89,6 +89,13 @@ def test_every_type_of_pytorch_s_files_is_read(ending: str, dtype: str, tiny: Pa
     assert_reads(Checkpoint.open(str(tiny)), loaded(path))
 
 
+@pytest.mark.parametrize("form", [form for form in SAVE if form.startswith("sharded")])
+def test_the_index_of_shards_names_them(form: str, folder: Path, state: State) -> None:
+    SAVE[form](state, folder)
+    (index,) = folder.glob("*.index.json")
+    assert_reads(Checkpoint.open(str(index)), state)
+
+
 def test_pytorch_s_shards_are_read(tiny: Path, loaded: Loaded) -> None:
     shutil.copytree(FILES / "sharded", tiny, dirs_exist_ok=True)
     state: State = {}

@@ -13,7 +13,7 @@ from support.commands import CommandLine
 from support.golden import FOLDER
 from support.hub import MAIN, REPOSITORY, TAGGED, Hub, checkpoints, hub
 
-from gpt2onnx.errors import CheckpointError
+from gpt2onnx.errors import CheckpointError, OptionError
 from gpt2onnx.exporter.checkpoint.checkpoint import Checkpoint
 
 __all__ = ["checkpoints", "hub"]  # fixtures
@@ -63,6 +63,27 @@ def test_an_id_is_fetched_once_and_then_found_in_the_cache(
 def test_revisions(hub: Hub, checkpoints: dict[str, Path], tmp_path: Path) -> None:
     for revision, commit in {"main": MAIN, TAGGED: TAGGED, "v1": TAGGED}.items():
         assert_embedding(open_from(hub, tmp_path / "cache", revision), checkpoints[commit])
+
+
+def test_a_revision_is_of_the_hub_alone(
+    checkpoints: dict[str, Path], tmp_path: Path, command_line: CommandLine
+) -> None:
+    for source in ("tales", checkpoints[MAIN], checkpoints[MAIN] / "model.safetensors"):
+        with pytest.raises(OptionError, match="revision goes with a Hugging Face id"):
+            Checkpoint.open(str(source), "v1")
+        done = command_line("export", source, tmp_path / "bundle", "--revision", "v1")
+        assert (done.code, done.err.count("\n")) == (1, 1)
+
+
+def test_an_empty_source_is_not_the_current_folder(
+    checkpoints: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(checkpoints[MAIN])
+    with pytest.raises(CheckpointError, match="the source is empty"):
+        Checkpoint.open("")
+    with pytest.raises(CheckpointError, match="the source is empty"):
+        Checkpoint.open("tales", adapter="")
+    Checkpoint.open(".")
 
 
 @pytest.mark.parametrize("form", ["safetensors", "bin"])
