@@ -29,7 +29,7 @@ try:
     from .checkpoint.checkpoint import Checkpoint
     from .graph import second_graph, transposed
     from .graph.write import BuildSecond, write_graphs, write_twin
-    from .quantize.layers import Layout, QuantizedLayers, Tensor, to_nearest
+    from .quantize.layers import QuantizedLayers, Scheme, Tensor, to_nearest
     from .quantize.transforms import Smoothing, centre, range_by_weights, range_on
 except ModuleNotFoundError as error:
     raise MissingExtraError("Exporting a checkpoint", error.name or "onnx", "export") from error
@@ -174,8 +174,8 @@ def export(
                     if calibrate:
                         raise
                     _log.warning("not calibrated, so %s loses more accuracy: %s", dtype, error)
-            layout = partial(blocks, checkpoint.config, dtype, pure=pure, block_size=block_size)
-            layers = _quantize(checkpoint, dtype, layout, statistics, passes.next())
+            scheme = partial(blocks, checkpoint.config, dtype, pure=pure, block_size=block_size)
+            layers = _quantize(checkpoint, dtype, scheme, statistics, passes.next())
             second: BuildSecond | None = None
             if layers.per_tensor:
                 second = partial(second_graph.build, layers=layers.per_tensor)
@@ -190,8 +190,8 @@ def export(
                 second=second,
             )
             if drafted:
-                layout = partial(blocks, checkpoint.config, "int8", pure=False, block_size=None)
-                layers = _quantize(checkpoint, "int8", layout, None, passes.next(), shares_cache=True)
+                scheme = partial(blocks, checkpoint.config, "int8", pure=False, block_size=None)
+                layers = _quantize(checkpoint, "int8", scheme, None, passes.next(), shares_cache=True)
                 write_twin(folder, checkpoint.config, layers.weights, tied=checkpoint.tied)
         manifest = replace(manifest, files=bundle.describe_files(folder))
         if compared and reference:
@@ -261,7 +261,7 @@ def _collect(reference: Bundle, checkpoint: Checkpoint, dtype: str, progress: Sh
 def _quantize(
     checkpoint: Checkpoint,
     dtype: str,
-    layout: Layout,
+    scheme: Scheme,
     statistics: "Statistics | None",
     progress: Share,
     *,
@@ -276,16 +276,16 @@ def _quantize(
     if statistics is None:
         if dtype in QUANTIZED:
             ranges = partial(range_by_weights, config, tensor, values=not shares_cache)
-            tensor = Smoothing(config, tensor, layout, ranges).tensor
-        return to_nearest(_counted(checkpoint, tensor, progress), layout)
+            tensor = Smoothing(config, tensor, scheme, ranges).tensor
+        return to_nearest(_counted(checkpoint, tensor, progress), scheme)
     from .quantize.sequential import SequentialCalibrator
 
     second = config.n_embd >= second_graph.MIN_WIDTH
     tensor, inputs = centre(config, tensor, statistics.inputs)
-    smoothing = Smoothing(config, tensor, layout, partial(range_on, inputs))
+    smoothing = Smoothing(config, tensor, scheme, partial(range_on, inputs))
     statistics = replace(statistics, gradients=smoothing.gradients(statistics.gradients))
     tensor = _counted(checkpoint, smoothing.tensor, progress)
-    return SequentialCalibrator(config, tensor, layout, statistics, tied=checkpoint.tied, per_tensor=second).run()
+    return SequentialCalibrator(config, tensor, scheme, statistics, tied=checkpoint.tied, per_tensor=second).run()
 
 
 @contextmanager

@@ -1,1 +1,1 @@
-"""Named arrays, plain or quantised, to ONNX. Knows neither checkpoints nor calibration."""
+"""Named arrays, plain or quantised, to ONNX. Knows no calibration; only `portable`, which PyTorch traces, knows checkpoints."""

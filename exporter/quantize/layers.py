@@ -12,8 +12,8 @@ from ..graph.operators import Weight
 
 # Gives a float32 weight by its checkpoint name.
 Tensor: TypeAlias = Callable[[str], Array]
-# Says how a layer's matrix is quantised, by the layer's name; None: it isn't.
-Layout: TypeAlias = Callable[[str], Blocks | None]
+# Quantisation scheme: the blocks of a layer's matrix, by the layer's name; None: it isn't quantised.
+Scheme: TypeAlias = Callable[[str], Blocks | None]
 
 
 @dataclass(frozen=True)
@@ -29,12 +29,12 @@ class QuantizedLayers:
     per_tensor: dict[str, PerTensor]
 
 
-def to_nearest(tensor: Tensor, layout: Layout) -> QuantizedLayers:
+def to_nearest(tensor: Tensor, scheme: Scheme) -> QuantizedLayers:
     """Rounds each matrix to nearest, when it is asked for: one weight at a time is in memory."""
 
     def weight(name: str) -> Weight:
         array = tensor(name)
-        blocks = None if array.ndim == 1 or name == "wpe.weight" else layout(name.removesuffix(".weight"))
+        blocks = None if array.ndim == 1 or name == "wpe.weight" else scheme(name.removesuffix(".weight"))
         return array if blocks is None else quantize(array if in_axis(name) == 1 else array.T, blocks.bits, blocks.size)
 
     return QuantizedLayers(weight, {})

@@ -21,7 +21,7 @@ from ..graph.operators import Graph, Weight, activation, as_model
 from ..graph.weights import inline
 from .activations import Moments
 from .feedback import quantize_with_feedback
-from .layers import Layout, QuantizedLayers, Tensor
+from .layers import QuantizedLayers, Scheme, Tensor
 from .per_tensor import choose
 from .statistics import Statistics
 
@@ -36,7 +36,7 @@ class SequentialCalibrator:
 
     Args:
         tensor: gives the fp32 network's weights.
-        layout: how matrices are quantised.
+        scheme: how matrices are quantised.
         statistics: of the fp32 network, for the same texts.
         per_tensor: choose the layers whose input a second graph may quantise per tensor.
     """
@@ -45,13 +45,13 @@ class SequentialCalibrator:
         self,
         config: GPT2Config,
         tensor: Tensor,
-        layout: Layout,
+        scheme: Scheme,
         statistics: Statistics,
         *,
         tied: bool,
         per_tensor: bool,
     ) -> None:
-        self._config, self._tensor, self._layout, self._statistics = config, tensor, layout, statistics
+        self._config, self._tensor, self._scheme, self._statistics = config, tensor, scheme, statistics
         self._tied, self._choose_per_tensor = tied, per_tensor
         self._weights: dict[str, Weight] = {}
         self._per_tensor: dict[str, PerTensor] = {}
@@ -99,7 +99,7 @@ class SequentialCalibrator:
         gradients = self._statistics.gradients.get(name) if blocks.bits < 8 else None
         outputs = np.empty((*x.shape[:-1], len(bias)), np.float32)
         with np.errstate(over="ignore", invalid="ignore"):
-            moments = self.observe(name, x[1], _multiply(x[0], weight, bias, outputs[0]))
+            moments = Moments.of(x[1].reshape(-1, len(weight)), _multiply(x[0], weight, bias, outputs[0]))
         usable = moments.are_finite()
         if usable:
             fitted = moments.fitted(weight).T
@@ -114,10 +114,6 @@ class SequentialCalibrator:
             _multiply(x[1], rounded, bias, outputs[1])
         self._weights |= {f"{name}.weight": matrix, f"{name}.bias": bias}
         return outputs
-
-    def observe(self, name: str, inputs: Array, outputs: Array) -> Moments:
-        """The moments of a layer's inputs in the quantised network and of its outputs [count, out] in the fp32 network."""
-        return Moments.of(inputs.reshape(-1, inputs.shape[-1]), outputs)
 
     def _choose_rounding(self, name: str, matrix: QuantizedMatrix, sample: Array, weight: Array) -> None:
         """Notes that the second graph may quantise a layer's inputs per tensor, if the sample of them allows it."""
@@ -153,7 +149,7 @@ class SequentialCalibrator:
         return array
 
     def _blocks(self, layer: str) -> Blocks:
-        blocks = self._layout(layer)
+        blocks = self._scheme(layer)
         assert blocks is not None, "calibration goes with a precision that quantises all matrices"
         return blocks
 

@@ -9,7 +9,7 @@ import numpy as np
 from ...models.config import GPT2Config
 from ..graph.blocks import Array
 from .activations import InputStats
-from .layers import Layout, Tensor
+from .layers import Scheme, Tensor
 
 # Gives the root mean square of each channel of a layer's input, float32 [in], by the layer's name; None where it isn't known.
 Ranges: TypeAlias = Callable[[str], Array | None]
@@ -79,12 +79,12 @@ class Smoothing:
     these channels, and divides the weights behind them, gets the same weights as one that doesn't.
 
     Args:
-        layout: how matrices are quantised; the inputs of those that aren't stay as they are.
+        scheme: how matrices are quantised; the inputs of those that aren't stay as they are.
         ranges: gives the range of each channel of a layer's input, float32 [in], by the layer's name; None: it stays as it is.
     """
 
-    def __init__(self, config: GPT2Config, tensor: Tensor, layout: Layout, ranges: Ranges) -> None:
-        self._config, self._tensor, self._layout, self._ranges = config, tensor, layout, ranges
+    def __init__(self, config: GPT2Config, tensor: Tensor, scheme: Scheme, ranges: Ranges) -> None:
+        self._config, self._tensor, self._scheme, self._ranges = config, tensor, scheme, ranges
         self._factors: dict[str, Array] = {}
 
     def tensor(self, name: str) -> Array:
@@ -116,7 +116,7 @@ class Smoothing:
     def _of_inputs(self, layer: str) -> Array:
         """Divisors of a layer's inputs, float32 [in] or [1]."""
         if layer not in self._factors:
-            blocks, ranges = self._layout(layer), self._ranges(layer)
+            blocks, ranges = self._scheme(layer), self._ranges(layer)
             self._factors[layer] = (
                 np.ones(1, np.float32)
                 if blocks is None or ranges is None

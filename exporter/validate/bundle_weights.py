@@ -55,7 +55,7 @@ class BundleWeights:
             self._made = make_weights(bundle, loading.threads(bundle))
 
     def made_scales(self) -> Iterator[tuple[str, Array]]:
-        """Names of the second graph's own weights, and their scales, with an axis for the inputs; of float32, next to nothing."""
+        """Weights that the second graph makes: name and rounding step, [out, 1] or [1, out]; 1e-30 for fp32, which isn't rounded."""
         for made in self._made:
             if made.endswith(_TRANSPOSED):
                 yield made.removesuffix(_TRANSPOSED), np.array(1e-30, np.float32)
