@@ -68,15 +68,19 @@ class _Name:
         """The pickler asks of what it writes down as called that it can be."""
 
 
-_REBUILD = _Name("torch._utils", "_rebuild_tensor_v2")
+_REBUILD, _REBUILD_TYPED = (_Name("torch._utils", f"_rebuild_tensor_v{version}") for version in (2, 3))
 _STORAGE_NAMES = {dtype: _Name("torch", name) for dtype, name in _STORAGES.items()}
+_UNTYPED = _Name("torch.storage", "UntypedStorage")
+_NEWER_TYPES = {name: _Name("torch", name) for name in ("uint16",)}  # which have no storages of their own
 
 
 class _Storage:
     """All numbers of an array, in the order of their places."""
 
     def __init__(self, key: str, array: np.ndarray) -> None:
-        self.key, self.dtype, self.size = key, array.dtype.name, array.size
+        newer = array.dtype.name in _NEWER_TYPES
+        self.kind = _UNTYPED if newer else _STORAGE_NAMES[array.dtype.name]
+        self.key, self.size = key, array.nbytes if newer else array.size
         self.data = array.reshape(-1).view(np.uint8).data if array.size else b""
 
 
@@ -93,7 +97,7 @@ class _Pickler(pickle._Pickler):
     def persistent_id(self, obj: object) -> tuple[object, ...] | None:
         if not isinstance(obj, _Storage):
             return None
-        parts = ("storage", _STORAGE_NAMES[obj.dtype], obj.key, "cpu", obj.size)
+        parts = ("storage", obj.kind, obj.key, "cpu", obj.size)
         return parts if self.zipped else (*parts, None)
 
     def save_name(self, obj: _Name) -> None:
@@ -113,6 +117,9 @@ class _Pickler(pickle._Pickler):
         first = (array.ctypes.data - whole.ctypes.data) // array.itemsize if array.size else 0
         strides = tuple(stride // array.itemsize for stride in array.strides)
         rebuilt = (self._of_array[id(whole)], first, array.shape, strides, False, OrderedDict())
-        self.save_reduce(_REBUILD, rebuilt, obj=array)
+        if array.dtype.name in _NEWER_TYPES:
+            self.save_reduce(_REBUILD_TYPED, (*rebuilt, _NEWER_TYPES[array.dtype.name]), obj=array)
+        else:
+            self.save_reduce(_REBUILD, rebuilt, obj=array)
 
     dispatch = pickle._Pickler.dispatch | {_Name: save_name, np.ndarray: save_array}

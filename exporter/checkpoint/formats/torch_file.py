@@ -13,7 +13,7 @@ import math
 import struct
 import zipfile
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from io import BufferedReader, BytesIO, FileIO, RawIOBase
 from pathlib import Path
 from types import MappingProxyType
@@ -25,7 +25,7 @@ from ....models import limits
 from ....models.messages import one_line, shown
 from ..arrays import StoredArray, StridedArray, extent, item_size
 from . import unpickle
-from .unpickle import Call, PickleError, Record, UnsupportedPickleError, record
+from .unpickle import Call, PickleError, Record, UnsupportedPickleError, container, record
 
 _ZIP_START = b"PK\x03\x04"
 _ZIP_HEADER = 30  # bytes of a member's local header, without its name
@@ -45,7 +45,11 @@ _STORAGE_TYPES = {
     "CharStorage": "int8",
     "ByteStorage": "uint8",
     "BoolStorage": "bool",
+    "ComplexDoubleStorage": "complex128",
+    "ComplexFloatStorage": "complex64",
+    "UntypedStorage": "uint8",
 }
+_DTYPES = (*_STORAGE_TYPES.values(), "uint16", "uint32", "uint64", "float8_e4m3fn", "float8_e5m2")
 
 # Packages whose objects lie beside weights: settings, and the states of random generators. They become records.
 _BESIDE = ("__main__", "argparse", "megatron", "numpy", "_codecs")
@@ -285,7 +289,7 @@ class _Pickles:
         if (module, name) in _ALLOWED:
             return _ALLOWED[module, name]
         # Scripts save types beside the weights, as they do devices: their names are enough.
-        if module == "torch" and name in _STORAGE_TYPES.values():
+        if module == "torch" and name in _DTYPES:
             return name
         if name in self._names and module.partition(".")[0] in ("torch", "pathlib"):
             return self._names[name]
@@ -313,33 +317,32 @@ def _rebuild_tensor(storage: Any, offset: Any, size: Any, stride: Any, *_: objec
     return _Tensor(storage, offset, size, stride)
 
 
+def _rebuild_typed_tensor(storage: Any, offset: Any, size: Any, stride: Any, *others: Any) -> _Tensor:
+    """Takes the place of torch._utils._rebuild_tensor_v3: its storage has bytes, the type of its numbers comes behind two flags."""
+    dtype = others[2]
+    if not isinstance(storage, _Storage) or dtype not in _DTYPES:
+        raise PickleError("it has a tensor of no type")
+    return _Tensor(replace(storage, dtype=dtype), offset, size, stride)
+
+
 def _rebuild_parameter(data: object, *_: object) -> object:
     """Takes the place of torch._utils._rebuild_parameter; a parameter is its tensor."""
     return data
 
 
-def _container(kind: Callable[..., Any]) -> Call:
-    """An empty container, or one of a list's items."""
-
-    def make(*items: Any) -> Any:
-        if not items:
-            return kind()
-        if len(items) == 1 and isinstance(items[0], list | tuple):
-            return kind(items[0])
-        raise PickleError("it makes a container of something that is no list")
-
-    return Call(make)
-
-
 _ALLOWED: Mapping[tuple[str, str], Call] = {
     ("torch._utils", "_rebuild_tensor"): Call(_rebuild_tensor),
     ("torch._utils", "_rebuild_tensor_v2"): Call(_rebuild_tensor),
+    ("torch._utils", "_rebuild_tensor_v3"): Call(_rebuild_typed_tensor),
     ("torch._utils", "_rebuild_parameter"): Call(_rebuild_parameter),
     ("torch._utils", "_rebuild_parameter_with_state"): Call(_rebuild_parameter),
     ("torch", "device"): Call(lambda *parts: ":".join(map(str, parts))),
-    ("torch", "Size"): _container(tuple),
-    ("collections", "OrderedDict"): _container(unpickle.mapping),
-    ("builtins", "set"): _container(unpickle.plain_set),
+    ("torch", "Size"): container(tuple),
+    ("collections", "OrderedDict"): container(unpickle.mapping),
+    ("collections", "Counter"): container(unpickle.mapping),
+    ("builtins", "set"): container(unpickle.plain_set),
+    ("builtins", "bytearray"): record("bytearray"),
+    ("builtins", "complex"): record("complex"),
 }
 
 

@@ -6,7 +6,7 @@ for. pickletools decodes the instructions: https://github.com/python/cpython/blo
 """
 
 import pickletools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import IO, Any
 
@@ -123,16 +123,22 @@ class _Machine:
                 self.stack.append(self.marked())
             case "TUPLE":
                 self.stack.append(tuple(self.marked()))
-            case "DICT" | "FROZENSET":
+            case "DICT":
                 items = self.marked()
-                self.stack.append({} if name == "DICT" else set())
+                self.stack.append({})
+                self.set_items(items)
+            case "FROZENSET":
+                items = self.marked()
+                self.stack.append(set())
                 self.extend(items)
             case "APPEND":
                 self.extend([self.pop()])
             case "SETITEM":
-                self.extend([self.pop(), self.pop()][::-1])
-            case "APPENDS" | "SETITEMS" | "ADDITEMS":
+                self.set_items([self.pop(), self.pop()][::-1])
+            case "APPENDS" | "ADDITEMS":
                 self.extend(self.marked())
+            case "SETITEMS":
+                self.set_items(self.marked())
             case "GLOBAL":
                 self.stack.append(self.find(*argument.split(" ", 1)))
             case "STACK_GLOBAL":
@@ -148,7 +154,7 @@ class _Machine:
                     raise PickleError("it calls a function without a tuple of arguments")
                 if not isinstance(called, Call):
                     raise PickleError("it calls a value that is no function")
-                self.spend(sum(len(each) for each in arguments if isinstance(each, list | tuple)))
+                self.spend(sum(len(each) for each in arguments if isinstance(each, list | tuple | dict)))
                 self.stack.append(called.function(*arguments))
             case "BUILD":
                 state = self.pop()
@@ -158,17 +164,27 @@ class _Machine:
                 raise PickleError(f"it has the instruction {name}, which plain values don't need")
 
     def extend(self, items: list[Any]) -> None:
-        """Puts items into the list, set or mapping on top of the stack. For a mapping, keys and values alternate."""
+        """Puts items into the list or set on top of the stack. Those of a record, such as a script's own list, are dropped."""
         match self.top():
             case list() as target:
                 target.extend(items)
             case set() as target:
                 target.update(map(_key, items))
-            case dict() as target if len(items) % 2 == 0:
-                for key, value in zip(items[::2], items[1::2], strict=True):
-                    target[_key(key)] = value
+            case Record():
+                pass
             case _:
                 raise PickleError("it puts items into a value that holds none")
+
+    def set_items(self, items: list[Any]) -> None:
+        """Puts keys and values, which alternate, into the mapping on top of the stack, or the record, such as a script's own mapping."""
+        pairs = zip(map(_key, items[::2]), items[1::2], strict=True)
+        match self.top():
+            case dict() as target:
+                target.update(pairs)
+            case Record() as target:
+                target.fields.update((key, value) for key, value in pairs if isinstance(key, str))
+            case _:
+                raise PickleError("it puts keys into a value that has none")
 
     def marked(self) -> list[Any]:
         """Takes the last mark, and all items above it, off the stack."""
@@ -206,17 +222,34 @@ def _set_state(target: Any, state: Any) -> None:
             target.fields["state"] = state
         case dict(), _:
             pass
+        case Record(), Record() if target is state:  # a mapping whose keys are its attributes
+            pass
         case _:
             raise PickleError("it changes a value that has no attributes")
 
 
-def mapping(pairs: list[Any] | tuple[Any, ...] = ()) -> dict[Any, Any]:
-    """A mapping of pairs, in place of any kind of dictionary."""
+def container(kind: Callable[..., Any]) -> Call:
+    """Stands for a function that makes an empty container, or one of the items of another."""
+
+    def make(*items: Any) -> Any:
+        if not items:
+            return kind()
+        if len(items) == 1 and isinstance(items[0], list | tuple | dict):
+            return kind(items[0])
+        raise PickleError("it makes a container of something that is no list")
+
+    return Call(make)
+
+
+def mapping(pairs: list[Any] | tuple[Any, ...] | dict[Any, Any] = ()) -> dict[Any, Any]:
+    """A mapping of pairs, or a copy of another, in place of any kind of dictionary."""
+    if isinstance(pairs, dict):
+        return dict(pairs)
     if not all(isinstance(pair, list | tuple) and len(pair) == 2 for pair in pairs):
         raise PickleError("a mapping is made of items that are no pairs")
     return {_key(key): value for key, value in pairs}
 
 
-def plain_set(items: list[Any] | tuple[Any, ...] = ()) -> set[Any]:
+def plain_set(items: Iterable[Any] = ()) -> set[Any]:
     """A set of items that are quick to compare."""
     return {_key(item) for item in items}

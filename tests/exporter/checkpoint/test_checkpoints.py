@@ -5,8 +5,10 @@ Files that PyTorch wrote are in golden/torch_files; support/torch_files.py write
 
 import json
 import shutil
+import sys
 import tracemalloc
 import zipfile
+from collections import Counter
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -296,6 +298,77 @@ def test_what_is_refused_is_not_called_damaged(tmp_path: Path) -> None:
     torch_files.save(content, tmp_path / "ckpt.pt")
     with pytest.raises(CheckpointError, match=r"refused: a key .* is a tuple; save the model's state_dict\(\) alone"):
         Checkpoint.open(str(tmp_path))
+
+
+class AttrDict(dict):
+    """A script's own mapping."""
+
+
+class Mirror(dict):
+    """One whose keys are its attributes."""
+
+    def __init__(self, **items: object) -> None:
+        super().__init__(items)
+        self.__dict__ = self
+
+
+class Items(list):
+    """A script's own list."""
+
+
+@pytest.mark.parametrize("kind", [AttrDict, Mirror])
+def test_settings_in_a_script_s_own_mapping(
+    kind: type[AttrDict], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for each in (AttrDict, Mirror, Items):
+        monkeypatch.setattr(each, "__module__", "__main__")
+        monkeypatch.setattr(sys.modules["__main__"], each.__name__, each, raising=False)
+    content = {"model": nanogpt_state(29), "config": kind(n_head=4), "losses": Items([3.5, 2.5])}
+    torch_files.save(content, tmp_path / "ckpt.pt")
+    assert Checkpoint.open(str(tmp_path / "ckpt.pt")).config.n_head == 4
+
+
+@pytest.mark.parametrize(
+    "beside",
+    [{"milestones": Counter([10, 20, 20])}, {"bytes": bytearray(b"x")}, {"number": 1j}, {"ids": np.arange(3, dtype=np.uint16)}],
+    ids=str,
+)  # fmt: skip
+def test_what_torch_load_allows_beside_weights(beside: dict[str, object], tmp_path: Path) -> None:
+    """With weights_only=True; reference/test_checkpoints_live.py has it load them."""
+    torch_files.save({"model": nanogpt_state(29), "model_args": {"n_head": 4}} | beside, tmp_path / "ckpt.pt")
+    assert Checkpoint.open(str(tmp_path / "ckpt.pt")).config.n_head == 4
+
+
+def test_a_counter_and_a_tensor_of_another_type_are_read(tmp_path: Path) -> None:
+    ids = np.array([1, 65535, 3], np.uint16)
+    torch_files.save({"counts": Counter("aab"), "ids": ids}, tmp_path / "ckpt.pt")
+    content = read_checkpoint_file(tmp_path / "ckpt.pt")
+    assert content["counts"] == {"a": 2, "b": 1}
+    assert np.array_equal(content["ids"].read(), ids)
+
+
+@pytest.mark.parametrize("key", ["net", "model_state", "weights", 3])
+def test_a_state_dict_under_another_key(key: object, tmp_path: Path) -> None:
+    state = nanogpt_state(29)
+    state["transformer.ln_f.weight"] = np.arange(8, dtype=np.float32)
+    others = {
+        "model_args": {"n_head": 4},
+        "optimizer": {"state": {}},
+        "step": np.array(3),
+        "ema": {"decay": np.ones(1)},
+    }
+    torch_files.save({key: state} | others, tmp_path / "ckpt.pt")
+    opened = Checkpoint.open(str(tmp_path / "ckpt.pt"))
+    assert opened.config.n_head == 4
+    assert np.array_equal(opened.tensor("ln_f.weight"), np.arange(8))
+
+
+def test_a_file_without_one_state_dict_names_its_keys(tmp_path: Path) -> None:
+    path, state = tmp_path / "ckpt.pt", nanogpt_state(29)
+    torch_files.save({"net": state, "net_ema": state, "step": 3}, path)
+    assert "holds several networks, ['net', 'net_ema']: save one alone" in refused(path)
+    torch_files.save({"checkpoint": {"model": state}, "step": 3}, path)
+    assert "has no state dict under its keys ['checkpoint', 'step']" in refused(path)
 
 
 def test_lightning_s_prefix_and_suffix(tiny: Path, loaded: Loaded) -> None:
