@@ -2,7 +2,7 @@
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
@@ -169,8 +169,18 @@ def extent(shape: tuple[int, ...], strides: tuple[int, ...]) -> int:
     return 1 + sum((length - 1) * stride for length, stride in zip(shape, strides, strict=True))
 
 
+def with_aliases(arrays: Mapping[str, StoredArray], metadata: object) -> dict[str, StoredArray]:
+    """The arrays, also by the names that a file's metadata gives them.
+
+    safetensors.torch.save_model writes tensors that share memory, such as a tied head, once, and notes their other names:
+    {"transformer.wte.weight": "lm_head.weight"}.
+    """
+    pairs = metadata.items() if isinstance(metadata, dict) else ()
+    return {alias: arrays[kept] for alias, kept in pairs if isinstance(kept, str) and kept in arrays} | dict(arrays)
+
+
 def open_safetensors(path: Path) -> dict[str, StoredArray]:
-    """The arrays of a safetensors file by name.
+    """The arrays of a safetensors file by name, and by the other names that it notes.
 
     Raises:
         CheckpointError: the file is missing, damaged or truncated.
@@ -191,6 +201,7 @@ def open_safetensors(path: Path) -> dict[str, StoredArray]:
                 arrays[name] = SafetensorsArray(
                     path, name, tuple(view.get_shape()), _SAFETENSORS_TYPES.get(stored, stored)
                 )
+            metadata = file.metadata()
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{path} is not a whole safetensors file: {error}") from error
-    return arrays
+    return with_aliases(arrays, metadata)

@@ -3,7 +3,9 @@
 How they are read, and what their networks compute: tests/exporter/checkpoint/test_checkpoints.py.
 """
 
+import shutil
 import zipfile
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +13,14 @@ import numpy as np
 import pytest
 import torch
 from golden import make_torch_files
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_model
 from support import torch_files
 from support.checkpoints import MakeCheckpoint
+from support.weight_files import assert_reads
+from transformers import GPT2LMHeadModel
 
 from gpt2onnx.errors import CheckpointError
+from gpt2onnx.exporter.checkpoint.checkpoint import Checkpoint
 from gpt2onnx.exporter.checkpoint.formats.torch_file import read_checkpoint_file
 
 State = dict[str, torch.Tensor]
@@ -63,9 +68,12 @@ def test_pytorch_reads_files_that_are_written_without_it(zipped: bool, state: St
         "empty": np.zeros((0, 3), np.float16), "whole numbers": np.arange(9), "bytes": np.arange(9, dtype=np.uint8),
     }  # fmt: skip
     arrays |= {name: tensor.numpy() for name, tensor in state.items()}
-    torch_files.save({"weights": arrays, "step": 3}, path, zipped=zipped)
+    if zipped:
+        arrays["a newer type"] = np.arange(9, dtype=np.uint16)
+    others = {"step": 3, "milestones": Counter([10, 20]), "bytes": bytearray(b"x"), "number": 1j}
+    torch_files.save({"weights": arrays} | others, path, zipped=zipped)
     found = torch.load(path, weights_only=True)
-    assert found["step"] == 3
+    assert {name: found[name] for name in others} == others
     assert found["weights"].keys() == arrays.keys()
     for name, array in arrays.items():
         tensor = found["weights"][name]
@@ -84,3 +92,13 @@ def test_pickles_written_without_pytorch_are_its_own_byte_for_byte(state: State,
     ours, theirs = (zipfile.ZipFile(tmp_path / name / "model.pt") for name in ("ours", "theirs"))
     with ours, theirs:
         assert ours.read("model/data.pkl") == theirs.read("model/data.pkl")
+
+
+def test_a_tied_pair_that_save_model_stores_once(make_checkpoint: MakeCheckpoint, state: State, tmp_path: Path) -> None:
+    source = make_checkpoint()
+    save_model(GPT2LMHeadModel.from_pretrained(source), tmp_path / "model.safetensors")
+    assert "transformer.wte.weight" not in load_file(tmp_path / "model.safetensors")
+    shutil.copy(source / "config.json", tmp_path)
+    opened = Checkpoint.open(str(tmp_path))
+    assert opened.tied
+    assert_reads(opened, {name: tensor.numpy() for name, tensor in state.items()})

@@ -9,7 +9,7 @@ from pathlib import Path
 from gpt2onnx.errors import CheckpointError
 
 from ....models.config import read_json
-from ..arrays import open_safetensors
+from ..arrays import open_safetensors, with_aliases
 from .dcp_file import INDEX as DCP_INDEX
 from .dcp_file import open_dcp
 from .flax_file import open_flax
@@ -20,7 +20,7 @@ from .llm_c_file import is_llm_c, open_llm_c
 from .megatron_file import PARTS as MEGATRON_PARTS
 from .megatron_file import open_megatron
 from .onnx_file import open_onnx
-from .saved import SavedWeights, beside
+from .saved import SavedWeights, beside, check_fetched
 from .state_dict import open_state_dict
 from .tensorflow_file import INDEX, open_tensorflow
 
@@ -37,11 +37,13 @@ def open_weights(source: Path) -> SavedWeights:
         MissingExtraError: a package that reads the format isn't installed.
     """
     path = source if source.is_file() else weights_of(source, SUFFIXES)
+    check_fetched(path)
     return _open_index(path) if path.name.endswith(SHARD_INDEX) else _open_file(path)
 
 
 def _open_index(path: Path) -> SavedWeights:
-    places = read_json(path).get("weight_map")
+    index = read_json(path)
+    places = index.get("weight_map")
     if not isinstance(places, dict) or not all(isinstance(shard, str) for shard in places.values()):
         raise CheckpointError(f"{path} has no weight_map: fetch or save the checkpoint again")
     shards = {}
@@ -52,7 +54,7 @@ def _open_index(path: Path) -> SavedWeights:
         if name not in shards[shard]:
             raise CheckpointError(f"{path.parent / shard} lacks tensor {name}, which {path.name} says it holds")
         arrays[name] = shards[shard][name]
-    return SavedWeights(path, arrays)
+    return SavedWeights(path, with_aliases(arrays, index.get("metadata")))
 
 
 def _open_file(path: Path) -> SavedWeights:

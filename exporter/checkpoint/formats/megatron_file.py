@@ -19,7 +19,7 @@ from gpt2onnx.errors import CheckpointError
 
 from ....models.messages import shown
 from ..arrays import DerivedArray, StoredArray, StridedArray
-from .saved import SavedWeights
+from .saved import SavedWeights, check_fetched
 from .torch_file import read_checkpoint_file
 
 PARTS = ("model_optim_rng.pt", "model_rng.pt")  # the second, where each device keeps its own optimizer
@@ -91,6 +91,7 @@ def open_megatron(path: Path) -> SavedWeights:
     paths = _parts_of(path.parent.parent) if _PART.fullmatch(path.parent.name) else [path]
     parts, settings = [], list[Mapping[str, Any]]()
     for part in paths:
+        check_fetched(part)
         content = read_checkpoint_file(part, _LEVELS)
         if not isinstance(content, dict) or not isinstance(content.get("model"), dict):
             raise CheckpointError(f"{part} has no network of Megatron-LM: fetch or save it again")

@@ -68,9 +68,10 @@ def _array(path: Path, content: mmap.mmap, place: slice) -> StridedArray | None:
         return None
     begin, size = data.start, data.stop - data.start
     file = path
+    whole = math.prod(shape) * item_size(_TYPES[kind])
     if external:
-        file, begin, size = _place(path, external)
-    if math.prod(shape) * item_size(_TYPES[kind]) != size:
+        file, begin, size = _place(path, external, whole)
+    if whole != size:
         raise ValueError(f"tensor {name} has another size than its shape")
     return StridedArray(file, name, tuple(shape), _TYPES[kind], begin, dense_strides(shape))
 
@@ -83,10 +84,10 @@ def _packed(content: mmap.mmap, place: slice) -> list[int]:
     return found
 
 
-def _place(path: Path, external: dict[str, str]) -> tuple[Path, int, int]:
-    """File, offset and size of data that lie in another file of the same folder."""
+def _place(path: Path, external: dict[str, str], whole: int) -> tuple[Path, int, int]:
+    """File, offset and size of data that lie in another file of the same folder; `whole` is the size where it isn't told."""
     file = beside(path, external.get("location", ""))
-    offset, size = int(external.get("offset", 0)), int(external.get("length", -1))
+    offset, size = int(external.get("offset", 0)), int(external.get("length", whole))
     if offset < 0 or size < 0 or offset + size > file.stat().st_size:
         raise CheckpointError(f"{file} is truncated: fetch or save it again")
     return file, offset, size

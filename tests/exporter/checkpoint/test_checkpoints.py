@@ -190,6 +190,34 @@ def test_a_head_of_its_own_is_kept_where_transformers_keeps_it(
             assert np.array_equal(opened.tensor("wte.weight" if tied else "lm_head.weight"), expected)
 
 
+ALIAS = {"transformer.wte.weight": "lm_head.weight"}
+
+
+@pytest.mark.parametrize("form", ["one file", "shards"])
+def test_a_tied_pair_that_is_stored_under_the_head_s_name(form: str, folder: Path, state: State) -> None:
+    """As safetensors.torch.save_model stores it; reference/test_checkpoints_live.py has it do so."""
+    stored = {ALIAS.get(name, name): array for name, array in state.items()}
+    if form == "one file":
+        save_file(stored, folder / "model.safetensors", {"format": "pt"} | ALIAS)
+    else:
+        SAVE["sharded safetensors"](stored, folder)
+        index = folder / "model.safetensors.index.json"
+        index.write_text(json.dumps(json.loads(index.read_text()) | {"metadata": {"total_size": 1} | ALIAS}))
+    opened = Checkpoint.open(str(folder))
+    assert opened.tied
+    assert_reads(opened, state)
+
+
+def test_a_tied_pair_of_nanogpt_s_that_is_stored_under_the_head_s_name(tmp_path: Path) -> None:
+    state = nanogpt_state(29)
+    head = np.arange(29 * 8, dtype=np.float32).reshape(29, 8)
+    del state["transformer.wte.weight"]
+    save_file(state | {"lm_head.weight": head}, tmp_path / "mine.safetensors", ALIAS | {"other": "missing"})
+    opened = Checkpoint.open(str(tmp_path / "mine.safetensors"), n_head=2)
+    assert opened.tied
+    assert np.array_equal(opened.tensor("wte.weight"), head)
+
+
 def test_a_missing_head_is_an_error_where_the_config_wants_one(folder: Path, state: State) -> None:
     SAVE["safetensors"](state, folder)
     edit_config(folder, tie_word_embeddings=False)

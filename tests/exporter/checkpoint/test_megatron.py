@@ -146,6 +146,8 @@ def test_names_of_megatron_in_another_file(settings: dict[str, object], tmp_path
 
 def test_parts_that_are_missing_or_of_a_pipeline(folder: Path) -> None:
     step = folder / "iter_0000100"
+    (step / "mp_rank_01" / FILE).write_bytes(b"version https://git-lfs.github.com/spec/v1\n")
+    assert f"mp_rank_01/{FILE} is a Git LFS pointer" in refused(folder)
     (step / "mp_rank_01").rename(step / "mp_rank_00_001")
     assert "iter_0000100 is pipeline parallel (mp_rank_00_001): join the parts" in refused(folder)
     shutil.rmtree(step / "mp_rank_00_001")

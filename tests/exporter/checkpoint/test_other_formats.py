@@ -230,6 +230,29 @@ def test_an_onnx_graph_as_transformers_js_has_it(tmp_path: Path) -> None:
     assert "the weights are quantised, as transformer._quantized shows" in refused(tmp_path)
 
 
+@pytest.mark.parametrize("kept", [("offset",), ("length",), ()], ids=str)
+def test_data_of_an_onnx_graph_without_its_offset_or_length(kept: tuple[str, ...], tmp_path: Path) -> None:
+    """Both are optional in ONNX: from the file's beginning, and as much as the shape needs."""
+    graph = onnx.load(FILES / "onnx" / "model.onnx")
+    for initializer in graph.graph.initializer:
+        onnx.external_data_helper.set_external_data(initializer, f"{initializer.name}.data")
+    for tensor in onnx.external_data_helper._get_initializer_tensors(graph):
+        onnx.external_data_helper.save_external_data(tensor, str(tmp_path))
+        facts = {entry.key: entry.value for entry in tensor.external_data}
+        assert facts["offset"] == "0"
+        del tensor.external_data[:]
+        for name in ("location", *kept):
+            tensor.external_data.add(key=name, value=facts[name])
+        tensor.ClearField("raw_data")
+    (tmp_path / "model.onnx").write_bytes(graph.SerializeToString())
+    shutil.copy(FILES / "onnx" / "config.json", tmp_path)
+    mine, whole = Checkpoint.open(str(tmp_path)), Checkpoint.open(str(FILES / "onnx"))
+    for name in ("wte.weight", "h.1.mlp.c_fc.weight", "h.1.mlp.c_fc.bias"):
+        assert np.array_equal(mine.tensor(name), whole.tensor(name))
+    (tmp_path / "transformer.wte.weight.data").write_bytes(b"short")
+    assert "wte.weight.data is truncated" in refused(tmp_path)
+
+
 def test_an_onnx_graph_elsewhere(tmp_path: Path) -> None:
     place = onnx.TensorProto(name="wte.weight", data_type=1, dims=[1], data_location=onnx.TensorProto.EXTERNAL)
     place.external_data.add(key="location", value="../../etc/passwd")
