@@ -19,7 +19,7 @@ import numpy.typing as npt
 
 from gpt2onnx.errors import CheckpointError, MissingExtraError
 
-from ...models.bundle import CONFIG, TOKENIZER, sha256_of
+from ...models.bundle import CONFIG, sha256_of
 from ...models.config import ADAPTER_CONFIG, GPT2Config, read_json
 from ...models.shapes import weight_shapes
 
@@ -27,8 +27,10 @@ try:
     from .adapter import WEIGHTS as ADAPTER_WEIGHTS
     from .adapter import Adapter
     from .formats import open_weights
+    from .formats.saved import check_fetched
     from .hub import find, find_here
     from .layouts import arrange
+    from .vocabulary import vocabulary_files
     from .weight import Weight
 except ModuleNotFoundError as error:
     raise MissingExtraError("Exporting a checkpoint", error.name or "safetensors", "export") from error
@@ -89,6 +91,7 @@ class Checkpoint:
             added = Adapter.open(path)
             path = _find_base(added)
         folder = path.parent if path.is_file() else path
+        check_fetched(folder / CONFIG)
         given = read_json(folder / CONFIG) if (folder / CONFIG).is_file() else None
         if n_head is not None:
             told = next((given[name] for name in ("n_head", "num_attention_heads") if given and name in given), n_head)
@@ -121,18 +124,22 @@ class Checkpoint:
     @contextmanager
     def tokenizer_folder(self) -> Iterator[Path]:
         """The folder of the tokenizer's files: the adapter's, its own, or one made of what the weights' file holds."""
-        if self.adapter and any(
-            (self.adapter.folder / name).is_file() for name in (TOKENIZER, "vocab.json", "vocab.txt")
-        ):
+        if self.adapter and vocabulary_files(self.adapter.folder):
             yield self.adapter.folder
             return
         if not self._tokenizer_files:
             yield self.folder
             return
+        file = self._files[0]
         with TemporaryDirectory() as folder:
+            place = Path(folder) / file.name  # so that warnings name the file
+            place.mkdir()
             for name, content in self._tokenizer_files.items():
-                (Path(folder) / name).write_text(content, encoding="utf-8")
-            yield Path(folder)
+                (place / name).write_text(content, encoding="utf-8")
+            try:
+                yield place
+            except CheckpointError as error:
+                raise CheckpointError(str(error).replace(str(place), str(file))) from error
 
     def tensor(self, name: str) -> npt.NDArray[np.float32]:
         """One weight in float32, in the shape of GPT2LMHeadModel; matrices are [in, out].

@@ -13,14 +13,13 @@ from gpt2onnx.errors import BundleError, CheckpointError
 
 from ...models.bundle import CHAT_TEMPLATE, TOKENIZER
 from ...models.config import read_small, write_json
-from ...models.messages import shown
 from ...runtime.text import special_tokens
 from ...runtime.text.tokenizer import Tokenizer as RuntimeTokenizer
-from .files import SETTINGS, WORD_PIECE_FILE, TokenizerFiles, compact
-from .known import CHARACTERS, GPT2_VOCABULARIES, characters
+from ..checkpoint.vocabulary import BYTE_LEVEL, CHARACTERS, WORD_PIECES, vocabulary_files
+from .files import SETTINGS, TokenizerFiles, compact
+from .known import GPT2_VOCABULARIES, characters
 
 _COMPANIONS = (SETTINGS, special_tokens.OLDER, "added_tokens.json", CHAT_TEMPLATE)
-_BYTE_LEVEL_FILES = (("vocab.json", "merges.txt"), ("encoder.json", "vocab.bpe"))
 _log = logging.getLogger(__name__)
 
 
@@ -36,36 +35,31 @@ def write_tokenizer(checkpoint: Path, config: Mapping[str, Any], target: Path) -
         Whether it has one.
 
     Raises:
-        CheckpointError: it can't be read, is incomplete, or has more tokens than the network.
+        CheckpointError: it can't be read, is incomplete, of a class that isn't built here, or has more tokens than the network.
     """
+    names = [path.name for path in vocabulary_files(checkpoint)]
     files = TokenizerFiles.read(checkpoint, config)
-    pieces = sorted(checkpoint.glob("*.model"))
-    if (checkpoint / TOKENIZER).is_file():
+    if TOKENIZER in names:
         tokenizer = files.from_tokenizer_json(target)
-    elif files.class_name == "BertTokenizer" and (checkpoint / WORD_PIECE_FILE).is_file():
+    elif files.class_name == "BertTokenizer" and WORD_PIECES in names:
         tokenizer = files.from_word_pieces()
-    elif files.class_name == "EsmTokenizer" and (checkpoint / WORD_PIECE_FILE).is_file():
+    elif files.class_name == "EsmTokenizer" and WORD_PIECES in names:
         tokenizer = files.from_whole_tokens()
         files.write_general_settings(target)
-    elif pair := next(
-        (pair for pair in _BYTE_LEVEL_FILES if all((checkpoint / name).is_file() for name in pair)), None
-    ):
+    elif pair := next((pair for pair in BYTE_LEVEL if set(pair) <= set(names)), None):
         tokenizer = files.from_byte_level_bpe(*pair)
-    elif pieces:
-        tokenizer = files.from_sentencepiece(pieces[0], config["vocab_size"])
+    elif pieces := [name for name in names if name.endswith(".model")]:
+        tokenizer = files.from_sentencepiece(checkpoint / pieces[0], config["vocab_size"])
         files.write_general_settings(target)
-    elif (checkpoint / WORD_PIECE_FILE).is_file():
-        raise CheckpointError(
-            f"{checkpoint}: {WORD_PIECE_FILE} doesn't tell how a {shown(files.class_name)} cuts texts: put a tokenizer.json there,"
-            f" or take {WORD_PIECE_FILE} away to export without a tokenizer"
-        )
-    elif (checkpoint / CHARACTERS).is_file():
+    elif WORD_PIECES in names:
+        raise files.of_another_class(WORD_PIECES)
+    elif CHARACTERS in names:
         tokenizer, files = characters(checkpoint / CHARACTERS), replace(files, class_name="PreTrainedTokenizerFast")
     elif config["vocab_size"] in GPT2_VOCABULARIES:
         tokenizer = files.from_nothing()
         _log.warning("%s has no tokenizer: GPT-2's own is taken, which has the same vocabulary", checkpoint)
-    elif halves := [name for pair in _BYTE_LEVEL_FILES for name in pair if (checkpoint / name).is_file()]:
-        raise CheckpointError(f"{checkpoint} has {halves[0]} alone: a tokenizer is vocab.json with merges.txt")
+    elif names:
+        raise CheckpointError(f"{checkpoint} has {names[0]} alone: a tokenizer is vocab.json with merges.txt")
     else:
         return False
     largest = max(tokenizer.get_vocab(with_added_tokens=False).values(), default=-1)

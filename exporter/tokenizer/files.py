@@ -1,7 +1,8 @@
 """The files of a checkpoint's tokenizer, and the tokenizer that they make.
 
 They mean what they mean to transformers 5's GPT2Tokenizer, BertTokenizer, EsmTokenizer and TokenizersBackend, and to the
-classes that sentencepiece.py has.
+classes that sentencepiece.py has. But a tokenizer.json is kept where such a class would take its vocabulary alone, and rebuild the
+rest: the model was trained with the file.
 """
 
 import json
@@ -21,11 +22,14 @@ from ...models.messages import shown
 from ...runtime.host import native
 from ...runtime.text import special_tokens, tokenizer_rules
 from ...runtime.text.special_tokens import text as text_of
+from ..checkpoint.vocabulary import WORD_PIECES
 from . import sentencepiece
 from .known import gpt2
 
 SETTINGS = "tokenizer_config.json"
-WORD_PIECE_FILE = "vocab.txt"
+_EXTRA = ("extra_special_tokens", "additional_special_tokens")  # of special tokens without a role; the second is older
+# Classes whose vocab.json and merges.txt are read as GPT-2's are; others cut texts, or put tokens around them, in ways of their own.
+_LIKE_GPT2 = ("GPT2Tokenizer", "PreTrainedTokenizer", "TokenizersBackend")
 
 
 @dataclass(frozen=True)
@@ -50,7 +54,7 @@ class TokenizerFiles:
     @classmethod
     def read(cls, folder: Path, config: Mapping[str, Any]) -> "TokenizerFiles":
         settings = _read_if_there(folder / SETTINGS)
-        bert = (folder / WORD_PIECE_FILE).is_file() and not (folder / "vocab.json").is_file()
+        bert = (folder / WORD_PIECES).is_file() and not (folder / "vocab.json").is_file()
         class_name = special_tokens.class_of(
             settings.get("tokenizer_class") or config.get("tokenizer_class"),
             otherwise="BertTokenizer" if bert else "GPT2Tokenizer",
@@ -59,7 +63,7 @@ class TokenizerFiles:
         # The older files count only if tokenizer_config.json doesn't list the added tokens.
         older = _read_if_there(folder / special_tokens.OLDER) if by_id is None else {}
         special = special_tokens.by_role(class_name, settings, older)
-        extra = _listed(settings.get("extra_special_tokens")) or _listed(settings.get("additional_special_tokens"))
+        extra = next((tokens for name in _EXTRA if (tokens := _listed(settings.get(name)))), ())
         if by_id is None:
             roles = {text_of(token) for token in [*special.values(), *extra] if token is not None}
             by_id = [
@@ -90,6 +94,8 @@ class TokenizerFiles:
         return tokenizer
 
     def from_byte_level_bpe(self, vocab: str, merges: str) -> Tokenizer:
+        if self.class_name not in _LIKE_GPT2:
+            raise self.of_another_class(vocab)
         prefix_space = bool(self.settings.get("add_prefix_space", False))
         tokenizer = _byte_level_bpe(self.folder / vocab, self.folder / merges, add_prefix_space=prefix_space)
         self._add_tokens(tokenizer)
@@ -104,16 +110,17 @@ class TokenizerFiles:
 
     def from_word_pieces(self) -> Tokenizer:
         """BERT's tokenizer, which Chinese GPT-2 models use."""
-        path = self.folder / WORD_PIECE_FILE
+        path = self.folder / WORD_PIECES
         with native.raising(lambda reason: CheckpointError(f"{path} doesn't make a tokenizer: {reason}")):
             pieces = models.WordPiece.read_file(str(path))
             tokenizer = Tokenizer(models.WordPiece(pieces, unk_token=text_of(self.special["unk_token"])))
-        tokenizer.normalizer = normalizers.BertNormalizer(
-            clean_text=True,
-            handle_chinese_chars=self.settings.get("tokenize_chinese_chars", True),
-            strip_accents=self.settings.get("strip_accents"),
-            lowercase=self.settings.get("do_lower_case", True),
-        )
+        with native.raising(lambda reason: CheckpointError(f"{self.folder / SETTINGS} can't be used: {reason}")):
+            tokenizer.normalizer = normalizers.BertNormalizer(
+                clean_text=True,
+                handle_chinese_chars=self.settings.get("tokenize_chinese_chars", True),
+                strip_accents=self.settings.get("strip_accents"),
+                lowercase=self.settings.get("do_lower_case", True),
+            )
         tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
         tokenizer.decoder = decoders.WordPiece(prefix="##")
         self._add_tokens(tokenizer)
@@ -122,7 +129,7 @@ class TokenizerFiles:
 
     def from_whole_tokens(self) -> Tokenizer:
         """ESM's tokenizer of proteins: cuts texts at spaces, and at the tokens wherever they are."""
-        path = self.folder / WORD_PIECE_FILE
+        path = self.folder / WORD_PIECES
         with native.raising(lambda reason: CheckpointError(f"{path} doesn't make a tokenizer: {reason}")):
             tokens = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
             ids = {token: index for index, token in enumerate(tokens)}
@@ -138,10 +145,7 @@ class TokenizerFiles:
         """The tokenizer that the class makes of a sentencepiece model. `rows` is the number of the network's embeddings."""
         kind = sentencepiece.CLASSES.get(self.class_name)
         if kind is None:
-            raise CheckpointError(
-                f"{path} doesn't tell how a {shown(self.class_name)} cuts texts: put a tokenizer.json there, as AutoTokenizer of"
-                f" transformers saves it, or take {path.name} away to export without a tokenizer"
-            )
+            raise self.of_another_class(path.name)
         model = sentencepiece.read_model(path)
         content = kind.content(model, self.settings)
         if isinstance(vocabulary := content["model"]["vocab"], list):
@@ -153,13 +157,25 @@ class TokenizerFiles:
             tokenizer = Tokenizer.from_str(json.dumps(content))
         files = self._matching_raw() if kind.matches_raw else self
         files._add_tokens(tokenizer)
-        if not kind.matches_raw and not self.settings.keys() & {"additional_special_tokens", "extra_special_tokens"}:
-            tokenizer.add_tokens(sentencepiece.added_tokens(model, self.class_name, self.settings))
+        if not kind.matches_raw and not any(isinstance(self.settings.get(name), list) for name in _EXTRA):
+            # Those that the settings describe, or give a role, keep what they were added with.
+            told = {text_of(token) for token in self.special.values() if token} | {
+                token.content for token in self.added
+            }
+            pieces = sentencepiece.added_tokens(model, self.class_name, self.settings)
+            tokenizer.add_tokens([token for token in pieces if token.content not in told])
         if kind.before or kind.after:
             self._add_template(tokenizer, kind.before, kind.after)
         elif not kind.matches_raw:
             self._add_ends(tokenizer)
         return tokenizer
+
+    def of_another_class(self, name: str) -> CheckpointError:
+        """The error for a vocabulary of a class that isn't built here."""
+        return CheckpointError(
+            f"{self.folder / name} doesn't tell how a {shown(self.class_name)} cuts texts: put a {TOKENIZER} there, as AutoTokenizer"
+            f" of transformers saves it, or take {name} away to export without a tokenizer"
+        )
 
     def _matching_raw(self) -> "TokenizerFiles":
         """The same, with added tokens that are found in a text before it is normalised."""

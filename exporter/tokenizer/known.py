@@ -11,12 +11,14 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from gpt2onnx.errors import CheckpointError
 
+from ...models.config import GPT2Config
+from ...runtime.host import native
 from ...runtime.text.special_tokens import END_OF_TEXT
 from ..checkpoint.formats.torch_file import read_plain_pickle
+from ..checkpoint.vocabulary import CHARACTERS
 
 # Tokens of GPT-2's vocabulary, and the same rounded up to a multiple of 64, as nanoGPT and others do.
-GPT2_VOCABULARIES = (50257, 50304)
-CHARACTERS = "meta.pkl"
+GPT2_VOCABULARIES = (GPT2Config.vocab_size, 50304)
 
 
 def gpt2() -> Tokenizer:
@@ -46,6 +48,7 @@ def characters(path: Path) -> Tokenizer:
     ):
         raise CheckpointError(f"{path} has no table from characters to ids: it isn't nanoGPT's {CHARACTERS}")
     # Without merges each character is a token. Encoding drops characters outside the table.
-    tokenizer = Tokenizer(models.BPE(vocab=ids, merges=[]))
+    with native.raising(lambda reason: CheckpointError(f"{path} doesn't make a tokenizer: {reason}")):
+        tokenizer = Tokenizer(models.BPE(vocab=ids, merges=[]))
     tokenizer.decoder = decoders.Fuse()
     return tokenizer

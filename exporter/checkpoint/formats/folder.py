@@ -111,6 +111,8 @@ def _saved_steps(folder: Path) -> list[Path]:
 
 def _best(steps: list[Path]) -> Path:
     """The one that the training itself found best, else the last."""
-    state = steps[-1] / _TRAINER_STATE
-    named = read_json(state).get("best_model_checkpoint") if state.is_file() else None
+    try:
+        named = read_json(steps[-1] / _TRAINER_STATE).get("best_model_checkpoint")
+    except CheckpointError:  # missing, damaged or large: it serves a hint only
+        return steps[-1]
     return next((path for path in steps if path.name == PurePath(str(named)).name), steps[-1])

@@ -15,6 +15,7 @@ import numpy.typing as npt
 
 from gpt2onnx.errors import CheckpointError, MissingExtraError
 
+from ....models.bundle import CHAT_TEMPLATE
 from ....models.messages import one_line
 from ..arrays import StoredArray
 from .saved import SavedWeights
@@ -24,6 +25,7 @@ _TOKENS, _MERGES, _TOKEN_TYPES = "tokenizer.ggml.tokens", "tokenizer.ggml.merges
 # How a text is cut before merges: GPT-2's way. Files from before 2024 don't say.
 _CUT, _LIKE_GPT2 = "tokenizer.ggml.pre", ("gpt-2", "default", None)
 _CONTROL, _USER_DEFINED = 3, 4  # types of tokens
+_CHAT_TEMPLATE = "tokenizer.chat_template"
 
 
 @dataclass(frozen=True)
@@ -124,7 +126,8 @@ def _tokenizer_files(settings: Mapping[str, Any]) -> dict[str, str]:
         "add_bos_token": bool(settings.get("tokenizer.ggml.add_bos_token")),
         **roles,
     }
-    return {
+    template = settings.get(_CHAT_TEMPLATE)
+    return ({CHAT_TEMPLATE: template} if isinstance(template, str) else {}) | {
         "vocab.json": json.dumps({token: index for index, token in enumerate(tokens)}),
         "merges.txt": "\n".join(["#version: 0.2", *merges, ""]),
         "tokenizer_config.json": json.dumps(config),

@@ -166,6 +166,16 @@ def test_the_tokenizer_of_an_adapter_comes_first(adapters: Path) -> None:
         assert gpt2onnx.load(gpt2onnx.export(name, f"{name}-bundle").folder).tokenizer.encode("<|endoftext|>") == [end]
 
 
+@pytest.mark.parametrize("name", ["tokenizer.json", "merges.txt", "vocab.bpe", "vocab.txt", "spiece.model", "meta.pkl"])
+def test_every_form_of_an_adapter_s_tokenizer_counts(name: str, adapters: Path) -> None:
+    opened = Checkpoint.open("grown")
+    with opened.tokenizer_folder() as folder:
+        assert folder == opened.folder
+    (adapters / "grown" / name).write_bytes(b"any")
+    with opened.tokenizer_folder() as folder:
+        assert folder.resolve() == adapters / "grown"
+
+
 # Refused
 
 

@@ -13,6 +13,7 @@ from typing import Any
 
 import ml_dtypes
 import numpy as np
+import onnx
 import pytest
 from safetensors.numpy import save_file
 from support import torch_files
@@ -20,6 +21,7 @@ from support.golden import FOLDER
 from support.systems import UNREADABLE, linux
 from support.weight_files import SAVE, State, book_state, refused
 
+import gpt2onnx
 from gpt2onnx.errors import CheckpointError
 from gpt2onnx.exporter.checkpoint.checkpoint import Checkpoint
 from gpt2onnx.exporter.checkpoint.formats.torch_file import read_checkpoint_file
@@ -92,6 +94,8 @@ def test_shards_have_to_be_there_inside_and_complete(kind: str, folder: Path, st
     index.write_text(json.dumps(content))
     shard.unlink()
     assert "missing" in refused(folder)
+    index.write_text(json.dumps({"weight_map": dict.fromkeys(content["weight_map"], "long" * 75)}))
+    assert f"{'long' * 75} is missing" in refused(folder)
     for broken in ("{", "[]", '{"weight_map": 3}', '{"weight_map": {"a": 3}}'):
         index.write_text(broken)
         assert index.name in refused(folder)
@@ -191,6 +195,39 @@ def test_files_that_are_no_checkpoints_are_told_apart(folder: Path, state: State
     assert "not a checkpoint" in refused(folder / "config.json")
     assert "no checkpoint" in refused(folder / "none")
     assert "no checkpoint" in refused(folder / ("long" * 1000))
+
+
+POINTER = f"version https://git-lfs.github.com/spec/v1\noid sha256:{'0' * 64}\nsize 548105171\n"
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "model.safetensors", "pytorch_model.bin", "tf_model.h5", "flax_model.msgpack", "model.onnx", "mine.gguf", "config.json",
+        "model.safetensors.index.json", "model-00002-of-00003.safetensors", "model-2.index",
+        "tokenizer.json", "merges.txt", "vocab.txt", "spiece.model",
+    ],
+)  # fmt: skip
+def test_a_pointer_of_git_lfs_is_told(name: str, folder: Path, state: State) -> None:
+    SAVE["sharded safetensors"](state, folder)
+    if name in ("pytorch_model.bin", "tf_model.h5", "flax_model.msgpack", "model.onnx", "mine.gguf", "model-2.index"):
+        for path in folder.glob("*.safetensors*"):
+            path.unlink()
+    (folder / name).write_text(POINTER)
+    with pytest.raises(CheckpointError) as caught:
+        gpt2onnx.export(folder, folder / "bundle")
+    assert (
+        str(caught.value)
+        == f"{folder / name} is a Git LFS pointer, not the file itself: run 'git lfs pull' in {folder}"
+    )
+
+
+def test_the_data_of_an_onnx_graph_that_git_lfs_keeps(folder: Path) -> None:
+    place = onnx.TensorProto(name="wte.weight", data_type=1, dims=[1], data_location=onnx.TensorProto.EXTERNAL)
+    place.external_data.add(key="location", value="model.onnx_data")
+    onnx.save(onnx.ModelProto(graph=onnx.GraphProto(initializer=[place])), folder / "model.onnx")
+    (folder / "model.onnx_data").write_text(POINTER)
+    assert "model.onnx_data is a Git LFS pointer" in refused(folder)
 
 
 def test_a_json_file_that_is_too_large_is_not_read(folder: Path, state: State) -> None:

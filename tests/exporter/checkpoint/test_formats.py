@@ -5,7 +5,9 @@ golden/make_formats.py had TensorFlow and the package gguf write the files.
 
 import json
 import random
+import re
 import shutil
+import struct
 from pathlib import Path
 
 import gguf
@@ -25,6 +27,9 @@ from tokenizers.pre_tokenizers import ByteLevel as ByteLevelSplitter
 import gpt2onnx
 from gpt2onnx.errors import CheckpointError, install_command
 from gpt2onnx.exporter.checkpoint.checkpoint import Checkpoint
+from gpt2onnx.exporter.tokenizer.convert import write_tokenizer
+from gpt2onnx.models import limits
+from gpt2onnx.serving.chat_template import ChatTemplate
 
 FILES = FOLDER / "formats"
 GGUF = ("F32", "F16", "BF16", "Q8_0", "Q4_0")
@@ -125,6 +130,44 @@ def test_the_tokenizer_of_a_gguf_file(tmp_path: Path) -> None:
     assert tokenizer.decode([259], skip_special_tokens=True) == ""
 
 
+def with_text(content: bytes, key: str, text: str) -> bytes:
+    """A GGUF file with a further setting. Spaces behind the text keep the tensors' places multiples of 32."""
+    text += " " * (-(20 + len(key) + len(text)) % 32)
+    parts = [each for word in (key, text) for each in (struct.pack("<Q", len(word)), word.encode())]
+    parts.insert(2, struct.pack("<I", gguf.GGUFValueType.STRING))
+    (count,) = struct.unpack_from("<Q", content, 16)
+    return content[:16] + struct.pack("<Q", count + 1) + b"".join(parts) + content[24:]
+
+
+def test_the_chat_template_of_a_gguf_file(tmp_path: Path) -> None:
+    template = "{{ messages[0].content }}\n"
+    content = with_text((FILES / "F32.gguf").read_bytes(), gguf.Keys.Tokenizer.CHAT_TEMPLATE, template)
+    (tmp_path / "chat.gguf").write_bytes(content)
+    made = gpt2onnx.export(tmp_path / "chat.gguf", tmp_path / "bundle")
+    assert (made.folder / "chat_template.jinja").read_text("utf-8").rstrip(" ") == template
+    asked = ChatTemplate.of_bundle(made.folder, None)
+    assert asked is not None
+    assert asked.render([{"role": "user", "content": "hello"}]).rstrip() == "hello"
+
+
+def test_a_fault_in_the_tokenizer_of_a_gguf_file_names_the_file(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    content, path = (FILES / "F32.gguf").read_bytes(), tmp_path / "odd.gguf"
+    assert content.count(b"h e") == 1
+    path.write_bytes(content.replace(b"h e", b"h \x01"))
+    with pytest.raises(CheckpointError, match=rf"^{re.escape(str(path))}/vocab\.json and merges\.txt don't make a tok"):
+        gpt2onnx.export(path, tmp_path / "bundle")
+    path.write_bytes(content)
+    with Checkpoint.open(str(path)).tokenizer_folder() as folder:
+        (folder / "added_tokens.json").write_text('{"<new>": 260}')
+        settings = json.loads((folder / "tokenizer_config.json").read_text())
+        del settings["added_tokens_decoder"]
+        (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+        write_tokenizer(folder, {"vocab_size": 260}, tmp_path)
+    assert "odd.gguf: left out added tokens" in caplog.text
+
+
 def test_gguf_of_another_architecture(tmp_path: Path) -> None:
     content = (FILES / "F32.gguf").read_bytes()
     (tmp_path / "other.gguf").write_bytes(content.replace(b"gpt2", b"phi2", 1))
@@ -164,6 +207,9 @@ def test_a_folder_of_the_trainers_checkpoints(tmp_path: Path) -> None:
     state = {"best_model_checkpoint": "/where/it/was/trained/checkpoint-500"}
     (tmp_path / "checkpoint-1000" / "trainer_state.json").write_text(json.dumps(state))
     assert f"such as {tmp_path}/checkpoint-500" in refused(tmp_path)
+    for damaged in (b"{", bytes(limits.JSON + 1)):
+        (tmp_path / "checkpoint-1000" / "trainer_state.json").write_bytes(damaged)
+        assert f"name one, such as {tmp_path}/checkpoint-1000" in refused(tmp_path)
 
 
 def test_a_state_dict_without_a_configuration(

@@ -163,7 +163,11 @@ def test_the_characters_of_a_nanogpt_data_set(golden: Golden, tmp_path: Path) ->
     assert golden.answer(["characters", texts], live) == wanted
 
 
-@pytest.mark.parametrize("content", [{"stoi": {"ab": 1}}, {"stoi": {"a": -1}}, {}, [1], Path("x")], ids=str)
+@pytest.mark.parametrize(
+    "content",
+    [{"stoi": {"ab": 1}}, {"stoi": {"a": -1}}, {"stoi": {"a": 2**40}}, {"stoi": {"\ud800": 0}}, {}, [1], Path("x")],
+    ids=ascii,
+)
 def test_another_meta_pkl_is_refused(content: object, tmp_path: Path) -> None:
     (tmp_path / "meta.pkl").write_bytes(pickle.dumps(content))
     with pytest.raises(CheckpointError, match=r"meta\.pkl"):
@@ -187,6 +191,25 @@ def test_settings_beside_tokenizer_json_count(byte_level: Path, judge: Judge) ->
     settings = {"add_prefix_space": True, "pad_token": "<pad>", "additional_special_tokens": ["<sep>"]}
     path.write_text(json.dumps(json.loads(path.read_text()) | settings))
     judge.assert_agrees("settings beside tokenizer.json", byte_level)
+
+
+@pytest.mark.parametrize("settings", [{}, {"tokenizer_class": "GPT2Tokenizer"}], ids=str)
+def test_tokenizer_json_keeps_its_normaliser_and_splitter(
+    settings: dict[str, Any], byte_level: Path, tmp_path: Path
+) -> None:
+    """GPT2Tokenizer of transformers 5 drops both (docs/differences.md)."""
+    bpe = models.BPE.from_file(str(byte_level / "vocab.json"), str(byte_level / "merges.txt"))
+    trained = tokenizers.Tokenizer(bpe)
+    trained.normalizer = normalizers.Sequence([normalizers.NFKC(), normalizers.Lowercase()])
+    digits = pre_tokenizers.Digits(individual_digits=True)
+    trained.pre_tokenizer = pre_tokenizers.Sequence([digits, pre_tokenizers.ByteLevel(add_prefix_space=False)])
+    trained.decoder = decoders.ByteLevel()
+    trained.save(str(write(tmp_path, tokenizer_config_json=settings) / "tokenizer.json"))
+    (tmp_path / "bundle").mkdir()
+    write_tokenizer(tmp_path, {"vocab_size": END + 1}, tmp_path / "bundle")
+    mine = Tokenizer(tmp_path / "bundle" / "tokenizer.json")
+    for text in ("HELLO 12345 ﬁne Café", "The  Fox\n2024"):
+        assert mine.encode(text) == trained.encode(text).ids
 
 
 def test_any_other_tokenizer_json_stays_what_it_is(judge: Judge, tmp_path: Path) -> None:
@@ -266,6 +289,41 @@ def test_other_classes_with_word_pieces_are_refused(settings: dict[str, Any], tm
     assert settings["tokenizer_class"] in str(caught.value)
     assert len(str(caught.value)) < 300
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "name", ["Roberta", "Bart", "Longformer", "CLIP", "Whisper", "Blenderbot", "Qwen2", "CodeGen", "GPTNeoX", "Mine"]
+)
+@pytest.mark.parametrize("place", ["config.json", "tokenizer_config.json"])
+def test_other_classes_with_merges_are_refused(place: str, name: str, byte_level: Path) -> None:
+    """They put tokens around texts, cut numbers into digits, or begin texts with a space."""
+    settings = {"tokenizer_class": f"{name}TokenizerFast"}
+    write(byte_level, config_json=settings if place == "config.json" else {}, tokenizer_config_json={})
+    (byte_level / place).write_text(json.dumps(settings))
+    (byte_level / "target").mkdir()
+    with pytest.raises(CheckpointError, match=f"vocab.json doesn't tell how a '{name}Tokenizer' cuts texts") as caught:
+        write_tokenizer(byte_level, settings | {"vocab_size": 50300}, byte_level / "target")
+    assert "put a tokenizer.json there, as AutoTokenizer of transformers saves it" in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["PreTrainedTokenizerFast", "TokenizersBackend"])
+def test_a_general_class_with_merges_is_gpt2_s(name: str, byte_level: Path) -> None:
+    found = []
+    for settings in ({"tokenizer_class": name}, {"tokenizer_class": "GPT2Tokenizer"}):
+        write(byte_level, tokenizer_config_json=settings | {"eos_token": END_OF_TEXT})
+        target = byte_level / settings["tokenizer_class"]
+        target.mkdir()
+        write_tokenizer(byte_level, {"vocab_size": END + 1}, target)
+        found.append([Tokenizer(target / "tokenizer.json").encode(text) for text in TEXTS])
+    assert found[0] == found[1]
+
+
+@pytest.mark.parametrize("name", ["do_lower_case", "tokenize_chinese_chars", "strip_accents"])
+def test_a_setting_of_bert_s_that_is_a_text(name: str, tmp_path: Path) -> None:
+    write(tmp_path, vocab_txt="\n".join(dict.fromkeys(PIECES)), tokenizer_config_json={name: "yes"})
+    (tmp_path / "target").mkdir()
+    with pytest.raises(CheckpointError, match=r"tokenizer_config\.json can't be used: [^\n]*'str'[^\n]*$"):
+        write_tokenizer(tmp_path, {"vocab_size": 300}, tmp_path / "target")
 
 
 PROTEINS = ["<cls>", "<pad>", "<eos>", "<unk>", *"LAGVSERTIDPKQNFYMHWCXBUZO.-", "<null_1>", "<mask>", "hello", "is"]

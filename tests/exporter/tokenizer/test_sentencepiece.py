@@ -62,6 +62,12 @@ CASES: list[tuple[str, dict[str, Any]]] = [
     ("sw3", {"tokenizer_class": "GPTSw3Tokenizer"}),
     ("sw3", {"tokenizer_class": "GPTSw3Tokenizer", "additional_special_tokens": ["<new>"], "eos_token": WITH_A_SPACE}),
     ("sw3_spaces", {"tokenizer_class": "GPTSw3Tokenizer"}),
+    # Pieces that are never cut, as special tokens.
+    ("xlnet", {"tokenizer_class": "XLNetTokenizer", "pad_token": "<eop>"}),
+    ("xlnet", {"tokenizer_class": "XLNetTokenizer", "added_tokens_decoder": {"8": WITH_A_SPACE | {"content": "<eop>", "special": True}}}),
+    ("sw3", {"tokenizer_class": "LlamaTokenizer", "pad_token": "<|python|>"}),
+    # Names of special tokens don't take the place of the model's own.
+    ("xlnet", {"tokenizer_class": "XLNetTokenizer", "extra_special_tokens": {"image_token": "<image>"}}),
 ]  # fmt: skip
 
 
