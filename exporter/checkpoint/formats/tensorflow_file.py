@@ -161,7 +161,7 @@ def _entries(block: bytes) -> Iterator[tuple[bytes, bytes]]:
 
 
 def _masked_crc(content: bytes | npt.NDArray[np.uint8]) -> int:
-    """CRC-32C, turned so that the checksum of data with checksums in it stays of use."""
+    """CRC-32C, masked as LevelDB does."""
     try:
         import google_crc32c
     except ModuleNotFoundError as error:

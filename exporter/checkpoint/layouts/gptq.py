@@ -1,8 +1,9 @@
 """Weights that AutoGPTQ, GPTQModel or optimum quantised with GPTQ: each matrix [in, out] as whole numbers, packed along its inputs.
 
 Number = scale * (q - zero), rounded to the type of the scales, as these programs compute. `g_idx` tells an input's group, which
-has one scale and one zero for each output. Zeros are packed along the outputs. All but the format `gptq_v2` store them less 1:
-AutoGPTQ subtracts it before it packs them, GPTQModel from whole words, which differs where a zero is 0. There GPTQModel's way is taken.
+has one scale and one zero for each output. Zeros are packed along the outputs. All but the format `gptq_v2` store them less 1. A zero
+point of 0 wraps: in AutoGPTQ within its own bits, in GPTQModel with a borrow from the next number. Read as GPTQModel does,
+in 3 bits, whose numbers cross words, as AutoGPTQ.
 https://github.com/AutoGPTQ/AutoGPTQ/blob/main/auto_gptq/nn_modules/qlinear/qlinear_cuda.py
 https://github.com/ModelCloud/GPTQModel/blob/main/gptqmodel/utils/model.py (convert_gptq_v1_to_v2_format_module)
 """

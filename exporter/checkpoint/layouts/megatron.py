@@ -17,7 +17,7 @@ from gpt2onnx.errors import CheckpointError
 from ....models.messages import shown
 from ..arrays import DerivedArray, StoredArray
 from ..weight import Weight
-from .tensors import Tensors
+from .tensors import GPT2_VOCABULARY, Tensors
 
 EMBEDDING = "language_model.embedding.word_embeddings.weight"
 
@@ -33,7 +33,7 @@ _IN_BLOCK = {
     "mlp.dense_h_to_4h": "mlp.c_fc",
     "mlp.dense_4h_to_h": "mlp.c_proj",
 }
-_GPT2_VOCABULARY, _DIVISOR = 50257, 128  # the embedding's rows are a multiple of the divisor in each part
+_DIVISOR = 128  # the embedding's rows are a multiple of the divisor in each part
 # Settings with which a network computes something else with the same tensors.
 _FOREIGN = ("apply_residual_connection_post_layernorm", "apply_layernorm_1p", "swiglu", "squared_relu")
 
@@ -132,7 +132,7 @@ def _vocabulary(rows: int, parts: int, told: Mapping[str, Any]) -> int:
             return size
     divisor = told.get("make_vocab_size_divisible_by", _DIVISOR)
     step = parts * divisor if isinstance(divisor, int) and divisor > 0 else 1
-    return _GPT2_VOCABULARY if rows == -(-_GPT2_VOCABULARY // step) * step else rows
+    return GPT2_VOCABULARY if rows == -(-GPT2_VOCABULARY // step) * step else rows
 
 
 def _activation(told: Mapping[str, Any]) -> str:

@@ -14,7 +14,7 @@ from .tensors import Tensors
 
 # Of a weight; what follows such a name belongs to the optimizer.
 _NAME = re.compile(
-    r"model/(wte|wpe|(?:(h)(\d{1,4})/)?(ln_1|ln_2|ln_f|attn/c_attn|attn/c_proj|mlp/c_fc|mlp/c_proj)/([gwb]))"
+    r"model/(wte|wpe|(?:h(\d{1,4})/)?(ln_1|ln_2|ln_f|attn/c_attn|attn/c_proj|mlp/c_fc|mlp/c_proj)/([gwb]))"
 )
 _KINDS = {"g": "weight", "w": "weight", "b": "bias"}
 
@@ -25,10 +25,11 @@ def arrange(tensors: Tensors, config: Mapping[str, Any] | None) -> tuple[dict[st
     for name, array in tensors.arrays.items():
         if not (match := _NAME.fullmatch(name)):
             continue
-        if match[5] == "w":
+        whole, layer, module, kind = match.groups()
+        if kind == "w":
             array = without_first_axis(array, 2)
-        place = "" if match[3] is None else f"h.{int(match[3])}."
-        ours = f"{match[1]}.weight" if match[5] is None else f"{place}{match[4].replace('/', '.')}.{_KINDS[match[5]]}"
+        place = "" if layer is None else f"h.{int(layer)}."
+        ours = f"{whole}.weight" if kind is None else f"{place}{module.replace('/', '.')}.{_KINDS[kind]}"
         arrays[ours] = array
     named = replace(tensors, arrays=arrays)
     weights = {name: Weight((array,)) for name, array in arrays.items()}

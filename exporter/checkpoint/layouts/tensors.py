@@ -7,14 +7,15 @@ from typing import Any
 
 from gpt2onnx.errors import CheckpointError
 
-from ....models.config import ALIASES
+from ....models.config import ALIASES, GPT2Config
 from ..arrays import StoredArray
 from ..formats.saved import SavedWeights
 
 _log = logging.getLogger(__name__)
 _HEAD_SIZE = 64  # of GPT-2's four sizes
 _WIDTHS = (768, 1024, 1280, 1600)
-_GPT2_VOCABULARY, _GPT2_END = 50257, 50256
+GPT2_VOCABULARY = GPT2Config.vocab_size
+_GPT2_END = GPT2_VOCABULARY - 1
 # Other names in a configuration: transformers' general ones, the book's and nanoGPT's.
 _OTHER_NAMES = ALIASES | {
     "context_length": "n_positions",
@@ -82,7 +83,7 @@ class Tensors(SavedWeights):
             "activation_function": "gelu_new",
             **told,
         }
-        end = _GPT2_END if architecture["vocab_size"] >= _GPT2_VOCABULARY else None
+        end = _GPT2_END if architecture["vocab_size"] >= GPT2_VOCABULARY else None
         heads = n_head
         if heads is None and width % _HEAD_SIZE == 0:
             heads = width // _HEAD_SIZE
