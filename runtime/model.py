@@ -290,11 +290,10 @@ class Model:
         options = self._drafting.options(request.options)
         ids = self.prompt_ids(request.prompt, options)
         constraint, negative = self.check_options(options, len(ids))
-        stop, extensions = self.tokenizer.stop(options.stop_strings, ids.tolist()), request.extensions
-        if constraint is not None:
-            extensions = replace(extensions, constraint=constraint)
-            if options.num_beam_groups == 1:  # diverse beams end by end tokens only
-                stop = constraint.or_complete(stop)
+        stop = self.tokenizer.stop(options.stop_strings, ids.tolist())
+        extensions = replace(request.extensions, constraint=constraint)
+        if constraint is not None and options.num_beam_groups == 1:  # diverse beams end by end tokens only
+            stop = constraint.or_complete(stop)
         strategy = start(ids, options, self.config.n_positions, stop, extensions, negative)
         self.runner.check_memory(strategy.rows, strategy.positions, self._scheduler.reserved_bytes)
         if request.prompt_logprobs is not None:
