@@ -43,6 +43,8 @@ def job_options(command: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(command)
     def gather(**given: Any) -> Any:
         own = {name: given.pop(name) for name in ("input", "output", "resume", "force", "batch_size", "fail_on_error")}
+        if own["output"] == "-":
+            own["output"] = None
         job = JobOptions(encoding=given["encoding"], **own)
         without_input = job.input is None
         if without_input and (job.output is not None or job.resume or job.force or job.fail_on_error):
@@ -58,13 +60,13 @@ def job_options(command: Callable[..., Any]) -> Callable[..., Any]:
         click.option(
             "--output",
             metavar="FILE",
-            help="With --input: where the results go (default: standard output).",
+            help="With --input: where the results go (default, and -: standard output).",
         ),
         click.option(
             "--resume",
             is_flag=True,
             help="With --output: keep results that are there and compute the rest: what is missing, has failed, or is of"
-            " another request, model or option.",
+            " another request, model or option. With --engine ray: keep the parts that are there, failed requests in them, too.",
         ),
         click.option("--force", is_flag=True, help="With --output: replace results that are there."),
         click.option(
@@ -72,7 +74,7 @@ def job_options(command: Callable[..., Any]) -> Callable[..., Any]:
             type=click.IntRange(min=1),
             default=BATCH_SIZE,
             show_default=True,
-            help="With --input: requests decoded together.",
+            help="With --input: requests decoded together. A batch waits until it is full or the input ends.",
         ),
         click.option(
             "--fail-on-error", is_flag=True, help="With --input: exit code 1 if a request failed (default: 0)."

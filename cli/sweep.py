@@ -53,6 +53,8 @@ def command(
       gpt2onnx sweep --print-grid > grid.toml
       gpt2onnx sweep grid.toml --prompt "One day" --prompt "The old king" --out sweep --resume
     """
+    if print_grid and as_json:
+        raise click.UsageError("--print-grid prints TOML: leave out --json")
     if print_grid:
         from ..experiments.grid import built_in
 

@@ -5,6 +5,7 @@ seed is the token that `generate` takes, and N draws are those of N sequences of
 torch.multinomial after one torch.manual_seed.
 """
 
+import secrets
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,6 +15,7 @@ import numpy.typing as npt
 
 from gpt2onnx.errors import OptionError, PromptError
 
+from ..models import limits
 from ..runtime.arrays import Logits, Tokens
 from ..runtime.decoding.filters import warp, warpers
 from ..runtime.decoding.processors import process, processors
@@ -76,7 +78,12 @@ class Choice:
         return self.stages[-1].probabilities
 
     def top(self, count: int) -> list[int]:
-        """The likeliest tokens by the network's own logits, the likeliest first."""
+        """The likeliest tokens by the network's own logits, the likeliest first.
+
+        Raises:
+            OptionError: count is below 0.
+        """
+        limits.check_at_least(0, top=count)
         return [int(token) for token in largest(self.stages[0].scores, count)]
 
     def __repr__(self) -> str:
@@ -161,6 +168,8 @@ def next_token(
         raise OptionError("temperature must be above 0: 0 is greedy search, which draws nothing", "temperature")
     if draws < 0:
         raise OptionError(f"draws must be at least 0, not {draws}")
+    if seed is None:
+        seed = secrets.randbits(32)
     given: Sequence[float | None] = temperatures or (None,)
     settings = [
         model.generation_config.merged(

@@ -39,6 +39,7 @@ PICKLE_STEPS = 1_000_000
 # Entries of a generation option: strings and token sequences, each of which every step compares; and plain token ids.
 OPTION_SEQUENCES = 10_000
 OPTION_IDS = 1_000_000
+THREADS = 1024  # of one operator
 SEQUENCES = 1000  # of one prompt; each has a row of the KV cache
 # Tokens of a prompt are counted only if it has no more letters than this for each position, and no more bytes than twice the longest token.
 LETTERS_PER_TOKEN = 1000

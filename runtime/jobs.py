@@ -6,11 +6,13 @@ that can't be carried out becomes {"id": …, "error": "…"} and stops nothing.
 
 import json
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
 from gpt2onnx.errors import Gpt2OnnxError, OptionError, PromptError
 
+from ..models.messages import one_line, shown
 from .model import BATCH_SIZE, Model
 from .options import GenerationConfig
 from .requests import Request
@@ -67,9 +69,14 @@ def parse(line: str | PromptError, options: GenerationConfig) -> Request:
     """
     if isinstance(line, PromptError):
         raise line
-    content = load(line)
+    try:
+        content = _load(line)
+    except (ValueError, RecursionError) as error:
+        raise PromptError(f"the line {shown(line)} is not JSON: {one_line(error)}") from error
     if not isinstance(content, dict):
-        raise PromptError('the line is not a JSON object such as {"id": 1, "prompt": "Once upon a time"}')
+        raise PromptError(
+            f'the line {shown(line)} is not a JSON object such as {{"id": 1, "prompt": "Once upon a time"}}'
+        )
     prompt, ids = content.get("prompt"), content.get("prompt_ids")
     if (prompt is None) == (ids is None):
         raise PromptError("the request needs a prompt or prompt_ids, and not both")
@@ -83,7 +90,10 @@ def parse(line: str | PromptError, options: GenerationConfig) -> Request:
 
 def identity(line: str | PromptError) -> Any:
     """The id of a request line; None where it has none."""
-    content = None if isinstance(line, PromptError) else load(line)
+    content = None
+    if not isinstance(line, PromptError):
+        with suppress(ValueError, RecursionError):
+            content = json.loads(line, parse_constant=lambda name: None)  # an option may be NaN
     return content.get("id") if isinstance(content, dict) else None
 
 
@@ -95,9 +105,13 @@ def key(identity: Any, request_hash: str) -> str:
 def load(line: str | bytes) -> Any:
     """JSON of a line, in UTF-8 if it is bytes; None where it is none."""
     try:
-        return json.loads(line, parse_constant=_no_number)
+        return _load(line)
     except (ValueError, RecursionError):
         return None
+
+
+def _load(line: str | bytes) -> Any:
+    return json.loads(line, parse_constant=_no_number)
 
 
 def _no_number(name: str) -> float:

@@ -118,7 +118,8 @@ class Option:
     @property
     def wanted(self) -> str:
         """Type and range in words."""
-        return " or ".join(_in_words(kind, self.example) for kind in self.kinds)
+        words = [_in_words(kind, self.example) for kind in self.kinds]
+        return words[0].replace("such texts", "texts") if len(words) == 1 else " or ".join(words)
 
 
 def table(options: type[msgspec.Struct]) -> tuple[Option, ...]:
@@ -179,4 +180,13 @@ def _in_words(kind: inspect.Type, example: str) -> str:
         if isinstance(item, inspect.IntType | inspect.StrType):
             return f"a list of {most}{'token ids' if isinstance(item, inspect.IntType) else 'such texts'}"
         most = most and f" with {most}entries"
-    return f"a list such as {example if example.startswith('[') else f'[{example}]'}{most}"
+    return f"a list such as {_in_json(example)}{most}"
+
+
+def _in_json(example: str) -> str:
+    """A command line's example of a list as JSON has it."""
+    pairs = [pair.split("=") for pair in example.split(",")] if "=" in example else []
+    if pairs:
+        example = ", ".join(f"[{token}, {number}]" for token, number in pairs)
+        return f"[{example}]"
+    return example if example.startswith("[") else f"[{example}]"

@@ -23,9 +23,11 @@ def largest(values: Values, count: int) -> npt.NDArray[np.int64]:
 
     Args:
         values: float32 [entries], no NaN.
-        count: how many; all where there are fewer.
+        count: how many, from 0; all where there are fewer.
     """
     count = min(count, len(values))
+    if count == 0:
+        return np.zeros(0, np.int64)
     candidates = best(values, count)
     chosen = values[candidates]
     order = np.argsort(-chosen)

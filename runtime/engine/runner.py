@@ -57,7 +57,7 @@ class Runner:
         has_twin: whether the bundle has a twin for this device.
 
     Raises:
-        OptionError: `threads` is below 1, `wide_after` below 0, or the device is unknown.
+        OptionError: `threads` is below 1 or above `limits.THREADS`, `wide_after` below 0, or the device is unknown.
         BundleError: a graph isn't the one that config.json describes.
         BackendError: the device doesn't load or doesn't run this bundle, or ONNX Runtime can't load the graph.
     """
@@ -74,6 +74,10 @@ class Runner:
     ) -> None:
         if threads is not None:
             limits.check_at_least(1, threads=threads)
+            if threads > limits.THREADS:
+                raise OptionError(
+                    f"threads must be at most {limits.THREADS:,}, not {threads}: more than cores are no faster"
+                )
         if wide_after is not None:
             limits.check_at_least(0, wide_after=wide_after)
         self.config = bundle.config

@@ -112,5 +112,5 @@ def _codec(start: bytes, encoding: str) -> str:
 def _undecodable(source: str, line: int, byte: int, codec: str) -> PromptError:
     return PromptError(
         f"{source}, line {line}: byte {byte:#04x} is not {codec.upper().removesuffix('-SIG')};"
-        " name the file's encoding, such as --encoding latin-1"
+        " give it in UTF-8, or name its encoding, where the command takes one, such as --encoding latin-1"
     )

@@ -329,7 +329,7 @@ class Tokenizer:
         if self.missing:
             raise PromptError(
                 "the model has no tokenizer: give token ids and no stop strings, or a tokenizer"
-                " (--tokenizer FOLDER, in Python load(..., tokenizer=...))"
+                " ('gpt2onnx generate --tokenizer FOLDER', in Python load(..., tokenizer=...))"
             )
 
 

@@ -249,8 +249,9 @@ def test_options_of_the_command_hold_for_every_line(
     lengths = [json.loads(line).get("usage", {}).get("completion_tokens") for line in done.out.splitlines()]
     assert [lengths[index] for index in NO_ERROR] == [7, 3, 4, 3, 5], "a line's own options win"
     requests.write_text('{"prompt": "x"}\n', "utf-8")
-    done = command_line("generate", "-m", tales_bundle, "--input", requests, "--max-new-tokens", 2)
-    assert json.loads(done.out)["usage"]["completion_tokens"] == 2
+    for output in ([], ["--output", "-"]):
+        done = command_line("generate", "-m", tales_bundle, "--input", requests, "--max-new-tokens", 2, *output)
+        assert json.loads(done.out)["usage"]["completion_tokens"] == 2
 
 
 def test_text_streams_before_the_command_ends(tales_bundle: Path, tales_model: gpt2onnx.Model) -> None:

@@ -203,6 +203,7 @@ def test_values_that_cannot_be_used(
         (["next", "--item of a list"], "behind '--'"),
         (["generate", "x", "--truncate", "right"], "right"),
         (["generate", "x", "--output", "f"], "--input"),
+        (["generate", "--input", "f", "--output", "-", "--force"], "--output"),
         (["generate", "--input", "f", "--resume"], "--output"),
     ],
     ids=lambda value: " ".join(map(str, value))[:40] if isinstance(value, list) else "",

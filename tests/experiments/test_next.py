@@ -133,6 +133,28 @@ def test_the_first_draw_is_the_token_that_generate_takes(tales_model: gpt2onnx.M
         assert token.sequences[0].token_ids == np.flatnonzero(choice.counts).tolist(), seed
 
 
+def test_without_a_seed_one_is_chosen_for_all_temperatures(tales_model: gpt2onnx.Model) -> None:
+    one, other = next_token(tales_model, PROMPT, temperatures=[1.0, 1.0], draws=200).choices
+    assert np.array_equal(one.counts, other.counts)
+    assert one.options.seed == other.options.seed is not None
+    again = next_token(tales_model, PROMPT, temperatures=[1.0], draws=200, seed=one.options.seed).choices[0]
+    assert np.array_equal(one.counts, again.counts)
+    assert not np.array_equal(
+        one.counts, next_token(tales_model, PROMPT, temperatures=[1.0], draws=200).choices[0].counts
+    )
+
+
+def test_none_of_the_likeliest(command_line: CommandLine, tales_bundle: Path, tales_model: gpt2onnx.Model) -> None:
+    done = command_line("next", PROMPT, "-m", tales_bundle, "--top", 0, "--draws", 5, "--token", " king", "--json")
+    (record,) = json.loads(done.out)["temperatures"]
+    assert (done.code, record["candidates"]) == (0, [])
+    assert command_line("next", PROMPT, "-m", tales_bundle, "--top", 0).code == 0
+    found = next_token(tales_model, PROMPT)
+    assert found.rows(top=0) == []
+    with pytest.raises(OptionError, match="top must be a whole number, at least 0, not -1"):
+        found.rows(top=-1)
+
+
 def test_n_draws_are_n_sequences_of_one_request(tales_model: gpt2onnx.Model) -> None:
     (choice,) = next_token(tales_model, PROMPT, draws=50, seed=3).choices
     result = tales_model.generate(PROMPT, max_new_tokens=1, do_sample=True, seed=3, num_return_sequences=50)

@@ -318,6 +318,7 @@ def test_the_command(command_line: CommandLine, tales_bundle: Path, small_grid: 
     for wrong in (["--resume", "--force"], ["--country", "FRA"]):
         assert command_line(*command, *wrong).code == 2
     printed = command_line("sweep", "--print-grid")
+    assert "--print-grid prints TOML" in command_line("sweep", "--print-grid", "--json").err
     assert (printed.code, printed.out) == (0, grid.built_in())
 
 

@@ -64,6 +64,15 @@ def test_bad_line_stops_nothing(tales_model: gpt2onnx.Model, name: str) -> None:
     assert first["sequences"] == last["sequences"] != []
 
 
+def test_a_bad_line_can_be_found_by_its_error(tales_model: gpt2onnx.Model) -> None:
+    lines = ['{"id": 2, "prompt": "x"', '{"id": "p", "prompt": "x", "temperature": NaN}', "[]"]
+    brace, number, array = run(tales_model, lines)
+    assert lines[0] in brace["error"]
+    assert "Expecting ',' delimiter" in brace["error"]
+    assert (number["id"], "NaN is not JSON" in number["error"]) == ("p", True)
+    assert "the line '[]' is not a JSON object" in array["error"]
+
+
 def test_order_and_ids(tales_model: gpt2onnx.Model) -> None:
     ids: list[Any] = ["a", 1, None, {"x": [1]}, "a", True, 2.5, "\ud800"]
     lines = [

@@ -344,3 +344,13 @@ def test_half_a_surrogate_pair_is_a_text_like_any_other(tales_model: gpt2onnx.Mo
     result = tales_model.generate("Once", **options)
     assert result.request_hash
     assert GenerationConfig(**options).to_dict()["stop"] == "\ud83d"
+
+
+@pytest.mark.parametrize("name", [option.name for option in OPTIONS])
+def test_an_error_shows_a_value_that_json_takes(name: str) -> None:
+    option = BY_NAME[name]
+    with pytest.raises(OptionError) as refused:
+        option.checked({1: object()})
+    assert "such texts" not in str(refused.value) or "a text" in str(refused.value)
+    if example := re.search(r"a list such as (\[.*?\])(?: with| or|, not)", str(refused.value)):
+        assert option.takes(json.loads(example[1]))

@@ -22,6 +22,11 @@ def test_threads_out_of_range(tales_bundle: Path, threads: Any) -> None:
         gpt2onnx.load(tales_bundle, threads=threads)
 
 
+def test_threads_that_would_take_all_memory(tales_bundle: Path) -> None:
+    with pytest.raises(OptionError, match="threads must be at most 1,024, not 999999"):
+        gpt2onnx.load(tales_bundle, threads=999_999)
+
+
 def test_threads_are_what_was_asked_for(tales_bundle: Path) -> None:
     for threads in (1, 2, 5):
         loaded = Runner(Bundle.open(tales_bundle), threads=threads)
