@@ -70,14 +70,17 @@ class Answer:
         self._tokenizer, self._ends = tokenizer, ends
         self._skip_special_tokens, self._as_ids = skip_special_tokens, as_ids
         self._stream = tokenizer.stream(stop, skip_special_tokens=skip_special_tokens)
-        self._new = prompt
+        self._prompt = self._new = prompt
         self._entries: list[_Entry] | None = [] if logprobs else None
-        self._position = _Position(tokenizer, skip_special_tokens=skip_special_tokens)
+        self._position = _Position(tokenizer, prompt, skip_special_tokens=skip_special_tokens)
+        self._told = False  # that it has finished
 
     def read_prompt(self, ids: Sequence[int], logprobs: Sequence[TokenLogprobs], count: int) -> None:
         """Adds the prompt's tokens with `count` likeliest ones; `logprobs` has none for the first."""
         self._add(list(ids), [None, *(replace(one, top=one.top[:count]) for one in logprobs)])
-        self._position = _Position(self._tokenizer, len(self._new), skip_special_tokens=self._skip_special_tokens)
+        self._position = _Position(
+            self._tokenizer, start=len(self._prompt), skip_special_tokens=self._skip_special_tokens
+        )
 
     def push(self, piece: Piece) -> None:
         """Adds new tokens."""
@@ -93,9 +96,11 @@ class Answer:
         self.finish_reason = reason
 
     def take(self) -> Record | None:
-        """The choice with its text since the last call; None if there is nothing new."""
-        if not self._new and self.finish_reason is None:
+        """The choice with its text since the last call; None if there is nothing new. It is told once that it has finished."""
+        finished = self.finish_reason is not None
+        if not self._new and (self._told or not finished):
             return None
+        self._told = finished
         text, self._new = self._new, ""
         self.text += text
         return {
@@ -153,21 +158,31 @@ class _Entry:
 
 
 class _Position:
-    """Counts the characters of tokens. A character counts with the token that holds its last byte."""
+    """Counts the characters of tokens. A character counts with the token that holds its last byte.
 
-    def __init__(self, tokenizer: Tokenizer, start: int = 0, *, skip_special_tokens: bool) -> None:
-        self._tokenizer, self.length = tokenizer, start
+    Args:
+        prompt: text that the tokens begin with (`echo`). Special tokens that it writes have text.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, prompt: str = "", start: int = 0, *, skip_special_tokens: bool) -> None:
+        self._tokenizer, self._prompt, self.length = tokenizer, prompt, start
         self._skip_special_tokens = skip_special_tokens
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
 
     def before(self, token: int) -> int:
         """Counts a token, and returns its start."""
         start = self.length
-        # Special tokens may have no text.
-        if self._tokenizer.decode([token], skip_special_tokens=self._skip_special_tokens):
+        if self._has_text(token):
             begun, content = self._decoder.getstate()[0], self._tokenizer.token_bytes(token)
             text = self._decoder.decode(content)
             self.length += len(text)
             if begun and text.startswith(_UNFINISHED) and not (begun + content).startswith(_UNFINISHED.encode()):
                 start += 1  # the token before it didn't finish its character
         return start
+
+    def _has_text(self, token: int) -> bool:
+        """Whether it isn't a special token that is left out."""
+        if self._tokenizer.decode([token], skip_special_tokens=self._skip_special_tokens):
+            return True
+        name = self._tokenizer.decode([token], skip_special_tokens=False)
+        return self._prompt.startswith(name, self.length)

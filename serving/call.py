@@ -129,7 +129,7 @@ class Call:
     def usage(self) -> Record:
         """Numbers of tokens so far."""
         prompt_tokens = sum(len(prompt.ids) for prompt in self._prompts)
-        completion_tokens = 0 if self.body.max_tokens == 0 else sum(job.tokens for job in self._all_jobs)
+        completion_tokens = 0 if self.body.longest == 0 else sum(job.tokens for job in self._all_jobs)
         return {
             "prompt_tokens": prompt_tokens,
             "completion_tokens": completion_tokens,
@@ -183,11 +183,11 @@ class Call:
             if self._options.num_return_sequences > self._choices:  # best_of isn't streamed, so these are all pieces
                 pieces = _best(pieces, self._choices)
             for index, answer in enumerate(answers):
-                if self.body.max_tokens == 0:
-                    answer.finish("length")  # without the one token that the runtime makes
-                else:
-                    for piece in pieces:
-                        if copies or piece.index == index:
+                for piece in pieces:
+                    if copies or piece.index == index:
+                        if self.body.longest == 0:
+                            answer.finish("length")  # without the one token that the runtime makes
+                        else:
                             answer.push(piece)
                 if (choice := answer.take()) is not None:
                     yield choice | told

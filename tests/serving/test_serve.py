@@ -88,6 +88,34 @@ def test_strategies(
     assert set(reasons) == set(texts)
 
 
+def test_streamed_choices_end_once(client: openai.OpenAI) -> None:
+    """Also those that end before others do."""
+    asked: dict[str, Any] = {"model": "tales", "n": 4, "seed": 1, "stop": ".", "max_tokens": 60, "stream": True}
+    messages: list[Any] = [{"role": "user", "content": PROMPT}]
+    for events in (
+        client.completions.create(prompt=PROMPT, **asked),
+        client.chat.completions.create(messages=messages, **asked),
+    ):
+        choices = [choice for event in events for choice in event.choices]
+        ends = [number for number, choice in enumerate(choices) if choice.finish_reason is not None]
+        assert sorted(choices[number].index for number in ends) == list(range(4))
+        assert ends[-1] - ends[0] > 10, "they end at once"
+        for number in ends:
+            assert choices[number].index not in [choice.index for choice in choices[number + 1 :]]
+
+
+def test_streamed_prompts_in_parts(client: openai.OpenAI, tales_model: gpt2onnx.Model) -> None:
+    """Each choice has the prompt's log probabilities, also those that run in a later part."""
+    pieces = [tales_model.tokenizer.piece(token) for token in tales_model.tokenizer.encode(PROMPT)]
+    asked: dict[str, Any] = {"n": 8, "max_tokens": 0, "echo": True, "logprobs": 0, "stream": True}
+    found: list[list[str]] = [[] for _ in range(8)]
+    for event in client.completions.create(model="tales", prompt=PROMPT, **asked):
+        for choice in event.choices:
+            assert choice.logprobs is not None
+            found[choice.index] += choice.logprobs.tokens or []
+    assert found == [pieces] * 8
+
+
 def test_prompts_as_list_and_ids(client: openai.OpenAI, tales_model: gpt2onnx.Model) -> None:
     texts = [PROMPT, "The old king", "A"]
     ids = [tales_model.tokenizer.encode(text) for text in texts]
@@ -233,6 +261,13 @@ def test_special_tokens_have_a_place_in_the_text(client: openai.OpenAI) -> None:
     assert kept.text == "<|endoftext|>" + skipped.text
     assert (kept.logprobs.text_offset or [])[:2] == [0, 13]
     assert (skipped.logprobs.text_offset or [])[:2] == [0, 0]
+    # A text that names one is echoed as it is.
+    text = "The<|endoftext|>The old<|endoftext|>"
+    (echoed,) = client.completions.create(**asked | {"prompt": text}).choices
+    assert echoed.text.startswith(text)
+    assert echoed.logprobs is not None
+    for token, offset in zip(echoed.logprobs.tokens or [], echoed.logprobs.text_offset or [], strict=True):
+        assert echoed.text[offset:].startswith(token)
 
 
 def test_greedy_copies(client: openai.OpenAI, tales_model: gpt2onnx.Model) -> None:
