@@ -64,11 +64,18 @@ def prepare_chat(service: Service, body: ChatRequest) -> Call:
     named = body.max_tokens, body.max_completion_tokens, body.n_predict
     given = [each for each in named if each is not None]
     try:
-        fields["max_tokens"] = given[0] if given else service.longest_answer(prompt, body.truncate_prompt_tokens)
+        fields["max_tokens"] = given[0] if given else _longest(service, body, prompt)
     except PromptError as error:
         raise ApiError(400, str(error), "messages", "context_length_exceeded" if error.too_long else None) from error
     completion = CompletionRequest.model_construct(**fields | {"prompt": prompt})
     return prepare(service, completion, ChatCall)
+
+
+def _longest(service: Service, body: ChatRequest, prompt: str) -> int:
+    options = service.model.generation_config
+    if body.truncate is not None:
+        options = options.replaced(truncate=body.truncate)
+    return service.longest_answer(prompt, options, body.truncate_prompt_tokens)
 
 
 def _tokens(logprobs: Record) -> list[dict[str, Any]]:

@@ -14,6 +14,7 @@ from .service import Service
 
 # OpenAI's defaults, unless the bundle's generation_config.json sets others.
 _DEFAULTS = {"do_sample": True, "top_k": 0}
+_DEFAULT_TOKENS = 16
 
 
 def prepare(service: Service, body: CompletionRequest, kind: type[Call] = Call) -> Call:
@@ -60,8 +61,11 @@ def _options(service: Service, body: CompletionRequest, wanted: int, made: int) 
         given |= {"num_beams": made, "do_sample": False}
     if body.seed is not None:
         given["seed"] = body.seed % 2**32
+    longest = body.longest
+    if longest is None:
+        longest = min(_DEFAULT_TOKENS, service.limits.max_tokens or _DEFAULT_TOKENS)
     # The runtime makes at least one token; `Call` drops that of max_tokens 0.
-    given["max_new_tokens"] = max(1, body.longest)
+    given["max_new_tokens"] = max(1, longest)
     if body.min_tokens is not None:
         given["min_new_tokens"] = body.min_tokens
     config = service.model.generation_config.merged(options | given)
@@ -91,13 +95,11 @@ def _prompts(body: CompletionRequest) -> list[str | list[int]]:
 
 def _prompt(service: Service, prompt: str | list[int], options: GenerationConfig, kept: int | None) -> Prompt:
     """A prompt as text and token ids; of those, the last `kept`."""
-    model = service.model
-    whole = model.prompt_ids(prompt, options).tolist()
-    ids = whole[-(kept or 0) :]
-    if isinstance(prompt, str) and options.truncate == "none" and len(ids) == len(whole):
+    ids = service.prompt_ids(prompt, options, kept)
+    if isinstance(prompt, str) and options.truncate == "none" and (kept is None or len(ids) < kept):
         # Half of a surrogate pair is no text, and no JSON that all clients read.
         return Prompt(prompt.encode("utf-8", "replace").decode("utf-8"), ids)
-    return Prompt(model.tokenizer.decode(ids, skip_special_tokens=options.skip_special_tokens), ids)
+    return Prompt(service.model.tokenizer.decode(ids, skip_special_tokens=options.skip_special_tokens), ids)
 
 
 def _parts(service: Service, options: GenerationConfig) -> list[Part]:
@@ -148,10 +150,16 @@ def _check_length(service: Service, prompt: int, new: int) -> None:
             "context_length_exceeded",
         )
     if limits.prompt_tokens is not None and prompt > limits.prompt_tokens:
-        message = f"the prompt has {prompt} tokens, above the server's limit of {limits.prompt_tokens}: shorten it"
+        message = (
+            f"the prompt has {prompt} tokens, above the server's limit of {limits.prompt_tokens}: shorten it, or raise"
+            " --max-prompt-tokens"
+        )
         raise ApiError(400, message, "prompt")
     if limits.max_tokens is not None and new > limits.max_tokens:
-        raise ApiError(400, f"max_tokens={new} is above the server's limit of {limits.max_tokens}", "max_tokens")
+        message = (
+            f"max_tokens={new} is above the server's limit of {limits.max_tokens}: lower it, or raise --max-tokens"
+        )
+        raise ApiError(400, message, "max_tokens")
 
 
 def tokens_of(service: Service, body: TokenizeRequest) -> dict[str, Any]:

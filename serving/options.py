@@ -20,11 +20,11 @@ def _whole(value: Any) -> Any:
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
-_Int = Annotated[int, BeforeValidator(_whole)]
+WHOLE = BeforeValidator(_whole)  # after an int's range, which the schema otherwise lacks
 # `http.reference` publishes the vocabulary's size as its limit.
-TokenId = Annotated[int, Field(ge=0, lt=2**31, json_schema_extra={"format": "token-id"})]
-Count = Annotated[_Int, Field(ge=0, lt=2**31)]
-Sequences = Annotated[_Int, Field(ge=1, le=limits.SEQUENCES)]
+TokenId = Annotated[int, Field(ge=0, lt=2**31, json_schema_extra={"format": "token-id"}), WHOLE]
+Count = Annotated[int, Field(ge=0, lt=2**31), WHOLE]
+Sequences = Annotated[int, Field(ge=1, le=limits.SEQUENCES), WHOLE]
 
 # Some clients send these for none.
 _EMPTY: dict[str, Any] = {"stop": "", "logit_bias": {}}
@@ -33,9 +33,9 @@ _RENAMED = ("max_new_tokens", "max_length", "num_return_sequences")
 _RANGES: dict[str, Any] = {
     "stop": Annotated[str, Field(max_length=_MAX_LETTERS)]
     | Annotated[list[Annotated[str, Field(min_length=1, max_length=_MAX_LETTERS)]], Field(max_length=_MAX_STRINGS)],
-    "seed": Annotated[int, Field(ge=-(2**63), lt=2**63)],
-    "logprobs": Annotated[int, Field(ge=0, le=MAX_LOGPROBS)],
-    "prompt_lookup": Annotated[int, Field(ge=0, le=_MAX_IDS)],
+    "seed": Annotated[int, Field(ge=-(2**63), lt=2**63), WHOLE],
+    "logprobs": Annotated[int, Field(ge=0, le=MAX_LOGPROBS), WHOLE],
+    "prompt_lookup": Annotated[int, Field(ge=0, le=_MAX_IDS), WHOLE],
     "json_schema": dict[str, Any] | Annotated[str, Field(min_length=1, max_length=_MAX_GRAMMAR)],
     "grammar": Annotated[str, Field(min_length=1, max_length=_MAX_GRAMMAR)],
 }
@@ -64,7 +64,7 @@ def _annotation(kind: inspect.Type) -> Any:
         return Union[tuple(map(_annotation, kind.types))]  # noqa: UP007  # a tuple of types
     if isinstance(kind, inspect.IntType):
         lt = None if kind.le is not None else kind.lt or 2**31
-        return Annotated[_Int, Field(ge=kind.ge, le=kind.le, lt=lt)]
+        return Annotated[int, Field(ge=kind.ge, le=kind.le, lt=lt), WHOLE]
     if isinstance(kind, inspect.FloatType):
         return Annotated[float, Field(gt=kind.gt, ge=kind.ge, le=kind.le)]
     if isinstance(kind, inspect.StrType):

@@ -1,14 +1,26 @@
 """Protocol: bodies of requests and responses, as OpenAI defines them. Unknown fields are refused."""
 
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import BaseModel, Field
+from pydantic import AfterValidator, BaseModel, Field, model_validator
+from pydantic_core import PydanticCustomError
 
-from .options import MAX_LOGPROBS, Count, GenerationOptions, Sequences, Strict, TokenId
+from ..runtime.option_table import LARGEST
+from .options import MAX_LOGPROBS, WHOLE, Count, GenerationOptions, Sequences, Strict, TokenId
 
 _MAX_PROMPTS = 1000
-_DEFAULT_TOKENS = 16  # OpenAI's
+_DIGITS = 10  # of a token id
 _ANY_OBJECT = {"type": "object"}
+
+
+def _token_key(key: str) -> str:
+    if not key.isdecimal() or len(key) > _DIGITS or int(key) >= 2**31:
+        raise PydanticCustomError("token_key", 'keys are token ids, as in {"50256": -100}')
+    return key
+
+
+_TokenKey = Annotated[str, AfterValidator(_token_key)]
+_Bias = Annotated[float, Field(ge=-LARGEST, le=LARGEST)]
 
 
 class StreamOptions(Strict):
@@ -17,12 +29,6 @@ class StreamOptions(Strict):
     include_usage: bool | None = Field(None, description="Add an event with the usage at the end.")
     continuous_usage_stats: bool | None = Field(None, description="Add the usage so far to every event; as vLLM.")
     include_obfuscation: bool | None = Field(None, description="Has no effect.")
-
-
-class AnyFormat(Strict):
-    """The form of an answer: any text, or any object of JSON."""
-
-    type: Literal["text", "json_object"]
 
 
 class NamedSchema(Strict):
@@ -34,11 +40,17 @@ class NamedSchema(Strict):
     strict: bool | None = Field(None, description="Has no effect: the schema is always kept to.")
 
 
-class SchemaFormat(Strict):
-    """The form of an answer: JSON of a schema."""
+class ResponseFormat(Strict):
+    """The form of an answer: any text, any object of JSON, or JSON of a schema."""
 
-    type: Literal["json_schema"]
-    json_schema: NamedSchema
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: NamedSchema | None = Field(None, description="With type json_schema, and only then.")
+
+    @model_validator(mode="after")
+    def _has_schema(self) -> Self:
+        if (self.type == "json_schema") != (self.json_schema is not None):
+            raise PydanticCustomError("schema", "type 'json_schema' goes with the field json_schema, and no other does")
+        return self
 
 
 class StructuredOutputs(Strict):
@@ -67,13 +79,13 @@ class _Request(GenerationOptions):  # type: ignore[misc, valid-type]
     stop_token_ids: Annotated[list[TokenId], Field(max_length=1000)] | None = Field(
         None, description="Tokens that end the text, besides the end token."
     )
-    truncate_prompt_tokens: Annotated[int, Field(ge=1, lt=2**31)] | None = Field(
+    truncate_prompt_tokens: Annotated[int, Field(ge=1, lt=2**31), WHOLE] | None = Field(
         None, description="Keep the prompt's last tokens only, as many as these."
     )
     include_stop_str_in_output: bool | None = Field(
         None, description="End a text behind its stop string, not before it."
     )
-    prompt_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = Field(
+    prompt_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS), WHOLE] | None = Field(
         None,
         description="Return log probabilities of the prompt's tokens and of as many likeliest ones in the place of each; not with stream.",
     )
@@ -81,10 +93,10 @@ class _Request(GenerationOptions):  # type: ignore[misc, valid-type]
         None, description="Name tokens in log probabilities by their ids: token_id:5."
     )
     use_beam_search: bool | None = Field(None, description="Beam search with n beams, all of which are returned.")
-    logit_bias: Annotated[dict[str, float], Field(max_length=1000)] | None = Field(
+    logit_bias: Annotated[dict[_TokenKey, _Bias], Field(max_length=1000)] | None = Field(
         None, description="Added to the logits of tokens, by their ids."
     )
-    response_format: SchemaFormat | AnyFormat | None = Field(None, description="The form of the answer.")
+    response_format: ResponseFormat | None = Field(None, description="The form of the answer.")
     structured_outputs: StructuredOutputs | None = Field(None, description="The form of the answer; as vLLM.")
     user: str | None = Field(None, description="Has no effect.")
     store: bool | None = Field(None, description="Has no effect.")
@@ -100,9 +112,10 @@ class _Request(GenerationOptions):  # type: ignore[misc, valid-type]
     def structure(self) -> dict[str, Any]:
         """The generation options that response_format and structured_outputs stand for."""
         found: dict[str, Any] = {}
-        if isinstance(self.response_format, SchemaFormat):
-            found["json_schema"] = self.response_format.json_schema.schema_
-        elif self.response_format is not None and self.response_format.type == "json_object":
+        asked_format = self.response_format
+        if asked_format is not None and asked_format.json_schema is not None:
+            found["json_schema"] = asked_format.json_schema.schema_
+        elif asked_format is not None and asked_format.type == "json_object":
             found["json_schema"] = _ANY_OBJECT
         if self.structured_outputs is not None:
             asked = self.structured_outputs.model_dump(exclude_none=True)
@@ -125,7 +138,9 @@ class CompletionRequest(_Request):
         None,
         description="A text, a list of texts, token ids, or a list of lists of them. Default: the end-of-text token.",
     )
-    max_tokens: Count | None = Field(None, description="Most new tokens. Default 16.")
+    max_tokens: Count | None = Field(
+        None, description="Most new tokens. Default: 16, or the server's limit if that is less."
+    )
     best_of: Sequences | None = Field(
         None,
         description="Continuations to generate, of which the n with the highest mean log probability are returned; not with stream.",
@@ -136,9 +151,9 @@ class CompletionRequest(_Request):
     suffix: Literal[""] | None = Field(None, description='Not supported: only null or "".')
 
     @property
-    def longest(self) -> int:
+    def longest(self) -> int | None:
         """Most new tokens, by any of their names."""
-        return next((each for each in (self.max_tokens, self.n_predict) if each is not None), _DEFAULT_TOKENS)
+        return self.n_predict if self.max_tokens is None else self.max_tokens
 
 
 class TextPart(Strict):
@@ -170,7 +185,7 @@ class ChatRequest(_Request):
     max_tokens: Count | None = Field(None, description="Most new tokens. Default: what the context window leaves.")
     max_completion_tokens: Count | None = Field(None, description="max_tokens by its newer name.")
     logprobs: bool | None = Field(None, description="Return log probabilities of the answer's tokens.")
-    top_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = Field(
+    top_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS), WHOLE] | None = Field(
         None, description="Likeliest tokens to return for each; needs logprobs."
     )
     tools: Annotated[list[dict[str, Any]], Field(max_length=0)] | None = Field(

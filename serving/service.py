@@ -12,6 +12,7 @@ from typing import Any
 from ..models.bundle import GENERATION_CONFIG
 from ..models.config import read_json
 from ..runtime.model import Model
+from ..runtime.options import DEFAULT_NEW_TOKENS, GenerationConfig
 from .chat_template import ChatTemplate
 from .engine import Engine
 
@@ -84,15 +85,37 @@ class Service:
         """The model's first name."""
         return self.names[0]
 
-    def longest_answer(self, prompt: str, kept: int | None) -> int:
-        """Tokens that the context window and the limits leave for an answer to the last `kept` tokens of a prompt.
+    def prompt_ids(self, prompt: str | list[int], options: GenerationConfig, kept: int | None) -> list[int]:
+        """The tokens of a prompt.
+
+        Args:
+            options: may ask for `truncate`.
+            kept: most of the last ones that stay; None for all.
+
+        Raises:
+            PromptError: the prompt is too long, or not in the vocabulary.
+            OptionError: `truncate` leaves nothing of it.
+        """
+        if kept is not None:
+            ids = self.model.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
+            prompt = ids[-kept:]
+        return list(map(int, self.model.prompt_ids(prompt, options)))
+
+    def longest_answer(self, prompt: str, options: GenerationConfig, kept: int | None) -> int:
+        """Tokens that the context window and the limits leave for an answer; the other arguments are those of `prompt_ids`.
+
+        Where `truncate` drops tokens of the prompt, they are as many as an answer has by default.
 
         Raises:
             PromptError: the prompt is too long.
         """
-        tokens = self.model.prompt_ids(prompt).size
-        left = self.model.config.n_positions + 1 - min(tokens, kept or tokens)
-        return max(1, min(left, self.limits.max_tokens or left))
+        context = self.model.config.n_positions
+        most = self.limits.max_tokens or context + 1
+        cut = options.truncate != "none"
+        room = max(1, min(DEFAULT_NEW_TOKENS, most, context // 2))
+        tokens = len(self.prompt_ids(prompt, options.replaced(max_new_tokens=room), kept))
+        left = context - tokens + (not cut)  # the last token needs no position, but `truncate` counts it
+        return max(1, min(left, most))
 
     @cached_property
     def bundled_options(self) -> dict[str, Any]:

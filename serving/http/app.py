@@ -42,6 +42,7 @@ from .guard import KEY_NEEDED, Admission, Guard
 from .stream import EventStream, whole
 
 _LONGEST_NAME = 80  # letters of an unknown field that an error names
+_INPUT = "Input should be "  # so pydantic's messages on types begin
 _PAGE = Path(__file__).parents[1] / "page"
 
 _ERRORS = {
@@ -290,15 +291,13 @@ def _errors(*statuses: int) -> _Routes:
 def _invalid(error: RequestValidationError) -> ApiError:
     """A body that isn't a CompletionRequest, in one line."""
     # A field of several types fails once for each; what is wrong inside the right one says more than its type.
-    first = min(error.errors(), key=lambda each: each["type"].endswith("_type"))
-    place = [str(part) for part in first["loc"][1:]]
+    found = [(_place(each, error.body), each) for each in error.errors()]
+    place, first = min(found, key=lambda each: (each[1]["type"].endswith("_type"), -each[0].count(".")))
     if first["type"] == "extra_forbidden":
-        return ApiError(
-            400, f"unknown field {shown('.'.join(place))}", ".".join(place)[:_LONGEST_NAME], "unknown_parameter"
-        )
+        return ApiError(400, f"unknown field {shown(place)}", place[:_LONGEST_NAME], "unknown_parameter")
     if first["type"] == "json_invalid":
         return ApiError(400, f"the request isn't JSON: {first.get('ctx', {}).get('error', first['msg'])}")
-    name = place[0] if place else ""
+    name = place.partition(".")[0]
     bodies = (CompletionRequest, ChatRequest, TokenizeRequest, DetokenizeRequest)
     field = next((body.model_fields[name] for body in bodies if name in body.model_fields), None)
     if field is None:
@@ -308,4 +307,30 @@ def _invalid(error: RequestValidationError) -> ApiError:
         return ApiError(400, message, name)
     if name in CompletionRequest.UNSUPPORTED:
         return ApiError(400, f"{name}: {field.description}", name, "unsupported_parameter")
-    return ApiError(400, f"{name}: {first['msg'][:1].lower()}{first['msg'][1:]}", name)
+    message = first["msg"][:1].lower() + first["msg"][1:]
+    if _wanted(first) is not None:
+        message = "input should be " + " or ".join(
+            wanted for where, each in found if where == place and (wanted := _wanted(each)) is not None
+        )
+    written = place[:_LONGEST_NAME].encode("unicode_escape").decode()  # keys may be any text
+    return ApiError(400, f"{written}: {message}", name)
+
+
+def _place(error: dict[str, Any], body: Any) -> str:
+    """Where a body is wrong, such as messages.0.role. pydantic's own places also name the alternatives that it has tried."""
+    place, rest = [], error["loc"][1:]
+    for number, part in enumerate(rest, start=1):
+        if part in (body if isinstance(body, dict) else range(len(body)) if isinstance(body, list) else ()):
+            body = body[part]
+        elif number < len(rest) or error["type"] != "missing":
+            continue
+        place.append(str(part))
+    return ".".join(place)
+
+
+def _wanted(error: dict[str, Any]) -> str | None:
+    """The type or values that one alternative of a field takes; None for an error of another kind."""
+    if error["type"] in ("dict_type", "model_attributes_type"):
+        return "an object"
+    of_type = error["type"] == "literal_error" or error["type"].endswith("_type")
+    return error["msg"].removeprefix(_INPUT) if of_type and error["msg"].startswith(_INPUT) else None

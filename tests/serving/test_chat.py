@@ -157,6 +157,29 @@ def test_content_in_parts_and_the_longest_answer(server: Running, model: gpt2onn
     assert ended or second["usage"]["total_tokens"] == model.config.n_positions + 1
 
 
+def test_long_conversations_are_cut_on_demand(client: openai.OpenAI, server: Running, model: gpt2onnx.Model) -> None:
+    """With and without a length: otherwise there is room for as many tokens as `generate` makes by default."""
+    talk, context = TALK * 100, model.config.n_positions
+    ids = model.tokenizer.encode(PROMPT * 100)
+    body = {"eos_token_id": -1}
+    for given, more, kept, new in (
+        ({"max_tokens": 9}, {"truncate": "left"}, context - 9, 9),
+        ({}, {"truncate": "left"}, context - 64, 64),
+        ({"max_tokens": 9}, {"truncate_prompt_tokens": 50}, 50, 9),
+        ({}, {"truncate_prompt_tokens": context}, context, 1),
+        ({}, {"truncate_prompt_tokens": context, "truncate": "left"}, context - 64, 64),
+    ):
+        chat = client.chat.completions.create(
+            model="tales", messages=talk, temperature=0, extra_body=body | more, **given
+        )  # type: ignore[call-overload]
+        assert (chat.usage.prompt_tokens, chat.usage.completion_tokens) == (kept, new)
+        assert chat.choices[0].message.content == server.text(ids[-kept:], temperature=0, max_tokens=new, **body)
+    # One that fits stays whole.
+    short = server.client.post("/v1/chat/completions", json={"messages": TALK, "truncate": "left"} | body).json()
+    assert short["usage"]["prompt_tokens"] == len(model.tokenizer.encode(PROMPT))
+    assert short["usage"]["total_tokens"] == context
+
+
 @pytest.mark.parametrize(
     ("fields", "status", "hint"),
     [
@@ -165,8 +188,27 @@ def test_content_in_parts_and_the_longest_answer(server: Running, model: gpt2onn
         (
             {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]},
             400,
-            "messages",
+            "messages.0.content.0.type: input should be 'text'",
         ),
+        ({"messages": [{"content": "x"}]}, 400, "messages.0.role: field required"),
+        (
+            {"messages": [*TALK, {"role": "user", "content": [{"type": "text"}]}]},
+            400,
+            "messages.3.content.0.text: field",
+        ),
+        (
+            {"messages": [{"role": "user", "content": 5}]},
+            400,
+            "0.content: input should be a valid string or a valid list",
+        ),
+        ({"messages": ["x"]}, 400, "messages.0: input should be an object"),
+        (
+            {"messages": TALK, "response_format": {"type": "xml"}},
+            400,
+            "response_format.type: input should be 'text', 'json_object' or 'json_schema'",
+        ),
+        ({"messages": TALK, "response_format": {}}, 400, "response_format.type: field required"),
+        ({"messages": TALK, "response_format": {"type": "json_schema"}}, 400, "goes with the field json_schema"),
         ({"messages": TALK, "tools": [{"type": "function"}]}, 400, "tools"),
         (
             {"messages": TALK, "response_format": {"type": "json_schema", "json_schema": {"schema": {"type": "x"}}}},

@@ -33,7 +33,11 @@ def test_fields_of_vllm_and_llama_cpp(server: Running, model: gpt2onnx.Model) ->
     plain = {"temperature": 0, "max_tokens": 12}
     text = server.text(**plain)
     assert server.text(temperature=0, n_predict=12) == text
-    assert server.text(temperature=0, max_tokens=12.0) == text
+    pointed = {"seed": 1.0, "logprobs": 2.0, "prompt_lookup": 2.0, "num_beams": 1.0, "stop_token_ids": [8190.0],
+               "truncate_prompt_tokens": 100.0, "prompt_logprobs": 0.0, "logit_bias": {"8190": -1.0}}  # fmt: skip
+    assert server.text(temperature=0, max_tokens=12.0, **pointed) == text
+    assert server.text([float(token) for token in model.tokenizer.encode("Once upon a time")], **plain) == text
+    assert server.text(n_predict=0) == ""
     ids = model.tokenizer.encode(text)
     (ended,) = server.complete(**plain, stop_token_ids=[ids[3]]).json()["choices"]
     assert ended["finish_reason"] == "stop"

@@ -237,6 +237,14 @@ def test_long_prompts_are_cut_on_demand(client: openai.OpenAI, tales_model: gpt2
     assert prompt.endswith(echoed.text.removesuffix(expected.text))
     assert echoed.logprobs is not None
     assert "".join(echoed.logprobs.tokens or ()) == echoed.text
+    last = tales_model.tokenizer.encode(prompt)[-7:]
+    (expected,) = tales_model.generate(last, max_new_tokens=16).sequences
+    kept = client.completions.create(**asked, echo=True, extra_body={"truncate_prompt_tokens": 7})
+    assert kept.choices[0].text == tales_model.tokenizer.decode(last) + expected.text
+    assert kept.usage is not None
+    assert kept.usage.prompt_tokens == 7
+    with pytest.raises(openai.BadRequestError, match="context window"):
+        client.completions.create(**asked, extra_body={"truncate_prompt_tokens": 513})
     with pytest.raises(openai.BadRequestError, match="context window") as refused:
         client.completions.create(**asked)
     assert (refused.value.code, refused.value.param) == ("context_length_exceeded", "prompt")
@@ -325,7 +333,14 @@ WRONG: list[tuple[dict[str, Any], str, str | None]] = [
     ({"best_of": 2, "stream": True}, "best_of", "best_of"),
     ({"stream_options": {"include_usage": True}}, "stream", "stream_options"),
     ({"bad_words_ids": [[9999]]}, "bad_words_ids", "bad_words_ids"),
-    ({"logit_bias": {"five": 1}}, "logit_bias must be a list", "logit_bias"),
+    ({"logit_bias": {"five": 1}}, 'logit_bias.five: keys are token ids, as in {"50256": -100}', "logit_bias"),
+    ({"logit_bias": {"9" * 5000: 1}}, "keys are token ids", "logit_bias"),
+    ({"logit_bias": {"99999999999": 1}}, "keys are token ids", "logit_bias"),
+    ({"logit_bias": {"5": 1e31}}, "logit_bias.5: input should be less", "logit_bias"),
+    ({"eos_token_id": "a"}, "eos_token_id: input should be a valid integer or a valid list", "eos_token_id"),
+    ({"eos_token_id": [1, "a"]}, "eos_token_id.1: input should be a valid integer", "eos_token_id"),
+    ({"stop": ["a", ""]}, "stop.1: string should have", "stop"),
+    ({"metadata": {"a\nb" * 1000: 5}}, "metadata.a\\nb", "metadata"),
     ({"logit_bias": {"9999": 1}}, "logit_bias holds 9999", "logit_bias"),
     ({"logprobs": 9000}, "logprobs", "logprobs"),
     ({"choice": [" a~"], "suppress_tokens": [93]}, "leave no token that choice allows", "choice"),  # known only later

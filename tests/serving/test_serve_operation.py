@@ -257,6 +257,15 @@ def test_limits_of_a_request(model: gpt2onnx.Model) -> None:
             response = server.complete(**fields)
             assert response.status_code == 400
             assert "above the server's limit" in response.json()["error"]["message"]
+            assert ("raise --max-tokens" if "max_tokens" in fields else "raise --max-prompt-tokens") in response.text
+    # Nobody asked for the default, which the limit lowers.
+    with serving(model, limits=Limits(max_tokens=3), chat_template="turns") as server:
+        for fields, path in (
+            ({"prompt": "Once"}, "/v1/completions"),
+            ({"messages": [{"role": "user", "content": "Once"}]}, "/v1/chat/completions"),
+        ):
+            answer = server.client.post(path, json=fields | {"eos_token_id": -1}).json()
+            assert answer["usage"]["completion_tokens"] == 3
 
 
 @pytest.mark.system

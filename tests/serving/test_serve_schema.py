@@ -75,8 +75,11 @@ def test_interface_keeps_to_its_schema(
 
 
 def test_what_the_document_says(server: Running) -> None:
-    """No status that isn't sent, and no token beyond the vocabulary."""
+    """No status that isn't sent, and no token beyond the vocabulary. Ranges of numbers, in the schema's own words."""
     document = server.client.get("/openapi.json").json()
+    fields = document["components"]["schemas"]["CompletionRequest"]["properties"]
+    for name, least in (("n", 1), ("max_tokens", 0), ("top_k", 0), ("seed", -(2**63)), ("logprobs", 0)):
+        assert fields[name]["anyOf"][0]["minimum"] == least
     assert not any(
         "422" in operation["responses"] for path in document["paths"].values() for operation in path.values()
     )
