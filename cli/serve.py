@@ -129,7 +129,7 @@ def command(
     settings = server.Settings(
         names=[name, *more_names] if name else [own],
         chat_template=chat_template,
-        cors_origins=cors_origins,
+        cors_origins=tuple(map(server.origin_of, cors_origins)),
         root_path=root_path,
         certificate=ssl_certfile,
         private_key=ssl_keyfile,

@@ -25,7 +25,7 @@ def most() -> int:
 
 
 class OncePerSecond(logging.Filter):
-    """Lets each kind of warning through once a second at most."""
+    """Lets each kind of warning through once a second at most, and none on requests that the server's end cuts off."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -35,6 +35,8 @@ class OncePerSecond(logging.Filter):
         """Whether a line is logged."""
         if record.levelno < logging.WARNING:
             return True
+        if record.exc_info and isinstance(record.exc_info[1], asyncio.CancelledError):
+            return False
         kind = str(record.msg).partition("\n")[0]
         if "out of system resource" in kind:  # asyncio's, with a trace
             record.msg, record.args, record.exc_info = f"{kind}: raise the limit of open files (ulimit -n)", (), None

@@ -63,6 +63,7 @@ class Guard:
 
     def __init__(self, app: ASGIApp, admission: Admission, metrics: Metrics) -> None:
         self._app, self._admission, self._metrics = app, admission, metrics
+        self._hosts = {host.lower() for host in admission.hosts}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -93,13 +94,8 @@ class Guard:
 
     def _check(self, method: str, path: str, headers: Headers) -> None:
         admission = self._admission
-        host = headers.get("host", "")
-        if (
-            admission.only_local
-            and not is_loopback(host)
-            and host.rpartition(":")[0] not in admission.hosts
-            and host not in admission.hosts
-        ):
+        host = headers.get("host", "").lower()
+        if admission.only_local and not is_loopback(host) and not self._hosts & {host, host.rpartition(":")[0]}:
             raise ApiError(
                 403,
                 "call this server by the name localhost or 127.0.0.1, or start it with --allowed-host NAME or --api-key-file",

@@ -1,11 +1,13 @@
 """Server: socket, signals, and the order of start and shutdown."""
 
 import asyncio
+import codecs
 import contextlib
 import errno
 import gc
 import logging
 import os
+import re
 import socket
 import ssl
 import sys
@@ -22,6 +24,7 @@ from starlette.types import ASGIApp
 from gpt2onnx.errors import OptionError
 
 from ...models.limits import BODIES, HEADER_SECONDS, IDLE_SECONDS, KEY_FILE, WRITE_SECONDS
+from ...models.messages import shown
 from ...runtime.model import Model
 from ..chat_template import ChatTemplate
 from ..engine import Engine
@@ -35,6 +38,8 @@ from .guard import Admission
 _log = logging.getLogger(__name__)
 _TICK_SECONDS = 0.02  # between two looks whether the last request is done
 _JOIN_SECONDS = 5  # for the last step of the batch
+_ORIGIN = re.compile(r"([a-z][a-z0-9+.-]*)://(\[[0-9a-f:.]+\]|[a-z0-9._-]+)(?::([0-9]{1,5}))?/?")
+_PORTS = {"http": "80", "https": "443"}  # that browsers leave out
 _BACKLOG = 2048  # uvicorn's default
 # Connections that asyncio accepts in a row. Between two rows the server cuts off old ones, so that new ones find a descriptor.
 _ACCEPTED_AT_ONCE = 8
@@ -105,8 +110,9 @@ def listen(host: str, port: int) -> socket.socket:
     return server
 
 
-def listen_at(path: Path) -> socket.socket:
-    """Opens a Unix socket in place of an address.
+@contextlib.contextmanager
+def listen_at(path: Path) -> Iterator[socket.socket]:
+    """Opens a Unix socket in place of an address, and removes it at the end.
 
     Raises:
         OptionError: another process listens there, or it can't be made.
@@ -125,10 +131,17 @@ def listen_at(path: Path) -> socket.socket:
             path.unlink()  # of a server that was killed
         server.bind(str(path))
         server.listen(_BACKLOG)
+        made = path.stat()
     except OSError as error:
         server.close()
         raise OptionError(f"can't listen on {path}: {error.strerror or error}") from error
-    return server
+    try:
+        with server:
+            yield server
+    finally:
+        with contextlib.suppress(OSError):
+            if os.path.samestat(path.stat(), made):
+                path.unlink()
 
 
 def address_of(listener: socket.socket, scheme: str) -> str:
@@ -156,10 +169,27 @@ def read_keys(path: Path) -> list[bytes]:
         raise OptionError(f"{path} has more than {KEY_FILE:,} bytes: is it another file?")
     if readable:
         _log.warning("other users can read %s, which holds API keys: chmod 600 %s", path, path)
-    keys = [line.strip() for line in content.splitlines() if line.strip()]
+    keys = [line.strip() for line in content.removeprefix(codecs.BOM_UTF8).splitlines() if line.strip()]
     if not keys:
         raise OptionError(f"{path} holds no API key: write one a line into it")
     return keys
+
+
+def origin_of(text: str) -> str:
+    """A web page's origin as browsers send it.
+
+    Raises:
+        OptionError: it is none.
+    """
+    if text in ("*", "null"):  # all, and that of files
+        return text
+    found = _ORIGIN.fullmatch(text.lower())
+    if found is None:
+        raise OptionError(
+            f"{shown(text)} is no origin: give a page's scheme, host and port, as in http://localhost:3000"
+        )
+    scheme, host, port = found.groups()
+    return f"{scheme}://{host}" + ("" if port in (None, _PORTS.get(scheme)) else f":{port}")
 
 
 def check_certificate(certificate: Path, private_key: Path | None) -> None:
@@ -288,6 +318,8 @@ class Server(uvicorn.Server):
             await asyncio.sleep(_TICK_SECONDS)
         self._waiting.cut_bodies()
         await super().shutdown(None if sockets is None else list(sockets))
+        if self.force_exit:  # uvicorn then skips the application's end, and logs a trace
+            await self.lifespan.shutdown()
         timer.cancel()
         self._abandon()
         for engine in engines:

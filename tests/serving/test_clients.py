@@ -17,7 +17,9 @@ from support.serving import Running, serving
 from support.systems import posix
 
 import gpt2onnx
+from gpt2onnx.errors import OptionError
 from gpt2onnx.serving.http.guard import Admission
+from gpt2onnx.serving.http.server import origin_of
 
 JSON = {"content-type": "application/json"}
 
@@ -216,10 +218,35 @@ def test_pages_of_other_origins(model: gpt2onnx.Model) -> None:
         assert "access-control-allow-origin" not in server.client.get("/health", headers=asked).headers
 
 
+@pytest.mark.parametrize(
+    ("given", "sent"),
+    [
+        ("http://localhost:3000/", "http://localhost:3000"),
+        ("HTTPS://A.example:443", "https://a.example"),
+        ("http://[::1]:80", "http://[::1]"),
+        ("http://a.example:443", "http://a.example:443"),
+        ("chrome-extension://abcdef", "chrome-extension://abcdef"),
+        ("*", "*"),
+        ("null", "null"),
+    ],
+)
+def test_origins_as_browsers_send_them(given: str, sent: str) -> None:
+    assert origin_of(given) == sent
+
+
+@pytest.mark.parametrize(
+    "text", ["foo", "", "localhost:3000", "http://", "http://a/b", "//a", "http://a:b", "http://a@b", "https://*.a.b"]
+)
+def test_what_is_no_origin(text: str) -> None:
+    with pytest.raises(OptionError, match="is no origin: give a page's scheme, host and port"):
+        origin_of(text)
+
+
 def test_names_of_the_machine(model: gpt2onnx.Model) -> None:
-    with serving(model, admission=Admission(hosts=["host.docker.internal"])) as server:
+    with serving(model, admission=Admission(hosts=["Host.docker.internal"])) as server:
         for host, status in (
             ("host.docker.internal", 200),
+            ("HOST.Docker.internal:80", 200),
             ("host.docker.internal:8000", 200),
             ("localhost", 200),
             ("evil.example", 403),
@@ -266,6 +293,7 @@ def test_unix_socket_names_and_template(tales_bundle: Path, tmp_path: Path, comm
         _, said = process.communicate(timeout=60)
     assert process.returncode == 0
     assert said == f"a is served at unix:{place}\n"
+    assert not place.exists()
 
 
 @posix

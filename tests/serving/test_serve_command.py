@@ -1,9 +1,11 @@
 """`gpt2onnx serve` on the command line."""
 
+import asyncio
 import logging
 import os
 import signal
 import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -11,9 +13,11 @@ from typing import Any
 import httpx
 import pytest
 from support.commands import CommandLine, start
+from support.systems import posix
 
 from gpt2onnx.errors import install_command
 from gpt2onnx.serving.http import server as serving_server
+from gpt2onnx.serving.http.connections import OncePerSecond
 from gpt2onnx.serving.http.guard import Admission
 from gpt2onnx.serving.service import Limits
 
@@ -43,12 +47,41 @@ def test_command_line(tales_bundle: Path, command_line: CommandLine) -> None:
             process.kill()
 
 
+@posix
+def test_a_second_ctrl_c(tales_bundle: Path) -> None:
+    """Ends at once, without a trace."""
+    with start("serve", "-m", tales_bundle, "--port", 0, env=os.environ | {"PYTHONUNBUFFERED": "1"}) as process:
+        try:
+            assert process.stderr is not None
+            address = process.stderr.readline().rpartition(" ")[2].strip()
+            body = {"prompt": ["A"] * 50, "stream": True, "max_tokens": 500, "eos_token_id": -1}
+            with httpx.stream("POST", f"{address}/v1/completions", json=body, timeout=30) as answer:
+                next(answer.iter_bytes())
+                process.send_signal(signal.SIGINT)
+                time.sleep(0.1)  # the handler of the first has run
+                process.send_signal(signal.SIGINT)
+                assert process.wait(10) == 0
+            assert process.stderr.read() == ""
+        finally:
+            process.kill()
+
+
+def test_requests_that_the_end_cuts_off_are_not_logged() -> None:
+    def logged(error: BaseException) -> bool:
+        record = logging.LogRecord("uvicorn.error", logging.ERROR, "", 0, "failed", (), (type(error), error, None))
+        return OncePerSecond().filter(record)
+
+    assert logged(ValueError())
+    assert not logged(asyncio.CancelledError())
+
+
 def test_wrong_command_lines(tales_bundle: Path, command_line: CommandLine, tmp_path: Path) -> None:
     for arguments, code, message in (
         (["--max-batch", "0"], 2, "max-batch"),
         (["--port", "70000"], 2, "port"),
         (["--host", "no such host"], 1, "can't listen"),
         (["--api-key-file", str(tmp_path / "missing")], 1, "can't read"),
+        (["--host", "no such host", "--cors-origin", "foo"], 1, "'foo' is no origin"),
     ):
         result = command_line("serve", "-m", tales_bundle, *arguments)
         assert (result.code, result.err.count("\n")) == (code, 1), result
@@ -86,7 +119,7 @@ def test_every_option_arrives(command_line: CommandLine, monkeypatch: pytest.Mon
     log = logging.getLogger("gpt2onnx.serving")
     monkeypatch.setattr(log, "level", log.level)  # put back at the end
     finished = command_line(
-        "serve", "-m", "some/model", "--port", 0, "--cors-origin", "https://a.example", "--root-path", "/api", "--allowed-host", "me",
+        "serve", "-m", "some/model", "--port", 0, "--cors-origin", "https://a.example/", "--root-path", "/api", "--allowed-host", "me",
         "--served-model-name", "mine", "yours", "--api-key-file", keys, "--max-batch", 3, "--max-queue", 5,
         "--max-prompt-tokens", 7, "--max-tokens", 11, "--max-body", 13, "--timeout", 17, "--shutdown-timeout", 19,
         "--log-prompts", "--device", "cuda", "--threads", 23,

@@ -41,6 +41,9 @@ def test_keys(model: gpt2onnx.Model, tmp_path: Path, caplog: pytest.LogCaptureFi
         assert serving_server.read_keys(file) == [b"first-key", b"second-key"]
     assert ("other users can read" in caplog.text) == (sys.platform != "win32")
     caplog.clear()
+    (tmp_path / "marked").write_text("first-key\nsecond-key", encoding="utf-8-sig")
+    assert serving_server.read_keys(tmp_path / "marked") == [b"first-key", b"second-key"]
+    caplog.clear()
     (tmp_path / "large").write_bytes(bytes(2**20 + 1))
     with pytest.raises(OptionError, match="is it another file"):
         serving_server.read_keys(tmp_path / "large")
