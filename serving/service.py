@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
+from ..models import limits
 from ..models.bundle import GENERATION_CONFIG
 from ..models.config import read_json
 from ..runtime.model import Model
@@ -96,9 +97,11 @@ class Service:
             PromptError: the prompt is too long, or not in the vocabulary.
             OptionError: `truncate` leaves nothing of it.
         """
-        if kept is not None:
-            ids = self.model.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
-            prompt = ids[-kept:]
+        context = self.model.config.n_positions
+        if kept is not None and kept <= context:
+            if isinstance(prompt, str):  # no more of it than can matter: to encode megabytes takes seconds
+                prompt = self.model.tokenizer.encode(prompt[-limits.LETTERS_PER_TOKEN * context :])
+            prompt = prompt[-kept:]
         return list(map(int, self.model.prompt_ids(prompt, options)))
 
     def longest_answer(self, prompt: str, options: GenerationConfig, kept: int | None) -> int:
