@@ -162,7 +162,7 @@ def _cache_name(source: str, dtype: str = "fp32") -> str:
         for path in sorted(folder.iterdir()):
             if path.name.startswith("."):  # such as an editor's lock file
                 continue
-            with suppress(FileNotFoundError):  # a link that leads nowhere
+            with suppress(OSError):  # a link that leads nowhere
                 facts = path.stat()
                 state.append(f"{path.name} {facts.st_size} {facts.st_mtime_ns}")
     digest = hashlib.sha256("\n".join(state).encode("utf-8", "surrogateescape")).hexdigest()

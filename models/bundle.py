@@ -6,7 +6,7 @@ gpt2onnx.json           the manifest: origin, precision, size and sha256 of ever
 onnx/model.onnx         the graph
 onnx/model.onnx_data    its weights, memory-mapped by ONNX Runtime
 onnx/ragged.onnx        the same network for our own runtime: rows bring their own numbers of tokens
-onnx/wide.onnx          in int8, int4 and fp32, from 512 wide on: the graph for batches, and in int8 and int4 for prompts
+onnx/wide.onnx          from 512 wide on: the graph for batches; in int8 and int4 for prompts, too
 onnx/wide_weights.onnx  makes its weights of the first graph's
 onnx/twin.onnx          in fp32 and fp16: the network in 8 bits, which drafts tokens for the full one to verify
 onnx/twin.onnx_data     its weights

@@ -115,7 +115,7 @@ class Model:
             options: those of `GenerationConfig`; one that isn't given is the bundle's own, None switches one off. A sampling
                 option without `do_sample` turns sampling on. Besides:
                 input_ids, attention_mask: in place of prompts what `tokenizer(...)` returns: `generate(**tokenizer("Once"))`.
-                generation_config: options; where they differ from the defaults, they take the place of the bundle's own.
+                generation_config: options in place of the bundle's own; where it names none, end tokens and stop strings stay the bundle's.
                 logits_processor, stopping_criteria, prefix_allowed_tokens_fn: your own functions (docs/extend.md).
                 seed: one for all prompts, with which equal prompts give equal continuations; or a list with one for each.
                 batch_size: prompts that are decoded together, 8 by default. In fp32 no result depends on it; kernels of lower

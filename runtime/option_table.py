@@ -95,6 +95,8 @@ class Option:
         try:
             return msgspec.convert({"value": value}, self.holder).value
         except (msgspec.ValidationError, ValueError) as error:
+            if (converted := _without_numpy(value)) is not value:
+                return self.checked(converted)
             raise OptionError(f"{self.name} must be {self.wanted}, not {shown(value)}", self.name) from error
 
     def takes(self, value: Any) -> bool:
@@ -136,11 +138,14 @@ def table(options: type[msgspec.Struct]) -> tuple[Option, ...]:
     return tuple(rows)
 
 
-def plain(value: Any) -> Any:
-    """The value with Python's numbers and lists in place of NumPy's."""
+def _without_numpy(value: Any) -> Any:
+    """The value with Python's numbers and lists in place of NumPy's; the value itself where it has none."""
     if isinstance(value, np.ndarray | np.generic):
         return value.tolist()
-    return [plain(each) for each in value] if isinstance(value, list | tuple) else value
+    if not isinstance(value, list | tuple):
+        return value
+    converted = [_without_numpy(each) for each in value]
+    return value if all(one is other for one, other in zip(converted, value, strict=True)) else converted
 
 
 def as_tuple(ids: int | Sequence[int] | None) -> tuple[int, ...]:

@@ -37,7 +37,6 @@ from .option_table import (
     Words,
     about,
     as_tuple,
-    plain,
     table,
 )  # fmt: skip
 
@@ -212,8 +211,8 @@ class GenerationConfig(msgspec.Struct, frozen=True, kw_only=True):
 
     def __post_init__(self) -> None:
         for option in OPTIONS:
-            value = plain(getattr(self, option.name))
-            if value != option.default:
+            value = getattr(self, option.name)
+            if value is not option.default:
                 msgspec.structs.force_setattr(self, option.name, option.checked(value))
         if self.temperature == 0:
             msgspec.structs.force_setattr(self, "do_sample", False)
@@ -278,7 +277,7 @@ class GenerationConfig(msgspec.Struct, frozen=True, kw_only=True):
             return prompt_length
         if new >= context:
             raise OptionError(
-                f"{new} new tokens leave no room for a prompt in the context window of {context}: lower max_new_tokens",
+                f"{new} new tokens leave no room for a prompt in the context window of {context}: ask for fewer",
                 "truncate",
             )
         return context - new
@@ -288,11 +287,10 @@ class GenerationConfig(msgspec.Struct, frozen=True, kw_only=True):
         # Not by msgspec's own JSON, which has no form for half a surrogate pair.
         return dict(json.loads(json.dumps(msgspec.to_builtins(self))))
 
-    def over(self, others: "GenerationConfig") -> "GenerationConfig":
-        """These options where they differ from the defaults, else the others: so transformers 4.57 fills a generation_config."""
-        given = {each.name: value for each in OPTIONS if (value := getattr(self, each.name)) != each.default}
-        alone = {"max_new_tokens": None} if "max_length" in given else {}
-        return others.replaced(**alone | given)
+    def ending_as(self, others: "GenerationConfig") -> "GenerationConfig":
+        """These options; where they name no end tokens or stop strings, with those of others."""
+        missing = [name for name in ("eos_token_id", "stop") if getattr(self, name) == BY_NAME[name].default]
+        return self.replaced(**{name: getattr(others, name) for name in missing})
 
     def replaced(self, **options: Any) -> "GenerationConfig":
         """These options with others in their place, without the rules of `merged`."""

@@ -289,7 +289,7 @@ def split_given(given: dict[str, Any], default: GenerationConfig) -> tuple[Gener
     """Keyword arguments of `Model.stream` as options and the caller's own functions.
 
     Args:
-        given: the arguments; what isn't among them comes from the `generation_config` given there, else from the default.
+        given: the arguments; what isn't among them comes from the `generation_config` given there, or else from the default.
         default: the bundle's own options.
 
     Raises:
@@ -303,7 +303,7 @@ def split_given(given: dict[str, Any], default: GenerationConfig) -> tuple[Gener
         tuple(given.pop("stopping_criteria", None) or ()),
         given.pop("prefix_allowed_tokens_fn", None),
     )
-    return (default if config is None else config.over(default)).merged(given), extensions
+    return (default if config is None else config.ending_as(default)).merged(given), extensions
 
 
 def split_seeds(given: dict[str, Any], prompts: int) -> Sequence[int] | None:

@@ -95,8 +95,8 @@ def _prompts(body: CompletionRequest) -> list[str | list[int]]:
 
 def _prompt(service: Service, prompt: str | list[int], options: GenerationConfig, kept: int | None) -> Prompt:
     """A prompt as text and token ids; of those, the last `kept`."""
-    ids = service.prompt_ids(prompt, options, kept)
-    if isinstance(prompt, str) and options.truncate == "none" and (kept is None or len(ids) < kept):
+    ids, cut = service.prompt_ids(prompt, options, kept)
+    if isinstance(prompt, str) and options.truncate == "none" and not cut:
         # Half of a surrogate pair is no text, and no JSON that all clients read.
         return Prompt(prompt.encode("utf-8", "replace").decode("utf-8"), ids)
     return Prompt(service.model.tokenizer.decode(ids, skip_special_tokens=options.skip_special_tokens), ids)

@@ -86,8 +86,10 @@ class Service:
         """The model's first name."""
         return self.names[0]
 
-    def prompt_ids(self, prompt: str | list[int], options: GenerationConfig, kept: int | None) -> list[int]:
-        """The tokens of a prompt.
+    def prompt_ids(
+        self, prompt: str | list[int], options: GenerationConfig, kept: int | None
+    ) -> tuple[list[int], bool]:
+        """The tokens of a prompt, and whether `kept` has cut it.
 
         Args:
             options: may ask for `truncate`.
@@ -97,12 +99,12 @@ class Service:
             PromptError: the prompt is too long, or not in the vocabulary.
             OptionError: `truncate` leaves nothing of it.
         """
-        context = self.model.config.n_positions
+        context, cut = self.model.config.n_positions, False
         if kept is not None and kept <= context:
             if isinstance(prompt, str):  # no more of it than can matter: to encode megabytes takes seconds
                 prompt = self.model.tokenizer.encode(prompt[-limits.LETTERS_PER_TOKEN * context :])
-            prompt = prompt[-kept:]
-        return list(map(int, self.model.prompt_ids(prompt, options)))
+            prompt, cut = prompt[-kept:], len(prompt) > kept
+        return list(map(int, self.model.prompt_ids(prompt, options))), cut
 
     def longest_answer(self, prompt: str, options: GenerationConfig, kept: int | None) -> int:
         """Tokens that the context window and the limits leave for an answer; the other arguments are those of `prompt_ids`.
@@ -116,7 +118,7 @@ class Service:
         most = self.limits.max_tokens or context + 1
         cut = options.truncate != "none"
         room = max(1, min(DEFAULT_NEW_TOKENS, most, context // 2))
-        tokens = len(self.prompt_ids(prompt, options.replaced(max_new_tokens=room), kept))
+        tokens = len(self.prompt_ids(prompt, options.replaced(max_new_tokens=room), kept)[0])
         left = context - tokens + (not cut)  # the last token needs no position, but `truncate` counts it
         return max(1, min(left, most))
 

@@ -3,7 +3,6 @@
 from pathlib import Path
 
 from ...models.bundle import TOKENIZER
-from .formats.saved import check_fetched
 
 BYTE_LEVEL = (("vocab.json", "merges.txt"), ("encoder.json", "vocab.bpe"))  # Hugging Face's names, and OpenAI's
 WORD_PIECES = "vocab.txt"
@@ -12,13 +11,6 @@ _NAMES = (TOKENIZER, *(name for pair in BYTE_LEVEL for name in pair), WORD_PIECE
 
 
 def vocabulary_files(folder: Path) -> tuple[Path, ...]:
-    """The files of a folder's tokenizer, sentencepiece models last; none if it has no tokenizer.
-
-    Raises:
-        CheckpointError: one of them is a Git LFS pointer.
-    """
+    """The files of a folder's tokenizer, sentencepiece models last; none if it has no tokenizer."""
     named = (path for name in _NAMES if (path := folder / name).is_file())
-    found = (*named, *sorted(folder.glob("*.model")))
-    for path in found:
-        check_fetched(path)
-    return found
+    return (*named, *sorted(folder.glob("*.model")))

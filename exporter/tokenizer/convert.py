@@ -15,6 +15,7 @@ from ...models.bundle import CHAT_TEMPLATE, TOKENIZER
 from ...models.config import read_small, write_json
 from ...runtime.text import special_tokens
 from ...runtime.text.tokenizer import Tokenizer as RuntimeTokenizer
+from ..checkpoint.formats.saved import check_fetched
 from ..checkpoint.vocabulary import BYTE_LEVEL, CHARACTERS, WORD_PIECES, vocabulary_files
 from .files import SETTINGS, TokenizerFiles, compact
 from .known import GPT2_VOCABULARIES, characters
@@ -37,30 +38,14 @@ def write_tokenizer(checkpoint: Path, config: Mapping[str, Any], target: Path) -
     Raises:
         CheckpointError: it can't be read, is incomplete, of a class that isn't built here, or has more tokens than the network.
     """
-    names = [path.name for path in vocabulary_files(checkpoint)]
     files = TokenizerFiles.read(checkpoint, config)
-    if TOKENIZER in names:
-        tokenizer = files.from_tokenizer_json(target)
-    elif files.class_name == "BertTokenizer" and WORD_PIECES in names:
-        tokenizer = files.from_word_pieces()
-    elif files.class_name == "EsmTokenizer" and WORD_PIECES in names:
-        tokenizer = files.from_whole_tokens()
-        files.write_general_settings(target)
-    elif pair := next((pair for pair in BYTE_LEVEL if set(pair) <= set(names)), None):
-        tokenizer = files.from_byte_level_bpe(*pair)
-    elif pieces := [name for name in names if name.endswith(".model")]:
-        tokenizer = files.from_sentencepiece(checkpoint / pieces[0], config["vocab_size"])
-        files.write_general_settings(target)
-    elif WORD_PIECES in names:
-        raise files.of_another_class(WORD_PIECES)
-    elif CHARACTERS in names:
-        tokenizer, files = characters(checkpoint / CHARACTERS), replace(files, class_name="PreTrainedTokenizerFast")
-    elif config["vocab_size"] in GPT2_VOCABULARIES:
-        tokenizer = files.from_nothing()
-        _log.warning("%s has no tokenizer: GPT-2's own is taken, which has the same vocabulary", checkpoint)
-    elif names:
-        raise CheckpointError(f"{checkpoint} has {names[0]} alone: a tokenizer is vocab.json with merges.txt")
-    else:
+    try:
+        tokenizer, files = _read(files, config, target)
+    except CheckpointError:
+        for path in vocabulary_files(checkpoint):
+            check_fetched(path)  # a pointer explains more than what it broke
+        raise
+    if tokenizer is None:
         return False
     largest = max(tokenizer.get_vocab(with_added_tokens=False).values(), default=-1)
     if largest >= config["vocab_size"]:
@@ -85,6 +70,38 @@ def write_tokenizer(checkpoint: Path, config: Mapping[str, Any], target: Path) -
     except BundleError as error:
         raise CheckpointError(str(error).replace(str(target), str(checkpoint))) from error
     return True
+
+
+def _read(files: TokenizerFiles, config: Mapping[str, Any], target: Path) -> tuple[Tokenizer | None, TokenizerFiles]:
+    """The tokenizer, and its files with the class that they stand for; None: there is none."""
+    checkpoint = files.folder
+    names = [path.name for path in vocabulary_files(checkpoint)]
+    if TOKENIZER not in names and WORD_PIECES in names:
+        check_fetched(checkpoint / WORD_PIECES)  # any lines are word pieces
+    if TOKENIZER in names:
+        tokenizer = files.from_tokenizer_json(target)
+    elif files.class_name == "BertTokenizer" and WORD_PIECES in names:
+        tokenizer = files.from_word_pieces()
+    elif files.class_name == "EsmTokenizer" and WORD_PIECES in names:
+        tokenizer = files.from_whole_tokens()
+        files.write_general_settings(target)
+    elif pair := next((pair for pair in BYTE_LEVEL if set(pair) <= set(names)), None):
+        tokenizer = files.from_byte_level_bpe(*pair)
+    elif pieces := [name for name in names if name.endswith(".model")]:
+        tokenizer = files.from_sentencepiece(checkpoint / pieces[0], config["vocab_size"])
+        files.write_general_settings(target)
+    elif WORD_PIECES in names:
+        raise files.of_another_class(WORD_PIECES)
+    elif CHARACTERS in names:
+        return characters(checkpoint / CHARACTERS), replace(files, class_name="PreTrainedTokenizerFast")
+    elif config["vocab_size"] in GPT2_VOCABULARIES:
+        tokenizer = files.from_nothing()
+        _log.warning("%s has no tokenizer: GPT-2's own is taken, which has the same vocabulary", checkpoint)
+    elif names:
+        raise CheckpointError(f"{checkpoint} has {names[0]} alone: a tokenizer is vocab.json with merges.txt")
+    else:
+        return None, files
+    return tokenizer, files
 
 
 def _without_added_tokens_from(end: int, tokenizer: Tokenizer, checkpoint: Path) -> Tokenizer:

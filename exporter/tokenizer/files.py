@@ -29,7 +29,7 @@ from .known import gpt2
 SETTINGS = "tokenizer_config.json"
 _EXTRA = ("extra_special_tokens", "additional_special_tokens")  # of special tokens without a role; the second is older
 # Classes whose vocab.json and merges.txt are read as GPT-2's are; others cut texts, or put tokens around them, in ways of their own.
-_LIKE_GPT2 = ("GPT2Tokenizer", "PreTrainedTokenizer", "TokenizersBackend")
+_LIKE_GPT2 = ("GPT2Tokenizer", "CodeGenTokenizer", "PreTrainedTokenizer", "TokenizersBackend")
 
 
 @dataclass(frozen=True)

@@ -155,8 +155,9 @@ def _load(checkpoint: Checkpoint) -> "GPT2LMHeadModel":
         model, report = GPT2LMHeadModel.from_pretrained(
             checkpoint.folder, config=config, dtype=torch.float32, output_loading_info=True, **attention
         )
-        if not report["missing_keys"]:  # whose weights are random: the tensors have names of another layout
+        if not report["missing_keys"]:
             return model.eval()
+        # Missing weights would be random: the tensors have names of another layout.
     return in_pytorch.build(checkpoint)
 
 

@@ -147,7 +147,8 @@ class Drafter:
             try:
                 self._own.match(rows)
             except OptionError as error:
-                _log.info("tokens aren't drafted: %s", error)
+                _log.info("tokens aren't drafted any more: %s", error)
+                self._network = None
                 return {}
         held = self._own or rows
         before = {row: fork.tokens(0) for row, fork in forks.items()}

@@ -7,10 +7,12 @@ OLDER = "special_tokens_map.json"
 END_OF_TEXT = "<|endoftext|>"
 # In transformers' order.
 ROLES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+_GPT2 = dict.fromkeys(("bos_token", "eos_token", "unk_token"), END_OF_TEXT)
 _SENTENCEPIECE = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
 # Special tokens of a tokenizer whose files name no others.
 DEFAULTS: Mapping[str, Mapping[str, Any]] = {
-    "GPT2Tokenizer": dict.fromkeys(("bos_token", "eos_token", "unk_token"), END_OF_TEXT),
+    "GPT2Tokenizer": _GPT2,
+    "CodeGenTokenizer": _GPT2,
     "BertTokenizer": {
         "unk_token": "[UNK]",
         "sep_token": "[SEP]",

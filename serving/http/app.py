@@ -42,6 +42,7 @@ from .guard import KEY_NEEDED, Admission, Guard
 from .stream import EventStream, whole
 
 _LONGEST_NAME = 80  # letters of an unknown field that an error names
+_MOST_ERRORS = 100  # of a body that are looked at: a list of numbers has one for each
 _INPUT = "Input should be "  # so pydantic's messages on types begin
 _PAGE = Path(__file__).parents[1] / "page"
 
@@ -291,7 +292,7 @@ def _errors(*statuses: int) -> _Routes:
 def _invalid(error: RequestValidationError) -> ApiError:
     """A body that isn't a CompletionRequest, in one line."""
     # A field of several types fails once for each; what is wrong inside the right one says more than its type.
-    found = [(_place(each, error.body), each) for each in error.errors()]
+    found = [(_place(each, error.body), each) for each in error.errors()[:_MOST_ERRORS]]
     place, first = min(found, key=lambda each: (each[1]["type"].endswith("_type"), -each[0].count(".")))
     if first["type"] == "extra_forbidden":
         return ApiError(400, f"unknown field {shown(place)}", place[:_LONGEST_NAME], "unknown_parameter")
@@ -320,7 +321,9 @@ def _place(error: dict[str, Any], body: Any) -> str:
     """Where a body is wrong, such as messages.0.role. pydantic's own places also name the alternatives that it has tried."""
     place, rest = [], error["loc"][1:]
     for number, part in enumerate(rest, start=1):
-        if part in (body if isinstance(body, dict) else range(len(body)) if isinstance(body, list) else ()):
+        body = body if isinstance(body, dict | list) else {}
+        inside = isinstance(part, int) and 0 <= part < len(body) if isinstance(body, list) else part in body
+        if inside:
             body = body[part]
         elif number < len(rest) or error["type"] != "missing":
             continue

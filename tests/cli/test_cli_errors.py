@@ -156,7 +156,7 @@ def test_export_options_that_contradict(
         (["x", "--exponential-decay-length-penalty", "5,0"], "exponential_decay_length_penalty"),
         (["x", "--stop", ""], "stop"),
         (["x", "--device", "abacus"], "abacus"),
-        (["x", "--truncate", "left", "--max-new-tokens", 512], "lower max_new_tokens"),
+        (["x", "--truncate", "left", "--max-new-tokens", 512], "ask for fewer"),
         (["--file", "nothing.txt"], "can't read nothing.txt"),
         (["--file", "."], "can't read ."),
         (["--input", "nothing.jsonl"], "nothing.jsonl"),

@@ -159,10 +159,10 @@ def test_a_generation_config_takes_the_place_of_the_bundles(tales_model: gpt2onn
     assert longer.usage["completion_tokens"] == 5
 
 
-def test_a_generation_config_leaves_the_rest_to_the_bundle(
+def test_a_generation_config_leaves_the_ends_of_texts_to_the_bundle(
     tales_model: gpt2onnx.Model, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Fields at their defaults count as not given, as in transformers 4.57: end tokens stay those of the model."""
+    """As in transformers. Without them a text would go on behind its end."""
     (comma,) = tales_model.tokenizer.encode(",")
     monkeypatch.setattr(
         tales_model, "generation_config", gpt2onnx.GenerationConfig(eos_token_id=comma, max_new_tokens=9)
@@ -173,8 +173,11 @@ def test_a_generation_config_leaves_the_rest_to_the_bundle(
     assert tales_model.generate(PROMPT, generation_config=config).sequences == alone
     config = gpt2onnx.GenerationConfig(max_length=len(PROMPT) + 60)
     assert tales_model.generate(PROMPT, generation_config=config).sequences == alone
-    config = gpt2onnx.GenerationConfig(eos_token_id=0)
-    assert tales_model.generate(PROMPT, generation_config=config).usage["completion_tokens"] == 9
+    assert tales_model.generate(PROMPT, generation_config=gpt2onnx.GenerationConfig(eos_token_id=0)).sequences != alone
+    ends = gpt2onnx.GenerationConfig(stop=[" the"], eos_token_id=[comma, 0], num_beams=3, do_sample=True)
+    plain = gpt2onnx.GenerationConfig(max_new_tokens=4)
+    assert plain.ending_as(ends) == gpt2onnx.GenerationConfig(stop=[" the"], eos_token_id=[comma, 0], max_new_tokens=4)
+    assert ends.ending_as(plain) == ends
 
 
 def test_the_examples_of_the_documentation(capsys: pytest.CaptureFixture[str]) -> None:

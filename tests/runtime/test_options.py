@@ -337,6 +337,7 @@ def test_numbers_of_numpy_are_numbers() -> None:
         **plain, eos_token_id=[5], sequence_bias=[([1], 2.0)]
     )
     assert GenerationConfig(**given) == GenerationConfig().merged(given)
+    assert hash(GenerationConfig()) == hash(GenerationConfig(max_new_tokens=None))
 
 
 def test_half_a_surrogate_pair_is_a_text_like_any_other(tales_model: gpt2onnx.Model) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from itertools import chain
 from typing import Any
@@ -243,6 +244,10 @@ def test_long_prompts_are_cut_on_demand(client: openai.OpenAI, tales_model: gpt2
     assert kept.choices[0].text == tales_model.tokenizer.decode(last) + expected.text
     assert kept.usage is not None
     assert kept.usage.prompt_tokens == 7
+    special = {"model": "tales", "prompt": "The<|endoftext|>The", "echo": True, "max_tokens": 0}
+    for count in (3, 4):  # as many tokens as it has, and more
+        echoed = client.completions.create(**special, extra_body={"truncate_prompt_tokens": count}).choices[0]
+        assert echoed.text == special["prompt"]
     with pytest.raises(openai.BadRequestError, match="context window"):
         client.completions.create(**asked, extra_body={"truncate_prompt_tokens": 513})
     with pytest.raises(openai.BadRequestError, match="context window") as refused:
@@ -379,6 +384,11 @@ def test_malformed_requests(server: Running) -> None:
         response = server.client.post("/v1/completions", content=content, headers=json_type)
         assert response.status_code == 400, (content[:20], response.text)
         assert response.json()["error"]["type"] == "invalid_request_error"
+    started = time.perf_counter()
+    response = server.client.post("/v1/completions", json={"prompt": [-1] * 200_000})
+    assert (response.status_code, time.perf_counter() - started < 5) == (400, True), (
+        "errors cost as many looks as there are"
+    )
     for headers in ({}, {"content-type": "text/plain"}):
         response = server.client.post("/v1/completions", content=b'{"prompt": "a"}', headers=headers)
         assert response.status_code == 415

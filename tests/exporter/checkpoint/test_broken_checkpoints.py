@@ -213,6 +213,8 @@ def test_a_pointer_of_git_lfs_is_told(name: str, folder: Path, state: State) -> 
     if name in ("pytorch_model.bin", "tf_model.h5", "flax_model.msgpack", "model.onnx", "mine.gguf", "model-2.index"):
         for path in folder.glob("*.safetensors*"):
             path.unlink()
+    if name in ("merges.txt", "vocab.txt", "spiece.model"):
+        (folder / "tokenizer.json").unlink()
     (folder / name).write_text(POINTER)
     with pytest.raises(CheckpointError) as caught:
         gpt2onnx.export(folder, folder / "bundle")
@@ -220,6 +222,13 @@ def test_a_pointer_of_git_lfs_is_told(name: str, folder: Path, state: State) -> 
         str(caught.value)
         == f"{folder / name} is a Git LFS pointer, not the file itself: run 'git lfs pull' in {folder}"
     )
+
+
+def test_a_pointer_that_nobody_needs(folder: Path, state: State) -> None:
+    SAVE["sharded safetensors"](state, folder)
+    assert (folder / "tokenizer.json").is_file()
+    (folder / "spiece.model").write_text(POINTER)
+    assert gpt2onnx.export(folder, folder / "bundle").folder.is_dir()
 
 
 def test_the_data_of_an_onnx_graph_that_git_lfs_keeps(folder: Path) -> None:

@@ -53,6 +53,7 @@ NEW = {"lstrip": False, "rstrip": False, "single_word": False}
     {
         "nothing else": {},
         "prefix space": {"tokenizer_config_json": {"add_prefix_space": True}},
+        "CodeGen's class": {"tokenizer_config_json": {"tokenizer_class": "CodeGenTokenizer"}},
         "end of text before": {"tokenizer_config_json": {"add_bos_token": True, "bos_token": END_OF_TEXT}},
         "end of text around": {"tokenizer_config_json": {"add_bos_token": True, "add_eos_token": True}},
         "added_tokens.json": {"added_tokens_json": {"<sep>": END + 2, "<pad>": END + 1, "<new>": END + 3}},
@@ -292,11 +293,11 @@ def test_other_classes_with_word_pieces_are_refused(settings: dict[str, Any], tm
 
 
 @pytest.mark.parametrize(
-    "name", ["Roberta", "Bart", "Longformer", "CLIP", "Whisper", "Blenderbot", "Qwen2", "CodeGen", "GPTNeoX", "Mine"]
+    "name", ["Roberta", "Bart", "Longformer", "CLIP", "Whisper", "Blenderbot", "Qwen2", "GPTNeoX", "Mine"]
 )
 @pytest.mark.parametrize("place", ["config.json", "tokenizer_config.json"])
 def test_other_classes_with_merges_are_refused(place: str, name: str, byte_level: Path) -> None:
-    """They put tokens around texts, cut numbers into digits, or begin texts with a space."""
+    """They put tokens around texts, cut numbers into digits, begin texts with a space, or have other special tokens."""
     settings = {"tokenizer_class": f"{name}TokenizerFast"}
     write(byte_level, config_json=settings if place == "config.json" else {}, tokenizer_config_json={})
     (byte_level / place).write_text(json.dumps(settings))

@@ -238,14 +238,16 @@ def test_drafts_from_the_text_say_nothing_about_the_drafter() -> None:
 def test_without_memory_for_a_cache_of_its_own_nothing_is_drafted() -> None:
     class Small(HashingNetwork):
         def new_cache(self, rows: int, positions: int) -> KVCache:
+            attempts.append(rows)
             if rows:
                 raise OptionError("no memory")
             return super().new_cache(rows, positions)
 
     request: tuple[list[int], dict[str, Any]] = ([1, 2, 3], {"max_new_tokens": 9})
-    network = HashingNetwork()
+    attempts, network = list[int](), HashingNetwork()
     decoder = Scheduler(network, drafter(Small(), shared=False, length=3))
     assert run(network, [request], 1, decoder) == run(HashingNetwork(), [request], 1)
+    assert sum(rows > 0 for rows in attempts) == 1, "it tries again and again"
 
 
 @twins
