@@ -109,7 +109,7 @@ def command(
             else loaded.tokenizer.decode(text_or_ids, skip_special_tokens=True),
             "prompt_ids": result.prompt_ids,
             "draws": draws,
-            "seed": seed,
+            "seed": result.choices[0].options.seed,
             "temperatures": [_record(choice, loaded.tokenizer, top, followed) for choice in result.choices],
         }
         console.print_json(record)

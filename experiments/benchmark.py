@@ -157,6 +157,7 @@ def benchmark(
             f" the context window has {config.n_positions}: lower one of them"
         )
     prompts = np.random.default_rng(seed).integers(config.vocab_size, size=(batch_size, prompt_tokens)).tolist()
+    runner.check_memory(batch_size, positions)
     time_run(model, prompts, new_tokens)
     used = machine.process_memory()
     on_cpu = runner.device == devices.device_name(devices.CPU)
@@ -204,7 +205,11 @@ def time_run(model: Model, prompts: Sequence[Prompt], new_tokens: int, clock: Cl
     for request, outcome in model.follow(requests, len(requests)):
         if isinstance(outcome, Gpt2OnnxError):
             raise outcome
-        times[request.id].append(clock())
+        now, own = clock(), times[request.id]
+        new = len(outcome.continuations()[0].tokens) - len(outcome.strategy.prompt) - len(own)
+        # A step begins once all prompts are computed. Its tokens, several with drafts, share its time.
+        began = max(own[-1], *(each[0] for each in times if each)) if own else now
+        own += [began + (now - began) * (index + 1) / new for index in range(new)]
     prefilled, ended = max(each[0] for each in times), max(each[-1] for each in times)
     # A prompt with an early first token waits for the others' prefill, which doesn't count as decoding.
     gaps = [now - max(before, prefilled) for each in times for before, now in pairwise(each) if now > prefilled]

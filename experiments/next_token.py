@@ -168,7 +168,7 @@ def next_token(
         raise OptionError("temperature must be above 0: 0 is greedy search, which draws nothing", "temperature")
     if draws < 0:
         raise OptionError(f"draws must be at least 0, not {draws}")
-    if seed is None:
+    if seed is None and draws:
         seed = secrets.randbits(32)
     given: Sequence[float | None] = temperatures or (None,)
     settings = [
@@ -215,7 +215,7 @@ def choose(
     candidates = Candidates.all(found[-1].scores).possible()
     for index in range(draws):
         counts[generator.multinomial(candidates)[0]] += 1
-        if report is not None and (index + 1) % 100 == 0:
+        if report is not None and ((index + 1) % 100 == 0 or index + 1 == draws):
             report(index + 1)
     return Choice(options, found, draws, counts)
 

@@ -198,11 +198,14 @@ def _rows(records: Sequence[Record]) -> list[Row]:
     rows: list[Row] = []
     for strategy, group in _grouped(records, lambda record: record["strategy"]).items():
         figures: Record = {name: mean(record[name] for record in group) for name in METRICS}
-        for name in ("joules_per_token", "g_co2eq_per_1000_tokens"):
-            figures[name] = mean((record["energy"] or {}).get(name) for record in group)
-        # All tokens by all seconds: a mean of speeds would overweight short texts.
+        # Ratios of sums: a mean of ratios would overweight short texts.
         tokens = sum(record["completion_tokens"] for record in group)
         figures["tokens_per_second"] = tokens / sum(record["seconds"] for record in group)
+        measured = [record for record in group if record["energy"] is not None]
+        made = sum(record["completion_tokens"] for record in measured)
+        joules, grams = (sum(record["energy"][name] for record in measured) for name in ("joules", "g_co2eq"))
+        figures["joules_per_token"] = joules / made if made else None
+        figures["g_co2eq_per_1000_tokens"] = 1000 * grams / made if made else None
         family, options = group[0]["family"], group[0]["options"]
         rows.append(Row(strategy, family, families.index(family), options, **figures))
     return rows

@@ -20,10 +20,13 @@ from typing import Any
 from gpt2onnx.errors import OptionError, OutputError
 
 from ..runtime import jobs
+from ..runtime.decoding.strategy import new_seed
+from ..runtime.host import locks
 from ..runtime.host import progress as progress_bars
 from ..runtime.host.progress import Progress
 from ..runtime.jsontext import to_line
 from ..runtime.model import Model
+from ..runtime.options import GenerationConfig
 from ..runtime.requests import Result
 from . import machine, report
 from .energy.csvlog import to_csv
@@ -207,13 +210,17 @@ def run(sweep: Sweep, folder: Path, tracker: EnergyTracker | None = None, *, res
     if len(done) == len(sweep):
         return
     # Warm-up: the first run of a process takes longer.
-    sweep.model.answer(
-        [sweep.prompts[0]], sweep.model.generation_config.merged({"max_new_tokens": 2, "do_sample": False})
-    )
+    sweep.model.answer([[0]], GenerationConfig(max_new_tokens=2))
+    for prompt, strategy in sweep.runs():  # before earlier results are replaced
+        sweep.model.check_options(strategy.options, len(sweep.model.prompt_ids(prompt, strategy.options)))
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with path.open("ab") as file:
+            if not locks.try_lock(file):
+                raise OutputError(f"another sweep writes to {path}: wait for it, or choose another --out")
             file.truncate(end)
+            for name in (EMISSIONS, SUMMARY, REPORT):  # of earlier results
+                (folder / name).unlink(missing_ok=True)
             for prompt, strategy in islice(sweep.runs(), len(done), None):
                 record = _run(sweep, prompt, strategy, tracker)
                 file.write((to_line(record) + "\n").encode())
@@ -242,7 +249,9 @@ def write_files(records: Sequence[Record], folder: Path) -> None:
             if content is None:
                 (folder / name).unlink(missing_ok=True)
             else:
-                (folder / name).write_text(content, encoding="utf-8", newline="")
+                beside = folder / f".{name}.new"
+                beside.write_text(content, encoding="utf-8", errors="replace", newline="")
+                beside.replace(folder / name)
         except OSError as error:
             raise OutputError(f"can't write {folder / name}: {error.strerror}") from error
 
@@ -260,6 +269,8 @@ def summary(record: Record) -> Record:
 
 def _run(sweep: Sweep, prompt: str, strategy: Strategy, tracker: EnergyTracker | None) -> Record:
     model, options = sweep.model, strategy.options
+    if options.do_sample:  # repetitions give the same tokens, and the record tells the seed
+        options = options.replaced(seed=new_seed(options))
     if tracker is None:
         model.reset()
         (result,) = model.answer([prompt], options)

@@ -46,7 +46,7 @@ SCHEMA = pyarrow.schema(
         "prompt": pyarrow.string(),
         "prompt_ids": pyarrow.list_(pyarrow.int32()),
         "sequences": pyarrow.list_(_SEQUENCE),
-        "seed": pyarrow.int64(),
+        "seed": pyarrow.uint64(),
         "request_hash": pyarrow.string(),
         "usage": pyarrow.struct({"prompt_tokens": pyarrow.int64(), "completion_tokens": pyarrow.int64()}),
         "seconds": pyarrow.float64(),

@@ -5,6 +5,7 @@ that can't be carried out becomes {"id": …, "error": "…"} and stops nothing.
 """
 
 import json
+import math
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from dataclasses import replace
@@ -93,7 +94,8 @@ def identity(line: str | PromptError) -> Any:
     content = None
     if not isinstance(line, PromptError):
         with suppress(ValueError, RecursionError):
-            content = json.loads(line, parse_constant=lambda name: None)  # an option may be NaN
+            # An option may be NaN or infinite.
+            content = json.loads(line, parse_constant=lambda name: None, parse_float=_float_or_none)
     return content.get("id") if isinstance(content, dict) else None
 
 
@@ -111,7 +113,17 @@ def load(line: str | bytes) -> Any:
 
 
 def _load(line: str | bytes) -> Any:
-    return json.loads(line, parse_constant=_no_number)
+    return json.loads(line, parse_constant=_no_number, parse_float=_finite_float)
+
+
+def _float_or_none(text: str) -> float | None:
+    number = float(text)
+    return number if math.isfinite(number) else None
+
+
+def _finite_float(text: str) -> float:
+    number = float(text)
+    return number if math.isfinite(number) else _no_number(text)
 
 
 def _no_number(name: str) -> float:

@@ -54,7 +54,11 @@ class CsvLog:
         file.seek(0)
         first = file.readline(2 * len(header))  # never all of a file that has no lines
         if not first:
-            _write(file, header)
+            try:
+                _write(file, header)
+            except OSError:
+                file.truncate(0)
+                raise
         elif first.replace(b"\r", b"") != header:
             raise OutputError(
                 f"{self.path} has other columns (another program or version made it): choose another file"

@@ -97,10 +97,11 @@ class EnergyTracker:
     ) -> Iterator[dict[str, Any]]:
         """Measures the records of a job as one run, of the strategy "job", also if it is interrupted."""
         counts = {"requests": 0, "prompt_tokens": 0, "completion_tokens": 0}
+        complete = False
 
         def end() -> None:
             if not run.ended:
-                run.end_counted(None, **counts)
+                run.end_counted(None, complete=complete, **counts)
 
         with self.begin(model, options, strategy="job", close=end) as run:
             try:
@@ -109,6 +110,7 @@ class EnergyTracker:
                         counts[name] += count
                     counts["requests"] += 1
                     yield record
+                complete = True
             finally:
                 end()
 
@@ -123,7 +125,7 @@ class EnergyTracker:
         """Begins to measure a run.
 
         Args:
-            strategy: name in the run's row; by default greedy, sampling, beam search or beam sampling.
+            strategy: name in the run's row; by default `GenerationConfig.strategy`.
             close: ends the run if the caller has left it.
         """
         model.reset()
@@ -175,28 +177,32 @@ class EnergyRun:
             self._tracker._open.pop(self, None)
             self._measurement.stop()
 
-    def end(self, results: list[Result], again: Callable[[], object] | None = None) -> list[Result]:
+    def end(
+        self, results: list[Result], again: Callable[[], object] | None = None, *, complete: bool = True
+    ) -> list[Result]:
         """Repeats the run while it was too short, and writes its row.
 
         Args:
             results: of the run; partial if it was interrupted.
             again: makes the whole run once more; None: it can't be repeated.
+            complete: whether all of its tokens are counted; otherwise its figures aren't reliable.
 
         Returns:
             The results; the only one with its energy.
         """
         energy = self.end_counted(
             again,
+            complete=complete,
             requests=len(results),
             prompt_tokens=sum(result.usage["prompt_tokens"] for result in results),
             completion_tokens=sum(result.usage["completion_tokens"] for result in results),
         )
         return [replace(results[0], energy=energy)] if len(results) == 1 else results
 
-    def end_counted(self, again: Callable[[], object] | None, **counts: int) -> Energy:
+    def end_counted(self, again: Callable[[], object] | None, *, complete: bool = True, **counts: int) -> Energy:
         """As `end`, given the numbers of requests, prompt_tokens and completion_tokens."""
         elapsed = time.perf_counter() - self._started
-        runs, complete = 1, True
+        runs, interrupted = 1, False
         try:
             while again is not None and elapsed < self._tracker.seconds:
                 self._model.reset()
@@ -205,17 +211,17 @@ class EnergyRun:
                 elapsed = time.perf_counter() - self._started
         except KeyboardInterrupt:
             # The last repetition stays in the measured time without being counted.
-            complete = False
+            interrupted = True
         cpu_seconds = time.process_time() - self._cpu_started
         self.ended = True
         reading = self._measurement.stop()
         method = self._tracker.meter.method
-        reliable = complete and self.alone and elapsed >= method.seconds
+        reliable = complete and not interrupted and self.alone and elapsed >= method.seconds
         energy = _energy(reading, runs, counts["completion_tokens"], method.name, reliable=reliable)
         row = reading.columns | {"strategy": self._strategy} | self._options.to_dict() | counts
         row |= _costs(energy, elapsed / runs, cpu_seconds / runs, counts["completion_tokens"]) | _origin(self._model)
         self._tracker._record(self, row)
-        if not complete:
+        if interrupted:
             raise KeyboardInterrupt
         return energy
 
@@ -252,7 +258,7 @@ class MeasuredStream(Stream):
             try:
                 yield from self._stream
             except (GeneratorExit, KeyboardInterrupt):
-                (self._result,) = run.end([self._stream.result])
+                (self._result,) = run.end([self._stream.result], complete=False)
                 raise
             (self._result,) = run.end([self._stream.result], again)
 

@@ -6,6 +6,7 @@ import sys
 import threading
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -27,31 +28,43 @@ PREFILL, STEP = 100.0, 1.0
 
 
 class FakeModel:
-    """Computes nothing: reads prompts one by one, then advances all in each step, and tells the time by that."""
+    """Computes nothing: reads prompts one by one, then advances all in each step, and tells the time by that.
 
-    now = 0.0
+    Args:
+        drafted: tokens that each step adds beyond one.
+    """
+
+    def __init__(self, drafted: int) -> None:
+        self.now, self._drafted = 0.0, drafted
 
     def reset(self) -> None:
         """There is no cache."""
 
     def follow(self, requests: list[Request], batch_size: int) -> Iterator[tuple[Request, object]]:
+        tokens, most = 1, requests[0].options.max_new_tokens
         for request in requests:
             self.now += PREFILL
-            yield request, None
-        for _ in range(requests[0].options.max_new_tokens - 1):
+            yield request, self._outcome(request, 1)
+        while tokens < most:
             self.now += STEP
+            tokens = min(most, tokens + 1 + self._drafted)
             for request in requests:
-                yield request, None
+                yield request, self._outcome(request, tokens)
+
+    def _outcome(self, request: Request, tokens: int) -> object:
+        text = SimpleNamespace(tokens=[*request.prompt, *range(tokens)])
+        return SimpleNamespace(strategy=SimpleNamespace(prompt=request.prompt), continuations=lambda: [text])
 
 
-@given(batch=st.integers(1, 5), new=st.integers(1, 20))
-def test_every_token_is_counted_once_in_its_phase(batch: int, new: int) -> None:
-    model = FakeModel()
+@given(batch=st.integers(1, 5), new=st.integers(1, 20), drafted=st.integers(0, 7))
+def test_every_token_is_counted_once_in_its_phase(batch: int, new: int, drafted: int) -> None:
+    model = FakeModel(drafted)
     run = time_run(model, [[1, 2]] * batch, new, clock=lambda: model.now)
     assert run.prefill_seconds == batch * PREFILL
     assert run.first_token_seconds == [PREFILL * (row + 1) for row in range(batch)]
-    assert run.decode_seconds == STEP * (new - 1)
-    assert run.token_seconds == [STEP] * (batch * (new - 1))
+    assert run.decode_seconds == STEP * -(-(new - 1) // (1 + drafted))
+    assert len(run.token_seconds) == batch * (new - 1)
+    assert sum(run.token_seconds) == pytest.approx(batch * run.decode_seconds)
 
 
 @given(st.lists(st.floats(0, 1e6), min_size=1, max_size=300))

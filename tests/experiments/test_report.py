@@ -2,6 +2,7 @@
 
 import base64
 import hashlib
+import json
 import re
 from collections import Counter
 from html.parser import HTMLParser
@@ -215,3 +216,17 @@ def test_a_browser_shows_it_on_a_desk_and_on_a_phone(finished: Path, browser: An
     assert page.locator(".all tbody th:visible").all_inner_texts() == ["beam search: beams 4"]
     assert page.locator(".cards li:visible").count() == 2
     page.close()
+
+
+def test_figures_by_the_token_are_sums_by_sums(finished: Path) -> None:
+    """Two short tokens for 1 J and 98 for 9.8 J are 100 tokens for 10.8 J."""
+    record = json.loads((finished / "results.jsonl").read_text().splitlines()[0])
+    records = [
+        record | {"prompt_index": index, "completion_tokens": tokens, "seconds": tokens / 50,
+                  "energy": record["energy"] | {"joules": joules, "g_co2eq": joules / 100}}
+        for index, (tokens, joules) in enumerate([(2, 1.0), (98, 9.8)])
+    ]  # fmt: skip
+    (row,) = report._rows(records)
+    assert row.joules_per_token == pytest.approx(0.108)
+    assert row.g_co2eq_per_1000_tokens == pytest.approx(1.08)
+    assert row.tokens_per_second == pytest.approx(50)

@@ -213,6 +213,60 @@ def test_the_same_seed_makes_the_same_results(tales_model: gpt2onnx.Model, small
     assert report.render([one | two for one, two in zip(second, timed, strict=True)]) == report.render(first)
 
 
+def test_repetitions_and_records_share_a_seed(tales_model: gpt2onnx.Model, tmp_path: Path) -> None:
+    path = tmp_path / "grid.toml"
+    path.write_text("[[strategy]]\nname = 'drawn'\ntemperature = 1.5\ntop_k = 0\nmax_new_tokens = 8\n")
+    lengths = []
+    answer = tales_model.answer
+
+    def counting(*given: object) -> list[gpt2onnx.Result]:
+        results = answer(*given)
+        lengths.append(results[0].sequences[0].token_ids)
+        return results
+
+    tales_model.answer = counting  # type: ignore[method-assign]
+    try:
+        (record,) = sweep.run(make(tales_model, path, PROMPT), tmp_path / "out", EnergyTracker(seconds=0.05))
+    finally:
+        del tales_model.answer
+    runs = lengths[1:]  # behind the warm-up
+    assert len(runs) > 1
+    assert all(tokens == record["sequences"][0]["token_ids"] for tokens in runs)
+    seed = record["options"]["seed"]
+    again = tales_model.generate(PROMPT, temperature=1.5, top_k=0, max_new_tokens=8, seed=seed)
+    assert again.sequences[0].token_ids == runs[0]
+
+
+def test_arguments_take_the_place_of_the_grids_options(tales_model: gpt2onnx.Model) -> None:
+    given = {"top_p": [0.9, 0.5], "seed": 1, "max_new_tokens": 7}
+    found = gpt2onnx.sweep(tales_model, PROMPT, grid=given, seed=9, max_new_tokens=3, energy=False)
+    assert {(record["options"]["seed"], record["options"]["max_new_tokens"]) for record in found.records} == {(9, 3)}
+
+
+def test_what_cannot_run_is_told_before_earlier_results_are_gone(
+    tales_model: gpt2onnx.Model, small_grid: Path, tmp_path: Path
+) -> None:
+    records = list(sweep.run(make(tales_model, small_grid, PROMPT), tmp_path))
+    sweep.write_files(records, tmp_path)
+    before = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    with pytest.raises(gpt2onnx.errors.PromptError, match="context window"):
+        list(sweep.run(make(tales_model, small_grid, PROMPT, " the" * 600), tmp_path))
+    assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
+    path = tmp_path / "cut.toml"
+    path.write_text("[options]\ntruncate = 'left'\n[[strategy]]\nname = 'cut'\nmax_new_tokens = 3\n")
+    (record,) = sweep.run(make(tales_model, path, " the" * 600), tmp_path / "cut")
+    assert record["completion_tokens"] == 3
+
+
+def test_two_sweeps_do_not_share_a_folder(tales_model: gpt2onnx.Model, small_grid: Path, tmp_path: Path) -> None:
+    plan = make(tales_model, small_grid, PROMPT)
+    first = sweep.run(plan, tmp_path)
+    next(first)
+    with pytest.raises(OutputError, match="another sweep writes to"):
+        next(sweep.run(plan, tmp_path))
+    assert len([*first]) == len(plan) - 1
+
+
 # Interruption
 
 

@@ -65,8 +65,14 @@ def test_bad_line_stops_nothing(tales_model: gpt2onnx.Model, name: str) -> None:
 
 
 def test_a_bad_line_can_be_found_by_its_error(tales_model: gpt2onnx.Model) -> None:
-    lines = ['{"id": 2, "prompt": "x"', '{"id": "p", "prompt": "x", "temperature": NaN}', "[]"]
-    brace, number, array = run(tales_model, lines)
+    lines = [
+        '{"id": 2, "prompt": "x"',
+        '{"id": "p", "prompt": "x", "temperature": NaN}',
+        "[]",
+        '{"id": 1e400, "prompt": "x"}',
+    ]
+    brace, number, array, infinite = run(tales_model, lines)
+    assert (infinite["id"], "1e400 is not JSON" in infinite["error"]) == (None, True)
     assert lines[0] in brace["error"]
     assert "Expecting ',' delimiter" in brace["error"]
     assert (number["id"], "NaN is not JSON" in number["error"]) == ("p", True)

@@ -8,7 +8,12 @@ export async function load(url = new URL("./", import.meta.url), { onProgress, d
   const folder = new URL(`${new URL(url, document.baseURI).href.replace(/\/?$/, "/")}`);
   await keepOffline(folder);
   const calls = new Calls(new Worker(new URL("worker.js", folder), { type: "module" }), onProgress);
-  for await (const { model } of calls.run({ load: { device, threads } })) if (model) return new Model(calls, model);
+  try {
+    for await (const { model } of calls.run({ load: { device, threads } })) if (model) return new Model(calls, model);
+  } catch (error) {
+    calls.close();
+    throw error;
+  }
 }
 
 class Model {
@@ -93,7 +98,8 @@ class Calls {
 /** Installs the service worker, which keeps all files. Where a browser refuses, only the network is needed each time. */
 async function keepOffline(folder) {
   try {
-    const { installing } = await navigator.serviceWorker.register(new URL("service-worker.js", folder), { scope: folder });
+    const options = { scope: folder, updateViaCache: "none" }; // version.js, too, tells of a new folder
+    const { installing } = await navigator.serviceWorker.register(new URL("service-worker.js", folder), options);
     await new Promise((resolve) => {
       if (!installing) return resolve();
       installing.onstatechange = () => ["activated", "redundant"].includes(installing.state) && resolve();

@@ -30,7 +30,8 @@ async function answer(event) {
   const cache = await caches.open(NAME);
   const kept = await cache.match(url);
   if (kept) return isolated(kept);
-  const response = await fetch(event.request);
+  // Not from the browser's own cache, which may hold a file of an earlier version.
+  const response = await fetch(event.request, { cache: "no-cache" });
   // A full disk only means that the network is needed next time, too.
   if (response.status === 200) event.waitUntil(cache.put(url, response.clone()).catch(() => {}));
   return isolated(response);

@@ -84,7 +84,7 @@ export class TextStream extends BaseStreamer {
 
   weigh(token) {
     const all = logProbabilities(this.logits);
-    const least = all.toSorted().at(-Math.max(this.logprobs, 1));
+    const least = all.toSorted().at(-Math.min(Math.max(this.logprobs, 1), all.length));
     const top = [...all.keys()].filter((other) => all[other] >= least).sort((one, other) => all[other] - all[one]);
     const shown = new Set([...top.slice(0, this.logprobs), token]);
     this.new.tokens.push(this.piece(token));

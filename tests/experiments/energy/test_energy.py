@@ -393,3 +393,4 @@ def test_an_interrupted_job_keeps_its_row(tales_bundle: Path, tmp_path: Path) ->
     written = out.read_text().splitlines()
     assert len(written) <= int(row["requests"]) < len(lines)
     assert int(row["completion_tokens"]) >= 60 * (len(written) - 1)
+    assert row["reliable"] == "False"
