@@ -5,9 +5,11 @@ from __future__ import annotations
 import functools
 import http.server
 import json
+import os
 import re
 import shutil
 import threading
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -16,8 +18,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-from support.commands import run
+from support.commands import run, wait_until
 from support.pages import PHONE, PROMPT, expect
+from support.paths import REPOSITORY
 
 import gpt2onnx
 from gpt2onnx.models.bundle import WEIGHTS
@@ -298,3 +301,43 @@ def test_errors_are_sentences_and_leaving_a_stream_ends_it(page: Any) -> None:
     assert 30 < len(first) < 60
     assert more < 5, "it went on beside the next text"
     assert (device, threads) == ("wasm", 1)
+
+
+def test_a_new_folder_takes_the_place_of_every_old_file(browser: Any, tmp_path: Path) -> None:
+    """Also where the server sends no Cache-Control, so that browsers take month-old files for fresh ones."""
+    for name in ("gpt2onnx.js", "service-worker.js"):
+        shutil.copy(REPOSITORY / "web" / "static" / name, tmp_path)
+
+    def publish(version: str) -> None:
+        month = time.time() - 30 * 86400
+        contents = {
+            "index.html": "<!DOCTYPE html><link rel=icon href=data:,>",
+            "version.js": f'self.VERSION = "{version}"; self.SHELL = ["index.html"];',
+            "weights.bin": version,
+        }
+        for name, content in contents.items():
+            (tmp_path / name).write_text(content)
+        for path in tmp_path.iterdir():
+            os.utime(path, (month, month))
+
+    running, context = Site(tmp_path), browser.new_context()
+
+    def weights() -> str:
+        page = context.new_page()
+        page.goto(running.address)
+        found = page.evaluate(
+            """async () => {
+                import("./gpt2onnx.js").then(({ load }) => load()).catch(() => {});
+                await (await navigator.serviceWorker.ready).update();
+                return (await fetch("weights.bin")).text();
+            }"""
+        )
+        page.close()
+        return str(found)
+
+    publish("old")
+    assert weights() == weights() == "old"
+    publish("new")
+    wait_until(lambda: weights() == "new")
+    context.close()
+    running.close()
