@@ -44,8 +44,9 @@ def load(
             where the processor has AVX-512, tokens in batches. It takes a moment and memory to open, and in int8 and
             int4 rounds a little more. 0 opens it right away, None never.
         draft: source of drafts, next tokens that one forward pass then verifies: "none"; "lookup", the text so
-            far; "twin", the bundle's network in 8 bits; "auto", the twin where it pays. In fp32 tokens are the
-            same; kernels of lower precision round several tokens in another way than one, which may decide a near tie.
+            far; "twin", the bundle's network in 8 bits; "auto", the twin where it pays. A pass over several
+            tokens rounds in another way than one over a single token. In fp32 that decides only what differs by some 1e-6,
+            in lower precisions also a near tie.
         draft_model: a smaller model of the same vocabulary, which drafts in place of the twin.
         draft_length: tokens of a draft by twin or draft model; by default as many as pay, which can be none.
 
