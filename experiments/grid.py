@@ -123,7 +123,7 @@ def _grid(content: Mapping[str, Any], base: GenerationConfig, overrides: Mapping
             raise OptionError(f"the name of strategy {number} must be a text")
         own = {key: value for key, value in table.items() if key != "name"}
         try:
-            strategies += _strategies(family, common, own, overrides, base)
+            strategies += _strategies(family, common, {**own, **overrides}, base)
         except OptionError as error:
             raise OptionError(f"strategy {family!r}: {error}") from error
         if len(strategies) > MOST_RUNS:
@@ -135,14 +135,10 @@ def _grid(content: Mapping[str, Any], base: GenerationConfig, overrides: Mapping
 
 
 def _strategies(
-    family: str,
-    common: Mapping[str, Any],
-    own: Mapping[str, Any],
-    overrides: Mapping[str, Any],
-    base: GenerationConfig,
+    family: str, common: Mapping[str, Any], own: Mapping[str, Any], base: GenerationConfig
 ) -> list[Strategy]:
     """All combinations of the values of one table."""
-    given = {**common, **own, **overrides}
+    given = {**common, **own}
     for name in _REFUSED:
         if name in given:
             raise OptionError(f"{name} can't be swept")

@@ -5,7 +5,6 @@ seed is the token that `generate` takes, and N draws are those of N sequences of
 torch.multinomial after one torch.manual_seed.
 """
 
-import secrets
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -169,7 +168,7 @@ def next_token(
     if draws < 0:
         raise OptionError(f"draws must be at least 0, not {draws}")
     if seed is None and draws:
-        seed = secrets.randbits(32)
+        seed = new_seed(GenerationConfig(do_sample=True))
     given: Sequence[float | None] = temperatures or (None,)
     settings = [
         model.generation_config.merged(

@@ -19,8 +19,9 @@ from typing import Any
 
 from gpt2onnx.errors import OptionError, OutputError
 
+from ..exporter.files.atomic import replacing_file
 from ..runtime import jobs
-from ..runtime.decoding.strategy import new_seed
+from ..runtime.decoding.strategy import seeded
 from ..runtime.host import locks
 from ..runtime.host import progress as progress_bars
 from ..runtime.host.progress import Progress
@@ -245,13 +246,12 @@ def write_files(records: Sequence[Record], folder: Path) -> None:
         REPORT: report.render(records) if records else None,
     }
     for name, content in contents.items():
+        if content is not None:
+            with replacing_file(folder / name, lambda: None) as file:
+                file.write(content.encode(errors="replace"))
+            continue
         try:
-            if content is None:
-                (folder / name).unlink(missing_ok=True)
-            else:
-                beside = folder / f".{name}.new"
-                beside.write_text(content, encoding="utf-8", errors="replace", newline="")
-                beside.replace(folder / name)
+            (folder / name).unlink(missing_ok=True)
         except OSError as error:
             raise OutputError(f"can't write {folder / name}: {error.strerror}") from error
 
@@ -268,9 +268,7 @@ def summary(record: Record) -> Record:
 
 
 def _run(sweep: Sweep, prompt: str, strategy: Strategy, tracker: EnergyTracker | None) -> Record:
-    model, options = sweep.model, strategy.options
-    if options.do_sample:  # repetitions give the same tokens, and the record tells the seed
-        options = options.replaced(seed=new_seed(options))
+    model, options = sweep.model, seeded(strategy.options)
     if tracker is None:
         model.reset()
         (result,) = model.answer([prompt], options)

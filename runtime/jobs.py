@@ -122,8 +122,8 @@ def _float_or_none(text: str) -> float | None:
 
 
 def _finite_float(text: str) -> float:
-    number = float(text)
-    return number if math.isfinite(number) else _no_number(text)
+    number = _float_or_none(text)
+    return _no_number(text) if number is None else number
 
 
 def _no_number(name: str) -> float:

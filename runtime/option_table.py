@@ -1,5 +1,6 @@
 """A table of options: the fields of a structure, with their types, ranges, defaults and help."""
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, get_type_hints
@@ -190,8 +191,6 @@ def _in_words(kind: inspect.Type, example: str) -> str:
 
 def _in_json(example: str) -> str:
     """A command line's example of a list as JSON has it."""
-    pairs = [pair.split("=") for pair in example.split(",")] if "=" in example else []
-    if pairs:
-        example = ", ".join(f"[{token}, {number}]" for token, number in pairs)
-        return f"[{example}]"
+    if "=" in example:
+        return str([json.loads(f"[{pair.replace('=', ',')}]") for pair in example.split(",")])
     return example if example.startswith("[") else f"[{example}]"

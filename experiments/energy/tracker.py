@@ -15,7 +15,7 @@ from typing import Any
 
 from gpt2onnx.errors import OptionError
 
-from ...runtime.decoding.strategy import new_seed
+from ...runtime.decoding.strategy import seeded
 from ...runtime.model import METER, Model
 from ...runtime.options import OPTIONS, GenerationConfig
 from ...runtime.ort.providers import VERSION
@@ -83,8 +83,7 @@ class EnergyTracker:
         self, model: Model, options: GenerationConfig, run: Callable[[GenerationConfig], list[Result]]
     ) -> list[Result]:
         """Measures a run of `Model.generate`; see `runtime.model.Meter`."""
-        if options.do_sample:  # repetitions give the same tokens
-            options = options.replaced(seed=new_seed(options))
+        options = seeded(options)
         with self.begin(model, options) as measured:
             return measured.end(run(options), again=lambda: run(options))
 

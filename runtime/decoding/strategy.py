@@ -254,3 +254,8 @@ def new_seed(options: GenerationConfig) -> int | None:
     if not options.do_sample:
         return None
     return secrets.randbits(32) if options.seed is None else options.seed
+
+
+def seeded(options: GenerationConfig) -> GenerationConfig:
+    """The options; if they sample, with a seed, so that each run gives the same tokens."""
+    return options.replaced(seed=new_seed(options)) if options.do_sample else options

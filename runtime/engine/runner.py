@@ -295,12 +295,19 @@ class Runner:
             self._passes.clear()
             self._bound_cache = weakref.ref(cache)
         key += (cache.storage.base,)
-        one = self._passes.pop(key, None) or made()
+        known = self._passes.pop(key, None)
+        one = known or made()
         if longest <= _KEPT_TOKENS:
             self._passes[key] = one  # behind those that were used earlier
-            while len(self._passes) > 1 and sum(each.output.nbytes for each in self._passes.values()) > _KEPT_BYTES:
-                del self._passes[next(iter(self._passes))]
+            if known is None:
+                self._drop_passes()
         return one
+
+    def _drop_passes(self) -> None:
+        """Drops the passes that weren't used for longest, until the others fit into `_KEPT_BYTES`."""
+        size = sum(each.output.nbytes for each in self._passes.values())
+        while size > _KEPT_BYTES and len(self._passes) > 1:
+            size -= self._passes.pop(next(iter(self._passes))).output.nbytes
 
     def _bound(
         self, graph: providers.Graph, cache: KVCache, rows: slice, inputs: dict[str, Int64Array], shape: tuple[int, int]
