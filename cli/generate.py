@@ -12,7 +12,7 @@ from ..runtime.model import Model
 from ..runtime.requests import Prompt, Request, Result
 from . import console, energy_options, fleet_options, job, prompt_options
 from .generation_options import generation_options, token_ids
-from .model_options import device_options, draft_options, drafts, load, model_option
+from .model_options import device_options, draft_options, load, loading_options, model_option
 
 
 @click.command("generate", cls=prompt_options.PromptCommand)
@@ -91,8 +91,10 @@ def command(
         if fleet is not None:
             if energy_file is not None:
                 raise click.UsageError("--energy is measured on one machine: not with --engine ray")
-            if drafts():
-                raise click.UsageError("--draft and --draft-model are for this machine: not with --engine ray")
+            if loading_options():
+                raise click.UsageError(
+                    "--draft, --draft-model and --cache-dtype are for this machine: not with --engine ray"
+                )
             if tokenizer is not None:
                 raise click.UsageError(
                     "--tokenizer isn't sent to workers: export the model together with its tokenizer"

@@ -1,4 +1,4 @@
-"""Options of commands that use a model: its name, its device and its drafts."""
+"""Options of commands that use a model: its name, its device, its cache and its drafts."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -21,11 +21,16 @@ model_option = click.option(
 
 
 _VERIFY = "gpt2onnx.verify"
-_DRAFTS = "gpt2onnx.drafts"
+_LOADING = "gpt2onnx.loading"
+
+
+def _remember(ctx: click.Context, parameter: click.Parameter, value: str | None) -> None:
+    if value is not None:
+        ctx.meta.setdefault(_LOADING, {})[parameter.name] = value
 
 
 def device_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Adds --device and --threads, which arrive as `device` and `threads`, and --verify, which `load` heeds."""
+    """Adds --device and --threads, which arrive as `device` and `threads`, and --verify and --cache-dtype, which `load` heeds."""
 
     def remember(ctx: click.Context, parameter: click.Parameter, value: bool) -> None:
         ctx.meta[_VERIFY] = value
@@ -36,6 +41,14 @@ def device_options(command: Callable[..., Any]) -> Callable[..., Any]:
         expose_value=False,
         callback=remember,
         help="Compare every byte of the bundle with its manifest before it is loaded.",
+    )(command)
+    command = click.option(
+        "--cache-dtype",
+        type=click.Choice(["fp32", "int8"]),
+        expose_value=False,
+        callback=_remember,
+        help="Precision of the KV cache on the CPU (default: fp32). int8 takes a quarter of the memory and is faster on long texts"
+        " and large batches, but the text can change.",
     )(command)
     command = click.option(
         "--threads",
@@ -52,39 +65,34 @@ def device_options(command: Callable[..., Any]) -> Callable[..., Any]:
 
 def draft_options(command: Callable[..., Any]) -> Callable[..., Any]:
     """Adds --draft and --draft-model, which `load` heeds."""
-
-    def remember(ctx: click.Context, parameter: click.Parameter, value: str | None) -> None:
-        if value is not None:
-            ctx.meta.setdefault(_DRAFTS, {})[parameter.name] = value
-
     command = click.option(
         "--draft-model",
         metavar="MODEL",
         expose_value=False,
-        callback=remember,
+        callback=_remember,
         help="A smaller model of the same vocabulary, which drafts tokens in place of the twin; see --draft.",
     )(command)
     return click.option(
         "--draft",
         type=click.Choice(["auto", "none", "lookup", "twin"]),
         expose_value=False,
-        callback=remember,
+        callback=_remember,
         help="Source of drafts, next tokens that one forward pass verifies together: the text so far (lookup), the bundle's network"
         " in 8 bits (twin), or the twin where there is one and it pays (auto, the default). In fp32 the text stays the same. In fp16,"
         " int8 and int4 several tokens in a pass round differently from one, which may decide a near tie.",
     )(command)
 
 
-def drafts() -> dict[str, Any]:
-    """The given draft options, as arguments of `gpt2onnx.load`."""
-    return dict(click.get_current_context().meta.get(_DRAFTS, {}))
+def loading_options() -> dict[str, Any]:
+    """The given options for cache and drafts, as arguments of `gpt2onnx.load`."""
+    return dict(click.get_current_context().meta.get(_LOADING, {}))
 
 
 def load(model: str, device: str, threads: int | None, **others: Any) -> "Model":
     """Loads a model as `gpt2onnx.load` does; its packages are imported only now, after the options have been read."""
     from gpt2onnx.loading import load
 
-    return load(bundle_folder(model), device=device, threads=threads, **drafts(), **others)
+    return load(bundle_folder(model), device=device, threads=threads, **loading_options(), **others)
 
 
 def exported(model: str, dtype: str = "fp32") -> Path:

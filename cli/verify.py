@@ -24,6 +24,7 @@ def command(bundle: Path, as_json: bool, quiet: bool) -> None:
     """
     from ..models.bundle import GENERATION_CONFIG, RAGGED_GRAPH, TOKENIZER, Bundle
     from ..models.config import read_json
+    from ..runtime.engine.loading import runs_ragged
     from ..runtime.engine.runner import Runner
     from ..runtime.options import GenerationConfig
     from ..runtime.text.tokenizer import Tokenizer
@@ -42,6 +43,8 @@ def command(bundle: Path, as_json: bool, quiet: bool) -> None:
             Runner(each)
         if opened.has_twin:
             Runner(opened, twin=True)
+        if opened.has_int8_cache and runs_ragged():
+            Runner(opened.with_cache("int8"))
     if not tokenizer.reads_any_text:
         click.echo("warning: the tokenizer has no token for unknown words: a text with one is an error", err=True)
     manifest = opened.manifest

@@ -14,10 +14,11 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
-from gpt2onnx.errors import CheckpointError, MissingExtraError, OptionError
+from gpt2onnx.errors import BackendError, CheckpointError, MissingExtraError, OptionError
 
 from ..models import bundle
 from ..models.bundle import Bundle, Manifest
+from ..models.config import GPT2Config
 from ..models.precision import BLOCK_SIZES, DTYPES, QUANTIZED, blocks, default_block_size
 from ..models.shapes import weight_shapes
 from ..runtime.host import progress as progress_bars
@@ -28,7 +29,7 @@ from ..runtime.text.tokenizer import Tokenizer
 try:
     from .checkpoint.checkpoint import Checkpoint
     from .graph import second_graph, transposed
-    from .graph.write import BuildSecond, write_graphs, write_twin
+    from .graph.write import BuildSecond, write_graphs, write_int8_cache_graphs, write_twin
     from .quantize.layers import QuantizedLayers, Scheme, Tensor, to_nearest
     from .quantize.transforms import Smoothing, centre, range_by_weights, range_on
 except ModuleNotFoundError as error:
@@ -193,6 +194,8 @@ def export(
                 scheme = partial(blocks, checkpoint.config, "int8", pure=False, block_size=None)
                 layers = _quantize(checkpoint, "int8", scheme, None, passes.next(), shares_cache=True)
                 write_twin(folder, checkpoint.config, layers.weights, tied=checkpoint.tied)
+            if dtype != "fp16":
+                _add_int8_cache(_unlisted(folder, manifest, checkpoint.config))
         manifest = replace(manifest, files=bundle.describe_files(folder))
         if compared and reference:
             with _unless_missing(quality or bool(texts)):
@@ -243,8 +246,26 @@ def _write_reference(checkpoint: Checkpoint, manifest: Manifest, folder: Path, p
     """Writes the same weights in fp32, to calibrate with and to compare with."""
     weights = _counted(checkpoint, checkpoint.tensor, progress)
     write_graphs(folder, checkpoint.config, weights, tied=checkpoint.tied)
+    return _unlisted(folder, replace(manifest, dtype="fp32"), checkpoint.config)
+
+
+def _unlisted(folder: Path, manifest: Manifest, config: GPT2Config) -> Bundle:
+    """A bundle whose files aren't all written: its graph for interchange can be run."""
     files = {bundle.WEIGHTS: bundle.FileRecord((folder / bundle.WEIGHTS).stat().st_size, "")}
-    return Bundle(folder, replace(manifest, dtype="fp32", files=files), checkpoint.config)
+    return Bundle(folder, replace(manifest, files=files), config)
+
+
+def _add_int8_cache(written: Bundle) -> None:
+    """Adds the graphs with a KV cache in int8, unless the network can't be run here."""
+    try:
+        from .quantize.cache_scales import measure
+
+        scales = measure(written)
+    except (BackendError, MissingExtraError, OptionError) as error:
+        level = logging.INFO if isinstance(error, MissingExtraError) else logging.WARNING
+        _log.log(level, "the bundle can't be run with a cache in int8: %s", error)
+        return
+    write_int8_cache_graphs(written.folder, written.config, scales)
 
 
 def _collect(reference: Bundle, checkpoint: Checkpoint, dtype: str, progress: Share, *, pure: bool) -> "Statistics":

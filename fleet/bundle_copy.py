@@ -14,7 +14,8 @@ from ray.exceptions import ObjectStoreFullError, OutOfDiskError
 from gpt2onnx.errors import BackendError, BundleError
 
 from ..models import user_cache
-from ..models.bundle import MANIFEST, Bundle, sha256_of
+from ..models.bundle import MANIFEST, Bundle
+from ..models.files import sha256_of
 from ..runtime.host.locks import lock
 
 

@@ -10,7 +10,8 @@ from pyarrow import fs
 
 from gpt2onnx.errors import OutputError, PromptError
 
-from ..models.bundle import MANIFEST, sha256_of
+from ..models.bundle import MANIFEST
+from ..models.files import sha256_of
 from ..runtime import jobs
 from ..runtime.text import text_input
 from .parts import Part, cut

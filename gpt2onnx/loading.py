@@ -18,6 +18,10 @@ if TYPE_CHECKING:
     from .runtime.host.progress import Progress
 
 
+# Raised when exports gain a file, so that those in the cache are made anew.
+_EXPORT = 2
+
+
 def load(
     model: str | os.PathLike[str] = "tales",
     *,
@@ -29,6 +33,7 @@ def load(
     draft: str = "auto",
     draft_model: str | os.PathLike[str] | None = None,
     draft_length: int | None = None,
+    cache_dtype: str = "fp32",
 ) -> "Model":
     """Loads a model.
 
@@ -49,6 +54,8 @@ def load(
             in lower precisions also a near tie.
         draft_model: a smaller model of the same vocabulary, which drafts in place of the twin.
         draft_length: tokens of a draft by twin or draft model; by default as many as pay, which can be none.
+        cache_dtype: of the KV cache, the keys and values of earlier tokens. "int8" takes a quarter of the memory of "fp32",
+            which for many or long texts is more than the weights', and is faster there; the text can change. For the CPU.
 
     Raises:
         BundleError, CheckpointError: the model can't be found or used.
@@ -73,6 +80,7 @@ def load(
             draft=draft,
             draft_model=None if draft_model is None else resolve(draft_model),
             draft_length=draft_length,
+            cache_dtype=cache_dtype,
         )
 
 
@@ -150,7 +158,7 @@ def look_up(model: str | os.PathLike[str]) -> "bundle.Bundle | GPT2Config":
 def _cache_name(source: str, dtype: str = "fp32") -> str:
     """A folder name for a source in a precision and, where it lies on this machine, for the state it is in."""
     place = os.fspath(tales.FOLDER) if source == "tales" else os.path.abspath(source)  # noqa: PTH100
-    state = [f"format {bundle.FORMAT_VERSION}", dtype, source]
+    state = [f"format {bundle.FORMAT_VERSION}, export {_EXPORT}", dtype, source]
     places = [place]
     if os.path.isfile(adapter := os.path.join(place, ADAPTER_CONFIG)):  # noqa: PTH113, PTH118
         base = read_json(Path(adapter)).get("base_model_name_or_path")

@@ -10,6 +10,7 @@ onnx/wide.onnx          from 512 wide on: the graph for batches; in int8 and int
 onnx/wide_weights.onnx  makes its weights of the first graph's
 onnx/twin.onnx          in fp32 and fp16: the network in 8 bits, which drafts tokens for the full one to verify
 onnx/twin.onnx_data     its weights
+onnx/*_int8_cache.onnx  the runtime's graphs once more, with a KV cache in 8 bits
 """
 
 import hashlib
@@ -23,10 +24,11 @@ from typing import Any
 
 import msgspec
 
-from gpt2onnx.errors import BackendError, BundleError, CheckpointError
+from gpt2onnx.errors import BackendError, BundleError, CheckpointError, OptionError
 
 from . import graph_rules, limits
 from .config import GPT2Config, json_object, read_small
+from .files import files_in, sha256_of
 from .messages import shown
 from .precision import BLOCK_SIZES, DTYPES, QUANTIZED
 
@@ -45,15 +47,18 @@ SECOND_GRAPH = "onnx/wide.onnx"
 SECOND_GRAPH_WEIGHTS = "onnx/wide_weights.onnx"
 TWIN_GRAPH = "onnx/twin.onnx"
 TWIN_WEIGHTS = "onnx/twin.onnx_data"
+# The runtime's graphs with a KV cache in int8, in place of the cache in floats.
+INT8_CACHE_GRAPHS = {
+    name: f"{name.removesuffix('.onnx')}_int8_cache.onnx" for name in (RAGGED_GRAPH, SECOND_GRAPH, TWIN_GRAPH)
+}
 GRAPHS = ("fused", "portable")
+CACHE_DTYPES = ("fp32", "int8")
 FORMAT_VERSION = 1
 
-_GRAPH_FILES = (GRAPH, RAGGED_GRAPH, SECOND_GRAPH, SECOND_GRAPH_WEIGHTS, TWIN_GRAPH)
+_GRAPH_FILES = (GRAPH, RAGGED_GRAPH, SECOND_GRAPH, SECOND_GRAPH_WEIGHTS, TWIN_GRAPH, *INT8_CACHE_GRAPHS.values())
 _REQUIRED = (CONFIG, GENERATION_CONFIG, GRAPH)
 # Files up to this size are hashed whenever a bundle is opened, which takes less than a millisecond in all.
 _SMALL = 2**18
-# Bytes read at a time: progress moves often, and calls cost nothing beside the hash.
-_PIECE = 2**20
 
 
 @dataclass(frozen=True)
@@ -155,11 +160,16 @@ def _stays_inside(name: str) -> bool:
 
 @dataclass(frozen=True)
 class Bundle:
-    """An opened bundle: its folder, manifest and architecture."""
+    """An opened bundle: its folder, manifest and architecture, and the precision of the KV cache that it is run with.
+
+    Attributes:
+        cache_dtype: "int8", or "fp32": keys and values as the network computes them, in fp16 bundles float16.
+    """
 
     folder: Path
     manifest: Manifest
     config: GPT2Config
+    cache_dtype: str = "fp32"
 
     @classmethod
     def open(cls, folder: Path) -> "Bundle":
@@ -199,13 +209,20 @@ class Bundle:
         """Whether a quantised twin drafts for it."""
         return TWIN_GRAPH in self.manifest.files
 
+    @property
+    def has_int8_cache(self) -> bool:
+        """Whether it can be run with a KV cache in int8."""
+        return INT8_CACHE_GRAPHS[RAGGED_GRAPH] in self.manifest.files
+
     def sha256(self, tokenizer: Path | None = None) -> str:
-        """Hash over all files but the manifest, which also holds reports.
+        """Hash over all files but the manifest, which also holds reports, and the cache's precision where it isn't fp32.
 
         Args:
             tokenizer: folder of a tokenizer in place of the bundle's own.
         """
         hashes = {name: record.sha256 for name, record in self.manifest.files.items()}
+        if self.cache_dtype != "fp32":
+            hashes["cache_dtype"] = self.cache_dtype
         if tokenizer is not None:
             for name in (TOKENIZER, TOKENIZER_CONFIG):
                 hashes.pop(name, None)
@@ -213,8 +230,27 @@ class Bundle:
                     hashes[name] = sha256_of(tokenizer / name)
         return hashlib.sha256(json.dumps(sorted(hashes.items())).encode()).hexdigest()
 
+    def with_cache(self, dtype: str) -> "Bundle":
+        """The bundle, run with a KV cache in another precision.
+
+        Raises:
+            OptionError: there is no such precision, or the bundle has no graph for it.
+        """
+        if dtype not in CACHE_DTYPES:
+            raise OptionError(f"cache_dtype must be one of {', '.join(CACHE_DTYPES)}, not {shown(dtype)}")
+        if dtype == "int8" and not self.has_int8_cache:
+            raise OptionError(
+                f"{self.folder} has no graph with a cache in int8: export it again, in fp32, int8 or int4, with onnxruntime installed",
+                "cache_dtype",
+            )
+        return replace(self, cache_dtype=dtype)
+
+    def path(self, name: str) -> Path:
+        """The file of a graph, or of its form with the bundle's KV cache."""
+        return self.folder / (INT8_CACHE_GRAPHS.get(name, name) if self.cache_dtype == "int8" else name)
+
     def graph(self, name: str) -> Path:
-        """The file of a graph, once it is known that ONNX Runtime may open it.
+        """As `path`, once it is known that ONNX Runtime may open the file.
 
         ONNX Runtime follows a graph's references to other files, before 1.24 wherever they lead, and runs any program in it.
 
@@ -222,7 +258,7 @@ class Bundle:
             BundleError: it is too large or no graph, takes weights from elsewhere, holds what no exported graph has, or is of another
                 precision.
         """
-        path = self.folder / name
+        path = self.path(name)
         try:
             if path.stat().st_size > limits.GRAPH:
                 raise BundleError(f"{path} has more than {limits.GRAPH:,} bytes: export the bundle again")
@@ -341,36 +377,3 @@ def describe_files(folder: Path) -> dict[str, FileRecord]:
         for path in sorted(files_in(folder))
         if path != folder / MANIFEST
     }
-
-
-def files_in(folder: Path) -> list[Path]:
-    """All files and links below a folder. Links aren't followed.
-
-    Raises:
-        OSError: a folder can't be read.
-    """
-
-    def fail(error: OSError) -> None:
-        raise error
-
-    found = []
-    for place, folders, files in os.walk(folder, onerror=fail):
-        found += [Path(place) / name for name in files]
-        found += [path for name in folders if (path := Path(place) / name).is_symlink()]
-    return found
-
-
-def sha256_of(path: Path, advance: Callable[[int], None] | None = None) -> str:
-    """The sha256 of a file, in hexadecimal.
-
-    Args:
-        path: of the file.
-        advance: called with the bytes of each piece that has been read.
-    """
-    digest = hashlib.sha256()
-    with path.open("rb", buffering=0) as file:
-        while piece := file.read(_PIECE):
-            digest.update(piece)
-            if advance is not None:
-                advance(len(piece))
-    return digest.hexdigest()

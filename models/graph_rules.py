@@ -1,8 +1,9 @@
 """What a bundle's graph may hold, and where its weights are, read off the file before ONNX Runtime opens it.
 
 ONNX Runtime computes while it loads a graph, deaf to Ctrl-C: what depends on constants alone, loops among it. So a graph
-may hold what exported graphs hold, and nothing else: operators and attributes from a list, no programs, and of constants
-alone nothing that is larger than these. What operators make of weights and tokens later isn't bounded here.
+may hold what exported graphs hold, and nothing else: operators and attributes from a list, no programs but branches of such
+operators, and of constants alone nothing that is larger than these. What operators make of weights and tokens later isn't
+bounded here.
 """
 
 import math
@@ -18,14 +19,14 @@ _DOMAINS = frozenset({b"", b"ai.onnx", b"com.microsoft"})
 _OPERATORS = frozenset(
     b"Abs Add And Cast Clip Concat Constant ConstantOfShape DequantizeLinear Div DynamicQuantizeMatMul Equal Erf Exp Expand"
     b" FastGelu Flatten Gather GatherBlockQuantized Gelu Gemm Greater GreaterOrEqual GroupQueryAttention HardSigmoid HardSwish"
-    b" Identity LayerNormalization LeakyRelu Less LessOrEqual Log MatMul MatMulNBits Max Min Mish Mul Neg Not Or Pad Pow"
-    b" QuantizeLinear QuickGelu Range ReduceMax ReduceMean ReduceSum Relu Reshape Shape Sigmoid Sign Slice Softmax Softplus"
-    b" Split Sqrt Squeeze Sub Sum Tanh Transpose Trilu Unsqueeze Where".split()
+    b" Identity If LayerNormalization LeakyRelu Less LessOrEqual Log MatMul MatMulNBits Max Min Mish Mul Neg Not Or Pad Pow"
+    b" QuantizeLinear QuickGelu Range ReduceMax ReduceMean ReduceMin ReduceSum Relu Reshape Shape Sigmoid Sign Size Slice"
+    b" Softmax Softplus Split Sqrt Squeeze Sub Sum Tanh Transpose Trilu Unsqueeze Where".split()
 )
 _ATTRIBUTES = frozenset(
-    b"K N accuracy_level allowzero alpha approximate axis beta bits block_size do_rotary end epsilon gather_axis keepdims"
-    b" kv_num_heads num_heads num_outputs perm quantize_axis saturate scale start stash_type to transA transB upper"
-    b" value".split()
+    b"K N accuracy_level allowzero alpha approximate axis beta bits block_size do_rotary else_branch end epsilon gather_axis"
+    b" k_quant_type keepdims kv_cache_bit_width kv_num_heads num_heads num_outputs perm quantize_axis saturate scale start"
+    b" stash_type then_branch to transA transB upper v_quant_type value".split()
 )
 # Operators that exported graphs apply to constants alone: they make no more numbers than they take, or as many as a constant says.
 _OF_CONSTANTS = frozenset({b"Cast", b"ConstantOfShape", b"Neg"})
@@ -34,9 +35,10 @@ _SIZES = {b"ConstantOfShape": 0, b"Expand": 1, b"Pad": 1}
 
 # Fields of ONNX' messages: https://github.com/onnx/onnx/blob/main/onnx/onnx.proto
 _MODEL_GRAPH, _MODEL_TRAINING, _MODEL_FUNCTIONS = 7, 20, 25
-_GRAPH_NODE, _GRAPH_INITIALIZER, _GRAPH_INPUT, _GRAPH_SPARSE = 1, 5, 11, 15
+_GRAPH_NODE, _GRAPH_NAME, _GRAPH_INITIALIZER, _GRAPH_INPUT, _GRAPH_OUTPUT, _GRAPH_SPARSE = 1, 2, 5, 11, 12, 15
 _NODE_INPUT, _NODE_OUTPUT, _NODE_OPERATOR, _NODE_ATTRIBUTE, _NODE_DOMAIN = 1, 2, 4, 5, 7
-_ATTRIBUTE_NAME, _ATTRIBUTE_TENSOR, _ATTRIBUTE_PROGRAMS, _ATTRIBUTE_TENSORS = 1, 5, (6, 11), (10, 22, 23)
+_ATTRIBUTE_NAME, _ATTRIBUTE_TENSOR, _ATTRIBUTE_PROGRAM, _ATTRIBUTE_PROGRAMS = 1, 5, 6, 11
+_ATTRIBUTE_TENSORS = 10, 22, 23
 _TENSOR_DIMS, _TENSOR_TYPE, _TENSOR_INT64S, _TENSOR_NAME, _TENSOR_RAW, _TENSOR_EXTERNAL = 1, 2, 7, 8, 9, 13
 _ENTRY_KEY, _ENTRY_VALUE = 1, 2
 _INT64 = 7
@@ -81,7 +83,7 @@ def check(model: bytes, positions: int, *, makes_weights: bool = False) -> set[s
     """
     graph = _read(model)
     _check_positions(graph, positions)
-    _check_nodes(graph, folds=not makes_weights)
+    _Nodes(graph, folds=not makes_weights).check(graph.nodes, branches=True)
     return graph.locations
 
 
@@ -113,41 +115,74 @@ def _check_positions(graph: _Graph, positions: int) -> None:
             raise NotExportedError(f"{rows:,} positions where config.json says {positions:,}")
 
 
-def _check_nodes(graph: _Graph, *, folds: bool) -> None:
-    known = {b"", *graph.inputs, *graph.constants}
-    constant, taken = {b"", *graph.constants}, set[bytes]()
-    for node in graph.nodes:
-        operator, inputs, outputs = _last(node, _NODE_OPERATOR), node.get(_NODE_INPUT, []), node.get(_NODE_OUTPUT, [])
-        if operator not in _OPERATORS or _last(node, _NODE_DOMAIN) not in _DOMAINS:
-            raise NotExportedError(f"the operator {_shown(operator)}")
-        for attribute in node.get(_NODE_ATTRIBUTE, []):
-            _check_attribute(graph, attribute)
-        if not known.issuperset(inputs):
-            raise NotExportedError("operators in another order")
-        if operator in _SIZES:
-            _check_size(graph, operator, inputs)
-        if operator == b"Constant":
-            graph.constants |= dict.fromkeys(outputs, _value(node))
-            constant.update(outputs)
-        elif constant.issuperset(inputs):
-            # Each constant goes into at most one, so that all of them together take no more memory than the file.
-            if folds and (operator not in _OF_CONSTANTS or taken.intersection(inputs)):
-                raise NotExportedError(f"{_shown(operator)} of constants")
-            constant.update(outputs)
-            taken.update(inputs, outputs)
-        known.update(outputs)
+class _Nodes:
+    """Checks nodes in their order.
+
+    Args:
+        graph: their graph.
+        folds: whether ONNX Runtime computes what depends on constants alone.
+    """
+
+    def __init__(self, graph: _Graph, *, folds: bool) -> None:
+        self._graph, self._folds = graph, folds
+        self._known = {b"", *graph.inputs, *graph.constants}
+        self._constant, self._taken = {b"", *graph.constants}, set[bytes]()
+
+    def check(self, nodes: list[dict[int, list[bytes]]], *, branches: bool) -> None:
+        """Checks the nodes of the graph, or of a branch, which has no branches itself."""
+        graph = self._graph
+        for node in nodes:
+            operator = _last(node, _NODE_OPERATOR)
+            inputs, outputs = node.get(_NODE_INPUT, []), node.get(_NODE_OUTPUT, [])
+            if operator not in _OPERATORS or _last(node, _NODE_DOMAIN) not in _DOMAINS:
+                raise NotExportedError(f"the operator {_shown(operator)}")
+            if not self._known.issuperset(inputs):
+                raise NotExportedError("operators in another order")
+            for attribute in node.get(_NODE_ATTRIBUTE, []):
+                for branch in _check_attribute(graph, attribute):
+                    if operator != b"If" or not branches:
+                        raise NotExportedError("loops, or branches in branches")
+                    self.check(_nodes_of(branch), branches=False)
+            if operator in _SIZES:
+                _check_size(graph, operator, inputs)
+            if operator == b"Constant":
+                graph.constants |= dict.fromkeys(outputs, _value(node))
+                self._constant.update(outputs)
+            elif self._constant.issuperset(inputs):
+                # Each constant goes into at most one, so that all of them together take no more memory than the file.
+                if self._folds and (operator not in _OF_CONSTANTS or self._taken.intersection(inputs)):
+                    raise NotExportedError(f"{_shown(operator)} of constants")
+                self._constant.update(outputs)
+                self._taken.update(inputs, outputs)
+            self._known.update(outputs)
 
 
-def _check_attribute(graph: _Graph, attribute: bytes) -> None:
+def _nodes_of(branch: bytes) -> list[dict[int, list[bytes]]]:
+    """The nodes of a branch, which has neither inputs nor weights of its own."""
+    nodes = []
+    for number, place in protobuf.fields(branch, 0, len(branch)):
+        if number == _GRAPH_NODE and isinstance(place, slice):
+            nodes.append(protobuf.messages(branch[place]))
+        elif number not in (_GRAPH_NAME, _GRAPH_OUTPUT):
+            raise NotExportedError("a branch with inputs or weights")
+    return nodes
+
+
+def _check_attribute(graph: _Graph, attribute: bytes) -> list[bytes]:
+    """Refuses an attribute that no exported graph has; returns the branches that it holds."""
+    branches = []
     for number, place in protobuf.fields(attribute, 0, len(attribute)):
-        if number in _ATTRIBUTE_PROGRAMS:
-            raise NotExportedError("loops or branches")
+        if number == _ATTRIBUTE_PROGRAMS:
+            raise NotExportedError("several programs in an attribute")
         if number in _ATTRIBUTE_TENSORS:
             raise NotExportedError("several or sparse tensors in an attribute")
+        if number == _ATTRIBUTE_PROGRAM and isinstance(place, slice):
+            branches.append(attribute[place])
         if number == _ATTRIBUTE_NAME and isinstance(place, slice) and attribute[place] not in _ATTRIBUTES:
             raise NotExportedError(f"the attribute {_shown(attribute[place])}")
         if number == _ATTRIBUTE_TENSOR and isinstance(place, slice):
             graph.locations |= _locations(attribute[place])
+    return branches
 
 
 def _check_size(graph: _Graph, operator: bytes, inputs: list[bytes]) -> None:

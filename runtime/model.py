@@ -51,10 +51,8 @@ class Model:
         threads: of one operator; by default the cores that this process may use, fewer for very small models.
         wide_after: tokens in prompts and batches after which these go through the bundle's second graph, if it has one
             for this device; 0 opens it right away, None never.
-        draft: where drafts of the next tokens come from: "none"; "lookup", the text so far; "twin", the bundle's quantised
-            twin, from the first token on; or "auto", the twin where the bundle has one and it pays.
-        draft_model: folder of another bundle of the same vocabulary, which drafts in place of the twin.
-        draft_length: tokens of a draft by twin or draft model; None: as many as pay, which can be none.
+        draft, draft_model, draft_length: see `engine.drafting.Drafting`.
+        cache_dtype: of the KV cache; "int8" takes a quarter of the memory of "fp32".
 
     Raises:
         BundleError: the bundle can't be used.
@@ -73,8 +71,9 @@ class Model:
         draft: str = "auto",
         draft_model: Path | None = None,
         draft_length: int | None = None,
+        cache_dtype: str = "fp32",
     ) -> None:
-        self.bundle = Bundle.open(folder)
+        self.bundle = Bundle.open(folder).with_cache(cache_dtype)
         self.config = self.bundle.config
         self._drafting = Drafting(draft, draft_model, draft_length)
         alone = not self._drafting.needs_network(self.bundle)

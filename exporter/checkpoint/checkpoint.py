@@ -19,8 +19,9 @@ import numpy.typing as npt
 
 from gpt2onnx.errors import CheckpointError, MissingExtraError
 
-from ...models.bundle import CONFIG, sha256_of
+from ...models.bundle import CONFIG
 from ...models.config import ADAPTER_CONFIG, GPT2Config, read_json
+from ...models.files import sha256_of
 from ...models.shapes import weight_shapes
 
 try:

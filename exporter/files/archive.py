@@ -16,7 +16,8 @@ from typing import IO
 from gpt2onnx.errors import BundleError, OptionError, OutputError
 
 from ...models import limits
-from ...models.bundle import MANIFEST, Bundle, FileRecord, Manifest, sha256_of
+from ...models.bundle import MANIFEST, Bundle, FileRecord, Manifest
+from ...models.files import sha256_of
 from ...runtime.host.progress import Progress
 from .atomic import replacing, replacing_file
 from .target import check_target

@@ -122,7 +122,7 @@ def attention(graph: Graph, config: GPT2Config, layer: int, qkv: str, lengths: L
     name, heads, size = f"h.{layer}.attn", config.n_head, config.head_size
     past = list(contract.past_names(layer)) if cached else ["", ""]
     present = list(contract.present_names(layer))
-    missing = -size % _HEAD_SIZE_UNIT
+    missing = padded_head_size(config) - size
     if missing:
         # Zeros behind each head change no product of queries and keys. They are added and taken off
         # here, so that neither the weights nor the cache have another shape than in the checkpoint.
@@ -142,6 +142,11 @@ def attention(graph: Graph, config: GPT2Config, layer: int, qkv: str, lengths: L
         by_head = graph.reshape(attended, f"{name}.heads", 0, 0, heads, size + missing)
         attended = graph.reshape(graph.first(by_head, f"{name}.unpadded", size), f"{name}.merged", 0, 0, -1)
     return attended
+
+
+def padded_head_size(config: GPT2Config) -> int:
+    """The size of a head that attention is computed with: a multiple of what GroupQueryAttention takes."""
+    return config.head_size + -config.head_size % _HEAD_SIZE_UNIT
 
 
 def _attention_scale(config: GPT2Config, layer: int) -> float:
@@ -225,7 +230,7 @@ def _model(graph: Graph, config: GPT2Config) -> ModelProto:
             outputs.append(value(filled, cache_type, batch, config.n_head, total, config.head_size))
             # Where heads are padded, ONNX Runtime takes past and present for equally long unless it is told
             # otherwise, and then reuses the one's memory for the other.
-            padded = config.head_size + -config.head_size % _HEAD_SIZE_UNIT
+            padded = padded_head_size(config)
             if padded != config.head_size:
                 inner.append(value(f"{name}.padded", cache_type, batch, config.n_head, past, padded))
                 inner.append(value(f"{filled}.padded", cache_type, batch, config.n_head, total, padded))

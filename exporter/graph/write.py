@@ -5,11 +5,13 @@ from pathlib import Path
 from typing import TypeAlias
 
 import numpy as np
+import onnx
 from onnx import ModelProto
 
 from ...models import bundle
 from ...models.config import GPT2Config
-from . import ragged
+from . import int8_cache, ragged
+from .blocks import Array
 from .fused import Weights, build
 from .weights import WeightsFile
 
@@ -55,3 +57,15 @@ def write_twin(folder: Path, config: GPT2Config, weights: Weights, *, tied: bool
         store = WeightsFile(folder / bundle.TWIN_WEIGHTS, file).append
         model = build(config, weights, tied=tied, store=store)
     (folder / bundle.TWIN_GRAPH).write_bytes(ragged.build(model, config).SerializeToString())
+
+
+def write_int8_cache_graphs(folder: Path, config: GPT2Config, scales: Array) -> None:
+    """Writes the runtime's graphs that are there once more, with a KV cache in int8.
+
+    Args:
+        scales: of keys and values, float32 [layer, 2, head, size].
+    """
+    for name, target in bundle.INT8_CACHE_GRAPHS.items():
+        if (folder / name).exists():
+            model = onnx.load(folder / name, load_external_data=False)
+            (folder / target).write_bytes(int8_cache.build(model, config, scales).SerializeToString())

@@ -63,6 +63,8 @@ def _load_on(provider: str, bundle: Bundle, threads: int, alone: bool) -> tuple[
     if provider == devices.CPU and (short := resources.shortage(weight_bytes(bundle))):
         raise BackendError(f"{bundle.folder} needs at least {short}: free some, or export with fewer bits (--dtype)")
     ragged = provider == devices.CPU and RAGGED_GRAPH in bundle.manifest.files and runs_ragged()
+    if bundle.cache_dtype == "int8" and not ragged:
+        raise BackendError("a cache in int8 is for the CPU, with ONNX Runtime 1.32 or newer: leave out cache_dtype")
     file = RAGGED_GRAPH if ragged else GRAPH
     path = bundle.graph(file)
     return providers.open_graph(path, provider, threads=threads, name=path, alone=alone), provider, file

@@ -82,6 +82,7 @@ class Runner:
             limits.check_at_least(0, wide_after=wide_after)
         self.config = bundle.config
         self.dtype = np.dtype(np.float16 if bundle.manifest.dtype == "fp16" and not twin else np.float32)
+        self._cache_dtype = np.dtype(np.int8) if bundle.cache_dtype == "int8" else self.dtype
         self.threads = threads or loading.threads(bundle)
         if twin:
             self._graph, provider, file = loading.load_twin(bundle, self.threads)
@@ -93,9 +94,8 @@ class Runner:
         # The device's own memory, where the cache is kept in it.
         self._memory = devices.MEMORY.get(provider) if self._in_place else None
         self._storage = binding.device_storage(provider, self._memory, self.dtype) if self._memory else HostStorage
-        inputs, outputs = providers.declared(self._graph, path := bundle.folder / file)
-        floats = "tensor(float16)" if self.dtype == np.float16 else "tensor(float)"
-        signature.check(self.config, floats, inputs, outputs, path)
+        inputs, outputs = providers.declared(self._graph, path := bundle.path(file))
+        signature.check(bundle, self.dtype, inputs, outputs, path)
         self._inputs = list(inputs)
         self._second_graph = None
         if file == RAGGED_GRAPH and wide_after is not None and pays(bundle):
@@ -129,7 +129,8 @@ class Runner:
             OptionError: their cache and logits don't fit; says how much is missing and what to lower.
         """
         config = self.config
-        cache = 2 * config.n_layer * config.n_embd * positions * self.dtype.itemsize if self._memory is None else 0
+        itemsize = self._cache_dtype.itemsize if self._memory is None else 0
+        cache = 2 * config.n_layer * config.n_embd * positions * itemsize
         needed = rows * (cache + config.vocab_size * np.dtype(np.float32).itemsize)
         check_memory(rows, positions, max(0, needed - reserved))
 
@@ -151,9 +152,9 @@ class Runner:
         config = self.config
         shape = (config.n_layer, 2, rows, config.n_head, positions, config.head_size)
         try:
-            return KVCache(shape, self.dtype, self._storage)
+            return KVCache(shape, self._cache_dtype, self._storage)
         except MemoryError as error:
-            needed = resources.in_words(math.prod(shape) * self.dtype.itemsize)
+            needed = resources.in_words(math.prod(shape) * self._cache_dtype.itemsize)
             raise OptionError(
                 f"no memory for a cache of {needed} ({rows} sequences of {positions} tokens):"
                 " lower the batch size, the beams or the length"
@@ -325,7 +326,7 @@ class Runner:
             names = zip(contract.past_names(layer), contract.present_names(layer), strict=True)
             for part, pair in enumerate(names):
                 address = cache.address(layer, part, rows.start)
-                bound.bind_in_place(pair, self._memory or "cpu", self.dtype, cached, address)
+                bound.bind_in_place(pair, self._memory or "cpu", self._cache_dtype, cached, address)
         return _Pass(bound, inputs, output, hidden)
 
 

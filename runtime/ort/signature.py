@@ -5,10 +5,13 @@ Knows no runtime: it is given names, types and shapes.
 
 from collections.abc import Mapping, Sequence
 
+import numpy as np
+import numpy.typing as npt
+
 from gpt2onnx.errors import BundleError
 
 from ...models import contract
-from ...models.config import GPT2Config
+from ...models.bundle import Bundle
 from ...models.messages import shown
 
 # A type in ONNX's words, and the length of each axis, or a name where that varies.
@@ -19,16 +22,17 @@ _IDS: _Wanted = ("tensor(int64)", (None, None))
 
 
 def check(
-    config: GPT2Config,
-    floats: str,
+    bundle: Bundle,
+    floats: npt.DTypeLike,
     inputs: Mapping[str, Declared],
     outputs: Mapping[str, Declared],
     graph: object,
 ) -> None:
-    """Compares a graph with an architecture.
+    """Compares a graph with its bundle's architecture.
 
     Args:
-        floats: type of the cached keys and values: "tensor(float)" or "tensor(float16)".
+        bundle: may be run with a KV cache in int8.
+        floats: type of activations and, otherwise, of the cache.
         inputs: of the graph, by name.
         outputs: of the graph, by name.
         graph: what errors name.
@@ -36,7 +40,8 @@ def check(
     Raises:
         BundleError: an input or output is missing, unknown, or of another type or shape.
     """
-    cache = floats, (None, config.n_head, None, config.head_size)
+    config = bundle.config
+    cached = _type(np.int8 if bundle.cache_dtype == "int8" else floats), (None, config.n_head, None, config.head_size)
     layers = range(config.n_layer)
     wanted: dict[str, _Wanted] = {contract.INPUT_IDS: _IDS}
     if contract.COUNTS in inputs:
@@ -45,15 +50,21 @@ def check(
         )
     else:
         wanted |= dict.fromkeys((contract.ATTENTION_MASK, contract.POSITION_IDS), _IDS)
-    wanted |= {name: cache for layer in layers for name in contract.past_names(layer)}
+    wanted |= {name: cached for layer in layers for name in contract.past_names(layer)}
     if contract.LOGITS_TO_KEEP in inputs:
         wanted[contract.LOGITS_TO_KEEP] = "tensor(int64)", (1,)
     _compare("input", inputs, wanted, graph)
     wanted = {contract.LOGITS: (None, (None, None, config.vocab_size))}
-    wanted |= {name: cache for layer in layers for name in contract.present_names(layer)}
+    wanted |= {name: cached for layer in layers for name in contract.present_names(layer)}
     if contract.COUNTS in inputs and contract.HIDDEN in outputs:
-        wanted[contract.HIDDEN] = floats, (None, 1, config.n_embd)
+        wanted[contract.HIDDEN] = _type(floats), (None, 1, config.n_embd)
     _compare("output", outputs, wanted, graph)
+
+
+def _type(numbers: npt.DTypeLike) -> str:
+    """A tensor's type in ONNX's words."""
+    dtype = np.dtype(numbers)
+    return f"tensor({'float' if dtype == np.float32 else dtype.name})"
 
 
 def _compare(kind: str, declared: Mapping[str, Declared], wanted: Mapping[str, _Wanted], graph: object) -> None:

@@ -87,11 +87,51 @@ def loop(model: onnx.ModelProto) -> None:
     model.graph.node.append(onnx.NodeProto(op_type="Identity", attribute=[onnx.AttributeProto(name="to", g=body)]))
 
 
-def branches(model: onnx.ModelProto) -> None:
+def programs(model: onnx.ModelProto) -> None:
     body = onnx.GraphProto(node=[onnx.NodeProto(op_type="Identity")])
     model.graph.node.append(
         onnx.NodeProto(op_type="Identity", attribute=[onnx.AttributeProto(name="to", graphs=[body])])
     )
+
+
+def branching(*inner: onnx.NodeProto, condition: str = "") -> Change:
+    """Appends a choice between two branches of these nodes."""
+
+    def change(model: onnx.ModelProto) -> None:
+        body = onnx.GraphProto(name="branch", node=inner)
+        chosen = [onnx.AttributeProto(name=f"{each}_branch", g=body) for each in ("then", "else")]
+        name = condition or model.graph.input[0].name
+        inputs = [helper.make_node("Cast", [name], ["cond"], to=TensorProto.BOOL)] if not condition else []
+        model.graph.node.extend(inputs)
+        model.graph.node.append(onnx.NodeProto(op_type="If", input=[condition or "cond"], attribute=chosen))
+
+    return change
+
+
+def nested(model: onnx.ModelProto) -> None:
+    chosen = onnx.AttributeProto(name="then_branch", g=onnx.GraphProto(name="inner"))
+    branching(onnx.NodeProto(op_type="If", input=["cond"], attribute=[chosen]))(model)
+
+
+def outer_product_in_branch(model: onnx.ModelProto) -> None:
+    for name, shape in (("column", (40_000, 1)), ("row", (1, 40_000))):
+        model.graph.initializer.append(numpy_helper.from_array(np.zeros(shape, np.float32), name))
+    branching(helper.make_node("Add", ["column", "row"], ["many"]))(model)
+
+
+def zeros_in_branch(model: onnx.ModelProto) -> None:
+    model.graph.initializer.append(numpy_helper.from_array(np.array([10**9]), "size"))
+    branching(helper.make_node("ConstantOfShape", ["size"], ["zeros"]))(model)
+
+
+def branch_with_weights(model: onnx.ModelProto) -> None:
+    branching()(model)
+    model.graph.node[-1].attribute[0].g.initializer.append(number("weight", 1))
+
+
+def constant_choice(model: onnx.ModelProto) -> None:
+    model.graph.initializer.append(numpy_helper.from_array(np.array(True), "always"))
+    branching(condition="always")(model)
 
 
 def with_tensors(**tensors: Any) -> Change:
@@ -120,8 +160,14 @@ HOSTILE: dict[str, tuple[Change, str]] = {
     "sparse weights": (sparse, "sparse tensors"),
     "a list of tensors": (with_tensors(tensors=[number("many", 1)]), "several or sparse tensors"),
     "a sparse attribute": (with_tensors(sparse_tensor=onnx.SparseTensorProto(dims=[9])), "several or sparse tensors"),
-    "a loop": (loop, "loops or branches"),
-    "branches": (branches, "loops or branches"),
+    "a loop": (loop, "loops, or branches in branches"),
+    "several programs": (programs, "several programs"),
+    "branches in branches": (nested, "loops, or branches in branches"),
+    "an operator in a branch": (branching(helper.make_node("Tile", ["cond"], ["y"])), "the operator 'Tile'"),
+    "an outer product in a branch": (outer_product_in_branch, "'Add' of constants"),
+    "zeros in a branch": (zeros_in_branch, "'ConstantOfShape' to more than"),
+    "a branch with weights": (branch_with_weights, "a branch with inputs or weights"),
+    "a branch that a constant chooses": (constant_choice, "'If' of constants"),
     "a function": (lambda model: model.functions.append(onnx.FunctionProto(name="twice")), "functions"),
     "a training graph": (lambda model: model.training_info.append(onnx.TrainingInfoProto()), "a training graph"),
     "another domain": (

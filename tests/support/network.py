@@ -11,6 +11,8 @@ from gpt2onnx.models.config import GPT2Config
 
 # What becomes of a matrix' input, by the matrix' name and the input [..., in].
 OnInput = Callable[[str, np.ndarray], np.ndarray]
+# What becomes of keys (part 0) and values (part 1) [rows, head, length, size], by the layer and the part.
+OnCache = Callable[[int, int, np.ndarray], np.ndarray]
 
 FUNCTIONS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
     "gelu_new": lambda x: 0.5 * x * (1 + np.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3))),
@@ -31,12 +33,18 @@ class Network:
         self._config = config
         self._weights = {name: np.asarray(array, np.float64) for name, array in weights.items()}
 
-    def logits(self, tokens: np.ndarray, on_input: OnInput = lambda name, x: x) -> np.ndarray:
+    def logits(
+        self,
+        tokens: np.ndarray,
+        on_input: OnInput = lambda name, x: x,
+        on_cache: OnCache = lambda layer, part, x: x,
+    ) -> np.ndarray:
         """float64 [rows, length, vocab] of tokens [rows, length].
 
         Args:
             tokens: int64.
             on_input: sees what a matrix multiplies, and may change it.
+            on_cache: sees keys and values before attention, and may change them.
         """
         weights, function = self._weights, FUNCTIONS[self._config.activation_function]
 
@@ -46,7 +54,8 @@ class Network:
         x = weights["wte.weight"][tokens] + weights["wpe.weight"][: tokens.shape[1]]
         for layer in range(self._config.n_layer):
             block = f"h.{layer}"
-            attended = self._attend(layer, linear(f"{block}.attn.c_attn", self._norm(f"{block}.ln_1", x)))
+            packed = linear(f"{block}.attn.c_attn", self._norm(f"{block}.ln_1", x))
+            attended = self._attend(layer, packed, on_cache)
             x = x + linear(f"{block}.attn.c_proj", attended)
             hidden = function(linear(f"{block}.mlp.c_fc", self._norm(f"{block}.ln_2", x)))
             x = x + linear(f"{block}.mlp.c_proj", hidden)
@@ -72,11 +81,12 @@ class Network:
         deviation = np.sqrt((centred**2).mean(-1, keepdims=True) + self._config.layer_norm_epsilon)
         return centred / deviation * self._weights[f"{name}.weight"] + self._weights[f"{name}.bias"]
 
-    def _attend(self, layer: int, packed: np.ndarray) -> np.ndarray:
+    def _attend(self, layer: int, packed: np.ndarray, on_cache: OnCache) -> np.ndarray:
         """Causal attention over queries, keys and values [rows, length, 3 * width]."""
         config, (rows, length, _) = self._config, packed.shape
         split = packed.reshape(rows, length, 3, config.n_head, -1).transpose(2, 0, 3, 1, 4)
         query, key, value = split  # each [rows, head, length, size]
+        key, value = on_cache(layer, 0, key), on_cache(layer, 1, value)
         scores = query @ key.swapaxes(-1, -2)
         if config.scale_attn_weights:
             scores /= math.sqrt(config.head_size)
