@@ -62,6 +62,11 @@ from .inspect import quality_lines
     " (by default from 20 million weights on).",
 )
 @click.option(
+    "--int8-cache/--no-int8-cache",
+    default=None,
+    help="Unless with fp16: add graphs for a KV cache in 8 bits, see 'generate --cache-dtype' (by default up to 200 million weights).",
+)
+@click.option(
     "--parity/--no-parity",
     default=None,
     help="Compare with PyTorch and put the report into the manifest"

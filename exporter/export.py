@@ -66,6 +66,7 @@ def export(
     quality: bool | None = None,
     quality_texts: Sequence[str | os.PathLike[str]] = (),
     twin: bool | None = None,
+    int8_cache: bool | None = None,
     parity: bool | None = False,
     revision: str | None = None,
     n_head: int | None = None,
@@ -93,6 +94,8 @@ def export(
         quality_texts: text files (UTF-8) to compare on as well.
         twin: with "fp32" or "fp16", add the network in 8 bits, which drafts tokens for the full one to verify. None for
             models of 20 million weights and more, where it pays. It takes a quarter of the fp32 weights' size.
+        int8_cache: with graph "fused", but not in "fp16": add the graphs for a KV cache in 8 bits, whose scales are measured on the
+            network. None for models of up to 200 million weights, where it takes seconds.
         parity: compare the bundle with PyTorch and put the report into the manifest, whether it passed or
             not. None for models of up to 200 million weights where torch and transformers are installed.
         revision: branch, tag or commit of a Hugging Face id.
@@ -120,6 +123,10 @@ def export(
         raise OptionError(f"{wrong[0]} goes with dtype int8 or int4, not with {dtype}")
     if twin and (dtype in QUANTIZED or graph == "portable"):
         raise OptionError(f"twin goes with dtype fp32 or fp16 and graph fused, not with {dtype} and {graph}")
+    if int8_cache and (dtype == "fp16" or graph == "portable"):
+        raise OptionError(
+            f"int8_cache goes with dtype fp32, int8 or int4 and graph fused, not with {dtype} and {graph}"
+        )
     if quality_texts and quality is False:
         raise OptionError("quality_texts are for quality, which is switched off")
     texts = [(Path(path).name, text_input.read(Path(path), f"the text {path}")) for path in quality_texts]
@@ -194,8 +201,8 @@ def export(
                 scheme = partial(blocks, checkpoint.config, "int8", pure=False, block_size=None)
                 layers = _quantize(checkpoint, "int8", scheme, None, passes.next(), shares_cache=True)
                 write_twin(folder, checkpoint.config, layers.weights, tied=checkpoint.tied)
-            if dtype != "fp16":
-                _add_int8_cache(_unlisted(folder, manifest, checkpoint.config))
+            if dtype != "fp16" and (small if int8_cache is None else int8_cache):
+                _add_int8_cache(_unlisted(folder, manifest, checkpoint.config), wanted=int8_cache)
         manifest = replace(manifest, files=bundle.describe_files(folder))
         if compared and reference:
             with _unless_missing(quality or bool(texts)):
@@ -255,17 +262,18 @@ def _unlisted(folder: Path, manifest: Manifest, config: GPT2Config) -> Bundle:
     return Bundle(folder, replace(manifest, files=files), config)
 
 
-def _add_int8_cache(written: Bundle) -> None:
-    """Adds the graphs with a KV cache in int8, unless the network can't be run here."""
+def _add_int8_cache(written: Bundle, *, wanted: bool | None) -> None:
+    """Adds the graphs with a KV cache in int8; not where they aren't asked for and the network can't be run here."""
     try:
         from .quantize.cache_scales import measure
 
         scales = measure(written)
     except (BackendError, MissingExtraError, OptionError) as error:
-        level = logging.INFO if isinstance(error, MissingExtraError) else logging.WARNING
-        _log.log(level, "the bundle can't be run with a cache in int8: %s", error)
-        return
-    write_int8_cache_graphs(written.folder, written.config, scales)
+        if wanted:
+            raise
+        _log.info("no KV cache in int8: %s", error)
+    else:
+        write_int8_cache_graphs(written.folder, written.config, scales)
 
 
 def _collect(reference: Bundle, checkpoint: Checkpoint, dtype: str, progress: Share, *, pure: bool) -> "Statistics":

@@ -240,7 +240,7 @@ class Bundle:
             raise OptionError(f"cache_dtype must be one of {', '.join(CACHE_DTYPES)}, not {shown(dtype)}")
         if dtype == "int8" and not self.has_int8_cache:
             raise OptionError(
-                f"{self.folder} has no graph with a cache in int8: export it again, in fp32, int8 or int4, with onnxruntime installed",
+                f"{self.folder} has no graph with a cache in int8: export it again with --int8-cache, in fp32, int8 or int4",
                 "cache_dtype",
             )
         return replace(self, cache_dtype=dtype)

@@ -206,8 +206,13 @@ def test_where_it_cannot_be_had(
     with pytest.raises(OptionError, match="cache_dtype must be one of fp32, int8, not 'int4'"):
         gpt2onnx.load(tales.folder, cache_dtype="int4")
     half = gpt2onnx.export(make_checkpoint(), tmp_path / "half", dtype="fp16")
-    with pytest.raises(OptionError, match="has no graph with a cache in int8: export it again"):
+    with pytest.raises(OptionError, match="has no graph with a cache in int8: export it again with --int8-cache"):
         gpt2onnx.load(half.folder, cache_dtype="int8")
+    for options in ({"dtype": "fp16"}, {"graph": "portable"}):
+        with pytest.raises(
+            OptionError, match="int8_cache goes with dtype fp32, int8 or int4 and graph fused, not with"
+        ):
+            gpt2onnx.export(make_checkpoint(), tmp_path / "none", int8_cache=True, **options)  # type: ignore[arg-type]
     monkeypatch.setattr(loading, "runs_ragged", lambda: False)
     with pytest.raises(BackendError, match="a cache in int8 is for the CPU"):
         gpt2onnx.load(tales.folder, cache_dtype="int8")
@@ -234,3 +239,22 @@ def test_on_the_command_line(tales: Bundle, command_line: CommandLine) -> None:
     options = ["-m", tales.folder, "--cache-dtype", "int8", "--max-new-tokens", 8, "--json"]
     output = json.loads(command_line("generate", "Once upon a time", *options).out)
     assert output["request_hash"] == model.generate("Once upon a time", max_new_tokens=8).request_hash
+
+
+def test_networks_that_cannot_be_run_are_exported_without(
+    make_checkpoint: MakeCheckpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(bundle: Bundle) -> np.ndarray:
+        raise BackendError("the network's output is not a number")
+
+    checkpoint = make_checkpoint()
+    monkeypatch.setattr("gpt2onnx.exporter.quantize.cache_scales.measure", fail)
+    assert not gpt2onnx.export(checkpoint, tmp_path / "bundle").has_int8_cache
+    with pytest.raises(BackendError, match="not a number"):
+        gpt2onnx.export(checkpoint, tmp_path / "asked", int8_cache=True)
+    assert not (tmp_path / "asked").exists()
+    monkeypatch.undo()
+    assert not gpt2onnx.export(checkpoint, tmp_path / "not wanted", int8_cache=False).has_int8_cache
+    monkeypatch.setattr("gpt2onnx.exporter.export._CHECKED_WEIGHTS", 0)
+    assert not gpt2onnx.export(checkpoint, tmp_path / "large").has_int8_cache
+    assert gpt2onnx.export(checkpoint, tmp_path / "large, asked", int8_cache=True).has_int8_cache
