@@ -18,10 +18,10 @@ _SEQLENS_K, _TOTAL_LENGTH, _QUERY_SEQLENS = 5, 6, 16  # places among its inputs
 
 
 def build(model: ModelProto, config: GPT2Config) -> ModelProto:
-    """Rewrites the interchange graph with the inputs of `contract.ragged_inputs`; it refers to the same weights.
+    """Rewrites the interchange graph with the inputs of `contract`'s second form; it refers to the same weights.
 
     Args:
-        model: the fused graph, whose weights are external data.
+        model: the fused graph or the second graph, whose weights are external data.
     """
     graph, nodes = model.graph, Nodes()
     whole_numbers = {"axis_0": [0], "axis_1": [1], "all_rows": [-1, config.n_embd], "last": [config.n_positions - 1]}
@@ -52,6 +52,14 @@ def build(model: ModelProto, config: GPT2Config) -> ModelProto:
         to=TensorProto.INT32,
     )
 
+    # The operator leaves outputs of padding unwritten. A layer that rounds its input with one scale would see that memory.
+    per_tensor = any(node.op_type == "DynamicQuantizeMatMul" for node in graph.node)
+    if per_tensor:
+        ends = nodes.op("Unsqueeze", [contract.COUNTS, "ragged.axis_1"], "ragged.ends")
+        valid = nodes.op("Less", ["ragged.offsets", ends], "ragged.valid_tokens")
+        valid = nodes.op("Unsqueeze", [valid, nodes.constant("ragged.axis_2", np.array([2], np.int64))], "ragged.valid")
+        nodes.constant("ragged.nothing", np.array(0, np.float32))
+
     def changed(node: NodeProto) -> NodeProto:
         copy = NodeProto()
         copy.CopyFrom(node)
@@ -60,6 +68,8 @@ def build(model: ModelProto, config: GPT2Config) -> ModelProto:
             copy.input[_SEQLENS_K], copy.input[_TOTAL_LENGTH] = seqlens_k, capacity
             copy.input.extend([""] * (_QUERY_SEQLENS - len(copy.input)))
             copy.input.append(counts)
+            if per_tensor:
+                copy.output[0] = f"{node.name}.unmasked"
         return copy
 
     for node in graph.node:
@@ -69,6 +79,13 @@ def build(model: ModelProto, config: GPT2Config) -> ModelProto:
             nodes.op("Unsqueeze", [chosen, "ragged.axis_1"], contract.HIDDEN)
         else:
             nodes.nodes.append(changed(node))
+            if per_tensor and node.op_type == _ATTENTION:
+                nodes.op(
+                    "Where",
+                    [valid, f"{node.name}.unmasked", "ragged.nothing"],
+                    f"{node.name}.masked",
+                    outputs=[node.output[0]],
+                )
 
     logits, *presents = graph.output
     floats = presents[0].type.tensor_type.elem_type

@@ -335,7 +335,8 @@ _Part = tuple[slice, Int64Array, Int64Array]  # rows, tokens and counts of a pas
 
 def _fitting_parts(cache: KVCache, rows: slice, tokens: Int64Array, counts: Int64Array) -> Iterator[_Part]:
     """Cuts a pass into those that GroupQueryAttention takes: also a row's padding has to fit into the cache behind its past."""
-    past, first = cache.lengths[rows], 0
+    # GroupQueryAttention takes a row of no tokens at all for one of a single token.
+    past, first = np.maximum(cache.lengths[rows], counts == 0), 0
     if past.max() + tokens.shape[1] <= cache.positions:
         yield rows, tokens, counts
         return

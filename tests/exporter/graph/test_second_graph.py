@@ -216,3 +216,22 @@ def test_another_networks_second_graph_is_refused(made: Bundle, tmp_path: Path) 
         BundleError, match=r"wide\.onnx isn't what config\.json describes: it lacks the output 'logits'"
     ):
         opened(Runner(Bundle.open(folder), wide_after=0), 16, 1)
+
+
+def test_padding_holds_no_memory_of_earlier_passes(made: Bundle) -> None:
+    """GroupQueryAttention leaves outputs of padding unwritten, and the layer behind it rounds all rows with one scale."""
+    session, random = Runner(made, threads=1, wide_after=0), np.random.default_rng(0)
+    tokens = random.integers(made.config.vocab_size, size=(4, 40))
+
+    def ragged(counts: list[int], past: int) -> np.ndarray:
+        cache, rows = session.new_cache(4, 64), slice(0, 4)
+        if past:
+            session.forward(cache, rows, tokens[:, :past])
+        return session.forward(cache, rows, tokens[:, : max(counts)], np.array(counts), "all").copy()
+
+    for counts, past in (([40, 24, 5, 2], 0), ([8, 1, 0, 3], 9), ([3, 0, 3, 0], 20)):
+        first = ragged(counts, past)
+        for rows, length in ((16, 64), (1, 200), (3, 30)):
+            others = random.integers(made.config.vocab_size, size=(rows, length))
+            session.forward(session.new_cache(rows, length), slice(0, rows), others)
+            np.testing.assert_array_equal(ragged(counts, past), first)
