@@ -7,7 +7,7 @@ import click
 
 from ..models.tables import aligned, table
 from . import console
-from .model_options import device_options, exported, load, model_option
+from .model_options import cache_option, device_options, exported, load, model_option
 
 if TYPE_CHECKING:
     from ..experiments.benchmark import Benchmark, Spread
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 @click.option("--repetitions", type=int, default=5, show_default=True, help="Runs that count, after one to warm up.")
 @click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Seed of the random prompts.")
 @device_options
+@cache_option
 @click.option("--json", "as_json", is_flag=True, help="Print the figures as JSON.")
 @console.verbosity
 def command(model: str, device: str, threads: int | None, as_json: bool, quiet: bool, **options: Any) -> None:
@@ -57,8 +58,9 @@ def command(model: str, device: str, threads: int | None, as_json: bool, quiet: 
 
 def _heading(facts: dict[str, Any], result: "Benchmark") -> str:
     versions = ", ".join(f"{name} {version}" for name, version in facts["versions"].items())
+    cache = "" if facts["cache_dtype"] == "fp32" else f", cache in {facts['cache_dtype']}"
     return (
-        f"{facts['model']} ({facts['dtype']}) on {facts['device']}, {facts['threads']} threads: prompts of"
+        f"{facts['model']} ({facts['dtype']}{cache}) on {facts['device']}, {facts['threads']} threads: prompts of"
         f" {result.prompt_tokens} tokens, {result.new_tokens} new, batch {result.batch_size}\n"
         f"{facts['processor']}, {facts['cores']} cores, {facts['system']}\n{versions}\n"
     )

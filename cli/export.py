@@ -64,7 +64,8 @@ from .inspect import quality_lines
 @click.option(
     "--int8-cache/--no-int8-cache",
     default=None,
-    help="Unless with fp16: add graphs for a KV cache in 8 bits, see 'generate --cache-dtype' (by default up to 200 million weights).",
+    help="Add graphs for a KV cache in 8 bits, see 'generate --cache-dtype'; not with fp16 or --graph portable"
+    " (by default up to 200 million weights).",
 )
 @click.option(
     "--parity/--no-parity",

@@ -12,7 +12,7 @@ from ..runtime.model import Model
 from ..runtime.requests import Prompt, Request, Result
 from . import console, energy_options, fleet_options, job, prompt_options
 from .generation_options import generation_options, token_ids
-from .model_options import device_options, draft_options, load, loading_options, model_option
+from .model_options import cache_option, device_options, draft_options, load, loading_options, model_option
 
 
 @click.command("generate", cls=prompt_options.PromptCommand)
@@ -39,6 +39,7 @@ from .model_options import device_options, draft_options, load, loading_options,
 )
 @fleet_options.fleet_options
 @device_options
+@cache_option
 @draft_options
 @click.option(
     "--stream/--no-stream", default=None, help="Print the text as it grows (default: wherever that is possible)."

@@ -30,7 +30,7 @@ def _remember(ctx: click.Context, parameter: click.Parameter, value: str | None)
 
 
 def device_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Adds --device and --threads, which arrive as `device` and `threads`, and --verify and --cache-dtype, which `load` heeds."""
+    """Adds --device and --threads, which arrive as `device` and `threads`, and --verify, which `load` heeds."""
 
     def remember(ctx: click.Context, parameter: click.Parameter, value: bool) -> None:
         ctx.meta[_VERIFY] = value
@@ -43,14 +43,6 @@ def device_options(command: Callable[..., Any]) -> Callable[..., Any]:
         help="Compare every byte of the bundle with its manifest before it is loaded.",
     )(command)
     command = click.option(
-        "--cache-dtype",
-        type=click.Choice(["fp32", "int8"]),
-        expose_value=False,
-        callback=_remember,
-        help="Precision of the KV cache on the CPU (default: fp32). int8 takes a quarter of the memory and is faster on long texts"
-        " and large batches, but the text can change.",
-    )(command)
-    command = click.option(
         "--threads",
         type=click.IntRange(min=1),
         help="Threads of one operator (default: the cores this process may use, fewer for very small models).",
@@ -61,6 +53,16 @@ def device_options(command: Callable[..., Any]) -> Callable[..., Any]:
         show_default=True,
         help="cpu, cuda, another execution provider, or auto: cuda where it works, else cpu; see 'gpt2onnx devices'.",
     )(command)
+
+
+cache_option = click.option(
+    "--cache-dtype",
+    type=click.Choice(["fp32", "int8"]),
+    expose_value=False,
+    callback=_remember,
+    help="Precision of the KV cache on the CPU (default: fp32). int8 takes a quarter of the memory and is faster on long texts"
+    " and large batches, but the text can change.",
+)
 
 
 def draft_options(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -79,7 +81,7 @@ def draft_options(command: Callable[..., Any]) -> Callable[..., Any]:
         callback=_remember,
         help="Source of drafts, next tokens that one forward pass verifies together: the text so far (lookup), the bundle's network"
         " in 8 bits (twin), or the twin where there is one and it pays (auto, the default). In fp32 the text stays the same. In fp16,"
-        " int8 and int4 several tokens in a pass round differently from one, which may decide a near tie.",
+        " int8 and int4, and with a cache in int8, several tokens in a pass round differently from one, which may decide a near tie.",
     )(command)
 
 
@@ -100,8 +102,9 @@ def exported(model: str, dtype: str = "fp32") -> Path:
     from gpt2onnx.loading import resolve
 
     quiet = bool(click.get_current_context().params.get("quiet"))
+    int8_cache = loading_options().get("cache_dtype") == "int8"
     with console.progress_bar(f"Exporting {model}", quiet=quiet, late=True) as progress:
-        return resolve(model, dtype, progress)
+        return resolve(model, dtype, progress, int8_cache=int8_cache)
 
 
 def bundle_folder(model: str) -> Path:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import click
 
 from . import console
-from .model_options import bundle_folder, device_options, load
+from .model_options import bundle_folder, cache_option, device_options, load, loading_options
 
 if TYPE_CHECKING:
     from ..serving.pool import Unloaded
@@ -91,6 +91,7 @@ if TYPE_CHECKING:
 @click.option("--energy", is_flag=True, help="Add the machine's energy to /metrics; needs the extra 'energy'.")
 @click.option("--log-prompts", is_flag=True, help="Log prompts and texts (default: only numbers).")
 @device_options
+@cache_option
 @console.verbosity
 def command(
     host: str, port: int, name: str | None, more_names: tuple[str, ...], chat_template: str | None, uds: Path | None,
@@ -183,9 +184,9 @@ def _on_demand(
     for name, source in others:
         if name in taken or name in found:
             raise click.UsageError(f"two models are called {name!r}: name them by -m NAME=MODEL")
-        folder = bundle_folder(source)
-        load = functools.partial(load_model, folder, device=device, threads=threads, wide_after=0)
-        found[name] = Unloaded(Bundle.open(folder), load)
+        folder, options = bundle_folder(source), loading_options()
+        load = functools.partial(load_model, folder, device=device, threads=threads, wide_after=0, **options)
+        found[name] = Unloaded(Bundle.open(folder).with_cache(options.get("cache_dtype", "fp32")), load)
     return found
 
 

@@ -12,7 +12,7 @@ from gpt2onnx.errors import install_command
 from ..models.tables import table
 from ..runtime.text.text_input import UTF_8
 from . import console, energy_options
-from .model_options import device_options, load, model_option
+from .model_options import cache_option, device_options, load, model_option
 from .prompt_options import argument
 
 
@@ -32,6 +32,7 @@ from .prompt_options import argument
 )
 @energy_options.energy_options
 @device_options
+@cache_option
 @click.option("--print-grid", is_flag=True, help="Print the built-in grid as TOML, to start your own from.")
 @click.option("--json", "as_json", is_flag=True, help="Print the summary as JSON, one object a run.")
 @console.verbosity

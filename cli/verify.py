@@ -44,7 +44,8 @@ def command(bundle: Path, as_json: bool, quiet: bool) -> None:
         if opened.has_twin:
             Runner(opened, twin=True)
         if opened.has_int8_cache and runs_ragged():
-            Runner(opened.with_cache("int8"))
+            for twin in {False, opened.has_twin}:
+                Runner(opened.with_cache("int8"), twin=twin)
     if not tokenizer.reads_any_text:
         click.echo("warning: the tokenizer has no token for unknown words: a text with one is an error", err=True)
     manifest = opened.manifest

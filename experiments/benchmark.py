@@ -170,7 +170,7 @@ def benchmark(
         if progress is not None:
             progress(done + 1, repetitions)
     decode = seconds_per_token = bandwidth = None
-    per_position = memory(config, model.bundle.manifest.dtype).cache_per_token
+    per_position = memory(config, model.bundle.manifest.dtype, model.bundle.cache_dtype).cache_per_token
     if new_tokens > 1:
         decode = Spread.of([len(each.token_seconds) / each.decode_seconds for each in runs])
         seconds_per_token = Percentiles.of([seconds for each in runs for seconds in each.token_seconds])

@@ -112,9 +112,12 @@ def describe() -> dict[str, Any]:
 
 
 def setting(model: Model) -> dict[str, Any]:
-    """Precision, graph, device and threads of a model."""
-    manifest, runner = model.bundle.manifest, model.runner
-    return {"dtype": manifest.dtype, "graph": manifest.graph, "device": runner.device, "threads": runner.threads}
+    """Precision of weights and KV cache, graph, device and threads of a model."""
+    bundle, runner = model.bundle, model.runner
+    return {
+        "dtype": bundle.manifest.dtype, "cache_dtype": bundle.cache_dtype, "graph": bundle.manifest.graph,
+        "device": runner.device, "threads": runner.threads,
+    }  # fmt: skip
 
 
 def _processor() -> str:

@@ -271,7 +271,8 @@ def _add_int8_cache(written: Bundle, *, wanted: bool | None) -> None:
     except (BackendError, MissingExtraError, OptionError) as error:
         if wanted:
             raise
-        _log.info("no KV cache in int8: %s", error)
+        level = logging.INFO if isinstance(error, MissingExtraError) else logging.WARNING
+        _log.log(level, "without graphs for a KV cache in int8: %s", error)
     else:
         write_int8_cache_graphs(written.folder, written.config, scales)
 

@@ -8,10 +8,11 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
-from gpt2onnx.errors import BundleError, CheckpointError, OutputError
+from gpt2onnx.errors import BundleError, CheckpointError, OptionError, OutputError
 
 from .models import bundle, tales, user_cache
 from .models.config import ADAPTER_CONFIG, GPT2Config, read_json
+from .models.messages import shown
 
 if TYPE_CHECKING:
     from .model import Model
@@ -54,8 +55,8 @@ def load(
             in lower precisions also a near tie.
         draft_model: a smaller model of the same vocabulary, which drafts in place of the twin.
         draft_length: tokens of a draft by twin or draft model; by default as many as pay, which can be none.
-        cache_dtype: of the KV cache, the keys and values of earlier tokens. "int8" takes a quarter of the memory of "fp32",
-            which for many or long texts is more than the weights', and is faster there; the text can change. For the CPU.
+        cache_dtype: of the KV cache, the keys and values of earlier tokens, on the CPU. "int8" takes a quarter of the memory of
+            "fp32". Steps of many or long texts are faster. The text can change.
 
     Raises:
         BundleError, CheckpointError: the model can't be found or used.
@@ -66,7 +67,9 @@ def load(
     """
     from .model import Model
 
-    folder = resolve(model)
+    if cache_dtype not in bundle.CACHE_DTYPES:
+        raise OptionError(f"cache_dtype must be one of {', '.join(bundle.CACHE_DTYPES)}, not {shown(cache_dtype)}")
+    folder = resolve(model, int8_cache=cache_dtype == "int8")
     if verify:
         bundle.Bundle.open(folder).verify()
     with TemporaryDirectory() as converted:
@@ -84,11 +87,18 @@ def load(
         )
 
 
-def resolve(model: str | os.PathLike[str], dtype: str = "fp32", progress: "Progress | None" = None) -> Path:
+def resolve(
+    model: str | os.PathLike[str],
+    dtype: str = "fp32",
+    progress: "Progress | None" = None,
+    *,
+    int8_cache: bool = False,
+) -> Path:
     """The bundle folder of a model: its own, or that of its export in the user's cache, in a precision.
 
     Args:
         model: as for `load`.
+        int8_cache: the export is to be run with a KV cache in int8.
         progress: called with the bytes done and all bytes of an export, if it is needed.
     """
     folder = Path(model)
@@ -97,14 +107,16 @@ def resolve(model: str | os.PathLike[str], dtype: str = "fp32", progress: "Progr
     source = os.fspath(model)
     target = user_cache.folder() / _cache_name(source, dtype)
     try:
-        bundle.Bundle.open(target)
+        made = bundle.Bundle.open(target).has_int8_cache or not int8_cache
     except BundleError:
+        made = False
+    if not made:
         # Only now: the exporter's imports are needless, and may be missing, where the export is there.
         from .exporter.export import export
 
         user_cache.made()
         try:
-            export(source, target, dtype=dtype, force=True, progress=progress)
+            export(source, target, dtype=dtype, int8_cache=int8_cache or None, force=True, progress=progress)
         except OutputError:
             if not bundle.is_bundle(target):  # otherwise another process has just made the same
                 raise

@@ -211,18 +211,23 @@ class Bundle:
 
     @property
     def has_int8_cache(self) -> bool:
-        """Whether it can be run with a KV cache in int8."""
-        return INT8_CACHE_GRAPHS[RAGGED_GRAPH] in self.manifest.files
+        """Whether it can be run with a KV cache in int8: it has a graph for that beside each other one."""
+        files = self.manifest.files
+        return RAGGED_GRAPH in files and all(
+            cached in files for name, cached in INT8_CACHE_GRAPHS.items() if name in files
+        )
 
     def sha256(self, tokenizer: Path | None = None) -> str:
-        """Hash over all files but the manifest, which also holds reports, and the cache's precision where it isn't fp32.
+        """Hash over all files but the manifest, which also holds reports.
+
+        Those for a KV cache in int8 count only where one is used: their scales were measured, so their last digits depend on the
+        machine that made the bundle.
 
         Args:
             tokenizer: folder of a tokenizer in place of the bundle's own.
         """
-        hashes = {name: record.sha256 for name, record in self.manifest.files.items()}
-        if self.cache_dtype != "fp32":
-            hashes["cache_dtype"] = self.cache_dtype
+        unused = INT8_CACHE_GRAPHS.values() if self.cache_dtype == "fp32" else ()
+        hashes = {name: record.sha256 for name, record in self.manifest.files.items() if name not in unused}
         if tokenizer is not None:
             for name in (TOKENIZER, TOKENIZER_CONFIG):
                 hashes.pop(name, None)
@@ -240,7 +245,7 @@ class Bundle:
             raise OptionError(f"cache_dtype must be one of {', '.join(CACHE_DTYPES)}, not {shown(dtype)}")
         if dtype == "int8" and not self.has_int8_cache:
             raise OptionError(
-                f"{self.folder} has no graph with a cache in int8: export it again with --int8-cache, in fp32, int8 or int4",
+                f"{self.folder} has no graph with a cache in int8: export it again with --int8-cache, not in fp16 or as portable",
                 "cache_dtype",
             )
         return replace(self, cache_dtype=dtype)

@@ -17,7 +17,7 @@ What our own runtime runs on the CPU lets each row of a pass bring its own numbe
     past_lengths                  int64   [batch_size]              tokens of each row in the cache
     counts                        int64   [batch_size]              valid tokens of each row; 0 leaves the row as it is
     logits_at                     int64   [logits]                  flat positions in [batch_size, longest]
-    past_key_values.{i}.*, present.{i}.*                            as above, one memory for both
+    past_key_values.{i}.*, present.{i}.*                            as above or int8, one memory for both
     logits                        float   [logits, 1, vocab_size]
     kept                          float   [logits, 1, width]        hidden states that the logits are computed from
 """

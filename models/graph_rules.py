@@ -38,7 +38,8 @@ _MODEL_GRAPH, _MODEL_TRAINING, _MODEL_FUNCTIONS = 7, 20, 25
 _GRAPH_NODE, _GRAPH_NAME, _GRAPH_INITIALIZER, _GRAPH_INPUT, _GRAPH_OUTPUT, _GRAPH_SPARSE = 1, 2, 5, 11, 12, 15
 _NODE_INPUT, _NODE_OUTPUT, _NODE_OPERATOR, _NODE_ATTRIBUTE, _NODE_DOMAIN = 1, 2, 4, 5, 7
 _ATTRIBUTE_NAME, _ATTRIBUTE_TENSOR, _ATTRIBUTE_PROGRAM, _ATTRIBUTE_PROGRAMS = 1, 5, 6, 11
-_ATTRIBUTE_TENSORS = 10, 22, 23
+_ATTRIBUTE_TYPE, _ATTRIBUTE_TENSORS = 20, (10, 22, 23)
+_TYPE_TENSOR = 4
 _TENSOR_DIMS, _TENSOR_TYPE, _TENSOR_INT64S, _TENSOR_NAME, _TENSOR_RAW, _TENSOR_EXTERNAL = 1, 2, 7, 8, 9, 13
 _ENTRY_KEY, _ENTRY_VALUE = 1, 2
 _INT64 = 7
@@ -83,7 +84,8 @@ def check(model: bytes, positions: int, *, makes_weights: bool = False) -> set[s
     """
     graph = _read(model)
     _check_positions(graph, positions)
-    _Nodes(graph, folds=not makes_weights).check(graph.nodes, branches=True)
+    known = {b"", *graph.inputs, *graph.constants}
+    _Nodes(graph, folds=not makes_weights).check(graph.nodes, known, branches=True)
     return graph.locations
 
 
@@ -125,24 +127,29 @@ class _Nodes:
 
     def __init__(self, graph: _Graph, *, folds: bool) -> None:
         self._graph, self._folds = graph, folds
-        self._known = {b"", *graph.inputs, *graph.constants}
+        self._names = {*graph.inputs, *graph.constants}
         self._constant, self._taken = {b"", *graph.constants}, set[bytes]()
 
-    def check(self, nodes: list[dict[int, list[bytes]]], *, branches: bool) -> None:
-        """Checks the nodes of the graph, or of a branch, which has no branches itself."""
+    def check(self, nodes: list[dict[int, list[bytes]]], known: set[bytes], *, branches: bool) -> None:
+        """Checks the nodes of the graph, or of a branch, which has no branches itself.
+
+        Args:
+            known: names that they may refer to; those of their results join it.
+            branches: whether they may have some.
+        """
         graph = self._graph
         for node in nodes:
             operator = _last(node, _NODE_OPERATOR)
             inputs, outputs = node.get(_NODE_INPUT, []), node.get(_NODE_OUTPUT, [])
             if operator not in _OPERATORS or _last(node, _NODE_DOMAIN) not in _DOMAINS:
                 raise NotExportedError(f"the operator {_shown(operator)}")
-            if not self._known.issuperset(inputs):
+            if not known.issuperset(inputs):
                 raise NotExportedError("operators in another order")
             for attribute in node.get(_NODE_ATTRIBUTE, []):
                 for branch in _check_attribute(graph, attribute):
                     if operator != b"If" or not branches:
                         raise NotExportedError("loops, or branches in branches")
-                    self.check(_nodes_of(branch), branches=False)
+                    self.check(_nodes_of(branch), known.copy(), branches=False)
             if operator in _SIZES:
                 _check_size(graph, operator, inputs)
             if operator == b"Constant":
@@ -154,7 +161,11 @@ class _Nodes:
                     raise NotExportedError(f"{_shown(operator)} of constants")
                 self._constant.update(outputs)
                 self._taken.update(inputs, outputs)
-            self._known.update(outputs)
+            results = {name for name in outputs if name}
+            if len(results) < sum(map(bool, outputs)) or not self._names.isdisjoint(results):
+                raise NotExportedError("a name twice")
+            self._names |= results
+            known |= results
 
 
 def _nodes_of(branch: bytes) -> list[dict[int, list[bytes]]]:
@@ -164,7 +175,7 @@ def _nodes_of(branch: bytes) -> list[dict[int, list[bytes]]]:
         if number == _GRAPH_NODE and isinstance(place, slice):
             nodes.append(protobuf.messages(branch[place]))
         elif number not in (_GRAPH_NAME, _GRAPH_OUTPUT):
-            raise NotExportedError("a branch with inputs or weights")
+            raise NotExportedError("more in a branch than operators and results")
     return nodes
 
 
@@ -236,11 +247,17 @@ def _signed(value: int) -> int:
 
 
 def _value(node: dict[int, list[bytes]]) -> memoryview:
-    """The tensor of a Constant."""
+    """The tensor of a Constant, which has nothing else that ONNX Runtime could take in its place."""
+    tensors = []
     for attribute in node.get(_NODE_ATTRIBUTE, []):
-        if tensors := protobuf.messages(attribute).get(_ATTRIBUTE_TENSOR):
-            return memoryview(tensors[-1])
-    raise NotExportedError("a constant without a tensor")
+        for number, place in protobuf.fields(attribute, 0, len(attribute)):
+            if number == _ATTRIBUTE_TENSOR and isinstance(place, slice):
+                tensors.append(attribute[place])
+            elif (number, place) != (_ATTRIBUTE_TYPE, _TYPE_TENSOR) and number != _ATTRIBUTE_NAME:
+                raise NotExportedError("a constant that isn't a tensor")
+    if len(tensors) != 1:
+        raise NotExportedError("a constant of none or several tensors")
+    return memoryview(tensors[0])
 
 
 def _name(message: memoryview, number: int) -> bytes:

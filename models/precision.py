@@ -81,11 +81,11 @@ def blocks(
     return Blocks(bits, block_size or _dividing(size, config.n_embd))
 
 
-def memory(config: GPT2Config, dtype: str) -> Memory:
-    """Memory of a network in one of `DTYPES`."""
+def memory(config: GPT2Config, dtype: str, cache_dtype: str = "fp32") -> Memory:
+    """Memory of a network in one of `DTYPES`, its KV cache as the network computes it or in "int8"."""
     shapes = weight_shapes(config, tied=config.tie_word_embeddings)
     weights = sum(_stored(config, name, shape, dtype) for name, shape in shapes.items())
-    per_token = 2 * config.n_layer * config.n_embd * _FLOAT_BYTES[dtype]
+    per_token = 2 * config.n_layer * config.n_embd * (1 if cache_dtype == "int8" else _FLOAT_BYTES[dtype])
     return Memory(weights, per_token, per_token * config.n_positions)
 
 

@@ -117,8 +117,8 @@ class Model:
                 generation_config: options in place of the bundle's own; where it names none, end tokens and stop strings stay the bundle's.
                 logits_processor, stopping_criteria, prefix_allowed_tokens_fn: your own functions (docs/extend.md).
                 seed: one for all prompts, with which equal prompts give equal continuations; or a list with one for each.
-                batch_size: prompts that are decoded together, 8 by default. In fp32 no result depends on it; kernels of lower
-                precision round one row in another way than several, which may decide a near tie.
+                batch_size: prompts that are decoded together, 8 by default. In fp32 no result depends on it; kernels
+                and caches of lower precision round one row in another way than several, which may decide a near tie.
 
         Returns:
             The result of the prompt, or the list of results of the list, in its order.

@@ -7,7 +7,6 @@ from ...runtime.engine.runner import Runner
 from ..graph.blocks import Array
 
 _TOKENS = 4096
-_LONGEST = 8192  # tokens of a text: attention to more takes minutes
 # Other texts go beyond the largest value by a fifth on average. On `tales` the divergence is least with this much room;
 # texts that the network writes itself give no better scales than random tokens (docs/export.md).
 _ROOM = 1.25
@@ -24,7 +23,7 @@ def measure(bundle: Bundle, seed: int = 0) -> Array:
     """
     runner, random = Runner(bundle, wide_after=None), np.random.default_rng(seed)
     config = bundle.config
-    length = min(config.n_positions, _LONGEST)
+    length = min(config.n_positions, _TOKENS)
     cache = runner.new_cache(1, length)
     largest = np.zeros((config.n_layer, 2, config.n_head, config.head_size), np.float32)
     for _ in range(-(-_TOKENS // length)):

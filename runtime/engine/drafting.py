@@ -61,6 +61,8 @@ class Drafting:
                     f"{self.model} can't draft: its vocabulary has {other.config.vocab_size} tokens,"
                     f" that of {bundle.folder} {bundle.config.vocab_size}"
                 )
+            if other.has_int8_cache:
+                other = other.with_cache(bundle.cache_dtype)
             network = Runner(other, device=runner.device, threads=runner.threads, alone=False)
             return Drafter(lambda: network, shared=False, context=other.config.n_positions, length=self.length, after=0)
         if self.source == "twin" and not runner.has_twin:

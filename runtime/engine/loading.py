@@ -4,7 +4,7 @@ import logging
 
 from gpt2onnx.errors import BackendError
 
-from ...models.bundle import GRAPH, RAGGED_GRAPH, TWIN_GRAPH, TWIN_WEIGHTS, Bundle
+from ...models.bundle import GRAPH, INT8_CACHE_GRAPHS, RAGGED_GRAPH, TWIN_GRAPH, TWIN_WEIGHTS, Bundle
 from ..host import resources
 from ..ort import devices, providers
 
@@ -13,7 +13,7 @@ _log = logging.getLogger(__name__)
 _WEIGHTS_PER_THREAD = 4_000_000
 # The first version of ONNX Runtime whose GroupQueryAttention has query_seqlens.
 _RAGGED_SINCE = (1, 32)
-_TWIN = frozenset({TWIN_GRAPH, TWIN_WEIGHTS})
+_BESIDE = frozenset({TWIN_GRAPH, TWIN_WEIGHTS, *INT8_CACHE_GRAPHS.values()})
 
 
 def threads(bundle: Bundle) -> int:
@@ -22,9 +22,11 @@ def threads(bundle: Bundle) -> int:
 
 
 def weight_bytes(bundle: Bundle) -> int:
-    """Bytes of the bundle's graphs and weights without the twin; loaded, they take at least as many."""
+    """Bytes of the bundle's graphs and weights without the twin and other caches; loaded, they take at least as many."""
     return sum(
-        record.size for name, record in bundle.manifest.files.items() if name.startswith("onnx/") and name not in _TWIN
+        record.size
+        for name, record in bundle.manifest.files.items()
+        if name.startswith("onnx/") and name not in _BESIDE
     )
 
 

@@ -31,8 +31,8 @@ def check(
     """Compares a graph with its bundle's architecture.
 
     Args:
-        bundle: may be run with a KV cache in int8.
-        floats: type of activations and, otherwise, of the cache.
+        bundle: the graph's.
+        floats: of activations, and of a cache that isn't int8.
         inputs: of the graph, by name.
         outputs: of the graph, by name.
         graph: what errors name.

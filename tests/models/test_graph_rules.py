@@ -95,11 +95,11 @@ def programs(model: onnx.ModelProto) -> None:
 
 
 def branching(*inner: onnx.NodeProto, condition: str = "") -> Change:
-    """Appends a choice between two branches of these nodes."""
+    """Appends a choice between these nodes and none."""
 
     def change(model: onnx.ModelProto) -> None:
-        body = onnx.GraphProto(name="branch", node=inner)
-        chosen = [onnx.AttributeProto(name=f"{each}_branch", g=body) for each in ("then", "else")]
+        bodies = {"then": onnx.GraphProto(name="branch", node=inner), "else": onnx.GraphProto(name="other")}
+        chosen = [onnx.AttributeProto(name=f"{kind}_branch", g=body) for kind, body in bodies.items()]
         name = condition or model.graph.input[0].name
         inputs = [helper.make_node("Cast", [name], ["cond"], to=TensorProto.BOOL)] if not condition else []
         model.graph.node.extend(inputs)
@@ -127,6 +127,36 @@ def zeros_in_branch(model: onnx.ModelProto) -> None:
 def branch_with_weights(model: onnx.ModelProto) -> None:
     branching()(model)
     model.graph.node[-1].attribute[0].g.initializer.append(number("weight", 1))
+
+
+def outside_of_branch(model: onnx.ModelProto) -> None:
+    branching(helper.make_node("Identity", ["cond"], ["inner"]))(model)
+    model.graph.node.append(helper.make_node("Identity", ["inner"], ["outer"]))
+
+
+def again(name: str) -> Change:
+    """ONNX Runtime puts operators into an order of its own: which one a name means is then open."""
+
+    def change(model: onnx.ModelProto) -> None:
+        branching(helper.make_node("Identity", ["cond"], ["inner"]))(model)
+        model.graph.node.append(helper.make_node("Identity", ["cond"], [name]))
+
+    return change
+
+
+def constant(**attributes: Any) -> Change:
+    return lambda model: model.graph.node.insert(0, helper.make_node("Constant", [], ["made"], **attributes))
+
+
+def two_kinds(model: onnx.ModelProto) -> None:
+    """ONNX Runtime goes by the type, and finds the numbers."""
+    ints = onnx.AttributeProto(name="value", type=onnx.AttributeProto.INTS, ints=[10**9], t=number("few", 1))
+    model.graph.node.insert(0, onnx.NodeProto(op_type="Constant", output=["made"], attribute=[ints]))
+
+
+def constant_in_branch(model: onnx.ModelProto) -> None:
+    inner = helper.make_node("Constant", [], ["size"], value=number("size", 10**9))
+    branching(inner, helper.make_node("ConstantOfShape", ["size"], ["zeros"]))(model)
 
 
 def constant_choice(model: onnx.ModelProto) -> None:
@@ -166,7 +196,13 @@ HOSTILE: dict[str, tuple[Change, str]] = {
     "an operator in a branch": (branching(helper.make_node("Tile", ["cond"], ["y"])), "the operator 'Tile'"),
     "an outer product in a branch": (outer_product_in_branch, "'Add' of constants"),
     "zeros in a branch": (zeros_in_branch, "'ConstantOfShape' to more than"),
-    "a branch with weights": (branch_with_weights, "a branch with inputs or weights"),
+    "a branch with weights": (branch_with_weights, "more in a branch than operators"),
+    "a result of a branch outside": (outside_of_branch, "operators in another order"),
+    "a name of a branch again": (again("inner"), "a name twice"),
+    "a name of an input again": (again("input_ids"), "a name twice"),
+    "a constant of numbers": (constant(value_ints=[10**9]), "the attribute 'value_ints'"),
+    "a constant of two kinds": (two_kinds, "a constant that isn't a tensor"),
+    "a constant in a branch": (constant_in_branch, "'ConstantOfShape' to more than"),
     "a branch that a constant chooses": (constant_choice, "'If' of constants"),
     "a function": (lambda model: model.functions.append(onnx.FunctionProto(name="twice")), "functions"),
     "a training graph": (lambda model: model.training_info.append(onnx.TrainingInfoProto()), "a training graph"),

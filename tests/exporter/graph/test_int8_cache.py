@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -18,7 +19,9 @@ from support.graphs import CONFIGS
 from support.quantized import in_numpy, root_mean_square
 
 import gpt2onnx
+from gpt2onnx.cli import serve
 from gpt2onnx.errors import BackendError, OptionError
+from gpt2onnx.experiments.benchmark import benchmark
 from gpt2onnx.exporter.graph import int8_cache
 from gpt2onnx.exporter.validate.logits import divergence, log_softmax
 from gpt2onnx.models.bundle import INT8_CACHE_GRAPHS, RAGGED_GRAPH, SECOND_GRAPH, TWIN_GRAPH, Bundle
@@ -26,6 +29,7 @@ from gpt2onnx.models.tales import FOLDER
 from gpt2onnx.runtime.engine import loading
 from gpt2onnx.runtime.engine.kv_cache import KVCache
 from gpt2onnx.runtime.engine.runner import Runner
+from gpt2onnx.runtime.engine.speculation import Drafter
 
 FEW, MANY = int8_cache._MIN_TOKENS - 1, int8_cache._MIN_TOKENS
 ROW = slice(0, 1)
@@ -89,8 +93,8 @@ def test_a_prompt_has_the_logits_of_a_cache_in_floats(tales: Bundle) -> None:
 def assert_off_by_rounding(found: np.ndarray, bundle: Bundle, tokens: np.ndarray) -> None:
     """Fails where logits are further off from those of a network in float64 than rounded keys and values put them.
 
-    The operator rounds queries and attention's shares, too. Rounding both sides of a product alike makes its error sqrt(2)
-    times as large; one bit less would double it.
+    The operator rounds nothing else. What lies near the middle of two steps may go the other way, which is another draw of
+    the same errors; one bit less would double them, and half of that is allowed.
     """
     scales = scales_of(bundle)[:, :, :, None]  # [layer, 2, head, 1, size]
 
@@ -100,7 +104,7 @@ def assert_off_by_rounding(found: np.ndarray, bundle: Bundle, tokens: np.ndarray
 
     network = in_numpy(FOLDER)
     (exact,), (rounded,) = network.logits(tokens[None]), network.logits(tokens[None], on_cache=on_cache)
-    assert 0 < root_mean_square(found - exact) < 2 * root_mean_square(rounded - exact)
+    assert 0 < root_mean_square(found - exact) < 1.5 * root_mean_square(rounded - exact)
     assert divergence(log_softmax(exact), log_softmax(found)).mean() < 0.002
 
 
@@ -112,11 +116,12 @@ def test_logits_are_off_by_the_roundings_effect(parts: list[int], tales: Bundle)
     assert_off_by_rounding(found, tales, tokens)
 
 
-def test_rows_of_a_batch(tales: Bundle) -> None:
+@pytest.mark.parametrize("first", [[20, 17, 0], [20, 20, 20], [3, 1, 2]], ids=str)
+def test_rows_of_a_batch(first: list[int], tales: Bundle) -> None:
     """They begin with few and many tokens, wait, and go on with others behind pasts of their own."""
     runner = Runner(tales.with_cache("int8"), threads=1)
     texts = [random_tokens(tales, 60, seed) for seed in range(3)]
-    passes = [[20, 20, 20], [1, 0, 4], [5, 1, 0], [17, 17, 17], [1, 1, 1]]
+    passes = [first, [1, 0, 4], [5, 1, 0], [17, 17, 17], [1, 1, 1]]
     cache, found = runner.new_cache(3, 64), [list[np.ndarray]() for _ in texts]
     for counts in passes:
         begins, width = cache.lengths.copy(), max(counts)
@@ -129,6 +134,16 @@ def test_rows_of_a_batch(tales: Bundle) -> None:
     for text, part in zip(texts, found, strict=True):
         together = np.concatenate(part)
         assert_off_by_rounding(together, tales, text[: len(together)])
+
+
+def test_padding_is_computed_too(tales: Bundle) -> None:
+    """Its outputs go into scales of whole passes in the second graph, so they must not be memory that nobody wrote."""
+    runner = Runner(tales.with_cache("int8"), threads=1)
+    tokens = np.stack([random_tokens(tales, 24, seed) for seed in range(2)])
+    for count in (24, 1):
+        cache = runner.new_cache(2, 24)
+        runner.forward(cache, slice(0, 2), tokens, np.array([24, count]))
+        assert cache.data[:, :, 1, :, count:].any(axis=(1, 2, 4)).all()
 
 
 def test_a_row_that_is_trimmed_goes_on_as_a_fresh_one(tales: Bundle) -> None:
@@ -149,6 +164,11 @@ def test_with_quantised_weights_and_a_second_graph(dtype: str, export_short_tale
     for parts in ([48], [40] + [1] * 8, [20] + [7] * 4):
         (expected, _), (found, _) = (read(each, tokens, *parts) for each in (plain, rounding))
         assert divergence(log_softmax(expected), log_softmax(found)).mean() < 0.005
+    several, counts = np.stack([tokens, tokens[::-1], tokens]), np.array([48, 20, 0])
+    expected, found = (
+        each.forward(each.new_cache(3, 48), slice(0, 3), several, counts, "all").copy() for each in (plain, rounding)
+    )
+    assert divergence(log_softmax(expected), log_softmax(found)).max() < 0.02
 
 
 def test_every_strategy_runs(tales: Bundle) -> None:
@@ -178,26 +198,64 @@ def test_drafts(source: str, tales: Bundle) -> None:
     """The twin works in the same cache."""
     assert (tales.folder / INT8_CACHE_GRAPHS[TWIN_GRAPH]).exists()
     model = gpt2onnx.load(tales.folder, cache_dtype="int8", draft=source, draft_length=4, threads=1)
-    steps = list(model.stream("Once upon a time", max_new_tokens=40))
-    result = model.generate("Once upon a time", max_new_tokens=40)
+    with pytest.MonkeyPatch.context() as patch:
+        learned: list[int] = []
+        patch.setattr(Drafter, "learn", lambda self, decoding, drafts, right, *rest: learned.extend(right))
+        result = model.generate("Once upon a time", max_new_tokens=40)
     assert result.usage["completion_tokens"] == 40
-    assert "".join(steps) == result.text
+    # Nearly all drafts of four are right: the twin sees the network's own keys and values.
+    assert (sum(learned) > 24) == (source == "twin")
+    assert "".join(model.stream("Once upon a time", max_new_tokens=40)) == result.text
 
 
 def test_takes_a_quarter_of_the_memory(tales: Bundle) -> None:
     plain, rounding = runners(tales)
     assert 4 * rounding.new_cache(3, 100).nbytes == plain.new_cache(3, 100).nbytes
-    most = 10**9
-    with pytest.raises(OptionError) as of_floats:
-        plain.check_memory(most, 512)
-    with pytest.raises(OptionError) as of_int8:
-        rounding.check_memory(most, 512)
-    assert str(of_floats.value) != str(of_int8.value)
+    needed = []
+    for runner in (plain, rounding):
+        with pytest.raises(OptionError) as caught:
+            runner.check_memory(10**9, 512)
+        needed.append(float(re.search(r"need (?:about )?([\d,.]+) ", str(caught.value))[1].replace(",", "")))  # type: ignore[index]
+    # The logits stay: 8,192 times 4 bytes a row, beside 512 positions of 6 layers, 256 wide, keys and values.
+    logits, cache = 8192 * 4, 512 * 6 * 256 * 2
+    assert needed[1] / needed[0] == pytest.approx((logits + cache) / (logits + 4 * cache), rel=0.02)
 
 
 def test_results_are_told_apart(tales: Bundle) -> None:
     plain, rounding = (gpt2onnx.load(tales.folder, cache_dtype=each) for each in ("fp32", "int8"))
-    assert plain.generate("Once").request_hash != rounding.generate("Once").request_hash
+    hashes = plain.generate("Once").request_hash, rounding.generate("Once").request_hash
+    assert hashes[0] != hashes[1]
+    # Measured scales differ from machine to machine; with a cache in floats they don't count.
+    assert tales.without(*INT8_CACHE_GRAPHS.values()).sha256() == tales.sha256()
+
+
+def test_figures_are_of_the_cache_in_use(tales: Bundle) -> None:
+    plain, rounding = (
+        benchmark(gpt2onnx.load(tales.folder, cache_dtype=each), prompt_tokens=4, new_tokens=4, repetitions=1)
+        for each in ("fp32", "int8")
+    )
+    assert plain.cache_bytes == 4 * rounding.cache_bytes
+
+
+def test_models_that_are_served_on_demand(tales: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    served = serve.command.make_context(
+        "serve", ["-m", f"a={tales.folder}", "-m", f"b={tales.folder}", "--cache-dtype", "int8"]
+    )
+    with served:
+        on_demand = serve._on_demand(["a"], [("b", str(tales.folder))], "cpu", 1)
+        assert on_demand["b"].load().bundle.cache_dtype == "int8"
+
+
+def test_a_source_is_exported_for_it(
+    make_checkpoint: MakeCheckpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where an earlier export in the user's cache has no graph for it."""
+    monkeypatch.setenv("GPT2ONNX_CACHE", str(tmp_path))
+    monkeypatch.setattr("gpt2onnx.exporter.export._CHECKED_WEIGHTS", 0)
+    checkpoint = make_checkpoint()
+    assert not gpt2onnx.load(checkpoint).bundle.has_int8_cache
+    assert gpt2onnx.load(checkpoint, cache_dtype="int8").bundle.cache_dtype == "int8"
+    assert gpt2onnx.load(checkpoint).bundle.has_int8_cache
 
 
 def test_where_it_cannot_be_had(
