@@ -93,6 +93,21 @@ OPERATORS = st.sampled_from(
 SHAPES = st.lists(st.sampled_from([0, 1, 3, 20_000, 2**31, 10**12, -1]), max_size=3)
 
 
+def in_a_branch(nodes: list[onnx.NodeProto], first: int) -> list[onnx.NodeProto]:
+    """The nodes from one on as a branch, which an input chooses."""
+
+    def branch(name: str, inner: list[onnx.NodeProto]) -> onnx.GraphProto:
+        return helper.make_graph(inner, name, [], [helper.make_tensor_value_info(inner[-1].output[0], 1, None)])
+
+    condition = [
+        helper.make_node("ReduceMax", ["input_ids"], ["greatest"], keepdims=0),
+        helper.make_node("Cast", ["greatest"], ["condition"], to=9),
+    ]
+    other = helper.make_node("Cast", ["input_ids"], ["other"], to=1)
+    branches = {"then_branch": branch("odd", nodes[first:]), "else_branch": branch("other", [other])}
+    return [*nodes[:first], *condition, helper.make_node("If", ["condition"], ["chosen"], **branches)]
+
+
 @inputs(few=40)
 @given(data=st.data())
 def test_graphs_of_odd_operators(bundle: Path, place: Path, data: st.DataObject) -> None:
@@ -110,6 +125,9 @@ def test_graphs_of_odd_operators(bundle: Path, place: Path, data: st.DataObject)
         settings = {"to": 1} if kind == "Cast" else {"axis": 0} if kind == "Concat" else {}
         nodes.append(helper.make_node(kind, given_to, [f"odd.{index}"], **settings))
         names.append(f"odd.{index}")
+    if data.draw(st.booleans()):
+        nodes = in_a_branch(nodes, data.draw(st.integers(0, len(nodes) - 1)))
+        names.append("chosen")
 
     def change(model: onnx.ModelProto) -> None:
         model.graph.initializer.extend(constants)
