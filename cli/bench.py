@@ -58,7 +58,7 @@ def command(model: str, device: str, threads: int | None, as_json: bool, quiet: 
 
 def _heading(facts: dict[str, Any], result: "Benchmark") -> str:
     versions = ", ".join(f"{name} {version}" for name, version in facts["versions"].items())
-    cache = "" if facts["cache_dtype"] == "fp32" else f", cache in {facts['cache_dtype']}"
+    cache = ", cache in int8" if facts["cache_dtype"] == "int8" else ""
     return (
         f"{facts['model']} ({facts['dtype']}{cache}) on {facts['device']}, {facts['threads']} threads: prompts of"
         f" {result.prompt_tokens} tokens, {result.new_tokens} new, batch {result.batch_size}\n"

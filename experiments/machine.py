@@ -114,8 +114,9 @@ def describe() -> dict[str, Any]:
 def setting(model: Model) -> dict[str, Any]:
     """Precision of weights and KV cache, graph, device and threads of a model."""
     bundle, runner = model.bundle, model.runner
+    cache_dtype = "fp16" if runner.dtype == np.float16 else bundle.cache_dtype
     return {
-        "dtype": bundle.manifest.dtype, "cache_dtype": bundle.cache_dtype, "graph": bundle.manifest.graph,
+        "dtype": bundle.manifest.dtype, "cache_dtype": cache_dtype, "graph": bundle.manifest.graph,
         "device": runner.device, "threads": runner.threads,
     }  # fmt: skip
 

@@ -56,7 +56,7 @@ def load(
         draft_model: a smaller model of the same vocabulary, which drafts in place of the twin.
         draft_length: tokens of a draft by twin or draft model; by default as many as pay, which can be none.
         cache_dtype: of the KV cache, the keys and values of earlier tokens, on the CPU. "int8" takes a quarter of the memory of
-            "fp32". Steps of many or long texts are faster. The text can change.
+            "fp32"; with AVX-512, steps of many or long texts are faster. The text can change.
 
     Raises:
         BundleError, CheckpointError: the model can't be found or used.
@@ -106,11 +106,9 @@ def resolve(
         return folder
     source = os.fspath(model)
     target = user_cache.folder() / _cache_name(source, dtype)
-    try:
-        made = bundle.Bundle.open(target).has_int8_cache or not int8_cache
-    except BundleError:
-        made = False
-    if not made:
+    if int8_cache and bundle.is_bundle(target) and not _is_made(target, int8_cache=True):
+        target = user_cache.folder() / _cache_name(source, f"{dtype} with int8 cache")  # the other one may be in use
+    if not _is_made(target, int8_cache=int8_cache):
         # Only now: the exporter's imports are needless, and may be missing, where the export is there.
         from .exporter.export import export
 
@@ -118,9 +116,18 @@ def resolve(
         try:
             export(source, target, dtype=dtype, int8_cache=int8_cache or None, force=True, progress=progress)
         except OutputError:
-            if not bundle.is_bundle(target):  # otherwise another process has just made the same
+            if not _is_made(target, int8_cache=int8_cache):  # otherwise another process has just made the same
                 raise
     return target
+
+
+def _is_made(folder: Path, *, int8_cache: bool) -> bool:
+    """Whether a folder holds a bundle, with graphs for a KV cache in int8 if that is asked for."""
+    try:
+        made = bundle.Bundle.open(folder)
+    except BundleError:
+        return False
+    return made.has_int8_cache or not int8_cache
 
 
 def _convert_tokenizer(source: Path, model: Path, target: Path) -> Path:

@@ -143,6 +143,8 @@ class _Nodes:
             inputs, outputs = node.get(_NODE_INPUT, []), node.get(_NODE_OUTPUT, [])
             if operator not in _OPERATORS or _last(node, _NODE_DOMAIN) not in _DOMAINS:
                 raise NotExportedError(f"the operator {_shown(operator)}")
+            if operator == b"Constant" and not branches:
+                raise NotExportedError("a constant in a branch")
             if not known.issuperset(inputs):
                 raise NotExportedError("operators in another order")
             for attribute in node.get(_NODE_ATTRIBUTE, []):

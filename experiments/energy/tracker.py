@@ -268,7 +268,7 @@ _COLUMNS = [
     "requests", "prompt_tokens", "completion_tokens",
     "runs", "seconds", "cpu_seconds", "tokens_per_second", "joules", "joules_per_token", "g_co2eq_per_1000_tokens", "g_co2eq_per_kwh",
     "method", "reliable",
-    "model", "dtype", "graph", "device", "threads", "onnxruntime_version", "gpt2onnx_version",
+    "model", "dtype", "cache_dtype", "graph", "device", "threads", "onnxruntime_version", "gpt2onnx_version",
 ]  # fmt: skip
 
 

@@ -155,8 +155,7 @@ def two_kinds(model: onnx.ModelProto) -> None:
 
 
 def constant_in_branch(model: onnx.ModelProto) -> None:
-    inner = helper.make_node("Constant", [], ["size"], value=number("size", 10**9))
-    branching(inner, helper.make_node("ConstantOfShape", ["size"], ["zeros"]))(model)
+    branching(helper.make_node("Constant", [], ["size"], value=number("size", 10**9)))(model)
 
 
 def constant_choice(model: onnx.ModelProto) -> None:
@@ -202,7 +201,7 @@ HOSTILE: dict[str, tuple[Change, str]] = {
     "a name of an input again": (again("input_ids"), "a name twice"),
     "a constant of numbers": (constant(value_ints=[10**9]), "the attribute 'value_ints'"),
     "a constant of two kinds": (two_kinds, "a constant that isn't a tensor"),
-    "a constant in a branch": (constant_in_branch, "'ConstantOfShape' to more than"),
+    "a constant in a branch": (constant_in_branch, "a constant in a branch"),
     "a branch that a constant chooses": (constant_choice, "'If' of constants"),
     "a function": (lambda model: model.functions.append(onnx.FunctionProto(name="twice")), "functions"),
     "a training graph": (lambda model: model.training_info.append(onnx.TrainingInfoProto()), "a training graph"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -20,7 +21,7 @@ from support.quantized import in_numpy, root_mean_square
 
 import gpt2onnx
 from gpt2onnx.cli import serve
-from gpt2onnx.errors import BackendError, OptionError
+from gpt2onnx.errors import BackendError, OptionError, OutputError
 from gpt2onnx.experiments.benchmark import benchmark
 from gpt2onnx.exporter.graph import int8_cache
 from gpt2onnx.exporter.validate.logits import divergence, log_softmax
@@ -136,16 +137,6 @@ def test_rows_of_a_batch(first: list[int], tales: Bundle) -> None:
         assert_off_by_rounding(together, tales, text[: len(together)])
 
 
-def test_padding_is_computed_too(tales: Bundle) -> None:
-    """Its outputs go into scales of whole passes in the second graph, so they must not be memory that nobody wrote."""
-    runner = Runner(tales.with_cache("int8"), threads=1)
-    tokens = np.stack([random_tokens(tales, 24, seed) for seed in range(2)])
-    for count in (24, 1):
-        cache = runner.new_cache(2, 24)
-        runner.forward(cache, slice(0, 2), tokens, np.array([24, count]))
-        assert cache.data[:, :, 1, :, count:].any(axis=(1, 2, 4)).all()
-
-
 def test_a_row_that_is_trimmed_goes_on_as_a_fresh_one(tales: Bundle) -> None:
     runner, tokens = Runner(tales.with_cache("int8"), threads=1), random_tokens(tales, 30)
     _, cache = read(runner, np.append(tokens[:20], random_tokens(tales, 10, 1)), 20, 10)
@@ -249,13 +240,19 @@ def test_models_that_are_served_on_demand(tales: Bundle, monkeypatch: pytest.Mon
 def test_a_source_is_exported_for_it(
     make_checkpoint: MakeCheckpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Also where an earlier export in the user's cache has no graph for it."""
+    """Also where an earlier export in the user's cache has no graph for it; that one stays, since others may use it."""
     monkeypatch.setenv("GPT2ONNX_CACHE", str(tmp_path))
     monkeypatch.setattr("gpt2onnx.exporter.export._CHECKED_WEIGHTS", 0)
     checkpoint = make_checkpoint()
-    assert not gpt2onnx.load(checkpoint).bundle.has_int8_cache
-    assert gpt2onnx.load(checkpoint, cache_dtype="int8").bundle.cache_dtype == "int8"
-    assert gpt2onnx.load(checkpoint).bundle.has_int8_cache
+    earlier = gpt2onnx.load(checkpoint).bundle
+    assert not earlier.has_int8_cache
+    made = gpt2onnx.load(checkpoint, cache_dtype="int8").bundle
+    assert made.cache_dtype == "int8"
+    assert gpt2onnx.load(checkpoint).bundle.sha256() == earlier.sha256()
+    shutil.rmtree(made.folder)
+    (made.folder).touch()  # in the way of the export
+    with pytest.raises(OutputError, match="is not a folder"):
+        gpt2onnx.load(checkpoint, cache_dtype="int8")
 
 
 def test_where_it_cannot_be_had(

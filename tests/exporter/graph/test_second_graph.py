@@ -19,7 +19,7 @@ import gpt2onnx
 from gpt2onnx.errors import BackendError, BundleError, OptionError
 from gpt2onnx.exporter.graph.blocks import in_axis
 from gpt2onnx.exporter.validate.bundle_weights import BundleWeights
-from gpt2onnx.models.bundle import SECOND_GRAPH, SECOND_GRAPH_WEIGHTS, Bundle
+from gpt2onnx.models.bundle import CACHE_DTYPES, SECOND_GRAPH, SECOND_GRAPH_WEIGHTS, Bundle
 from gpt2onnx.models.shapes import weight_shapes
 from gpt2onnx.runtime.engine import second_graph
 from gpt2onnx.runtime.engine.runner import Runner
@@ -218,9 +218,10 @@ def test_another_networks_second_graph_is_refused(made: Bundle, tmp_path: Path) 
         opened(Runner(Bundle.open(folder), wide_after=0), 16, 1)
 
 
-def test_padding_holds_no_memory_of_earlier_passes(made: Bundle) -> None:
+@pytest.mark.parametrize("cache_dtype", CACHE_DTYPES)
+def test_padding_holds_no_memory_of_earlier_passes(cache_dtype: str, made: Bundle) -> None:
     """GroupQueryAttention leaves outputs of padding unwritten, and the layer behind it rounds all rows with one scale."""
-    session, random = Runner(made, threads=1, wide_after=0), np.random.default_rng(0)
+    session, random = Runner(made.with_cache(cache_dtype), threads=1, wide_after=0), np.random.default_rng(0)
     tokens = random.integers(made.config.vocab_size, size=(4, 40))
 
     def ragged(counts: list[int], past: int) -> np.ndarray:
