@@ -8,11 +8,10 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
-from gpt2onnx.errors import BundleError, CheckpointError, OptionError, OutputError
+from gpt2onnx.errors import BundleError, CheckpointError, OutputError
 
 from .models import bundle, tales, user_cache
 from .models.config import ADAPTER_CONFIG, GPT2Config, read_json
-from .models.messages import shown
 
 if TYPE_CHECKING:
     from .model import Model
@@ -67,8 +66,7 @@ def load(
     """
     from .model import Model
 
-    if cache_dtype not in bundle.CACHE_DTYPES:
-        raise OptionError(f"cache_dtype must be one of {', '.join(bundle.CACHE_DTYPES)}, not {shown(cache_dtype)}")
+    bundle.check_cache_dtype(cache_dtype)  # before an export
     folder = resolve(model, int8_cache=cache_dtype == "int8")
     if verify:
         bundle.Bundle.open(folder).verify()

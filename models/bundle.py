@@ -241,8 +241,7 @@ class Bundle:
         Raises:
             OptionError: there is no such precision, or the bundle has no graph for it.
         """
-        if dtype not in CACHE_DTYPES:
-            raise OptionError(f"cache_dtype must be one of {', '.join(CACHE_DTYPES)}, not {shown(dtype)}")
+        check_cache_dtype(dtype)
         if dtype == "int8" and not self.has_int8_cache:
             raise OptionError(
                 f"{self.folder} has no graph with a cache in int8: export it again with --int8-cache, not in fp16 or as portable",
@@ -367,6 +366,12 @@ def _check_hash(path: Path, record: FileRecord, advance: Callable[[int], None] |
 
 def _not_listed(path: Path) -> BundleError:
     return BundleError(f"{path} is not in the manifest: remove it, or export the bundle again")
+
+
+def check_cache_dtype(dtype: str) -> None:
+    """Raises OptionError if a KV cache can't have this precision."""
+    if dtype not in CACHE_DTYPES:
+        raise OptionError(f"cache_dtype must be one of {', '.join(CACHE_DTYPES)}, not {shown(dtype)}")
 
 
 def is_bundle(folder: Path) -> bool:

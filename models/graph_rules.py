@@ -20,7 +20,7 @@ _OPERATORS = frozenset(
     b"Abs Add And Cast Clip Concat Constant ConstantOfShape DequantizeLinear Div DynamicQuantizeMatMul Equal Erf Exp Expand"
     b" FastGelu Flatten Gather GatherBlockQuantized Gelu Gemm Greater GreaterOrEqual GroupQueryAttention HardSigmoid HardSwish"
     b" Identity If LayerNormalization LeakyRelu Less LessOrEqual Log MatMul MatMulNBits Max Min Mish Mul Neg Not Or Pad Pow"
-    b" QuantizeLinear QuickGelu Range ReduceMax ReduceMean ReduceMin ReduceSum Relu Reshape Shape Sigmoid Sign Size Slice"
+    b" QuantizeLinear QuickGelu Range ReduceMax ReduceMean ReduceSum Relu Reshape Shape Sigmoid Sign Size Slice"
     b" Softmax Softplus Split Sqrt Squeeze Sub Sum Tanh Transpose Trilu Unsqueeze Where".split()
 )
 _ATTRIBUTES = frozenset(

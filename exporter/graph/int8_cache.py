@@ -75,13 +75,10 @@ def _prepare(nodes: Nodes, config: GPT2Config) -> None:
     )
     nodes.op("Expand", [last_key, nodes.op("Shape", [contract.COUNTS], "prompt.batch")], "prompt.seqlens_k")
 
-    # Several pasts, or padding behind one, don't fit into an array that attention in float32 takes.
-    fewest = nodes.op("ReduceMin", [contract.COUNTS], "prompt.fewest", keepdims=0)
-    whole = nodes.op("Equal", [fewest, "ragged.longest_scalar"], "prompt.whole")
+    # Several pasts don't fit into an array that attention in float32 takes.
     one_row = nodes.op("Equal", [nodes.op("Size", [contract.COUNTS], "prompt.rows"), "ragged.one"], "prompt.one_row")
-    single = nodes.op("And", [one_row, whole], "prompt.single")
     fresh = nodes.op("Equal", [past, "ragged.zero"], "prompt.fresh")
-    possible = nodes.op("Or", [fresh, single], "prompt.possible")
+    possible = nodes.op("Or", [fresh, one_row], "prompt.possible")
     many = nodes.op("GreaterOrEqual", ["ragged.longest_scalar", "prompt.least"], "prompt.many")
     nodes.op("And", [many, possible], "prompt")
 
