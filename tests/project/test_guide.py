@@ -36,7 +36,6 @@ def one_in_the_last_digit(number: str) -> float:
     return 1.01 * 10.0 ** (int(exponent or 0) - decimals) if decimals else 0.0
 
 
-@pytest.mark.system
 def test_examples_are_what_the_commands_print_without_pytorch(tmp_path: Path) -> None:
     code, out, err = run(COG, without=REFERENCES, OMP_NUM_THREADS="1", HOME=str(tmp_path))
     assert (code, err) == (0, "")
