@@ -23,7 +23,7 @@ class Contender:
         driver: module in peers/.
         python: interpreter of its environment.
         model: file or folder for its driver.
-        precision: for its driver.
+        precision: for its driver; gpt2onnx's is told that of the KV cache.
         weights: file of its weights.
         read: share of that file read for a token, such as a half if fp32 is held as bf16.
         note: details that the name lacks.
@@ -81,11 +81,11 @@ def _standard(work: Path) -> Iterator[Contender]:
             **more,  # pyright: ignore[reportArgumentType]
         )  # fmt: skip
 
-    def ours(family: str, name: str, cold: bool = False) -> Contender:
-        file, precision = "onnx/model.onnx_data", name.split()[0]
-        model = f"gpt2onnx-{name.replace(' ', '-')}"
+    def ours(family: str, export: str, cache: str = "fp32", cold: bool = False) -> Contender:
+        name = f"gpt2onnx {export}" if cache == "fp32" else f"gpt2onnx {export}, {cache} cache"
         return contender(
-            f"gpt2onnx {name}", family, "gpt2onnx", OURS, model, precision=precision, file=file, cold=cold,
+            name, family, "gpt2onnx", OURS, f"gpt2onnx-{export.replace(' ', '-')}", precision=cache,
+            file="onnx/model.onnx_data", cold=cold,
         )  # fmt: skip
 
     def transformers(family: str, precision: str, read: float) -> Contender:
@@ -120,6 +120,7 @@ def _standard(work: Path) -> Iterator[Contender]:
 
     usual = "default: bf16 arithmetic if the processor has it, 8-bit KV cache"
     yield ours("fp32", "fp32")
+    yield ours("fp32", "fp32", "int8")
     yield transformers("fp32", "fp32", 1.0)
     # Its graph holds the embedding twice; one copy is a lookup table.
     yield contender(
@@ -136,12 +137,14 @@ def _standard(work: Path) -> Iterator[Contender]:
     yield llama("16 bit", "bf16")
     yield openvino("fp32 as bf16", "16 bit", "fp32", "default", f"fp32 weights, {usual}", 0.5)
     yield ours("int8", "int8", cold=True)
+    yield ours("int8", "int8", "int8")
     yield ctranslate2("int8")
     yield llama("int8", "q8_0")
     yield openvino("int8", "int8", "int8", "default", usual)
     yield genai("int8")
     yield ours("int4", "int4")
     yield ours("int4", "int4 pure")
+    yield ours("int4", "int4 pure", "int8")
     yield llama("int4", "q4_0")
     yield openvino("int4", "int4", "int4", "default", f"embedding and head int8; {usual}")
     yield genai("int4")

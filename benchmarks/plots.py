@@ -102,9 +102,10 @@ def _panels(lines: dict[str, Lines], folder: Path, file: str, title: str, x: str
     panels: list[Axes] = list(grid.flat)
     for axes, (family, found) in zip(panels, shown.items(), strict=False):
         for name, points in found.items():
-            dashed = "--" if name.endswith("pure") or (family == "16 bit" and name.endswith("int8")) else "-"
+            dashed = name.endswith("pure") or (family == "16 bit" and name.endswith("int8"))
+            style = ":" if name.endswith("cache") else "--" if dashed else "-"
             width = 2.4 if name.startswith("gpt2onnx") else 1.4
-            axes.plot(*zip(*points, strict=True), dashed, color=_colour(name), marker="o", markersize=3, linewidth=width,
+            axes.plot(*zip(*points, strict=True), style, color=_colour(name), marker="o", markersize=3, linewidth=width,
                       label=name)  # fmt: skip
         axes.set_title(f"class {family}", loc="left")
         axes.set_ylim(bottom=0)

@@ -10,7 +10,7 @@ class Driver:
     version = f"gpt2onnx {version('gpt2onnx')}, onnxruntime {version('onnxruntime')}"
 
     def load(self, model, precision, threads):
-        self.model = gpt2onnx.load(model, threads=threads)
+        self.model = gpt2onnx.load(model, threads=threads, cache_dtype=precision)
 
     def can(self, task):
         return True
