@@ -50,11 +50,10 @@ def print_json(record: Any, *, indent: int | None = None) -> None:
         record: what JSON can hold; numbers that aren't finite become null.
         indent: spaces of a level; None for one line.
     """
-    record = finite(record)
     if indent is None:
         text = to_line(record, ascii_only=codecs.lookup(sys.stdout.encoding).name != "utf-8")
     else:
-        text = json.dumps(record, allow_nan=False, indent=indent)
+        text = json.dumps(finite(record), allow_nan=False, indent=indent)
     click.echo(text)
 
 

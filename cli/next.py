@@ -139,7 +139,7 @@ def _candidates(choice: "Choice", tokenizer: "Tokenizer", top: int, followed: li
         columns.append((label, functools.partial(_probability, stage), _possible(stage.scores)))
     if choice.draws:
         columns.append(("drawn", lambda token: str(choice.counts[token]), choice.draws))
-        columns.append(("expected", lambda token: f"{_expected(choice, token):.1f}", f"{choice.draws:.1f}"))
+        columns.append(("expected", lambda token: f"{choice.expected(token):.1f}", f"{choice.draws:.1f}"))
     shown = choice.top(top)
     shown += [token for token in followed if token not in shown]
     rows = [[cell(token) for _, cell, _ in columns] for token in shown]
@@ -159,7 +159,7 @@ def _by_temperature(text: str, token: int, choices: list["Choice"]) -> str:
         if draws:
             row += [
                 str(choice.counts[token]),
-                f"{_expected(choice, token):.2f}",
+                f"{choice.expected(token):.2f}",
                 f"{math.sqrt(draws * p * (1 - p)):.2f}",
             ]
         rows.append(row)
@@ -178,7 +178,7 @@ def _record(choice: "Choice", tokenizer: "Tokenizer", top: int, followed: dict[s
                 stage.name: {"score": float(stage.scores[token]), "probability": float(stage.probabilities[token])}
                 for stage in choice.stages
             },
-        } | ({"drawn": int(choice.counts[token]), "expected": _expected(choice, token)} if choice.draws else {})
+        } | ({"drawn": int(choice.counts[token]), "expected": choice.expected(token)} if choice.draws else {})
 
     from ..experiments.next_token import FILTERS
 
@@ -187,10 +187,6 @@ def _record(choice: "Choice", tokenizer: "Tokenizer", top: int, followed: dict[s
         "candidates": [candidate(token) for token in choice.top(top)],
         "tokens": {text: candidate(token) for text, token in followed.items()},
     }
-
-
-def _expected(choice: "Choice", token: int) -> float:
-    return choice.draws * float(choice.probabilities[token])
 
 
 def _possible(scores: Any) -> int:

@@ -24,7 +24,7 @@ def command(bundle: Path, as_json: bool, quiet: bool) -> None:
     """
     from ..models.bundle import GENERATION_CONFIG, RAGGED_GRAPH, TOKENIZER, Bundle
     from ..models.config import read_json
-    from ..runtime.engine.loading import runs_ragged
+    from ..runtime.engine.graphs import runs_ragged
     from ..runtime.engine.runner import Runner
     from ..runtime.options import GenerationConfig
     from ..runtime.text.tokenizer import Tokenizer
@@ -39,8 +39,9 @@ def command(bundle: Path, as_json: bool, quiet: bool) -> None:
             GenerationConfig.from_file_content(read_json(bundle / GENERATION_CONFIG))
         except OptionError as error:
             raise BundleError(f"{bundle / GENERATION_CONFIG}: {error}") from error
-        for each in (opened, opened.without(RAGGED_GRAPH)):  # the runtime's own graph, and the one for interchange
-            Runner(each)
+        Runner(opened)
+        if RAGGED_GRAPH in opened.manifest.files:  # the runtime's own graph; the other one is for interchange
+            Runner(opened.without(RAGGED_GRAPH))
         if opened.has_twin:
             Runner(opened, twin=True)
         if opened.has_int8_cache and runs_ragged():

@@ -15,8 +15,7 @@ from typing import Any, Literal
 from gpt2onnx.errors import OptionError, PromptError
 
 from ..models import limits
-from ..runtime.host import progress as progress_bars
-from ..runtime.host.progress import Progress
+from ..runtime.host.progress import Progress, or_notebook_bar
 from ..runtime.model import Model
 
 DropLast = Literal["none", "train", "all"]
@@ -158,7 +157,7 @@ def evaluate(
         for name, part in texts.items()
     }
     total = sum(plan.predicted for plan in plans.values())
-    progress = progress_bars.shown(progress, "Evaluating", "tokens")
+    progress = or_notebook_bar(progress, "Evaluating", "tokens")
     done = 0
     parts: dict[str, Loss] = {}
     for name, plan in plans.items():

@@ -18,11 +18,11 @@ from ..models import limits
 from ..runtime.arrays import Logits, Tokens
 from ..runtime.decoding.filters import warp, warpers
 from ..runtime.decoding.processors import process, processors
+from ..runtime.decoding.start import effective
 from ..runtime.decoding.strategy import new_seed
 from ..runtime.decoding.torch_random import Candidates, Generator, softmax
 from ..runtime.decoding.torch_topk import largest
-from ..runtime.host import progress as progress_bars
-from ..runtime.host.progress import Progress
+from ..runtime.host.progress import Progress, or_notebook_bar
 from ..runtime.model import Model
 from ..runtime.options import OPTIONS, GenerationConfig
 from ..runtime.requests import Prompt
@@ -76,6 +76,10 @@ class Choice:
         """Probabilities of the last stage, float32 [vocabulary]."""
         return self.stages[-1].probabilities
 
+    def expected(self, token: int) -> float:
+        """How often a token is to be expected among the draws."""
+        return self.draws * float(self.probabilities[token])
+
     def top(self, count: int) -> list[int]:
         """The likeliest tokens by the network's own logits, the likeliest first.
 
@@ -118,7 +122,7 @@ class NextToken:
 
     def _row(self, choice: Choice, token: int) -> dict[str, Any]:
         probability = float(choice.probabilities[token])
-        drawn = {"drawn": int(choice.counts[token]), "expected": choice.draws * probability}
+        drawn = {"drawn": int(choice.counts[token]), "expected": choice.expected(token)}
         return {
             "temperature": choice.options.temperature,
             "token_id": token,
@@ -163,13 +167,12 @@ def next_token(
     unknown = filters.keys() - FILTERS.keys()
     if unknown:
         raise OptionError(f"{min(unknown)!r} is not one of {', '.join(FILTERS)}")
-    if any(temperature == 0 for temperature in temperatures or ()):
+    if any(temperature == 0 for temperature in temperatures):
         raise OptionError("temperature must be above 0: 0 is greedy search, which draws nothing", "temperature")
-    if draws < 0:
-        raise OptionError(f"draws must be at least 0, not {draws}")
+    limits.check_at_least(0, draws=draws)
     if seed is None and draws:
         seed = new_seed(GenerationConfig(do_sample=True))
-    given: Sequence[float | None] = temperatures or (None,)
+    given: Sequence[float | None] = list(temperatures) or [None]
     settings = [
         model.generation_config.merged(
             _ONE_DRAW | {"seed": seed} | filters | ({} if temperature is None else {"temperature": temperature})
@@ -182,7 +185,7 @@ def next_token(
     cache = model.runner.new_cache(1, len(tokens))
     logits = model.runner.forward(cache, slice(0, 1), tokens[None])[0].copy()
     if draws:
-        progress = progress_bars.shown(progress, "Drawing", "draws")
+        progress = or_notebook_bar(progress, "Drawing", "draws")
     choices = []
     for index, options in enumerate(settings):
 
@@ -222,7 +225,7 @@ def choose(
 def stages(logits: Logits, options: GenerationConfig, tokens: Tokens) -> list[Stage]:
     """The candidates after each step of the options; temperature is always one of them."""
     # Renormalising scores leaves probabilities as they are.
-    unfiltered = options.replaced(**_ONE_DRAW, **FILTERS, renormalize_logits=False)
+    unfiltered = effective(options).replaced(**_ONE_DRAW, **FILTERS, renormalize_logits=False)
     filters = {name: getattr(options, name) for name in FILTERS if getattr(options, name) != FILTERS[name]}
     steps = {"penalties": unfiltered.replaced(do_sample=False), "temperature": unfiltered}
     for name, value in filters.items():

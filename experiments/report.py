@@ -171,11 +171,11 @@ def number(value: float | None) -> str:
     return f"{value:,.{places}f}".replace("-", "\N{MINUS SIGN}")
 
 
-def repeats(text: str, size: int = 4) -> list[tuple[str, bool]]:
-    """A text in parts, each with whether it repeats: its words belong to `size` in a row that stood before, in any case."""
+def repeats(text: str) -> list[tuple[str, bool]]:
+    """A text in parts, each with whether it repeats: its words belong to four in a row that stood before, in any case."""
     pieces = re.findall(r"\s*\S+", text) or [text]
     words = [piece.strip().lower() for piece in pieces]
-    seen: set[tuple[str, ...]] = set()
+    size, seen = 4, set[tuple[str, ...]]()
     repeated = [False] * len(words)
     for end in range(size, len(words) + 1):
         ngram = tuple(words[end - size : end])

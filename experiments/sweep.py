@@ -23,8 +23,7 @@ from ..exporter.files.atomic import replacing_file
 from ..runtime import jobs
 from ..runtime.decoding.strategy import seeded
 from ..runtime.host import locks
-from ..runtime.host import progress as progress_bars
-from ..runtime.host.progress import Progress
+from ..runtime.host.progress import Progress, or_notebook_bar
 from ..runtime.jsontext import to_line
 from ..runtime.model import Model
 from ..runtime.options import GenerationConfig
@@ -150,7 +149,7 @@ def sweep(
         tracker = EnergyTracker(country=country, seconds=DEFAULT_SECONDS if energy_seconds is None else energy_seconds)
     tried = load_grid(grid, model.generation_config, {"seed": seed, "max_new_tokens": max_new_tokens})
     plan = Sweep(model, ([prompts] if isinstance(prompts, str) else prompts) or tried.prompts, tried.strategies)
-    progress = progress_bars.shown(progress, "Sweep", "runs")
+    progress = or_notebook_bar(progress, "Sweep", "runs")
     records: list[Record] = []
     with ExitStack() as stack:
         folder = Path(stack.enter_context(TemporaryDirectory()) if out is None else out)

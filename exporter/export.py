@@ -21,8 +21,7 @@ from ..models.bundle import Bundle, Manifest
 from ..models.config import GPT2Config
 from ..models.precision import BLOCK_SIZES, DTYPES, QUANTIZED, blocks, default_block_size
 from ..models.shapes import weight_shapes
-from ..runtime.host import progress as progress_bars
-from ..runtime.host.progress import Progress
+from ..runtime.host.progress import Progress, or_notebook_bar
 from ..runtime.text import text_input
 from ..runtime.text.tokenizer import Tokenizer
 
@@ -164,7 +163,7 @@ def export(
             block_size=block_size or default_block_size(checkpoint.config, dtype, pure=pure),
             files={},
         )
-        progress = progress_bars.shown(progress, f"Exporting {source}")
+        progress = or_notebook_bar(progress, f"Exporting {source}")
         passes = _Passes(progress, checkpoint, 1 + (calibrated or compared) + calibrated + drafted)
         reference = None
         if calibrated or compared:

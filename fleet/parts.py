@@ -94,7 +94,7 @@ def encode(part: Part, records: Sequence[jobs.Record], format: Format) -> bytes:
     if format == "jsonl":
         return "".join(to_line(record) + "\n" for record in records).encode()
     rows = [
-        {"file": part.file, "index": index} | _clean({**record, "id": _name(record["id"])})
+        {"file": part.file, "index": index} | _clean({**record, "id": _name(record["id"])} | _small_seed(record))
         for index, record in enumerate(records, part.first)
     ]
     buffer = io.BytesIO()
@@ -105,6 +105,11 @@ def encode(part: Part, records: Sequence[jobs.Record], format: Format) -> bytes:
 def _name(identity: Any) -> str | None:
     """An id in a text column: a text as it is, anything else as JSON."""
     return identity if isinstance(identity, str) or identity is None else json.dumps(identity)
+
+
+def _small_seed(record: jobs.Record) -> jobs.Record:
+    """The seed as it fits into its column; draws are the same, since seeds count modulo 2**32."""
+    return {"seed": record["seed"] % 2**64} if record.get("seed") else {}
 
 
 def _clean(value: Any) -> Any:

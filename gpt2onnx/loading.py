@@ -45,9 +45,9 @@ def load(
         threads: of one operator; by default as many as this process may use, fewer for very small models.
         verify: compare every byte of the bundle with its manifest first; otherwise only the files' sizes, and the
             small files' content.
-        wide_after: in int8 and int4, tokens in prompts and batches after which these go through a second graph; in fp32,
-            where the processor has AVX-512, tokens in batches. It takes a moment and memory to open, and in int8 and
-            int4 rounds a little more. 0 opens it right away, None never.
+        wide_after: tokens after which a second graph is opened, which is faster for batches and, in int8 and int4, for prompts.
+            The tokens of these count; in fp32 those of batches, where the processor has AVX-512. To open it takes a
+            moment and memory, and in int8 and int4 it rounds a little more. 0: at once. None: never.
         draft: source of drafts, next tokens that one forward pass then verifies: "none"; "lookup", the text so
             far; "twin", the bundle's network in 8 bits; "auto", the twin where it pays. A pass over several
             tokens rounds in another way than one over a single token. In fp32 that decides only what differs by some 1e-6,

@@ -37,6 +37,8 @@ CONFIG = "config.json"
 GENERATION_CONFIG = "generation_config.json"
 TOKENIZER = "tokenizer.json"
 TOKENIZER_CONFIG = "tokenizer_config.json"
+ADDED_TOKENS = "added_tokens.json"
+SPECIAL_TOKENS = "special_tokens_map.json"
 CHAT_TEMPLATE = "chat_template.jinja"
 GENAI_CONFIG = "genai_config.json"
 GRAPH = "onnx/model.onnx"
@@ -83,7 +85,7 @@ class Manifest:
         files: every file but the manifest, by its path inside the bundle.
         parity: the parity report against PyTorch, where one was made.
         quality: loss of the precision against fp32, where it was measured; see `exporter.validate.quality`.
-        sha256: over gpt2onnx.json itself as it is without these 64 digits; set where it is written.
+        sha256: of gpt2onnx.json with this field empty; set where it is written.
     """
 
     gpt2onnx: str
@@ -253,7 +255,7 @@ class Bundle:
         """The file of a graph, or of its form with the bundle's KV cache."""
         return self.folder / (INT8_CACHE_GRAPHS.get(name, name) if self.cache_dtype == "int8" else name)
 
-    def graph(self, name: str) -> Path:
+    def checked_path(self, name: str) -> Path:
         """As `path`, once it is known that ONNX Runtime may open the file.
 
         ONNX Runtime follows a graph's references to other files, before 1.24 wherever they lead, and runs any program in it.
@@ -307,7 +309,7 @@ class Bundle:
         for name, record in self.manifest.files.items():
             _check_hash(self.folder / name, record, advance)
             if name in _GRAPH_FILES:
-                self.graph(name)
+                self.checked_path(name)
         try:
             for path in files_in(self.folder):
                 name = path.relative_to(self.folder).as_posix()

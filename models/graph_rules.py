@@ -1,9 +1,8 @@
 """What a bundle's graph may hold, and where its weights are, read off the file before ONNX Runtime opens it.
 
-ONNX Runtime computes while it loads a graph, deaf to Ctrl-C: what depends on constants alone, loops among it. So a graph
-may hold what exported graphs hold, and nothing else: operators and attributes from a list, no programs but branches of such
-operators, and of constants alone nothing that is larger than these. What operators make of weights and tokens later isn't
-bounded here.
+While ONNX Runtime loads a graph, it computes all that depends on constants alone, and Ctrl-C doesn't stop it. So a graph may
+hold only what exported graphs hold: listed operators and attributes, no subgraphs but the branches of If, and no result of
+constants that is larger than these are. What operators make of tokens later isn't limited here.
 """
 
 import math

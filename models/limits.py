@@ -41,7 +41,8 @@ OPTION_SEQUENCES = 10_000
 OPTION_IDS = 1_000_000
 THREADS = 1024  # of one operator
 SEQUENCES = 1000  # of one prompt; each has a row of the KV cache
-# Tokens of a prompt are counted only if it has no more letters than this for each position, and no more bytes than twice the longest token.
+# Letters of a prompt for each position of the context window. A longer one is refused before it is cut into tokens, as is one
+# with more bytes for each position than twice the longest token has.
 LETTERS_PER_TOKEN = 1000
 # Connections of a server; never more than half of the process's open files. Bytes of bodies that haven't arrived as a whole.
 CONNECTIONS = 4096

@@ -6,18 +6,18 @@ from typing import Any
 
 
 def to_line(record: Any, *, compact: bool = False, ascii_only: bool = False) -> str:
-    """JSON in one line.
+    """JSON in one line; NaN and infinities become null.
 
     Args:
-        record: what JSON can hold; see `finite`.
         compact: without a space anywhere.
         ascii_only: write other letters as escapes.
-
-    Raises:
-        ValueError: a number in it isn't finite.
     """
     separators = (",", ":") if compact else None
-    text = json.dumps(record, ensure_ascii=ascii_only, allow_nan=False, separators=separators)
+    try:
+        text = json.dumps(record, ensure_ascii=ascii_only, allow_nan=False, separators=separators)
+    except ValueError:  # rare, so only such records are copied
+        record = finite(record)
+        text = json.dumps(record, ensure_ascii=ascii_only, allow_nan=False, separators=separators)
     try:
         text.encode("utf-8")
     except UnicodeEncodeError:  # half of a surrogate pair, which only an escape can write

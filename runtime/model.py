@@ -49,8 +49,8 @@ class Model:
         tokenizer: folder of a tokenizer.json that takes the place of the bundle's.
         device: "cpu", "cuda", the name of another execution provider, or "auto": CUDA where it works, else the CPU.
         threads: of one operator; by default the cores that this process may use, fewer for very small models.
-        wide_after: tokens in prompts and batches after which these go through the bundle's second graph, if it has one
-            for this device; 0 opens it right away, None never.
+        wide_after: tokens after which the bundle's second graph is opened, if it has one for this device; those in prompts
+            and batches count. 0: at once. None: never.
         draft, draft_model, draft_length: see `engine.drafting.Drafting`.
         cache_dtype: of the KV cache; "int8" takes a quarter of the memory of "fp32".
 
@@ -365,8 +365,9 @@ class Model:
         if options is not None and options.truncate == "left":
             prompt = prompt[-most:]
         if len(prompt) > most:  # to encode megabytes takes seconds
+            unit = "letters" if isinstance(prompt, str) else "tokens"
             raise PromptError(
-                f"the prompt has {len(prompt):,} letters, the context window {context} tokens: shorten it",
+                f"the prompt has {len(prompt):,} {unit}, the context window {context} tokens: shorten it",
                 too_long=True,
             )
         ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)

@@ -313,7 +313,10 @@ class GenerationConfig(msgspec.Struct, frozen=True, kw_only=True):
             raise OptionError(f"unknown generation option {unknown!r}{hint}", unknown)
         values = {name: BY_NAME[name].off if value is None else value for name, value in given.items()}
         if isinstance(bias := values.get("logit_bias"), Mapping):  # OpenAI's form
-            values["logit_bias"] = [(int(id_) if str(id_).isdecimal() else id_, each) for id_, each in bias.items()]
+            numbers = {
+                key: int(key) for key in bias if str(key).isdecimal() and len(str(key)) <= 10
+            }  # not 5,000 digits
+            values["logit_bias"] = [(numbers.get(key, key), each) for key, each in bias.items()]
         if values.get("max_length") is not None and values.get("max_new_tokens") is None:
             values["max_new_tokens"] = None
         if "do_sample" not in values and sampling_options({"penalty_alpha": self.penalty_alpha} | dict(given)):

@@ -156,10 +156,10 @@ class GeneratedSequence:
             return html.escape(self.text)
         left, marks = len(self.text), list[str]()
         for piece, token in zip(self.pieces, self.logprobs, strict=True):
-            likely, shown = math.exp(token.logprob), html.escape(piece[:left])
+            likely, visible = math.exp(token.logprob), html.escape(piece[:left])
             left -= len(piece[:left])
             shade = f"background: rgba(224, 130, 32, {0.6 * (1 - likely):.2f})"
-            marks.append(f'<span style="{shade}" title="{likely:.1%}">{shown}</span>' if shown else "")
+            marks.append(f'<span style="{shade}" title="{likely:.1%}">{visible}</span>' if visible else "")
         return "".join(marks)
 
 

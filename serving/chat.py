@@ -71,7 +71,7 @@ def prepare_chat(service: Service, body: ChatRequest) -> Call:
     return prepare(service, completion, ChatCall)
 
 
-def _longest(service: Service, body: ChatRequest, prompt: str) -> int:
+def _longest(service: Service, body: ChatRequest, prompt: list[int]) -> int:
     options = service.model.generation_config
     if body.truncate is not None:
         options = options.replaced(truncate=body.truncate)

@@ -17,7 +17,6 @@ from gpt2onnx.errors import BundleError, OptionError, PromptError
 
 from ..models import limits
 from ..models.bundle import CHAT_TEMPLATE, TOKENIZER_CONFIG
-from ..models.config import read_json
 from ..models.messages import one_line
 from ..runtime.text import special_tokens
 
@@ -48,7 +47,7 @@ class ChatTemplate:
         environment.globals |= {"raise_exception": _refuse, "strftime_now": _strftime_now}
         try:
             self._template = environment.from_string(source)
-        except TemplateError as error:
+        except Exception as error:  # it computes what depends on constants alone
             raise OptionError(f"the chat template can't be read: {one_line(error)}") from error
         self._tokens = dict(tokens)
 
@@ -63,13 +62,16 @@ class ChatTemplate:
             OptionError: the named one can't be read.
             BundleError: the bundle's own can't be read.
         """
-        config = read_json(folder / TOKENIZER_CONFIG) if (folder / TOKENIZER_CONFIG).is_file() else {}
-        tokens = {role: special_tokens.text(config[role]) for role in special_tokens.ROLES if config.get(role)}
+        config = special_tokens.read_if_there(folder / TOKENIZER_CONFIG)
+        tokens = special_tokens.in_folder(folder, config)
         if named is not None:
             return cls(BUILT_IN[named] if named in BUILT_IN else _read(named), tokens)
         source = config.get("chat_template")
         if (folder / CHAT_TEMPLATE).is_file():
-            source = (folder / CHAT_TEMPLATE).read_text(encoding="utf-8")
+            try:
+                source = (folder / CHAT_TEMPLATE).read_text(encoding="utf-8")
+            except (OSError, ValueError) as error:
+                raise BundleError(f"can't read {folder / CHAT_TEMPLATE}: {one_line(error)}") from error
         elif isinstance(source, list):  # several, for different uses
             by_name = {each.get("name"): each.get("template") for each in source if isinstance(each, dict)}
             source = by_name.get("default")
@@ -88,7 +90,7 @@ class ChatTemplate:
         """
         try:
             return self._template.render(messages=messages, add_generation_prompt=True, **self._tokens)
-        except (TemplateError, TypeError, ValueError, ArithmeticError, LookupError, AttributeError) as error:
+        except Exception as error:  # a template is a program
             raise PromptError(f"the chat template refuses these messages: {one_line(error)}") from error
 
 

@@ -86,8 +86,10 @@ def _options(service: Service, body: CompletionRequest, wanted: int, made: int) 
 def _prompts(body: CompletionRequest) -> list[str | list[int]]:
     """The request's prompts; a list of numbers is one."""
     prompt = body.prompt
-    if prompt is None or isinstance(prompt, str):
-        return [prompt or ""]
+    if not prompt:
+        return [""]
+    if isinstance(prompt, str):
+        return [prompt]
     if isinstance(prompt[0], int):
         return [[token for token in prompt if isinstance(token, int)]]
     return [each for each in prompt if not isinstance(each, int)]
@@ -175,7 +177,7 @@ def tokens_of(service: Service, body: TokenizeRequest) -> dict[str, Any]:
         if body.messages is None:
             ids = tokenizer.encode(body.prompt or "", add_special_tokens=body.add_special_tokens)
         else:
-            ids = service.model.prompt_ids(conversation(service, body.messages)).tolist()
+            ids = conversation(service, body.messages)
     except PromptError as error:
         raise ApiError(400, str(error), "prompt" if body.messages is None else "messages") from error
     return {
@@ -198,8 +200,8 @@ def text_of(service: Service, body: DetokenizeRequest) -> dict[str, str]:
     return {"prompt": service.model.tokenizer.decode(body.tokens)}
 
 
-def conversation(service: Service, messages: Sequence[Message]) -> str:
-    """The prompt that a conversation makes.
+def conversation(service: Service, messages: Sequence[Message]) -> list[int]:
+    """The token ids of a conversation. Its template writes special tokens itself, so the tokenizer adds none.
 
     Raises:
         ApiError: the model has no chat template, or it refuses the messages.
@@ -212,6 +214,7 @@ def conversation(service: Service, messages: Sequence[Message]) -> str:
             "messages",
         )
     try:
-        return service.chat_template.render([message.plain() for message in messages])
+        text = service.chat_template.render([message.plain() for message in messages])
+        return service.model.tokenizer.encode(text, add_special_tokens=False)
     except PromptError as error:
         raise ApiError(400, str(error), "messages") from error

@@ -317,11 +317,13 @@ class Engine:
         job.seen = job.seen or [0] * len(continuations)
         for index, one in enumerate(continuations):
             begin, end = job.seen[index], len(one.tokens) - prompt
-            if begin < end and (not ranked or state.done):
+            if (ranked and state.done) or (begin < end and not ranked):
                 job.seen[index] = end
                 new += end - begin
                 tokens = one.tokens[prompt + begin :].tolist()
-                job.pieces.append(Piece(job.begin + index, tokens, one.logprobs[begin:end], one.finish_reason))
+                # Where fewer texts fit a grammar than there are beams, the rest are empty.
+                reason = one.finish_reason or ("stop" if ranked else None)
+                job.pieces.append(Piece(job.begin + index, tokens, one.logprobs[begin:end], reason))
         if job.first is None:
             job.first = now
             self._metrics.prompt_tokens.inc(prompt)

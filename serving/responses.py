@@ -5,7 +5,7 @@ from typing import Any
 
 from fastapi import HTTPException, Response
 
-from ..runtime.jsontext import finite, to_line
+from ..runtime.jsontext import to_line
 
 # By status: OpenAI's type and default code of an error.
 _KINDS = {
@@ -24,11 +24,7 @@ CLIENT_LEFT = 499  # nginx's status for a client that closed the connection; nob
 
 def to_json(record: Any) -> bytes:
     """JSON without spaces; NaN and infinity become null."""
-    try:
-        text = to_line(record, compact=True)
-    except ValueError:  # rare, so only such records are copied
-        text = to_line(finite(record), compact=True)
-    return text.encode("utf-8")
+    return to_line(record, compact=True).encode("utf-8")
 
 
 class JsonResponse(Response):

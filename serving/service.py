@@ -106,7 +106,7 @@ class Service:
             prompt, cut = prompt[-kept:], len(prompt) > kept
         return list(map(int, self.model.prompt_ids(prompt, options))), cut
 
-    def longest_answer(self, prompt: str, options: GenerationConfig, kept: int | None) -> int:
+    def longest_answer(self, prompt: list[int], options: GenerationConfig, kept: int | None) -> int:
         """Tokens that the context window and the limits leave for an answer; the other arguments are those of `prompt_ids`.
 
         Where `truncate` drops tokens of the prompt, they are as many as an answer has by default.

@@ -83,7 +83,7 @@ def write(made: Bundle, target: Path, *, npm: Path | None = None, force: bool = 
 
 def _write_graphs(made: Bundle, folder: Path) -> dict[str, str]:
     """Writes the graphs that compute in float32; returns their names by device."""
-    source, dtype = made.graph(bundle.GRAPH), made.manifest.dtype
+    source, dtype = made.checked_path(bundle.GRAPH), made.manifest.dtype
     if dtype != "fp16":
         shutil.copyfile(source, folder / bundle.GRAPH)
     if dtype == "fp32":

@@ -54,6 +54,8 @@ def find_here(source: str) -> Path | None:
     path = Path(source)
     # Unlike pathlib, os.path reports a name that is too long, or a folder that may not be searched, as missing.
     if os.path.isdir(path):  # noqa: PTH112
+        if not os.access(path, os.R_OK | os.X_OK):
+            raise CheckpointError(f"can't read {source}: you may not list this folder")
         return path
     if os.path.isfile(path):  # noqa: PTH113
         if path.suffix not in SUFFIXES and not path.name.endswith(SHARD_INDEX):

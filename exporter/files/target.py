@@ -12,7 +12,7 @@ from ...models.files import files_in
 # Of a bundle whose manifest can't be read.
 _USUAL_FILES = frozenset(
     {bundle.CONFIG, bundle.GENERATION_CONFIG, bundle.GENAI_CONFIG, bundle.TOKENIZER, bundle.TOKENIZER_CONFIG}
-    | {bundle.CHAT_TEMPLATE, "special_tokens_map.json", "added_tokens.json", bundle.GRAPH, bundle.WEIGHTS}
+    | {bundle.CHAT_TEMPLATE, bundle.SPECIAL_TOKENS, bundle.ADDED_TOKENS, bundle.GRAPH, bundle.WEIGHTS}
     | {bundle.RAGGED_GRAPH, bundle.SECOND_GRAPH, bundle.SECOND_GRAPH_WEIGHTS, bundle.TWIN_GRAPH, bundle.TWIN_WEIGHTS}
     | {*bundle.INT8_CACHE_GRAPHS.values()}
 )

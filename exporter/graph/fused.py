@@ -73,7 +73,9 @@ def build(
     # Keeping the logits of only the last positions is an input with a default, which other runtimes don't see.
     everything = graph.constant(contract.LOGITS_TO_KEEP, np.array([2**31 - 1], np.int64))
     start = graph.op("Neg", [everything], "first_kept")
-    kept = graph.op("Slice", [x, start, graph.constant("end", np.array([2**31 - 1], np.int64)), axis_1], "kept")
+    kept = graph.op(
+        "Slice", [x, start, graph.constant("end", np.array([2**31 - 1], np.int64)), axis_1], contract.HIDDEN
+    )
     _head(graph, config, kept, head)
     return _model(graph, config)
 

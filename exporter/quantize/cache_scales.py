@@ -14,14 +14,14 @@ _LARGEST = 127
 _LEAST_SHARE = 2**-10  # of a layer's largest scale, for channels that are 0 or nearly so
 
 
-def measure(bundle: Bundle, seed: int = 0) -> Array:
+def measure(bundle: Bundle) -> Array:
     """The scale of each channel of keys and values, float32 [layer, 2, head, size]: a value is about scale * int8.
 
     Raises:
         BackendError: ONNX Runtime can't load or run the graph, or its output isn't a number.
         OptionError: there isn't the memory for a cache.
     """
-    runner, random = Runner(bundle, wide_after=None), np.random.default_rng(seed)
+    runner, random = Runner(bundle, wide_after=None), np.random.default_rng(0)
     config = bundle.config
     length = min(config.n_positions, _TOKENS)
     cache = runner.new_cache(1, length)

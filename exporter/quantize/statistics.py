@@ -14,7 +14,7 @@ from onnx import ModelProto, TensorProto, helper, load
 from ...models import contract
 from ...models.bundle import GRAPH, Bundle
 from ...models.config import GPT2Config
-from ...runtime.engine import loading
+from ...runtime.engine import graphs
 from ...runtime.engine.runner import Runner
 from ...runtime.ort import devices, providers
 from ..graph.blocks import Array
@@ -86,7 +86,7 @@ def collect(
     Raises:
         BackendError: ONNX Runtime can't load or run the graph.
     """
-    threads = loading.threads(reference)
+    threads = graphs.threads(reference)
     model = load(reference.folder / GRAPH, load_external_data=False)
     values = _inputs_of_layers(model)
     loss = Gradients(model, (reference.folder / GRAPH).parent, reference.config, threads=threads) if gradients else None
@@ -120,7 +120,7 @@ def _inputs_of_layers(model: ModelProto) -> dict[str, str]:
     """The graph's values that are inputs of linear layers, by the layers' names."""
     suffix = ".matmul"
     values = {node.name.removesuffix(suffix): node.input[0] for node in model.graph.node if node.name.endswith(suffix)}
-    (values[_HEAD],) = (node.input[0] for node in model.graph.node if node.name == "kept")
+    (values[_HEAD],) = (node.input[0] for node in model.graph.node if node.name == contract.HIDDEN)
     return values
 
 

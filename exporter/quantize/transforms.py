@@ -75,8 +75,8 @@ class Smoothing:
 
     The input is divided by a factor for each channel and the matrix multiplied by it, where the layer before can divide:
     behind norms and behind the values that attention averages, not behind the activation function. That is SmoothQuant
-    (https://arxiv.org/abs/2211.10438), but for the output's scale, which doesn't count here. A network that scales some of
-    these channels, and divides the weights behind them, gets the same weights as one that doesn't.
+    (https://arxiv.org/abs/2211.10438) without its factor for the output's scale. To scale channels of a network, and to divide
+    the weights behind them, doesn't change the result.
 
     Args:
         scheme: how matrices are quantised; the inputs of those that aren't stay as they are.

@@ -11,16 +11,16 @@ from tokenizers import Tokenizer
 
 from gpt2onnx.errors import BundleError, CheckpointError
 
-from ...models.bundle import CHAT_TEMPLATE, TOKENIZER
+from ...models.bundle import ADDED_TOKENS, CHAT_TEMPLATE, SPECIAL_TOKENS, TOKENIZER, TOKENIZER_CONFIG
 from ...models.config import read_small, write_json
 from ...runtime.text import special_tokens
 from ...runtime.text.tokenizer import Tokenizer as RuntimeTokenizer
 from ..checkpoint.formats.saved import check_fetched
 from ..checkpoint.vocabulary import BYTE_LEVEL, CHARACTERS, WORD_PIECES, vocabulary_files
-from .files import SETTINGS, TokenizerFiles, compact
+from .files import TokenizerFiles, compact
 from .known import GPT2_VOCABULARIES, characters
 
-_COMPANIONS = (SETTINGS, special_tokens.OLDER, "added_tokens.json", CHAT_TEMPLATE)
+_COMPANIONS = (TOKENIZER_CONFIG, SPECIAL_TOKENS, ADDED_TOKENS, CHAT_TEMPLATE)
 _log = logging.getLogger(__name__)
 
 
@@ -61,9 +61,9 @@ def write_tokenizer(checkpoint: Path, config: Mapping[str, Any], target: Path) -
     for name in _COMPANIONS:
         if (checkpoint / name).is_file() and not (target / name).exists():
             (target / name).write_bytes(read_small(checkpoint / name))
-    if not (target / SETTINGS).exists():
+    if not (target / TOKENIZER_CONFIG).exists():
         defaults = special_tokens.DEFAULTS.get(files.class_name, {})
-        write_json(target / SETTINGS, {"tokenizer_class": files.class_name, **defaults})
+        write_json(target / TOKENIZER_CONFIG, {"tokenizer_class": files.class_name, **defaults})
     try:
         if not RuntimeTokenizer(target / TOKENIZER).reads_any_text:
             _log.warning("%s: the tokenizer has no token for unknown words: a text with one is an error", checkpoint)

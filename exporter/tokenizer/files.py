@@ -16,7 +16,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre
 from gpt2onnx.errors import CheckpointError
 
 from ...models import limits
-from ...models.bundle import TOKENIZER
+from ...models.bundle import ADDED_TOKENS, SPECIAL_TOKENS, TOKENIZER, TOKENIZER_CONFIG
 from ...models.config import read_json, write_json
 from ...models.messages import shown
 from ...runtime.host import native
@@ -26,7 +26,6 @@ from ..checkpoint.vocabulary import WORD_PIECES
 from . import sentencepiece
 from .known import gpt2
 
-SETTINGS = "tokenizer_config.json"
 _EXTRA = ("extra_special_tokens", "additional_special_tokens")  # of special tokens without a role; the second is older
 # Classes whose vocab.json and merges.txt are read as GPT-2's are; others cut texts, or put tokens around them, in ways of their own.
 _LIKE_GPT2 = ("GPT2Tokenizer", "CodeGenTokenizer", "PreTrainedTokenizer", "TokenizersBackend")
@@ -53,7 +52,7 @@ class TokenizerFiles:
 
     @classmethod
     def read(cls, folder: Path, config: Mapping[str, Any]) -> "TokenizerFiles":
-        settings = _read_if_there(folder / SETTINGS)
+        settings = _read_if_there(folder / TOKENIZER_CONFIG)
         bert = (folder / WORD_PIECES).is_file() and not (folder / "vocab.json").is_file()
         class_name = special_tokens.class_of(
             settings.get("tokenizer_class") or config.get("tokenizer_class"),
@@ -61,14 +60,14 @@ class TokenizerFiles:
         )
         by_id = settings.get("added_tokens_decoder")
         # The older files count only if tokenizer_config.json doesn't list the added tokens.
-        older = _read_if_there(folder / special_tokens.OLDER) if by_id is None else {}
+        older = _read_if_there(folder / SPECIAL_TOKENS) if by_id is None else {}
         special = special_tokens.by_role(class_name, settings, older)
         extra = next((tokens for name in _EXTRA if (tokens := _listed(settings.get(name)))), ())
         if by_id is None:
             roles = {text_of(token) for token in [*special.values(), *extra] if token is not None}
             by_id = [
                 (index, {"content": token, "special": token in roles, "normalized": token not in roles})
-                for token, index in _read_if_there(folder / "added_tokens.json").items()
+                for token, index in _read_if_there(folder / ADDED_TOKENS).items()
             ]
             extra = extra or _listed(older.get("additional_special_tokens"))
         try:
@@ -114,7 +113,9 @@ class TokenizerFiles:
         with native.raising(lambda reason: CheckpointError(f"{path} doesn't make a tokenizer: {reason}")):
             pieces = models.WordPiece.read_file(str(path))
             tokenizer = Tokenizer(models.WordPiece(pieces, unk_token=text_of(self.special["unk_token"])))
-        with native.raising(lambda reason: CheckpointError(f"{self.folder / SETTINGS} can't be used: {reason}")):
+        with native.raising(
+            lambda reason: CheckpointError(f"{self.folder / TOKENIZER_CONFIG} can't be used: {reason}")
+        ):
             tokenizer.normalizer = normalizers.BertNormalizer(
                 clean_text=True,
                 handle_chinese_chars=self.settings.get("tokenize_chinese_chars", True),
@@ -192,7 +193,7 @@ class TokenizerFiles:
     def write_general_settings(self, target: Path) -> None:
         """A tokenizer_config.json for a class that itself reads no tokenizer.json, or cuts texts in a way of its own."""
         roles = {role: text_of(token) for role, token in self.special.items() if token is not None}
-        write_json(target / SETTINGS, {**self.settings, **roles, "tokenizer_class": "PreTrainedTokenizerFast"})
+        write_json(target / TOKENIZER_CONFIG, {**self.settings, **roles, "tokenizer_class": "PreTrainedTokenizerFast"})
 
     def _add_ends(self, tokenizer: Tokenizer) -> None:
         """Puts the tokens that the settings ask for before and after every text."""

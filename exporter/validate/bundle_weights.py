@@ -14,7 +14,7 @@ from gpt2onnx.errors import BundleError
 from ...models.bundle import GRAPH, SECOND_GRAPH, Bundle
 from ...models.precision import Blocks
 from ...models.shapes import weight_shapes
-from ...runtime.engine import loading
+from ...runtime.engine import graphs
 from ...runtime.engine.second_graph import make_weights
 from ..graph.blocks import Array, QuantizedMatrix, dequantize, in_axis
 from ..graph.input_rounding import Blockwise, InputRounding, PerTensor
@@ -52,7 +52,7 @@ class BundleWeights:
             for name in (each.removesuffix(_COLUMNS) for each in constants if each.endswith(_COLUMNS)):
                 least = constants.get(f"{name}.least")
                 self._per_tensor[name] = PerTensor(None if least is None else float(numpy_helper.to_array(least)))
-            self._made = make_weights(bundle, loading.threads(bundle))
+            self._made = make_weights(bundle, graphs.threads(bundle))
 
     def made_scales(self) -> Iterator[tuple[str, Array]]:
         """Weights that the second graph makes: name and rounding step, [out, 1] or [1, out]; 1e-30 for fp32, which isn't rounded."""

@@ -63,7 +63,7 @@ class BeamSearch(Decoding):
             self._stopped |= {sequence.tobytes() for sequence in sequences[stopped]}
             ended |= stopped
 
-        # Those that ended don't go on; what goes on is chosen after they were told apart.
+        # Candidates that ended don't go on: their scores fall below all others before the best are taken.
         running_scores = np.where(ended, log_probs + NEVER, log_probs)
         going_on = largest(running_scores, self.rows)
         self._update_best(log_probs, sequences, ended, logprobs)

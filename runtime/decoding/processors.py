@@ -109,7 +109,7 @@ def sequence_bias(biases: Sequence[tuple[Sequence[int], float]]) -> Processor:
 def repetition_penalty(penalty: float, seen: Tokens | None = None) -> Processor:
     """Divides positive scores of tokens seen before by the penalty, multiplies negative ones (RepetitionPenaltyLogitsProcessor).
 
-    Of the prompt's tokens only, given as `seen`, with the inverse of the penalty: EncoderRepetitionPenaltyLogitsProcessor.
+    Given the prompt as `seen`, it penalises only these tokens; with the inverse penalty that is EncoderRepetitionPenaltyLogitsProcessor.
     """
     factor = np.float32(penalty)
 

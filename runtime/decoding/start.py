@@ -33,8 +33,7 @@ def start(
         extensions: the caller's functions.
         negative: negative prompt of guidance, int64 [length]; None: the prompt's last token.
     """
-    if options.min_new_tokens is not None:  # replaces min_length in transformers' generate, also a larger one
-        options = options.replaced(min_length=0)
+    options = effective(options)
     extensions = extensions or Extensions()
     if options.strategy == "diverse beam search":
         return DiverseBeams(prompt, options, context, stop, extensions)
@@ -47,6 +46,11 @@ def start(
     # The context window ends the sequences when the longer ones fill it.
     context -= max(0, len(negative) - len(prompt))
     return Guided(strategy(prompt, options, context, stop, extensions), negative)
+
+
+def effective(options: GenerationConfig) -> GenerationConfig:
+    """The options as decoding takes them: min_new_tokens replaces min_length, also a larger one, as in transformers' generate."""
+    return options if options.min_new_tokens is None else options.replaced(min_length=0)
 
 
 def check_vocabulary(options: GenerationConfig, vocab_size: int, prompt_length: int) -> None:

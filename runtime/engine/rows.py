@@ -186,7 +186,7 @@ class Rows:
             CacheCopy(source, target, start, len(tokens))
             for (source, target), (_, tokens, start) in zip(pairs, new, strict=True)
         ]
-        # An interrupt while rows are copied leaves them with the tokens that are certain.
+        # Until the copies are done only the shared beginning counts as held: an interrupt may leave the rest half written.
         for target, tokens, start in new:
             self.held[target] = tokens[:start]
         self.cache.copy(copies)

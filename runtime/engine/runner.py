@@ -19,7 +19,7 @@ from ...models.bundle import RAGGED_GRAPH, TWIN_GRAPH, Bundle
 from ..arrays import Float32Array, Int64Array, Logits
 from ..host import resources
 from ..ort import binding, devices, providers, signature
-from . import loading
+from . import graphs
 from .kv_cache import HostStorage, KVCache, check_memory
 from .second_graph import OPEN_AFTER, SecondGraph, pays
 
@@ -46,8 +46,8 @@ class Runner:
         device: "cpu", "cuda", the name of another execution provider, or "auto": CUDA where it loads and runs this
             bundle, else the CPU.
         threads: of one operator; by default the cores that this process may use, fewer for very small models.
-        wide_after: tokens in prompts and batches after which these go through the bundle's second graph, if it has one
-            for this device; 0 opens it right away, None never.
+        wide_after: tokens after which the bundle's second graph is opened, if it has one for this device; those in prompts
+            and batches count. 0: at once. None: never.
         alone: whether no other network runs between its passes; otherwise its threads don't wait for the next one in a loop.
         twin: load the bundle's quantised twin, on the CPU; in fp32 it can work in caches of the network itself.
 
@@ -83,11 +83,11 @@ class Runner:
         self.config = bundle.config
         self.dtype = np.dtype(np.float16 if bundle.manifest.dtype == "fp16" and not twin else np.float32)
         self._cache_dtype = np.dtype(np.int8) if bundle.cache_dtype == "int8" else self.dtype
-        self.threads = threads or loading.threads(bundle)
+        self.threads = threads or graphs.threads(bundle)
         if twin:
-            self._graph, provider, file = loading.load_twin(bundle, self.threads)
+            self._graph, provider, file = graphs.load_twin(bundle, self.threads)
         else:
-            self._graph, provider, file = loading.load(bundle, device, self.threads, alone=alone)
+            self._graph, provider, file = graphs.load(bundle, device, self.threads, alone=alone)
         self.device = devices.device_name(provider)
         self._ragged = file in (RAGGED_GRAPH, TWIN_GRAPH)
         self._in_place = bundle.manifest.graph != "portable"

@@ -14,7 +14,7 @@ from gpt2onnx.errors import BackendError
 from ...models.bundle import SECOND_GRAPH, SECOND_GRAPH_WEIGHTS, Bundle
 from ..host import resources
 from ..ort import devices, providers, signature
-from . import loading
+from . import graphs
 
 _log = logging.getLogger(__name__)
 # Tokens of a pass from which on the second graph is faster.
@@ -30,7 +30,7 @@ def make_weights(bundle: Bundle, threads: int) -> dict[str, npt.NDArray[np.gener
     Raises:
         BackendError: ONNX Runtime failed.
     """
-    path = bundle.graph(SECOND_GRAPH_WEIGHTS)
+    path = bundle.checked_path(SECOND_GRAPH_WEIGHTS)
     # Unoptimised: otherwise all of it would be computed while it is opened, and nothing given back before the end.
     graph = providers.open_graph(path, devices.CPU, threads=threads, name=path, optimize=False)
     names = list(providers.declared(graph, path)[1])
@@ -95,8 +95,8 @@ class SecondGraph:
         if self._graph is not None:
             return
         self._bundle.check_in_place()
-        path = self._bundle.graph(SECOND_GRAPH)
-        if short := resources.shortage(2 * loading.weight_bytes(self._bundle)):
+        path = self._bundle.checked_path(SECOND_GRAPH)
+        if short := resources.shortage(2 * graphs.weight_bytes(self._bundle)):
             raise BackendError(f"{path} needs about {short}")
         weights = make_weights(self._bundle, self._threads)
         graph = providers.open_graph(path, devices.CPU, threads=self._threads, name=path, weights=weights)

@@ -10,7 +10,7 @@ _SECONDS = 1.0  # after which a bar shows
 Progress = Callable[[int, int], None]
 
 
-def shown(progress: Progress | None, label: str, unit: str | None = None) -> Progress | None:
+def or_notebook_bar(progress: Progress | None, label: str, unit: str | None = None) -> Progress | None:
     """The caller's progress. Where there is none: in a notebook a bar, if it takes longer than a second; elsewhere nothing.
 
     Args:

@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from gpt2onnx.errors import OptionError
+from gpt2onnx.errors import OptionError, PromptError
 
 from ...models.messages import shown
 
@@ -77,6 +77,8 @@ def listed_prompts(prompts: Any, given: dict[str, Any]) -> tuple[Sequence[Any], 
     if (prompts is None) == (ids is None):
         raise OptionError("give prompts or input_ids, one of them")
     prompts = ids if prompts is None else prompts
+    if not isinstance(prompts, Sequence | np.ndarray) or not getattr(prompts, "ndim", 1):
+        raise PromptError(f"prompts are a text, token ids, or a list of such, not {shown(prompts)}")
     single = isinstance(prompts, str) or (len(prompts) > 0 and isinstance(prompts[0], int | np.integer))
     if single:
         prompts, mask = [prompts], None if mask is None else [mask]

@@ -1,9 +1,14 @@
 """The special tokens that a tokenizer's settings name, by their roles, as transformers 5 reads them."""
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
-OLDER = "special_tokens_map.json"
+from gpt2onnx.errors import BundleError, CheckpointError
+
+from ...models.bundle import SPECIAL_TOKENS
+from ...models.config import read_json
+
 END_OF_TEXT = "<|endoftext|>"
 # In transformers' order.
 ROLES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
@@ -70,3 +75,19 @@ def is_token(value: object) -> bool:
 def text(token: Any) -> str:
     """A token's text."""
     return str(token["content"]) if isinstance(token, dict) else str(token)
+
+
+def in_folder(folder: Path, settings: Mapping[str, Any]) -> dict[str, str]:
+    """Special tokens of a folder's tokenizer as text, by role; `settings` is its tokenizer_config.json."""
+    listed = settings.get("added_tokens_decoder") is not None
+    older = {} if listed else read_if_there(folder / SPECIAL_TOKENS)
+    found = by_role(class_of(settings.get("tokenizer_class")), settings, older)
+    return {role: text(token) for role, token in found.items() if token is not None}
+
+
+def read_if_there(path: Path) -> dict[str, Any]:
+    """The object of a JSON file; an empty one where there is no file."""
+    try:
+        return read_json(path) if path.is_file() else {}
+    except CheckpointError as error:
+        raise BundleError(str(error)) from error

@@ -17,7 +17,7 @@ from gpt2onnx.errors import BundleError, CheckpointError, OptionError, PromptErr
 
 from ...models import limits
 from ...models.bundle import TOKENIZER_CONFIG
-from ...models.config import read_json, read_small
+from ...models.config import read_small
 from ...models.messages import one_line, shown
 from ..host import native
 from . import special_tokens, tokenizer_rules
@@ -59,12 +59,10 @@ class Tokenizer:
         self.reads_any_text = self._tries_unknown_letter()
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
-        settings = _read_if_there(path.with_name(TOKENIZER_CONFIG))
+        settings = special_tokens.read_if_there(path.with_name(TOKENIZER_CONFIG))
         self._cleans_up = _cleans_up(settings, self._tokenizer)
         self.padding_side = str(settings.get("padding_side", "right"))
-        listed = settings.get("added_tokens_decoder") is not None
-        older = {} if listed else _read_if_there(path.with_name(special_tokens.OLDER))
-        roles = special_tokens.by_role(special_tokens.class_of(settings.get("tokenizer_class")), settings, older)
+        roles = special_tokens.in_folder(path.parent, settings)
         self.bos_token, self.eos_token, self.unk_token, self.pad_token = (
             self._known(roles.get(role)) for role in ("bos_token", "eos_token", "unk_token", "pad_token")
         )
@@ -307,10 +305,9 @@ class Tokenizer:
         except UnicodeEncodeError:  # half of a surrogate pair, which files may hold
             return None
 
-    def _known(self, token: Any) -> str | None:
-        """A token of the settings as text, if the vocabulary has it."""
-        text = None if token is None else special_tokens.text(token)
-        return None if self._id(text) is None else text
+    def _known(self, token: str | None) -> str | None:
+        """A token of the settings, if the vocabulary has it."""
+        return None if self._id(token) is None else token
 
     def _unreadable(self, reason: str) -> PromptError:
         return PromptError(f"{self._path} can't read the text: {reason}")
@@ -351,13 +348,6 @@ def _open(path: Path) -> HuggingFaceTokenizer:
         raise BundleError(f"{path} {fault}")
     with native.raising(lambda reason: BundleError(f"{path} can't be read: {reason}")):
         return HuggingFaceTokenizer.from_buffer(content)
-
-
-def _read_if_there(path: Path) -> dict[str, Any]:
-    try:
-        return read_json(path) if path.is_file() else {}
-    except CheckpointError as error:
-        raise BundleError(str(error)) from error
 
 
 def _cleans_up(settings: Mapping[str, Any], tokenizer: HuggingFaceTokenizer) -> bool:

@@ -312,6 +312,16 @@ def test_summary_and_exit_code(job: Job, command_line: CommandLine) -> None:
 
 
 @posix
+def test_any_id_comes_back_on_standard_output(command_line: CommandLine, tales_bundle: Path, tmp_path: Path) -> None:
+    ids = ["[" * 600 + "]" * 600, '{"a": [null, 1e+300]}']
+    requests = tmp_path / "requests.jsonl"
+    requests.write_text("".join(f'{{"id": {each}, "prompt": "One day"}}\n' for each in ids))
+    done = command_line("generate", "-m", tales_bundle, "--max-new-tokens", 1, "--input", requests, "--json")
+    assert [line.partition(', "prompt"')[0] for line in done.out.splitlines()] == [f'{{"id": {each}' for each in ids], (
+        done.err
+    )
+
+
 def test_results_behind_a_link_and_in_a_pipe(job: Job, tmp_path: Path) -> None:
     place = tmp_path / "elsewhere.jsonl"
     job.output.rename(place)

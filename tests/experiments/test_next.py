@@ -133,6 +133,19 @@ def test_the_first_draw_is_the_token_that_generate_takes(tales_model: gpt2onnx.M
         assert token.sequences[0].token_ids == np.flatnonzero(choice.counts).tolist(), seed
 
 
+def test_min_new_tokens_replaces_min_length_as_in_generate() -> None:
+    end = {"eos_token_id": 2, "do_sample": True, "top_k": 0, "min_length": 20}
+    names = [
+        [stage.name for stage in stages(LOGITS, GenerationConfig(**end, **more), np.array([3, 1]))]
+        for more in ({}, {"min_new_tokens": 0}, {"min_new_tokens": 1})
+    ]
+    assert names == [
+        ["logits", "penalties", "temperature"],
+        ["logits", "temperature"],
+        ["logits", "penalties", "temperature"],
+    ]
+
+
 def test_without_a_seed_one_is_chosen_for_all_temperatures(tales_model: gpt2onnx.Model) -> None:
     one, other = next_token(tales_model, PROMPT, temperatures=[1.0, 1.0], draws=200).choices
     assert np.array_equal(one.counts, other.counts)

@@ -193,12 +193,12 @@ def test_axes_hold_their_values_and_have_round_ticks(values: list[float], zero: 
 
 @pytest.mark.system
 @pytest.mark.parametrize("width", [1280, 390])
-def test_a_browser_shows_it_on_a_desk_and_on_a_phone(
-    finished: Path, tmp_path: Path, browser: Any, width: int
-) -> None:
+def test_a_browser_shows_it_on_a_desk_and_on_a_phone(finished: Path, tmp_path: Path, browser: Any, width: int) -> None:
     records = load_records(finished)
     for record in records:
-        if HOSTILE in record["strategy"]:  # the best by all figures, so that its long words are in every part of the page
+        if (
+            HOSTILE in record["strategy"]
+        ):  # the best by all figures, so that its long words are in every part of the page
             record |= {"seconds": 1e-6, "mean_logprob": -0.1, "distinct_2": 1.1}
             record["energy"]["joules"] = 0.0
     (tmp_path / "report.html").write_text(report.render(records), encoding="utf-8")

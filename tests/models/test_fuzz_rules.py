@@ -139,7 +139,7 @@ def test_graphs_of_odd_operators(bundle: Path, place: Path, data: st.DataObject)
     edit_graphs(folder, change)
 
     def load() -> object:
-        path = Bundle.open(folder).graph(GRAPH)
+        path = Bundle.open(folder).checked_path(GRAPH)
         return providers.open_graph(path, devices.CPU, threads=1, name=path)
 
     ends_well(load)

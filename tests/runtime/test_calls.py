@@ -27,6 +27,14 @@ def test_an_empty_prompt_begins_with_the_bos_token(
         tales_model.score("")
 
 
+@pytest.mark.parametrize("prompts", [5, {"a": 1}, np.array(3), None, object()], ids=str)
+def test_what_is_no_prompt_is_said(tales_model: gpt2onnx.Model, prompts: Any) -> None:
+    with pytest.raises(gpt2onnx.errors.Gpt2OnnxError, match="prompts"):
+        tales_model.generate(prompts, max_new_tokens=1)
+    with pytest.raises(gpt2onnx.errors.PromptError, match="has 600,000 tokens"):
+        tales_model.generate([1] * 600_000, max_new_tokens=1)
+
+
 @pytest.mark.parametrize("options", [{}, {"num_return_sequences": 2}, {"num_beams": 2}], ids=str)
 def test_a_seed_for_each_prompt(tales_model: gpt2onnx.Model, options: dict[str, Any]) -> None:
     prompts, seeds = ["Once", "Once", "The king"], [3, 4, 3]

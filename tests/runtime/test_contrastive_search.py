@@ -16,7 +16,7 @@ import gpt2onnx
 from gpt2onnx.errors import OptionError
 from gpt2onnx.models import contract
 from gpt2onnx.models.bundle import GRAPH, RAGGED_GRAPH
-from gpt2onnx.runtime.engine.loading import runs_ragged
+from gpt2onnx.runtime.engine.graphs import runs_ragged
 
 pytestmark = pytest.mark.skipif(not runs_ragged(), reason="hidden states come with ONNX Runtime 1.32")
 PROMPT = [5, 60, 7, 31]

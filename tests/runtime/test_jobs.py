@@ -35,6 +35,7 @@ BAD = {
     "too large for a float": '{"prompt": "a", "temperature": 1e999}',
     "huge number": '{"prompt": "a", "num_beams": ' + "9" * 30 + "}",
     "thousands of digits": '{"prompt": "a", "top_k": ' + "9" * 6000 + "}",
+    "thousands of digits of a token": '{"prompt": "a", "logit_bias": {"' + "9" * 6000 + '": 1}}',
     "deep nesting": '{"a":' * 50_000,
     "deep list": "[" * 100_000,
     "bad word outside": '{"prompt": "a", "bad_words_ids": [[99999]]}',

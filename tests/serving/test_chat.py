@@ -4,19 +4,23 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import openai
 import pytest
+import tokenizers
 from support.golden import Golden
 from support.serving import Running, serving
 from support.tokenizer_files import gpt2_in_transformers
+from support.versions import skip_with_transformers_4
 
 import gpt2onnx
 from gpt2onnx.errors import BundleError, OptionError, PromptError
-from gpt2onnx.models.bundle import TOKENIZER_CONFIG
+from gpt2onnx.models.bundle import TOKENIZER, TOKENIZER_CONFIG
+from gpt2onnx.models.tales import FOLDER
 from gpt2onnx.serving.chat_template import BUILT_IN, ChatTemplate
 
 TALK = [
@@ -55,6 +59,9 @@ def test_templates_render_as_in_transformers(name: str, golden: Golden) -> None:
 def test_a_template_that_refuses() -> None:
     with pytest.raises(PromptError, match="refuses these messages: turns alternate"):
         ChatTemplate(TEMPLATES["roles"], {}).render(TALK[1:])
+    endless = "{% macro again() %}{{ again() }}{% endmacro %}{{ again() }}"
+    with pytest.raises(PromptError, match="refuses these messages: maximum recursion depth"):
+        ChatTemplate(endless, {}).render(TALK)
 
 
 @pytest.mark.parametrize(
@@ -83,9 +90,55 @@ def test_where_the_template_comes_from(tmp_path: Path) -> None:
     assert ChatTemplate.of_bundle(tmp_path, "turns").render(TALK[:1]) == "Once upon a time!"  # type: ignore[union-attr]
     with pytest.raises(OptionError, match="name a file, or turns"):
         ChatTemplate.of_bundle(tmp_path, "missing")
-    (tmp_path / "chat_template.jinja").write_text("{% if")
-    with pytest.raises(BundleError, match="the chat template can't be read"):
-        ChatTemplate.of_bundle(tmp_path)
+    for source, reason in (
+        ("{% if", "the chat template can't"),
+        ("{{ '%s' % (10**9999) }}", "the chat template can't"),
+        ("\xff", "can't"),
+    ):
+        (tmp_path / "chat_template.jinja").write_text(source, encoding="latin-1")
+        with pytest.raises(BundleError, match=f"{reason} be read|{reason} read"):
+            ChatTemplate.of_bundle(tmp_path)
+
+
+FILES: dict[str, dict[str, Any]] = {
+    "tokens of the class": {"tokenizer_config.json": {"model_max_length": 1024}},
+    "tokens of the older file": {
+        "tokenizer_config.json": {"tokenizer_class": "PreTrainedTokenizerFast"},
+        "special_tokens_map.json": {"eos_token": "!", "bos_token": {"content": "?"}},
+    },
+    "a tokenizer that begins texts": {"tokenizer_config.json": {}},
+}
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_conversation_has_the_tokens_of_transformers(name: str, tmp_path: Path, golden: Golden) -> None:
+    skip_with_transformers_4("files of tokenizers mean something else")
+    checkpoint = tmp_path / "checkpoint"
+    shutil.copytree(FOLDER, checkpoint)
+    template = (
+        "{{ bos_token }}{% for message in messages %}{{ message.content }}{{ eos_token }}{% endfor %}{{ pad_token }}"
+    )
+    for file, content in FILES[name].items():
+        extra = {"chat_template": template} if file == TOKENIZER_CONFIG else {}
+        (checkpoint / file).write_text(json.dumps(content | extra))
+    if name == "a tokenizer that begins texts":
+        tokenizer = tokenizers.Tokenizer.from_file(str(checkpoint / TOKENIZER))
+        end = (END, tokenizer.token_to_id(END))
+        tokenizer.post_processor = tokenizers.processors.TemplateProcessing(single=f"{END} $A", special_tokens=[end])
+        tokenizer.save(str(checkpoint / TOKENIZER))
+
+    def in_transformers() -> list[int]:
+        import transformers
+
+        tokenizer = transformers.AutoTokenizer.from_pretrained(checkpoint)
+        return list(tokenizer.apply_chat_template(TALK, tokenize=True, return_dict=False))
+
+    wanted = golden.answer([name, FILES[name], TALK], in_transformers)
+    gpt2onnx.export(checkpoint, tmp_path / "bundle")
+    with serving(gpt2onnx.load(tmp_path / "bundle"), chat_template=None) as server:
+        assert server.client.post("/tokenize", json={"messages": TALK}).json()["tokens"] == wanted
+        answer = server.client.post("/v1/chat/completions", json={"messages": TALK, "max_tokens": 1}).json()
+        assert answer["usage"]["prompt_tokens"] == len(wanted)
 
 
 # The server

@@ -64,6 +64,11 @@ def test_fields_of_vllm_and_llama_cpp(server: Running, model: gpt2onnx.Model) ->
     beams = server.complete(**plain, n=3, use_beam_search=True).json()["choices"]
     expected = model.generate("Once upon a time", num_beams=3, num_return_sequences=3, max_new_tokens=12)
     assert [choice["text"] for choice in beams] == [sequence.text for sequence in expected.sequences]
+    # Fewer texts fit the grammar than there are beams: the rest are empty, and each choice is there.
+    few = server.complete([[1, 2], [3]], max_tokens=4, n=3, use_beam_search=True, regex="a|b").json()["choices"]
+    assert [choice["index"] for choice in few] == list(range(6))
+    assert [sorted(choice["text"] for choice in few[part : part + 3]) for part in (0, 3)] == [["", "a", "b"]] * 2
+    assert {choice["finish_reason"] for choice in few} == {"stop"}
     for nothing in (
         {"suffix": ""}, {"suffix": None}, {"stop": None}, {"stop": ""}, {"stop": []}, {"temperature": 0.0, "model": ""},
         {"prediction": None, "unheard_of": None},

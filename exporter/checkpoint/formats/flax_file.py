@@ -18,7 +18,7 @@ from .saved import SavedWeights
 _DEEPEST = 16  # mappings in mappings
 _NDARRAY = 1  # Flax's kind of an extension
 # First bytes of values: bytes of their length, which follows.
-_MAPS, _LISTS = {0xDE: 2, 0xDF: 4}, {0xDC: 2, 0xDD: 4}
+_MAPS = {0xDE: 2, 0xDF: 4}
 _TEXTS, _BYTES, _EXTENSIONS = {0xD9: 1, 0xDA: 2, 0xDB: 4}, {0xC4: 1, 0xC5: 2, 0xC6: 4}, {0xC7: 1, 0xC8: 2, 0xC9: 4}
 _NUMBERS = (
     {0xC0: 0, 0xC2: 0, 0xC3: 0, 0xCA: 4, 0xCB: 8}

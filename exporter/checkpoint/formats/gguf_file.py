@@ -15,7 +15,7 @@ import numpy.typing as npt
 
 from gpt2onnx.errors import CheckpointError, MissingExtraError
 
-from ....models.bundle import CHAT_TEMPLATE
+from ....models.bundle import CHAT_TEMPLATE, TOKENIZER_CONFIG
 from ....models.messages import one_line
 from ..arrays import StoredArray
 from .saved import SavedWeights
@@ -130,5 +130,5 @@ def _tokenizer_files(settings: Mapping[str, Any]) -> dict[str, str]:
     return ({CHAT_TEMPLATE: template} if isinstance(template, str) else {}) | {
         "vocab.json": json.dumps({token: index for index, token in enumerate(tokens)}),
         "merges.txt": "\n".join(["#version: 0.2", *merges, ""]),
-        "tokenizer_config.json": json.dumps(config),
+        TOKENIZER_CONFIG: json.dumps(config),
     }

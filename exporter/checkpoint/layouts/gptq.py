@@ -75,16 +75,17 @@ def dequantized(arrays: Mapping[str, StoredArray], config: Mapping[str, Any] | N
     """The arrays with one for each quantised matrix.
 
     Args:
-        arrays: of a checkpoint.
+        arrays: of a checkpoint, at least one of them packed.
         config: its config.json, whose `quantization_config` tells the format; else quantize_config.json beside the weights does.
 
     Raises:
         CheckpointError: AWQ quantised them, or they don't fit together.
     """
-    plain, bits, plain_zeros = dict(arrays), set[int](), False
-    for packed_name in [name for name in arrays if name.endswith(PACKED)]:
+    plain, bits = dict(arrays), set[int]()
+    packed_names = [name for name in arrays if name.endswith(PACKED)]
+    plain_zeros = _has_plain_zeros(arrays[packed_names[0]].path.parent, config)
+    for packed_name in packed_names:
         module, packed = packed_name.removesuffix(PACKED), plain.pop(packed_name)
-        plain_zeros = _has_plain_zeros(packed.path.parent, config) if not bits else plain_zeros
         zeros, scales, groups = (plain.pop(module + part, None) for part in (_ZEROS, _SCALES, _GROUPS))
         if groups is None:
             raise CheckpointError(

@@ -27,7 +27,7 @@ from gpt2onnx.exporter.graph import int8_cache
 from gpt2onnx.exporter.validate.logits import divergence, log_softmax
 from gpt2onnx.models.bundle import INT8_CACHE_GRAPHS, RAGGED_GRAPH, SECOND_GRAPH, TWIN_GRAPH, Bundle
 from gpt2onnx.models.tales import FOLDER
-from gpt2onnx.runtime.engine import loading
+from gpt2onnx.runtime.engine import graphs
 from gpt2onnx.runtime.engine.kv_cache import KVCache
 from gpt2onnx.runtime.engine.runner import Runner
 from gpt2onnx.runtime.engine.speculation import Drafter
@@ -268,7 +268,7 @@ def test_where_it_cannot_be_had(
             OptionError, match="int8_cache goes with dtype fp32, int8 or int4 and graph fused, not with"
         ):
             gpt2onnx.export(make_checkpoint(), tmp_path / "none", int8_cache=True, **options)  # type: ignore[arg-type]
-    monkeypatch.setattr(loading, "runs_ragged", lambda: False)
+    monkeypatch.setattr(graphs, "runs_ragged", lambda: False)
     with pytest.raises(BackendError, match="a cache in int8 is for the CPU"):
         gpt2onnx.load(tales.folder, cache_dtype="int8")
 

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from support.fuzzing import inputs
 
 import gpt2onnx
-from gpt2onnx.runtime.engine.loading import runs_ragged
+from gpt2onnx.runtime.engine.graphs import runs_ragged
 
 WORDS = "Once upon a time there lived an old king in the forest , and his three sons said : let us go to the castle ."
 PROMPTS = st.lists(st.sampled_from(WORDS.split()), min_size=1, max_size=30).map(" ".join)

@@ -20,8 +20,8 @@ from gpt2onnx.errors import OptionError
 from gpt2onnx.models.bundle import Bundle
 from gpt2onnx.runtime.engine import speculation
 from gpt2onnx.runtime.engine.draft_length import Acceptance, PassTimes
+from gpt2onnx.runtime.engine.graphs import runs_ragged
 from gpt2onnx.runtime.engine.kv_cache import KVCache
-from gpt2onnx.runtime.engine.loading import runs_ragged
 from gpt2onnx.runtime.engine.scheduler import Scheduler
 from gpt2onnx.runtime.engine.speculation import Drafter
 

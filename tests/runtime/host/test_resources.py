@@ -18,7 +18,7 @@ import gpt2onnx
 from gpt2onnx.errors import BackendError, OptionError
 from gpt2onnx.experiments.machine import process_memory
 from gpt2onnx.models.bundle import Bundle, FileRecord
-from gpt2onnx.runtime.engine import loading
+from gpt2onnx.runtime.engine import graphs
 from gpt2onnx.runtime.engine.kv_cache import KVCache
 from gpt2onnx.runtime.engine.runner import Runner
 from gpt2onnx.runtime.host import resources
@@ -180,7 +180,7 @@ def little_memory(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
 def test_a_model_that_cannot_fit_is_refused_before_it_is_loaded(
     tales_bundle: Path, command_line: CommandLine, little_memory: Callable[[int], None]
 ) -> None:
-    weights = loading.weight_bytes(Bundle.open(tales_bundle))
+    weights = graphs.weight_bytes(Bundle.open(tales_bundle))
     assert weights > 27e6
     large = with_weights(Bundle.open(tales_bundle), 3 * GB)
     little_memory(2 * GB)
@@ -278,9 +278,9 @@ def test_threads_are_no_more_than_the_weights_are_worth(tales_bundle: Path, monk
     bundle = Bundle.open(tales_bundle)
     monkeypatch.setattr(resources, "cores", lambda: resources.Cores(4, 4, None))
     for size, threads in ((5_000_000, 1), (7_000_000, 2), (12_000_000, 3), (10**9, 4)):
-        assert loading.threads(with_weights(bundle, size)) == threads
+        assert graphs.threads(with_weights(bundle, size)) == threads
     monkeypatch.setattr(resources, "cores", lambda: resources.Cores(4, 4, 1.5))
-    assert loading.threads(with_weights(bundle, 10**9)) == 2
+    assert graphs.threads(with_weights(bundle, 10**9)) == 2
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other C libraries have no such call")

@@ -68,14 +68,14 @@ def _load_on(provider: str, bundle: Bundle, threads: int, alone: bool) -> tuple[
     if bundle.cache_dtype == "int8" and not ragged:
         raise BackendError("a cache in int8 is for the CPU, with ONNX Runtime 1.32 or newer: leave out cache_dtype")
     file = RAGGED_GRAPH if ragged else GRAPH
-    path = bundle.graph(file)
+    path = bundle.checked_path(file)
     return providers.open_graph(path, provider, threads=threads, name=path, alone=alone), provider, file
 
 
 def load_twin(bundle: Bundle, threads: int) -> tuple[providers.Graph, str, str]:
     """Loads the graph of a bundle's twin on the CPU; otherwise as `load`."""
     bundle.check_in_place()
-    path, size = bundle.graph(TWIN_GRAPH), bundle.manifest.files[TWIN_WEIGHTS].size
+    path, size = bundle.checked_path(TWIN_GRAPH), bundle.manifest.files[TWIN_WEIGHTS].size
     if short := resources.shortage(2 * size):  # packed for the processor, weights are in memory once more
         raise BackendError(f"{path} needs about {short}")
     graph = providers.open_graph(path, devices.CPU, threads=threads, name=path, alone=False)
