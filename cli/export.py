@@ -53,7 +53,7 @@ from .inspect import quality_lines
     type=click.Path(path_type=Path),
     multiple=True,
     metavar="FILE",
-    help="A text to compare on as well (repeatable).",
+    help="With int8 or int4: a text to compare on as well (repeatable).",
 )
 @click.option(
     "--twin/--no-twin",

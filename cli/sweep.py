@@ -46,7 +46,8 @@ def command(
     GRID.toml holds strategies as tables of generation options; lists of values multiply. The built-in grid has
     greedy decoding, beams of 2, 6 and 14, n-gram blocking of 2, 4 and 8, and several temperatures, top-k and top-p.
 
-    The folder gets results.jsonl (everything, one line a run), summary.csv, emissions.csv and report.html.
+    The folder gets results.jsonl (everything, one line a run), summary.csv, report.html and, where energy is measured,
+    emissions.csv.
 
     \b
     Examples:

@@ -157,7 +157,7 @@ def next_token(
         draws: number of draws for each temperature, each time from the same seed.
         seed: of the draws; None for a random one.
         progress: called with the draws made and all to make after every hundred; a notebook shows a bar by default.
-        filters: top_k, top_p, min_p and the other options of `FILTERS`.
+        filters: top_h, top_k, top_p, min_p, typical_p, epsilon_cutoff and eta_cutoff.
 
     Raises:
         PromptError: the prompt is empty, too long, or not in the vocabulary.

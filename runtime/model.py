@@ -112,13 +112,13 @@ class Model:
         Args:
             prompts: a text or token ids, or a list of such.
             options: those of `GenerationConfig`; one that isn't given is the bundle's own, None switches one off. A sampling
-                option without `do_sample` turns sampling on. Besides:
-                input_ids, attention_mask: in place of prompts what `tokenizer(...)` returns: `generate(**tokenizer("Once"))`.
-                generation_config: options in place of the bundle's own; where it names none, end tokens and stop strings stay the bundle's.
-                logits_processor, stopping_criteria, prefix_allowed_tokens_fn: your own functions (docs/extend.md).
-                seed: one for all prompts, with which equal prompts give equal continuations; or a list with one for each.
-                batch_size: prompts that are decoded together, 8 by default. In fp32 no result depends on it; kernels
-                and caches of lower precision round one row in another way than several, which may decide a near tie.
+                option without `do_sample` turns sampling on.
+            input_ids, attention_mask: what `tokenizer(...)` returns, in place of prompts: `generate(**tokenizer("Once"))`.
+            generation_config: options in place of the bundle's; end tokens and stop strings that it leaves out stay the bundle's.
+            logits_processor, stopping_criteria, prefix_allowed_tokens_fn: your own functions (docs/extend.md).
+            seed: one for all prompts, or a list with one for each. Equal prompts with equal seeds give equal texts.
+            batch_size: prompts that are decoded together, 8 by default. In fp32 no result depends on it; in lower precisions
+                it may decide a near tie.
 
         Returns:
             The result of the prompt, or the list of results of the list, in its order.

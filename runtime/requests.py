@@ -340,4 +340,5 @@ class Score:
 
     @property
     def perplexity(self) -> float:
+        """The exponential of minus the mean log probability."""
         return math.exp(-self.mean_logprob)
