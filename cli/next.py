@@ -67,7 +67,9 @@ class _SeveralTemperatures(prompt_options.PromptCommand):
     show_default=True,
     help="Number of draws; their tokens are counted.",
 )
-@click.option("--seed", type=int, help="Seed of the draws. The first draw is the first token of `generate` with this seed.")
+@click.option(
+    "--seed", type=int, help="Seed of the draws. The first draw is the first token of `generate` with this seed."
+)
 @device_options
 @click.option("--json", "as_json", is_flag=True, help="Print everything as JSON.")
 @console.verbosity
