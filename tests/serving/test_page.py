@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 from support.pages import KEY, PHONE, PROMPT, WIDE, OpenPage, expect, finish, generate, text_of
-from support.serving import Running
+from support.serving import Running, serving
 
 import gpt2onnx
 
@@ -304,6 +304,14 @@ def check_access(page: Any, state: str) -> None:
     assert {"wcag2a", "wcag2aa", "wcag21a", "wcag21aa"} <= {tag for rule in passed + idle for tag in rule["tags"]}
     assert {"color-contrast", "label", "listitem"} <= {rule["id"] for rule in passed}
     assert too_wide(page) <= 0, state
+
+
+def test_a_model_with_a_long_name_fits_on_a_phone(open_page: OpenPage, model: gpt2onnx.Model) -> None:
+    name = "a" * 120
+    with serving(model, names=[name]) as server:
+        page = open_page(at=server, viewport=PHONE)
+        expect(page.locator("header p").first).to_contain_text(name)
+        assert too_wide(page) <= 0
 
 
 def too_wide(page: Any) -> int:
