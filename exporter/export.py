@@ -117,7 +117,7 @@ def export(
     """
     target = Path(target)
     _check_options(dtype, graph, block_size, pure=pure)
-    given = {"calibrate": calibrate, "quality": quality, "quality texts": quality_texts, "block size": block_size}
+    given = {"calibrate": calibrate, "quality": quality, "quality_texts": quality_texts, "block_size": block_size}
     if dtype not in QUANTIZED and (wrong := [name for name, value in given.items() if value]):
         raise OptionError(f"{wrong[0]} goes with dtype int8 or int4, not with {dtype}")
     if twin and (dtype in QUANTIZED or graph == "portable"):

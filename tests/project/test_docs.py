@@ -109,7 +109,7 @@ def test_the_speeds_of_the_readme_are_those_of_the_benchmarks() -> None:
     report = rows(DOCS / "benchmarks" / "README.md", "gpt2onnx against the best peer of its class")
     places = {scenario: report[0].index(scenario) for scenario in scenarios.values()}
     measured = {line[0]: line for line in report[2:]}
-    head, _, *lines = rows(README, "multiple of the fastest")
+    head, _, *lines = rows(README, "by that of the fastest")
     assert [line[0] for line in lines] == list(scenarios)
     for name, *cells in lines:
         for precision, cell in zip(head[1:], cells, strict=True):

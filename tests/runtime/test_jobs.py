@@ -109,6 +109,7 @@ def test_options_of_a_line(tales_model: gpt2onnx.Model) -> None:
             assert one["token_id"] == other["token_id"]
             assert one["logprob"] == pytest.approx(other["logprob"], abs=1e-4)
             assert [token for token, _ in one["top"]] == [token for token, _ in other["top"]]
+        assert sequence.pop("score") == pytest.approx(alone.pop("score"), abs=1e-5)
         assert sequence == alone, request
         assert record["prompt_ids"] == expected.prompt_ids
         assert record["usage"] == expected.usage
