@@ -103,7 +103,7 @@ class GPT2Config:
                 raise CheckpointError(f"config.json: {name} is not supported ({reason})")
         known = {field.name for field in fields(cls)}
         general = {ALIASES[name]: value for name, value in raw.items() if name in ALIASES}
-        return cls(**general | {name: value for name, value in raw.items() if name in known})
+        return cls(**{name: value for name, value in raw.items() if name in known} | general)
 
     @classmethod
     def from_file(cls, path: Path) -> "GPT2Config":

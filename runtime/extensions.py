@@ -46,12 +46,16 @@ class Extensions:
         """Scores [rows, vocab] after the processors, for tokens [rows, length].
 
         Raises:
-            OptionError: a processor returns another shape.
+            OptionError: a processor returns another shape, NaN or infinity.
         """
         for processor in self.logits_processor:
             shape, scores = scores.shape, np.asarray(processor(tokens, scores), np.float32)
             if scores.shape != shape:
                 raise OptionError(f"a logits processor returned shape {list(scores.shape)}, not {list(shape)}")
+            if not (scores < np.inf).all():
+                raise OptionError(
+                    "a logits processor returned NaN or infinity: only minus infinity, which forbids a token, is a score"
+                )
         return scores
 
     def stops(self, tokens: Tokens, scores: Logits) -> npt.NDArray[np.bool_]:

@@ -116,7 +116,7 @@ class Model:
             input_ids, attention_mask: what `tokenizer(...)` returns, in place of prompts: `generate(**tokenizer("Once"))`.
             generation_config: options in place of the bundle's; end tokens and stop strings that it leaves out stay the bundle's.
             logits_processor, stopping_criteria, prefix_allowed_tokens_fn: your own functions (docs/extend.md).
-            seed: one for all prompts, or a list with one for each. Equal prompts with equal seeds give equal texts.
+            seed: one for all prompts, or a list with one for each. In fp32 equal prompts with equal seeds give equal texts.
             batch_size: prompts that are decoded together, 8 by default. In fp32 no result depends on it; in lower precisions
                 it may decide a near tie.
 

@@ -171,7 +171,7 @@ class GenerationConfig(msgspec.Struct, frozen=True, kw_only=True):
         Count | None,
         about(
             "Seed of the random draws, modulo 2**32; a fresh one by default. With the same seed equal prompts give equal"
-            " continuations.",
+            " continuations, in lower precisions than fp32 but for near ties.",
             sampling=True,
         ),
     ] = None
@@ -313,9 +313,8 @@ class GenerationConfig(msgspec.Struct, frozen=True, kw_only=True):
             raise OptionError(f"unknown generation option {unknown!r}{hint}", unknown)
         values = {name: BY_NAME[name].off if value is None else value for name, value in given.items()}
         if isinstance(bias := values.get("logit_bias"), Mapping):  # OpenAI's form
-            numbers = {
-                key: int(key) for key in bias if str(key).isdecimal() and len(str(key)) <= 10
-            }  # not 5,000 digits
+            # Python refuses to read thousands of digits.
+            numbers = {key: int(key) for key in bias if str(key).isdecimal() and len(str(key)) <= 10}
             values["logit_bias"] = [(numbers.get(key, key), each) for key, each in bias.items()]
         if values.get("max_length") is not None and values.get("max_new_tokens") is None:
             values["max_new_tokens"] = None

@@ -321,9 +321,7 @@ class Engine:
                 job.seen[index] = end
                 new += end - begin
                 tokens = one.tokens[prompt + begin :].tolist()
-                # Where fewer texts fit a grammar than there are beams, the rest are empty.
-                reason = one.finish_reason or ("stop" if ranked else None)
-                job.pieces.append(Piece(job.begin + index, tokens, one.logprobs[begin:end], reason))
+                job.pieces.append(Piece(job.begin + index, tokens, one.logprobs[begin:end], one.finish_reason))
         if job.first is None:
             job.first = now
             self._metrics.prompt_tokens.inc(prompt)

@@ -247,6 +247,8 @@ class TokenizerFiles:
                         f"{self.folder}: special token {shown(token)} can't be read: {error}"
                     ) from error
         roles = {text_of(token) for token in named}
+        # Those that the tokenizer has already, but not as special ones.
+        tokens += [token for token in tokenizer.get_added_tokens_decoder().values() if token.content in roles]
         for token in tokens:
             token.special = token.special or token.content in roles
         tokenizer.add_tokens(tokens)

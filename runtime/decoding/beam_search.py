@@ -81,7 +81,7 @@ class BeamSearch(Decoding):
 
     def _reason(self, one: _Hypothesis) -> str | None:
         if not one.finished:
-            return None
+            return "stop" if self.done else None  # fewer texts than beams were possible
         return "stop" if one.tokens.tobytes() in self._stopped else self._limits.reason(one.tokens)
 
     def _choose(self, scores: Logits) -> tuple[Indices, Logits]:

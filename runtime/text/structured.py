@@ -6,6 +6,7 @@ https://github.com/guidance-ai/llguidance
 
 import functools
 import json
+import re
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -65,6 +66,14 @@ class Constraint:
         if not scores.max() > -np.inf:
             raise OptionError(f"other options leave no token that {self._name} allows", self._name)
 
+    def _check_failure(self, matcher: "LLMatcher") -> None:
+        """Raises OptionError for a matcher's error, but where beams choose a token that is forbidden: others go on."""
+        reason = matcher.get_error().partition("\n")[0]
+        if re.search("too (many|complex|big|large)", reason):  # a limit of llguidance's own
+            raise OptionError(f"{self._name} is too large: {reason}", self._name)
+        if not self._beams:
+            raise OptionError(f"another option or function chose a token that {self._name} forbids", self._name)
+
     def or_complete(self, stop: Callable[[Tokens], bool] | None) -> Callable[[Tokens], bool]:
         """Whether a sequence, int64 [length], ends: by the given reason, or since its text is complete and nothing may follow."""
 
@@ -82,8 +91,8 @@ class Constraint:
         for length in range(known, len(new)):
             matcher = matcher.deep_copy()  # a few microseconds: what doesn't change is shared
             matcher.consume_token(int(new[length]))
-            if matcher.is_error() and not self._beams:
-                raise OptionError(f"another option or function chose a token that {self._name} forbids", self._name)
+            if matcher.is_error():
+                self._check_failure(matcher)
             self._matchers[new[: length + 1].tobytes()] = matcher
             if len(self._matchers) > _KEPT:
                 del self._matchers[next(iter(self._matchers))]

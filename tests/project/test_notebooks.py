@@ -30,8 +30,8 @@ def test_long_work_shows_a_bar_and_short_work_none(tmp_path: Path) -> None:
 
     code = """
 import time
-from gpt2onnx.runtime.host.progress import shown
-progress = shown(None, "Working", "things")
+from gpt2onnx.runtime.host.progress import or_notebook_bar
+progress = or_notebook_bar(None, "Working", "things")
 progress(1, 3)
 time.sleep({seconds})
 progress(2, 3)

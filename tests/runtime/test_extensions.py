@@ -137,6 +137,12 @@ def test_allowed_tokens_are_asked_for_by_prompt(tales_model: gpt2onnx.Model) -> 
 def test_a_function_that_fails_says_so(tales_model: gpt2onnx.Model) -> None:
     with pytest.raises(OptionError, match=r"a logits processor returned shape \[1, 5\], not \[1, 8192\]"):
         tales_model.generate(PROMPT, logits_processor=[lambda ids, scores: scores[:, :5]])
+    for wrong in (np.nan, np.inf):
+        for options in ({}, {"seed": 1}, {"num_beams": 2}):
+            with pytest.raises(OptionError, match="a logits processor returned NaN or infinity"):
+                tales_model.generate(
+                    PROMPT, logits_processor=[lambda ids, scores, wrong=wrong: scores + wrong], **options
+                )
     with pytest.raises(OptionError, match="prefix_allowed_tokens_fn allows no token"):
         tales_model.generate(PROMPT, prefix_allowed_tokens_fn=lambda index, ids: [])
     with pytest.raises(ZeroDivisionError):

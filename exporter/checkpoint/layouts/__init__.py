@@ -54,6 +54,7 @@ LAYOUTS = (
 # Wrappers put a prefix before every name: torch.compile `_orig_mod.`, DistributedDataParallel `module.`, others the name of
 # the attribute that holds the network. GPT2LMHeadModel puts `transformer.` before every name but its head's.
 _TRANSFORMER = "transformer."
+_HEAD = "lm_head.weight"
 _EMBEDDINGS = "|".join(re.escape(layout.embedding) for layout in LAYOUTS)
 _WRAPPED = re.compile(rf"^(.*?)(?:{re.escape(_TRANSFORMER)})?(?:{_EMBEDDINGS})$")
 
@@ -76,6 +77,10 @@ def arrange(saved: SavedWeights, config: Mapping[str, Any] | None) -> tuple[dict
     config = config and without_gptq(config)
     prefix = next((match[1] for name in plain if (match := _WRAPPED.match(name))), "")
     arrays = {name.removeprefix(prefix).removeprefix(_TRANSFORMER): array for name, array in plain.items()}
+    if (
+        _HEAD in arrays and config and config.get("tie_word_embeddings", True)
+    ):  # a tied matrix may be saved by either name
+        arrays.setdefault(hugging_face.EMBEDDING, arrays[_HEAD])
     tensors = Tensors(saved.path, arrays, saved.settings)
     for layout in LAYOUTS:
         fits = layout.recognises(tensors) if layout.recognises else layout.embedding in arrays

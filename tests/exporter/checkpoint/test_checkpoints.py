@@ -218,6 +218,20 @@ def test_a_tied_pair_of_nanogpt_s_that_is_stored_under_the_head_s_name(tmp_path:
     assert np.array_equal(opened.tensor("wte.weight"), head)
 
 
+def test_a_tied_pair_of_which_only_the_head_is_stored(
+    make_checkpoint: MakeCheckpoint, reference_of: type[Reference], golden: Golden
+) -> None:
+    skip_with_transformers_4("it draws another embedding")
+    folder = make_checkpoint(**TINY)
+    state = load_file(folder / "model.safetensors")
+    state["lm_head.weight"] = state.pop("transformer.wte.weight")
+    save_file(state, folder / "model.safetensors", {"format": "pt"})
+    opened = Checkpoint.open(str(folder))
+    assert opened.tied
+    expected = golden.array("only the head", lambda: reference_of(folder).model.transformer.wte.weight.detach().numpy())
+    assert np.array_equal(opened.tensor("wte.weight"), expected)
+
+
 def test_a_missing_head_is_an_error_where_the_config_wants_one(folder: Path, state: State) -> None:
     SAVE["safetensors"](state, folder)
     edit_config(folder, tie_word_embeddings=False)

@@ -101,6 +101,29 @@ def test_vocab_json_and_merges(files: tuple[str, dict[str, Any]], byte_level: Pa
     judge.assert_agrees(files[0], write(byte_level, **files[1]))
 
 
+def test_tokens_with_a_role_are_special_even_if_tokenizer_json_says_otherwise(
+    first_merges: tuple[str, str], tmp_path: Path, judge: Judge
+) -> None:
+    """As after `tokenizer.add_tokens(["<end>"])`, `tokenizer.eos_token = "<end>"`, and saving: texts end without it."""
+    plain = tmp_path / "plain"
+    plain.mkdir()
+    for name, content in zip(("vocab.json", "merges.txt"), first_merges, strict=True):
+        (tmp_path / name).write_text(content, "utf-8")
+    write_tokenizer(write(tmp_path), {"vocab_size": END + 8}, plain)
+    for name in ("vocab.json", "merges.txt"):
+        (tmp_path / name).unlink()
+    tokenizer = tokenizers.Tokenizer.from_file(str(plain / "tokenizer.json"))
+    tokenizer.add_tokens(["<end>", "<pad>", "<other>"])
+    roles = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<end>"}
+    write(
+        tmp_path,
+        tokenizer_json=tokenizer.to_str(),
+        tokenizer_config_json=roles,
+        special_tokens_map_json={"pad_token": "<pad>"},
+    )
+    judge.assert_agrees("roles of plain tokens", tmp_path, [*TEXTS, "a<pad> deal<end>", "<other> one<end>"])
+
+
 def with_hugging_face_s_names(folder: Path) -> None:
     """GPT-2's whole vocabulary."""
     folder.mkdir()

@@ -145,6 +145,8 @@ def test_ends_with_the_text_and_not_before(tales_model: gpt2onnx.Model) -> None:
     ("options", "message"),
     [
         ({"regex": "("}, "regex can't be used: .*unclosed group"),
+        ({"regex": "a{1000000}"}, "^regex is too large: lexer error: too many expressions"),
+        ({"regex": "a{1000000}", "num_beams": 2}, "^regex is too large: lexer error: too many expressions"),
         ({"json_schema": "[1"}, "json_schema can't be used: EOF"),
         ({"json_schema": {"type": "strng"}}, "json_schema can't be used: Invalid type: strng"),
         ({"grammar": "x{"}, "grammar can't be used: "),
