@@ -18,8 +18,8 @@ if TYPE_CHECKING:
     from .runtime.host.progress import Progress
 
 
-# Raised when exports gain a file, so that those in the cache are made anew.
-_EXPORT = 2
+# Raised when exports change, so that those in the cache are made anew.
+_EXPORT = 3
 
 
 def load(
