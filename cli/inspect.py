@@ -9,6 +9,8 @@ from ..models.tables import aligned, table
 from . import console
 from . import parity as parity_report
 
+_UNREADABLE = (AttributeError, KeyError, TypeError, ValueError)  # what figures of another form raise
+
 if TYPE_CHECKING:
     from ..models.bundle import Bundle, Manifest
     from ..models.config import GPT2Config
@@ -101,17 +103,20 @@ def _reports(manifest: "Manifest") -> str:
 def _parity(parity: dict[str, Any]) -> str:
     try:
         return f"parity {parity_report.table(parity)}"
-    except KeyError:  # a report of another version has other figures
-        return f"parity with {parity['reference']}: {'passed' if parity['passed'] else 'FAILED'}"
+    except _UNREADABLE:  # a report of another version has other figures
+        return f"parity with {parity.get('reference', 'what the report does not name')}: {'passed' if parity.get('passed') else 'FAILED'}"
 
 
 def quality_lines(quality: dict[str, Any]) -> str:
     """A manifest's loss against fp32, for a person: a line for each text."""
-    return "\n".join(
-        f"quality against fp32, over {each['tokens']:,} tokens of {each['text']}: KL {each['kl']:.2e} nats,"
-        f" perplexity {each['perplexity']:.4f} (fp32 {each['reference_perplexity']:.4f})"
-        for each in (quality, *quality.get("texts", ()))
-    )
+    try:
+        return "\n".join(
+            f"quality against fp32, over {each['tokens']:,} tokens of {each['text']}: KL {each['kl']:.2e} nats,"
+            f" perplexity {each['perplexity']:.4f} (fp32 {each['reference_perplexity']:.4f})"
+            for each in (quality, *quality.get("texts", ()))
+        )
+    except _UNREADABLE:
+        return "quality: in a report that this version can't read"
 
 
 def _bytes(size: int) -> str:

@@ -168,8 +168,22 @@ class Results:
                     output.write(line)
             output.flush()
             os.fsync(output.fileno())
-        joined.replace(self._path)
+        self._take(joined)
         self._beside.unlink()
+
+    def _take(self, joined: Path) -> None:
+        """Puts a file into the place of the results, and locks it before another job can."""
+        if sys.platform == "win32":  # renames no open file
+            self._lock.close()
+            joined.replace(self._path)
+            self._lock = self._path.open("ab")
+            locks.try_lock(self._lock)
+            return
+        lock = joined.open("ab")
+        locks.try_lock(lock)
+        joined.replace(self._path)
+        self._lock.close()
+        self._lock = lock
 
 
 def _whole_lines(file: IO[bytes]) -> Iterator[bytes]:

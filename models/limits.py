@@ -39,6 +39,11 @@ PICKLE_STEPS = 1_000_000
 # Entries of a generation option: strings and token sequences, each of which every step compares; and plain token ids.
 OPTION_SEQUENCES = 10_000
 OPTION_IDS = 1_000_000
+# Of a schema, expression or grammar: letters; brackets in brackets; references, or colons of a grammar, each of which may begin a
+# rule. llguidance follows both by recursion, and 2,000 end the process. A long expression takes minutes to compile.
+STRUCTURE_LETTERS = {"json_schema": 64 * 1024, "grammar": 32 * 1024, "regex": 32 * 1024}
+STRUCTURE_LEVELS = 100
+STRUCTURE_REFERENCES = 500
 THREADS = 1024  # of one operator
 SEQUENCES = 1000  # of one prompt; each has a row of the KV cache
 # Letters of a prompt for each position of the context window. A longer one is refused before it is cut into tokens, as is one

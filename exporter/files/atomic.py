@@ -77,6 +77,8 @@ def _workspace(target: Path, place: Path) -> Iterator[Path]:
         (folder / "new").mkdir()
         (folder / "old").mkdir()
         yield folder
+    except shutil.Error as error:  # of several files; the first one's reason
+        raise OutputError(f"can't write {target}: {error.args[0][0][-1]}") from error
     except OSError as error:
         raise OutputError(f"can't write {target}: {error.strerror or error}") from error
     finally:

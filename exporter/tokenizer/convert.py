@@ -109,7 +109,7 @@ def _without_added_tokens_from(end: int, tokenizer: Tokenizer, checkpoint: Path)
     content = json.loads(tokenizer.to_str())
     dropped = [token["content"] for token in content["added_tokens"] if token["id"] >= end]
     content["added_tokens"] = [token for token in content["added_tokens"] if token["id"] < end]
-    tokenizer = Tokenizer.from_str(json.dumps(content))
+    tokenizer = Tokenizer.from_str(json.dumps(content | {"padding": None}))
     if any(index >= end for index in tokenizer.encode("").ids):
         raise CheckpointError(f"{checkpoint}: the tokenizer begins texts with a token that the network has no row for")
     _log.warning("%s: left out added tokens that the network has no rows for: %s", checkpoint, ", ".join(dropped)[:200])

@@ -95,7 +95,7 @@ class Runner:
         self._memory = devices.MEMORY.get(provider) if self._in_place else None
         self._storage = binding.device_storage(provider, self._memory, self.dtype) if self._memory else HostStorage
         inputs, outputs = providers.declared(self._graph, path := bundle.path(file))
-        signature.check(bundle, self.dtype, inputs, outputs, path)
+        signature.check(bundle, self.dtype, inputs, outputs, path, ragged=self._ragged)
         self._inputs = list(inputs)
         self._second_graph = None
         if file == RAGGED_GRAPH and wide_after is not None and pays(bundle):

@@ -101,7 +101,7 @@ class SecondGraph:
         weights = make_weights(self._bundle, self._threads)
         graph = providers.open_graph(path, devices.CPU, threads=self._threads, name=path, weights=weights)
         self._bundle.check_in_place()  # again: all that was read is of one bundle
-        signature.check(self._bundle, np.float32, *providers.declared(graph, path), path)
+        signature.check(self._bundle, np.float32, *providers.declared(graph, path), path, ragged=True)
         self._graph = graph
         del weights
         resources.return_freed_memory()

@@ -27,6 +27,8 @@ def check(
     inputs: Mapping[str, Declared],
     outputs: Mapping[str, Declared],
     graph: object,
+    *,
+    ragged: bool,
 ) -> None:
     """Compares a graph with its bundle's architecture.
 
@@ -36,6 +38,7 @@ def check(
         inputs: of the graph, by name.
         outputs: of the graph, by name.
         graph: what errors name.
+        ragged: whether it is one of the runtime's own, whose rows bring their own numbers of tokens.
 
     Raises:
         BundleError: an input or output is missing, unknown, or of another type or shape.
@@ -44,7 +47,7 @@ def check(
     cached = _type(np.int8 if bundle.cache_dtype == "int8" else floats), (None, config.n_head, None, config.head_size)
     layers = range(config.n_layer)
     wanted: dict[str, _Wanted] = {contract.INPUT_IDS: _IDS}
-    if contract.COUNTS in inputs:
+    if ragged:
         wanted |= dict.fromkeys(
             (contract.PAST_LENGTHS, contract.COUNTS, contract.LOGITS_AT), ("tensor(int64)", (None,))
         )
@@ -56,7 +59,7 @@ def check(
     _compare("input", inputs, wanted, graph)
     wanted = {contract.LOGITS: (None, (None, None, config.vocab_size))}
     wanted |= {name: cached for layer in layers for name in contract.present_names(layer)}
-    if contract.COUNTS in inputs and contract.HIDDEN in outputs:
+    if ragged and contract.HIDDEN in outputs:
         wanted[contract.HIDDEN] = _type(floats), (None, 1, config.n_embd)
     _compare("output", outputs, wanted, graph)
 

@@ -8,12 +8,15 @@ import functools
 import json
 import re
 from collections.abc import Callable
+from contextlib import suppress
+from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from gpt2onnx.errors import MissingExtraError, OptionError
 
+from ...models import limits
 from ..arrays import Logits, Tokens
 from ..host import native
 from .tokenizer import Tokenizer
@@ -26,7 +29,7 @@ if TYPE_CHECKING:
 _JSON_STYLE: "JsonCompileOptions" = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
 _KEPT = 512  # texts whose matchers are kept: those of all beams and drafts of the last steps
 _KEPT_TOKENIZERS = 4  # one for each set of end tokens
-_KEPT_GRAMMARS = 32
+_KEPT_GRAMMARS = 8  # each keeps its tokenizer, which takes 33 MB with GPT-2's vocabulary
 
 
 class Constraint:
@@ -125,7 +128,10 @@ class Grammars:
             OptionError: it isn't a schema, expression or grammar that llguidance can compile, or the model has no tokenizer.
             MissingExtraError: llguidance isn't installed.
         """
-        text = value if isinstance(value, str) else json.dumps(value)
+        try:
+            text = value if isinstance(value, str) else json.dumps(value)
+        except RecursionError as error:
+            raise OptionError(f"{name} can't be used: it is nested too deep", name) from error
         return Constraint(name, self._compiled(name, text, ends).deep_copy(), begin, beams=beams)
 
     def _compile(self, name: str, text: str, ends: tuple[int, ...]) -> "LLMatcher":
@@ -139,6 +145,8 @@ class Grammars:
         def wrong(reason: str) -> OptionError:
             return OptionError(f"{name} can't be used: {reason}", name)
 
+        if fault := _too_large(name, text):
+            raise wrong(fault)
         with native.raising(wrong):
             matcher = LLMatcher(self._with_ends(ends), _grammar(name, text), log_level=0)
         if matcher.is_error():
@@ -150,6 +158,27 @@ class Grammars:
 
         known = [token for token in ends if token < len(self._tokenizer)]
         return LLTokenizer(self._tokenizer.to_json(), eos_token=known or None)
+
+
+def _too_large(name: str, text: str) -> str | None:
+    """Why a value is more than llguidance can take in a moment, in words behind "it"; None where it isn't."""
+    if name == "choice":
+        return None  # its options are counted
+    if len(text) > (most := limits.STRUCTURE_LETTERS[name]):
+        return f"it has {len(text):,} letters, more than the {most:,} that may be"
+    if name == "regex":
+        return None  # the library counts its brackets itself
+    if name == "json_schema":
+        with suppress(ValueError, RecursionError):  # what isn't JSON is refused later
+            text = json.dumps(json.loads(text))  # a name may be written with escapes
+    references = text.count('"$ref"') if name == "json_schema" else text.count(":")
+    if references > limits.STRUCTURE_REFERENCES:
+        unit = "references" if name == "json_schema" else "colons"
+        return f"it has {references:,} {unit}, more than the {limits.STRUCTURE_REFERENCES} that may be"
+    levels = max(accumulate((letter in "([{") - (letter in ")]}") for letter in text), default=0)
+    if levels > limits.STRUCTURE_LEVELS:
+        return f"it is nested {levels:,} levels deep, more than the {limits.STRUCTURE_LEVELS} that may be"
+    return None
 
 
 def _grammar(name: str, text: str) -> str:

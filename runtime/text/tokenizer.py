@@ -56,9 +56,9 @@ class Tokenizer:
         # A regular expression of the author's own can take forever on some texts, which the library ends by a panic.
         parts = (self._tokenizer.normalizer, self._tokenizer.pre_tokenizer)
         self._may_panic = any(part is not None and b'"Regex"' in part.__getstate__() for part in parts)
-        self.reads_any_text = self._tries_unknown_letter()
         self._tokenizer.no_truncation()
-        self._tokenizer.no_padding()
+        self._tokenizer.no_padding()  # before any text: padding may be as long as the file likes
+        self.reads_any_text = self._tries_unknown_letter()
         settings = special_tokens.read_if_there(path.with_name(TOKENIZER_CONFIG))
         self._cleans_up = _cleans_up(settings, self._tokenizer)
         self.padding_side = str(settings.get("padding_side", "right"))

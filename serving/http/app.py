@@ -182,6 +182,8 @@ def _add_models(app: FastAPI, pool: Pool) -> None:
         summary="Describe a model",
     )
     async def model(model: str) -> Response:
+        if not model:
+            raise ApiError(404, "name a model: /v1/models lists them", "model", "model_not_found")
         return JsonResponse(facts(model))
 
 

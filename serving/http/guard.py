@@ -70,8 +70,7 @@ class Guard:
             await self._app(scope, receive, send)
             return
 
-        # uvicorn puts the root path before the path, although the proxy has taken it away.
-        path = scope["path"].removeprefix(scope.get("root_path", ""))
+        path = _routed(scope["path"], scope.get("root_path", ""))
         # The client's own, or a new one.
         request_id = Headers(scope=scope).get("x-request-id", "")[:_LONGEST_ID] or secrets.token_hex(8)
 
@@ -154,6 +153,12 @@ class Guard:
         self._metrics.requests.labels(str(status)).inc()
         if status in _ABANDONED:
             self._metrics.abandoned.labels(_ABANDONED[status]).inc()
+
+
+def _routed(path: str, root: str) -> str:
+    """The path that the application routes by. uvicorn puts the root path before it, although the proxy has taken that away."""
+    rest = path.removeprefix(root)
+    return rest if rest.startswith("/") else path
 
 
 def is_loopback(host: str) -> bool:

@@ -170,6 +170,12 @@ def test_a_parity_report(
     # A report of another version has other figures.
     replace(manifest, parity={"reference": "PyTorch 1", "passed": False}).write(folder)
     assert "parity with PyTorch 1: FAILED" in command_line("inspect", folder).out
+    for odd in ({}, {"x": 1}, {"passed": True}, {"reference": "a", "tokens": 3}):
+        replace(manifest, parity=odd, quality=odd).write(folder)
+        done = command_line("inspect", folder)
+        assert (done.code, done.err) == (0, "")
+        assert f"parity with {odd.get('reference', 'what the report does not name')}: " in done.out
+        assert "quality: in a report that this version can't read" in done.out
 
 
 def test_a_source_that_was_never_exported(

@@ -15,6 +15,8 @@ from support.commands import CommandLine, Finished, run, start, wait_until
 from support.systems import posix
 
 import gpt2onnx
+from gpt2onnx.cli.results import Results
+from gpt2onnx.errors import OutputError
 from gpt2onnx.models.bundle import TOKENIZER, TOKENIZER_CONFIG
 
 Request = dict[str, Any]
@@ -133,6 +135,17 @@ def test_a_second_job_on_the_same_output_is_refused(new_job: Job, tmp_path: Path
     assert summary.startswith("2 done, 0 failed")
     assert job.ids == [0, 1]
     assert job.run(REQUESTS, "--resume").code == 0
+
+
+def test_a_second_job_is_refused_also_after_the_results_of_a_killed_one_were_joined(job: Job) -> None:
+    beside = job.output.with_name(f".{job.output.name}.new")
+    beside.write_text(job.lines[0])
+    first = Results(job.output, resume=True)
+    assert not beside.exists()
+    with pytest.raises(OutputError, match="another job writes to"):
+        Results(job.output, resume=True)
+    first.close()
+    Results(job.output, resume=True).close()
 
 
 def test_half_a_line_is_written_again(job: Job) -> None:

@@ -7,6 +7,7 @@ tests/exporter/files/test_atomic.py.
 import contextlib
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -24,6 +25,7 @@ from support.systems import linux, posix
 import gpt2onnx
 from gpt2onnx.errors import BundleError, CheckpointError, OutputError
 from gpt2onnx.exporter.files.archive import pack
+from gpt2onnx.exporter.files.atomic import replacing
 from gpt2onnx.models.bundle import MANIFEST, Bundle, Manifest
 
 FAULT_POINTS = REPOSITORY / "tests" / "support" / "fault_points.py"
@@ -100,6 +102,14 @@ def test_disk_full(target: Path, checkpoints: list[Path]) -> None:
     assert "\n" not in str(caught.value)
     assert content(target) == before
     assert list(target.parent.iterdir()) == [target]
+    full = shutil.Error(
+        [("here/a", "there/a", "[Errno 28] No space left on device"), ("here/b", "there/b", "the same")]
+    )
+    with (
+        pytest.raises(OutputError, match=r"^can't write .*bundle: \[Errno 28\] No space left on device$"),
+        replacing(target, lambda: None),
+    ):
+        raise full
 
 
 @pytest.mark.parametrize("kept", [0.99, 0.5, 0.001])

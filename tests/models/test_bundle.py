@@ -27,6 +27,7 @@ from gpt2onnx.errors import BackendError, BundleError
 from gpt2onnx.models import graph_rules
 from gpt2onnx.models.bundle import GRAPH, MANIFEST, RAGGED_GRAPH, TOKENIZER, WEIGHTS, Bundle, Manifest
 from gpt2onnx.runtime.engine import graphs
+from gpt2onnx.runtime.engine.runner import Runner
 
 ALL = os.environ.get("GPT2ONNX_FLIPS") == "all"
 FLIPS, SMALL = 150, 1_000  # bytes of a file that are flipped; all bytes of a file up to SMALL
@@ -251,6 +252,15 @@ def test_weights_from_elsewhere_are_refused_before_onnxruntime_sees_them(locatio
         Bundle.open(copy).checked_path(GRAPH)
     with pytest.raises(BundleError, match="takes weights from"):
         Bundle.open(copy).verify()
+
+
+@pytest.mark.parametrize(("source", "target"), [(GRAPH, RAGGED_GRAPH), (RAGGED_GRAPH, GRAPH)])
+def test_a_graph_in_the_place_of_another_is_refused(source: str, target: str, copy: Path) -> None:
+    shutil.copyfile(copy / source, copy / target)
+    sign(copy)
+    opened = Bundle.open(copy)
+    with pytest.raises(BundleError, match=r"isn't what config.json describes: it (lacks|shouldn't have) the input"):
+        Runner(opened if target == RAGGED_GRAPH else opened.without(RAGGED_GRAPH))
 
 
 def test_locations_are_found_wherever_a_graph_may_hold_a_tensor() -> None:

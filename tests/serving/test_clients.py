@@ -7,13 +7,14 @@ import json
 import signal
 import ssl
 import subprocess
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
 from support.commands import CommandLine, start, wait_until
-from support.serving import Running, serving
+from support.serving import Running, connect, serving
 from support.systems import posix
 
 import gpt2onnx
@@ -268,6 +269,11 @@ def test_behind_a_proxy_s_path(model: gpt2onnx.Model) -> None:
         assert server.complete(max_tokens=1).status_code == 200
         assert server.client.get("/openapi.json").json()["servers"] == [{"url": "/api"}]
         assert server.metric("http_requests_total") == 1
+    for root, target in (("/", "v1/models"), ("/v", "1/models"), ("/v1", "/models"), ("/m", "etrics")):
+        with serving(model, root_path=root, admission=Admission(keys=[b"key"])) as server, ExitStack() as opened:
+            request = f"GET {target} HTTP/1.1\r\nhost: localhost\r\nconnection: close\r\n\r\n"
+            status = connect(server.address, opened, request.encode()).makefile("rb").readline().split()[1]
+            assert status in (b"401", b"404"), (root, target)
 
 
 # Places to listen

@@ -141,10 +141,36 @@ def test_ends_with_the_text_and_not_before(tales_model: gpt2onnx.Model) -> None:
     assert (re.fullmatch("(ha)+|(ha)*h", longer.text) is not None, longer.finish_reason) == (True, "length")
 
 
+# llguidance follows references and levels by recursion, and a process ends where its stack does.
+REFERENCES = {
+    "$defs": {f"d{n}": {"$ref": f"#/$defs/d{n + 1}"} for n in range(3000)} | {"d3000": {"type": "integer"}},
+    "$ref": "#/$defs/d0",
+}
+NESTED: dict[str, Any] = {"type": "integer"}
+for _ in range(2000):
+    NESTED = {"items": NESTED}
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         ({"regex": "("}, "regex can't be used: .*unclosed group"),
+        ({"json_schema": REFERENCES}, "^json_schema can't be used: it has 3,001 references, more than the 500"),
+        ({"json_schema": json.dumps(REFERENCES).replace("$ref", r"\u0024ref")}, "it has 3,001 references"),
+        (
+            {"json_schema": '{"items":' * 200 + "{}" + "}" * 200},
+            "^json_schema can't be used: it is nested 201 levels deep",
+        ),
+        ({"json_schema": NESTED}, "^json_schema can't be used: it is nested too deep"),
+        (
+            {"grammar": "start: " + "(" * 2000 + '"x"' + ")" * 2000},
+            "^grammar can't be used: it is nested 2,000 levels deep",
+        ),
+        (
+            {"grammar": "\n".join(["start: r0", *(f"r{n}: r{n + 1}" for n in range(900)), 'r900: "x"'])},
+            "it has 902 colons",
+        ),
+        ({"regex": "a?" * 20_000}, "^regex can't be used: it has 40,000 letters, more than the 32,768"),
         ({"regex": "a{1000000}"}, "^regex is too large: lexer error: too many expressions"),
         ({"regex": "a{1000000}", "num_beams": 2}, "^regex is too large: lexer error: too many expressions"),
         ({"json_schema": "[1"}, "json_schema can't be used: EOF"),

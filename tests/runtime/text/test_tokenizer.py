@@ -1,6 +1,8 @@
 """GPT-2's tokenisation, and text that grows token by token."""
 
+import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -12,6 +14,7 @@ from support.tokenizer_files import GPT2_FILES, gpt2_in_transformers, odd_texts
 import gpt2onnx
 from gpt2onnx.errors import BundleError
 from gpt2onnx.exporter.tokenizer.convert import write_tokenizer
+from gpt2onnx.models.tales import FOLDER
 from gpt2onnx.runtime.text.stop_strings import StopStrings
 from gpt2onnx.runtime.text.tokenizer import Tokenizer
 
@@ -92,6 +95,15 @@ def test_a_file_that_is_no_tokenizer(tmp_path: Path) -> None:
     (tmp_path / "tokenizer.json").write_text('{"model": 1}', "utf-8")
     with pytest.raises(BundleError, match=r"tokenizer\.json"):
         Tokenizer(tmp_path / "tokenizer.json")
+
+
+@pytest.mark.parametrize("padding", [{"strategy": {"Fixed": 10**12}}, {"pad_to_multiple_of": 10**12}], ids=str)
+def test_padding_of_the_file_s_own_takes_no_memory(padding: dict[str, Any], tmp_path: Path) -> None:
+    usual = {"strategy": "BatchLongest", "direction": "Right", "pad_to_multiple_of": None}
+    pad = {"pad_id": 0, "pad_type_id": 0, "pad_token": "!"}
+    content = json.loads((FOLDER / "tokenizer.json").read_text("utf-8")) | {"padding": usual | pad | padding}
+    (tmp_path / "tokenizer.json").write_text(json.dumps(content), "utf-8")
+    assert Tokenizer(tmp_path / "tokenizer.json").encode("Once") == Tokenizer(FOLDER / "tokenizer.json").encode("Once")
 
 
 @pytest.mark.parametrize("sample", TEXTS)
