@@ -254,6 +254,7 @@ def test_weights_from_elsewhere_are_refused_before_onnxruntime_sees_them(locatio
         Bundle.open(copy).verify()
 
 
+@pytest.mark.skipif(not graphs.runs_ragged(), reason="ONNX Runtime before 1.32 runs no ragged graph")
 @pytest.mark.parametrize(("source", "target"), [(GRAPH, RAGGED_GRAPH), (RAGGED_GRAPH, GRAPH)])
 def test_a_graph_in_the_place_of_another_is_refused(source: str, target: str, copy: Path) -> None:
     shutil.copyfile(copy / source, copy / target)
