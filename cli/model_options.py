@@ -80,8 +80,9 @@ def draft_options(command: Callable[..., Any]) -> Callable[..., Any]:
         expose_value=False,
         callback=_remember,
         help="Source of drafts, next tokens that one forward pass verifies together: the text so far (lookup), the bundle's network"
-        " in 8 bits (twin), or the twin where there is one and it pays (auto, the default). In fp32 the text stays the same but for ties to the sixth digit. In fp16,"
-        " int8 and int4, and with a cache in int8, several tokens in a pass round differently from one, which may decide a near tie.",
+        " in 8 bits (twin), or the twin where there is one and it pays (auto, the default). In fp32 the text stays the same but for"
+        " ties to the sixth digit. In fp16, int8 and int4, and with a cache in int8, several tokens in a pass round differently from"
+        " one, which may decide a near tie.",
     )(command)
 
 

@@ -119,6 +119,11 @@ def without_gptq(raw: Mapping[str, Any]) -> Mapping[str, Any]:
     return raw
 
 
+def read_if_there(path: Path) -> dict[str, Any]:
+    """As `read_json`; an empty object where there is no file."""
+    return read_json(path) if path.is_file() else {}
+
+
 def read_json(path: Path, most: int = limits.JSON) -> dict[str, Any]:
     """The object in a JSON file.
 

@@ -62,7 +62,7 @@ class ChatTemplate:
             OptionError: the named one can't be read.
             BundleError: the bundle's own can't be read.
         """
-        config = special_tokens.read_if_there(folder / TOKENIZER_CONFIG)
+        config = special_tokens.settings_of(folder / TOKENIZER_CONFIG)
         tokens = special_tokens.in_folder(folder, config)
         if named is not None:
             return cls(BUILT_IN[named] if named in BUILT_IN else _read(named), tokens)

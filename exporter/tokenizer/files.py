@@ -17,7 +17,7 @@ from gpt2onnx.errors import CheckpointError
 
 from ...models import limits
 from ...models.bundle import ADDED_TOKENS, SPECIAL_TOKENS, TOKENIZER, TOKENIZER_CONFIG
-from ...models.config import read_json, write_json
+from ...models.config import read_if_there, read_json, write_json
 from ...models.messages import shown
 from ...runtime.host import native
 from ...runtime.text import special_tokens, tokenizer_rules
@@ -52,7 +52,7 @@ class TokenizerFiles:
 
     @classmethod
     def read(cls, folder: Path, config: Mapping[str, Any]) -> "TokenizerFiles":
-        settings = _read_if_there(folder / TOKENIZER_CONFIG)
+        settings = read_if_there(folder / TOKENIZER_CONFIG)
         bert = (folder / WORD_PIECES).is_file() and not (folder / "vocab.json").is_file()
         class_name = special_tokens.class_of(
             settings.get("tokenizer_class") or config.get("tokenizer_class"),
@@ -60,14 +60,14 @@ class TokenizerFiles:
         )
         by_id = settings.get("added_tokens_decoder")
         # The older files count only if tokenizer_config.json doesn't list the added tokens.
-        older = _read_if_there(folder / SPECIAL_TOKENS) if by_id is None else {}
+        older = read_if_there(folder / SPECIAL_TOKENS) if by_id is None else {}
         special = special_tokens.by_role(class_name, settings, older)
         extra = next((tokens for name in _EXTRA if (tokens := _listed(settings.get(name)))), ())
         if by_id is None:
             roles = {text_of(token) for token in [*special.values(), *extra] if token is not None}
             by_id = [
                 (index, {"content": token, "special": token in roles, "normalized": token not in roles})
-                for token, index in _read_if_there(folder / ADDED_TOKENS).items()
+                for token, index in read_if_there(folder / ADDED_TOKENS).items()
             ]
             extra = extra or _listed(older.get("additional_special_tokens"))
         try:
@@ -248,7 +248,8 @@ class TokenizerFiles:
                     ) from error
         roles = {text_of(token) for token in named}
         # Those that the tokenizer has already, but not as special ones.
-        tokens += [token for token in tokenizer.get_added_tokens_decoder().values() if token.content in roles]
+        present = tokenizer.get_added_tokens_decoder().values()
+        tokens += [token for token in present if token.content in roles and not token.special]
         for token in tokens:
             token.special = token.special or token.content in roles
         tokenizer.add_tokens(tokens)
@@ -272,10 +273,6 @@ def _added_token(token: Any, *, special: bool) -> AddedToken:
     names = ("single_word", "lstrip", "rstrip", "normalized", "special")
     properties = {"special": special} | {name: token[name] for name in names if name in token}
     return AddedToken(token["content"], **properties)
-
-
-def _read_if_there(path: Path) -> dict[str, Any]:
-    return read_json(path) if path.is_file() else {}
 
 
 def _byte_level_bpe(vocab: Path, merges: Path, *, add_prefix_space: bool) -> Tokenizer:

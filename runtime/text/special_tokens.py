@@ -7,7 +7,7 @@ from typing import Any
 from gpt2onnx.errors import BundleError, CheckpointError
 
 from ...models.bundle import SPECIAL_TOKENS
-from ...models.config import read_json
+from ...models.config import read_if_there
 
 END_OF_TEXT = "<|endoftext|>"
 # In transformers' order.
@@ -80,14 +80,14 @@ def text(token: Any) -> str:
 def in_folder(folder: Path, settings: Mapping[str, Any]) -> dict[str, str]:
     """Special tokens of a folder's tokenizer as text, by role; `settings` is its tokenizer_config.json."""
     listed = settings.get("added_tokens_decoder") is not None
-    older = {} if listed else read_if_there(folder / SPECIAL_TOKENS)
+    older = {} if listed else settings_of(folder / SPECIAL_TOKENS)
     found = by_role(class_of(settings.get("tokenizer_class")), settings, older)
     return {role: text(token) for role, token in found.items() if token is not None}
 
 
-def read_if_there(path: Path) -> dict[str, Any]:
-    """The object of a JSON file; an empty one where there is no file."""
+def settings_of(path: Path) -> dict[str, Any]:
+    """A JSON file of a bundle's tokenizer; an empty object where there is none. Raises BundleError if it can't be read."""
     try:
-        return read_json(path) if path.is_file() else {}
+        return read_if_there(path)
     except CheckpointError as error:
         raise BundleError(str(error)) from error

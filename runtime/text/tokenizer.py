@@ -59,7 +59,7 @@ class Tokenizer:
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()  # before any text: padding may be as long as the file likes
         self.reads_any_text = self._tries_unknown_letter()
-        settings = special_tokens.read_if_there(path.with_name(TOKENIZER_CONFIG))
+        settings = special_tokens.settings_of(path.with_name(TOKENIZER_CONFIG))
         self._cleans_up = _cleans_up(settings, self._tokenizer)
         self.padding_side = str(settings.get("padding_side", "right"))
         roles = special_tokens.in_folder(path.parent, settings)

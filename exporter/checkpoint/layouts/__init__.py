@@ -77,9 +77,8 @@ def arrange(saved: SavedWeights, config: Mapping[str, Any] | None) -> tuple[dict
     config = config and without_gptq(config)
     prefix = next((match[1] for name in plain if (match := _WRAPPED.match(name))), "")
     arrays = {name.removeprefix(prefix).removeprefix(_TRANSFORMER): array for name, array in plain.items()}
-    if (
-        _HEAD in arrays and config and config.get("tie_word_embeddings", True)
-    ):  # a tied matrix may be saved by either name
+    # A tied matrix may be saved by either name.
+    if _HEAD in arrays and config and config.get("tie_word_embeddings", True):
         arrays.setdefault(hugging_face.EMBEDDING, arrays[_HEAD])
     tensors = Tensors(saved.path, arrays, saved.settings)
     for layout in LAYOUTS:

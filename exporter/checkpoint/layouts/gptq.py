@@ -19,7 +19,7 @@ import numpy.typing as npt
 
 from gpt2onnx.errors import CheckpointError
 
-from ....models.config import read_json
+from ....models.config import read_if_there
 from ..arrays import FLOATS, DerivedArray, StoredArray
 from .packed import unpacked
 
@@ -107,7 +107,7 @@ def _has_plain_zeros(folder: Path, config: Mapping[str, Any] | None) -> bool:
     """Whether the format is gptq_v2."""
     settings = (config or {}).get(_SETTINGS)
     if not isinstance(settings, dict):
-        settings = read_json(folder / _SETTINGS_FILE) if (folder / _SETTINGS_FILE).is_file() else {}
+        settings = read_if_there(folder / _SETTINGS_FILE)
     return settings.get("checkpoint_format") == "gptq_v2"
 
 
