@@ -185,11 +185,12 @@ def _cache_name(source: str, dtype: str = "fp32") -> str:
         # One checkpoint file is read together with what lies beside it.
         folder = Path(place) if os.path.isdir(place) else Path(place).parent  # noqa: PTH112
         state.append(place)
-        for path in sorted(folder.iterdir()):
-            if path.name.startswith("."):  # such as an editor's lock file
-                continue
-            with suppress(OSError):  # a link that leads nowhere
-                facts = path.stat()
-                state.append(f"{path.name} {facts.st_size} {facts.st_mtime_ns}")
+        with suppress(OSError):  # a folder that may not be listed, which the export says
+            for path in sorted(folder.iterdir()):
+                if path.name.startswith("."):  # such as an editor's lock file
+                    continue
+                with suppress(OSError):  # a link that leads nowhere
+                    facts = path.stat()
+                    state.append(f"{path.name} {facts.st_size} {facts.st_mtime_ns}")
     digest = hashlib.sha256("\n".join(state).encode("utf-8", "surrogateescape")).hexdigest()
     return f"{re.sub(r'[^A-Za-z0-9._-]+', '-', source)[-40:].strip('-.') or 'model'}-{digest[:12]}"

@@ -276,6 +276,26 @@ def test_a_weight_file_that_cannot_be_read_is_named(folder: Path, state: State) 
         opened.sha256()
 
 
+def test_a_folder_that_may_not_be_listed_is_named(
+    folder: Path, state: State, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As the system answers users other than root, who may do all."""
+    save_file(state, folder / "model.safetensors")
+    others = Path.iterdir
+
+    def iterdir(self: Path) -> Any:
+        if self == folder:
+            raise PermissionError(13, "Permission denied", str(self))
+        return others(self)
+
+    monkeypatch.setattr(Path, "iterdir", iterdir)
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != folder)
+    target = tmp_path_factory.mktemp("target") / "bundle"
+    for ask in (lambda: gpt2onnx.export(folder, target), lambda: gpt2onnx.load(folder)):
+        with pytest.raises(CheckpointError, match=r"can't read .*: you may not list this folder"):
+            ask()
+
+
 def test_a_file_without_its_config_says_so(tmp_path: Path, state: State) -> None:
     torch_files.save(state, tmp_path / "pytorch_model.bin")
     assert "config.json" in refused(tmp_path)
