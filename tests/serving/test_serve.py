@@ -310,12 +310,13 @@ def test_events(server: Running) -> None:
     assert parts[-1]["usage"] == {"prompt_tokens": 4, "completion_tokens": 16, "total_tokens": 20}
 
 
-def test_models(client: openai.OpenAI) -> None:
+def test_models(client: openai.OpenAI, server: Running) -> None:
     (entry,) = client.models.list().data
     assert (entry.id, entry.object, entry.owned_by) == ("tales", "model", "gpt2onnx")
     assert client.models.retrieve("tales") == entry
     with pytest.raises(openai.NotFoundError, match="isn't served"):
         client.models.retrieve("davinci")
+    assert server.client.get("/v1/models/").status_code == 404
 
 
 WRONG: list[tuple[dict[str, Any], str, str | None]] = [
